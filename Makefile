@@ -1,0 +1,50 @@
+# make demo   install, prepare the target, and compare the accelerated server with plain decoding
+# make test   every test, end-to-end ones included
+# make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
+# make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
+# make lint   ruff and mypy
+#
+# The environment is .venv, or where VENV= says. It is made once and reused while the pins are the same.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= smollm2-135m
+PINS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.installed-$(PINS)
+# One environment may serve several checkouts in turn: the package is linked anew when the checkout is another one.
+LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
+BIN := $(VENV)/bin
+
+.PHONY: demo test serve bench lint env
+
+env: $(LINK)
+
+$(LINK): $(STAMP)
+	rm -f $(VENV)/.linked-*
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(STAMP):
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} found, 3.11 or later needed; set PYTHON="'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m benchmarks compare --profile smollm2-135m --tasks sample --max-tokens 128 --out runs/demo $(ARGS)
+
+test: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m pytest $(ARGS)
+
+serve: env
+	$(BIN)/python -m server --profile $(PROFILE) $(ARGS)
+
+bench: env
+	$(BIN)/python -m benchmarks run --base-url http://127.0.0.1:30000 $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

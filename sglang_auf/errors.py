@@ -1,0 +1,42 @@
+"""The exceptions a user meets. Each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class AufError(Exception):
+    """A mistake the user can mend.
+
+    found: what is there; expected: what should be there; remedy: the command or change that mends it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(f"found: {found}; expected: {expected}; to mend it: {remedy}")
+
+
+class CompatError(AufError):
+    """The installed SGLang is not the one this plugin was written for."""
+
+
+class ConfigError(AufError):
+    """A flag, profile or configuration value that cannot be honoured."""
+
+
+class CardError(AufError):
+    """The drafter does not fit the target, or its files are not what they claim to be."""
+
+
+class TargetError(AufError):
+    """The target model cannot be made or loaded."""
+
+
+class DataError(AufError):
+    """An input data file is missing or broken."""
+
+
+class ServerError(AufError):
+    """A server did not start, died, or is not speculating."""
