@@ -1,0 +1,60 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is not a fault of what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
+START_SECONDS = 300
+"""Importing SGLang takes 10 s on two free cores; a busy machine may need many times that."""
+
+
+@pytest.fixture(scope="module")
+def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running scripted_server.py. It holds 1 GB, so it does not outlive the file that needs it."""
+    directory = tmp_path_factory.mktemp("scripted")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("scripted_server.py")
+    log = directory / "log"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, str(script), str(directory), str(port)], stdout=output, stderr=output, env=environment
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(address):
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the scripted server did not start ({server.poll()}):\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/totals"):
+            return True
+    except (urllib.error.URLError, ConnectionError):
+        return False
