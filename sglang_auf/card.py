@@ -1,0 +1,272 @@
+"""The drafter card: what a drafter was trained for, and the check against a target before anything loads.
+
+The card is a small JSON file beside the weights. A drafter without one (z-lab, SpecForge) gets one derived from its
+config.json, in which what nobody wrote down is unknown. Verification is exact whatever the drafter says, so a drafter
+that does not fit can only cost tokens per step; but it does so in silence, and the figures then measure a mistake.
+What cannot work as trained is an error, what may lower tau a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+
+from sglang_auf.coverage import check_weights, draft_setting, head_of, size, tapped_layers
+from sglang_auf.errors import CardError, TargetError
+from sglang_auf.model_files import find_model, read_json
+from sglang_auf.target_facts import TargetFacts
+
+CARD_NAME = "auf_card.json"
+MASK_EMBEDDING = "mask_embedding.pt"
+
+# What SGLang assumes where config.json is silent (speculative/dflash_utils.py).
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MASK_TOKEN = "<|MASK|>"
+
+Thinking = Literal["on", "off"]
+
+# SGLang's model files for these collect hidden states at the entry of a layer, so the last layer's output never.
+NO_LAST_TAP = ("llama", "qwen3")
+
+# Fields whose absence is worth a warning.
+MATTERS = (
+    "target_name",
+    "target_config_hash",
+    "target_layer_ids",
+    "mask_token_id",
+    "thinking",
+    "chat_template_hash",
+    "max_length",
+    "objective",
+)
+
+
+class MeasuredTau(BaseModel):
+    """A tau somebody measured. on: prompts, temperature, token limit, platform, in words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float = Field(ge=1)
+    kind: Literal["macro", "micro", "held-out"]
+    on: str
+
+
+class DrafterCard(BaseModel):
+    """What a drafter was trained for. None means unknown; the fields without a default must be said in a file.
+
+    target_config_hash, chat_template_hash: as TargetFacts computes them. target_layer_ids: 0-based layers whose
+    outputs are tapped. block_size: B, anchor included. head: "dflash", "domino", or the projector_type found.
+    thinking: the chat template's mode in training. max_length: longest training sequence in tokens.
+    objective: training loss, "auf" in its name when it was Accept-Until-Fail. derived: read off config.json.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    target_name: str | None
+    target_revision: str | None = None
+    target_config_hash: str | None
+    target_layer_ids: tuple[int, ...] | None
+    mask_token_id: StrictInt | None = Field(ge=0)
+    block_size: StrictInt = Field(ge=2)
+    head: str
+    thinking: Thinking | None = None
+    chat_template_hash: str | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    objective: str | None = None
+    recipe: str | dict[str, Any] | None = None
+    tau: MeasuredTau | None = None
+    derived: bool = False
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the fields that nobody wrote down."""
+        return [name for name in type(self).model_fields if getattr(self, name) is None]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedDrafter:
+    """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory."""
+
+    card: DrafterCard
+    warnings: tuple[str, ...]
+    path: Path
+
+
+def check_drafter(
+    drafter: str,
+    target: str,
+    *,
+    drafter_revision: str | None = None,
+    target_revision: str | None = None,
+    block_size: int | None = None,
+    context_length: int | None = None,
+    thinking: Thinking | None = None,
+) -> CheckedDrafter:
+    """Everything that can be known about a drafter and its target without loading either.
+
+    drafter, target: directory or hub id. The rest as in `check_card`. Raises CardError or TargetError. No weight is
+    read, no pickle opened, and no code of the checkpoint run: SGLang uses its own class whatever auto_map says.
+    """
+    path = find_model(drafter, ("*.json", "*.safetensors", MASK_EMBEDDING), CardError, drafter_revision)
+    if (path / MASK_EMBEDDING).exists():
+        raise CardError(
+            f"{MASK_EMBEDDING} in {path}",
+            "a drafter that uses the target's own embedding of its mask token",
+            f"delete {MASK_EMBEDDING} if the drafter does without; SGLang would write it into the target's embedding "
+            "table, and the target must stay as it is",
+        )
+    config = read_json(path / "config.json", CardError)
+    card = load_card(path)
+    warnings = check_weights(path, config)
+    facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, target_revision))
+    warnings += check_card(card, config, facts, block_size=block_size, context_length=context_length, thinking=thinking)
+    return CheckedDrafter(card, tuple(warnings), path)
+
+
+def load_card(drafter: Path) -> DrafterCard:
+    """The card beside the weights, or one derived from config.json. Raises CardError where the two disagree."""
+    config = read_json(drafter / "config.json", CardError)
+    derived = _derived_card(config)
+    file = drafter / CARD_NAME
+    if not file.is_file():
+        return derived
+    card = _validated(read_json(file, CardError), CARD_NAME)
+    disagreements = [
+        f"{name} is {getattr(card, name)} in {CARD_NAME} and {getattr(derived, name)} in config.json"
+        for name in ("block_size", "mask_token_id", "target_layer_ids", "head")
+        if getattr(card, name) != getattr(derived, name)
+    ]
+    if disagreements:
+        raise CardError(
+            f"{drafter}: {'; '.join(disagreements)}",
+            "a card that agrees with the config.json SGLang loads",
+            "correct the wrong one of the two: they may come from different drafters",
+        )
+    return card
+
+
+def check_card(
+    card: DrafterCard,
+    config: Mapping[str, Any],
+    target: TargetFacts,
+    *,
+    block_size: int | None = None,
+    context_length: int | None = None,
+    thinking: Thinking | None = None,
+) -> list[str]:
+    """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as trained.
+
+    config: the drafter's config.json. block_size: B to serve with, None for the card's. context_length: tokens, None
+    for the target's own. thinking: the mode requests are served in, None if it is theirs to choose.
+    """
+    faults = _faults(card, config, target)
+    if faults:
+        raise CardError(
+            "; ".join(faults),
+            f"a drafter trained for {target.name}",
+            f"serve it with {card.target_name or 'the target it was trained for'}, or give another drafter",
+        )
+    served = context_length or target.max_position_embeddings or 0
+    unknown = [name for name in MATTERS if name in card.unknown]
+    origin = f"there is no {CARD_NAME}, and config.json does not say" if card.derived else f"{CARD_NAME} does not say"
+    notes: list[tuple[bool, str]] = [
+        (bool(unknown), f"{origin}: {', '.join(unknown)}; tau falls where serving differs from training"),
+        (
+            card.derived and draft_setting(config, "block_size") is None,
+            f"config.json says no block_size: SGLang takes {DEFAULT_BLOCK_SIZE}",
+        ),
+        (
+            card.mask_token_id is None,
+            "config.json says no mask_token_id: SGLang looks up "
+            f"{draft_setting(config, 'mask_token', DEFAULT_MASK_TOKEN)} in the target's tokenizer, adding it if absent",
+        ),
+        (
+            card.objective is not None and "auf" not in card.objective.lower(),
+            f"the drafter was not trained with AUF but with {card.objective}",
+        ),
+        (
+            _differ(card.target_name, target.hub_id),
+            f"the drafter was trained for {card.target_name}, the target is {target.hub_id}",
+        ),
+        (
+            _differ(card.target_revision, target.revision),
+            f"the drafter was trained for revision {card.target_revision}, the target is at {target.revision}",
+        ),
+        (
+            card.chat_template_hash is not None and card.chat_template_hash != target.chat_template_hash,
+            "the target's chat template is not the one the drafter was trained with",
+        ),
+        (
+            _differ(card.thinking, thinking),
+            f"the drafter was trained with thinking {card.thinking}, and is served with thinking {thinking}",
+        ),
+        (
+            _differ(card.block_size, block_size),
+            f"the drafter was trained with blocks of {card.block_size}, and is served with {block_size}",
+        ),
+        (
+            card.max_length is not None and card.max_length < served,
+            f"the drafter was trained on up to {card.max_length} tokens, and is served up to {served}",
+        ),
+    ]
+    return [text for applies, text in notes if applies]
+
+
+def _faults(card: DrafterCard, config: Mapping[str, Any], target: TargetFacts) -> list[str]:
+    """What in the drafter contradicts the target."""
+    layers = target.num_layers
+    sizes = (
+        ("hidden_size", size(config, "hidden_size"), target.hidden_size),
+        ("vocab_size", size(config, "vocab_size"), target.vocab_size),
+        ("num_target_layers", draft_setting(config, "num_target_layers", layers), layers),
+    )
+    faults = [
+        f"the drafter has {key} {drafter}, where the target's is {wanted}"
+        for key, drafter, wanted in sizes
+        if drafter != wanted
+    ]
+    if _differ(card.target_config_hash, target.config_hash):
+        faults.append(f"target_config_hash {card.target_config_hash} in the card, {target.config_hash} of the target")
+    if card.mask_token_id is not None and card.mask_token_id >= target.vocab_size:
+        faults.append(f"mask_token_id {card.mask_token_id} is outside the target's vocabulary of {target.vocab_size}")
+    tappable = layers - 1 if target.model_type in NO_LAST_TAP else layers
+    outside = [layer for layer in card.target_layer_ids or () if not 0 <= layer < tappable]
+    if outside:
+        faults.append(f"tapped layers {outside}, where SGLang taps 0..{tappable - 1} of the target's {layers} layers")
+    return faults
+
+
+def _differ(trained: object, served: object) -> bool:
+    """True where both are known and not equal."""
+    return trained is not None and served is not None and trained != served
+
+
+def _derived_card(config: Mapping[str, Any]) -> DrafterCard:
+    """What config.json alone tells, read as SGLang reads it."""
+    values = {
+        "target_name": None,
+        "target_config_hash": None,
+        "target_layer_ids": tapped_layers(config),
+        "mask_token_id": draft_setting(config, "mask_token_id"),
+        "block_size": draft_setting(config, "block_size", DEFAULT_BLOCK_SIZE),
+        "head": head_of(config),
+        "derived": True,
+    }
+    return _validated(values, "config.json")
+
+
+def _validated(values: Mapping[str, Any], source: str) -> DrafterCard:
+    try:
+        return DrafterCard.model_validate(values)
+    except ValidationError as problem:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+        raise CardError(
+            f"{source} has {reasons}",
+            "the fields of a drafter card, format 1",
+            f"correct {source}",
+        ) from problem

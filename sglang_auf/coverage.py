@@ -1,0 +1,291 @@
+"""Weight coverage: does a drafter checkpoint hold exactly the weights that SGLang's DFlash model reads?
+
+SGLang 0.5.23 (models/dflash.py, load_weights) skips every name it does not know and leaves every weight it does not
+find as it was allocated, so a wrong checkpoint serves at tau 1 without a word. Here both are errors, found from the
+safetensors headers before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from sglang_auf.errors import CardError
+from sglang_auf.model_files import listing, read_json
+
+Shape = tuple[int, ...]
+
+ARCHITECTURE = "DFlashDraftModel"
+HEADS = ("dflash", "domino")
+FLOATS = ("BF16", "F16", "F32")
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# Parts of later drafters. SGLang adds weights for them, or ignores them when only the key is there.
+FOREIGN_SETTINGS = ("conv_kernel_size", "selector_rank", "attention_sink_bias", "lilicorr_enabled")
+# Names SGLang resolves to another one: the vendor's own export.
+ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+# SGLang computes rotary tables itself; old exports carry them as weights.
+RECOMPUTED = "rotary_emb.inv_freq"
+# A DFlash drafter embeds and scores with the target's own tables; SGLang never reads a copy.
+BORROWED = ("embed_tokens.weight", "lm_head.weight")
+
+
+class Tensor(NamedTuple):
+    """One entry of a safetensors header. name: as the file spells it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    file: Path
+
+
+def draft_setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A drafter setting where SGLang looks for it: dflash_config.<key> if that key exists, else the top level.
+
+    A null counts as not set, and a nested null hides the top level (speculative/dflash_utils.py).
+    """
+    nested = config.get("dflash_config") or {}
+    if not isinstance(nested, Mapping):
+        raise CardError(f"dflash_config {nested!r} in config.json", "an object", "export the drafter again")
+    value = nested.get(key) if key in nested else config.get(key)
+    return default if value is None else value
+
+
+def head_of(config: Mapping[str, Any]) -> str:
+    """The proposal head, "dflash" (the target's own head, nothing added) where the config names no projector."""
+    return str(draft_setting(config, "projector_type", "dflash"))
+
+
+def tapped_layers(config: Mapping[str, Any]) -> list[int] | None:
+    """0-based target layers whose outputs the drafter reads; None where only the target's depth can tell.
+
+    SGLang hands their outputs over in layer order and each once, whatever the list says: any other list is an error.
+    """
+    ids = draft_setting(config, "target_layer_ids")
+    depth = draft_setting(config, "num_target_layers")
+    if ids is None and depth is None:
+        return None
+    if ids is None:
+        depth = size({"num_target_layers": depth}, "num_target_layers")
+        ids = default_target_layer_ids(depth, size(config, "num_hidden_layers"))
+    if not isinstance(ids, list) or not ids or not all(type(layer) is int for layer in ids) or ids != sorted(set(ids)):
+        raise CardError(
+            f"tapped layers {ids!r} from config.json",
+            "target_layer_ids as a list of 0-based layer numbers, each larger than the one before",
+            "export the drafter with its taps in layer order (the columns of fc.weight follow that order)",
+        )
+    return ids
+
+
+def default_target_layer_ids(target_layers: int, draft_layers: int) -> list[int]:
+    """The taps SGLang and z-lab choose: as many as draft layers, evenly from the 2nd layer to the 3rd last."""
+    if draft_layers == 1:
+        return [target_layers // 2]
+    step = (target_layers - 4) / (draft_layers - 1)
+    return [round(1 + index * step) for index in range(draft_layers)]
+
+
+def expected_weights(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Names and shapes a checkpoint of this drafter config must hold, as z-lab and SpecForge write them.
+
+    Shapes are [out, in]. Raises CardError for a config that is not a plain DFlash or Domino drafter, or lacks a size.
+    """
+    _check_kind(config)
+    hidden = size(config, "hidden_size")
+    inner = size(config, "intermediate_size")
+    head_dim = size(config, "head_dim")
+    queries = size(config, "num_attention_heads") * head_dim
+    keys = size(config, "num_key_value_heads") * head_dim
+    layers = size(config, "num_hidden_layers")
+    tapped = tapped_layers(config)
+    taps = layers if tapped is None else len(tapped)  # SGLang's own choice has as many taps as the drafter has layers
+
+    weights: dict[str, Shape] = {
+        "fc.weight": (hidden, taps * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    layer: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "self_attn.q_norm.weight": (head_dim,),
+        "self_attn.k_norm.weight": (head_dim,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.get("attention_bias"):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer[f"self_attn.{name}.bias"] = layer[f"self_attn.{name}.weight"][:1]
+    for index in range(layers):
+        weights |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    if head_of(config) == "domino":
+        weights |= _domino_weights(config, hidden)
+    return weights
+
+
+def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """Compare the checkpoint in directory `path` with `expected_weights`, from headers only.
+
+    Returns warnings. Raises CardError for unknown, missing, doubled, misshapen or non-float weights, missing shards,
+    truncated files, and checkpoints that are pickles (a pickle runs code when it is loaded; none is ever opened).
+    """
+    expected = expected_weights(config)
+    found: dict[str, Tensor] = {}
+    doubled: list[str] = []
+    borrowed: list[str] = []
+    for tensor in _stored(path):
+        name = tensor.name.removeprefix("model.")
+        name = ALIASES.get(name, name)
+        if name.endswith(RECOMPUTED):
+            continue
+        if name in BORROWED and tensor.shape == (size(config, "vocab_size"), size(config, "hidden_size")):
+            borrowed.append(tensor.name)
+            continue
+        if name in found:
+            doubled.append(f"{tensor.name} in {found[name].file.name} and {tensor.file.name}")
+        found[name] = tensor
+
+    both = [name for name in expected if name in found]
+    complaints = [
+        *_some("missing", [name for name in expected if name not in found]),
+        *_some("unknown", [tensor.name for name, tensor in found.items() if name not in expected]),
+        *_some("doubled", doubled),
+        *_some(
+            "misshapen",
+            [
+                f"{name} {list(found[name].shape)} instead of {list(expected[name])}"
+                for name in both
+                if found[name].shape != expected[name]
+            ],
+        ),
+        *_some("not float", [f"{name} {found[name].dtype}" for name in both if found[name].dtype not in FLOATS]),
+    ]
+    if complaints:
+        raise CardError(
+            f"{path}: " + "; ".join(complaints),
+            f"exactly the {len(expected)} weights of a {head_of(config)} drafter with "
+            f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, as {'/'.join(FLOATS)}",
+            "export the drafter again, or correct its config.json; SGLang would leave out or invent these silently",
+        )
+    return [
+        f"{name} in the drafter is not read: drafts use the target's own table. If it was trained, tau is lower"
+        for name in borrowed
+    ]
+
+
+def size(config: Mapping[str, Any], key: str) -> int:
+    """A positive integer the config must say itself: SGLang would fill in its model class's default."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CardError(f"{key} {value!r} in config.json", f"{key} as a positive integer", f"set {key} in config.json")
+    return value
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    """Only DFlash and Domino drafters, unquantised: the ones whose weight names are known here."""
+    served = "a DFlash or Domino drafter without quantisation"
+    architectures = config.get("architectures")
+    if architectures != [ARCHITECTURE]:
+        trained_elsewhere = architectures == ["DominoDraftModel"]
+        raise CardError(
+            f"architectures {architectures!r} in config.json",
+            f'["{ARCHITECTURE}"], the class SGLang serves DFlash and Domino drafters with',
+            f'SpecForge writes its own class name: set "architectures": ["{ARCHITECTURE}"] in config.json'
+            if trained_elsewhere
+            else "AUF serves DFlash and Domino drafters; try this one with --speculative-algorithm DFLASH",
+        )
+    if head_of(config) not in HEADS:
+        raise CardError(
+            f"projector_type {head_of(config)!r} in config.json",
+            f"{served} (projector_type absent or one of {', '.join(HEADS)})",
+            "try this drafter with --speculative-algorithm DFLASH",
+        )
+    foreign = [key for key in FOREIGN_SETTINGS if draft_setting(config, key)]
+    foreign += [key for key in ("quantization_config", "compression_config") if config.get(key)]
+    if foreign:
+        raise CardError(
+            f"{', '.join(foreign)} in config.json",
+            served,
+            "try this drafter with --speculative-algorithm DFLASH",
+        )
+
+
+def _domino_weights(config: Mapping[str, Any], hidden: int) -> dict[str, Shape]:
+    """The GRU over the drafted tokens and the low-rank correction of the logits (arXiv 2605.29707)."""
+    shift_label, prefix = draft_setting(config, "shift_label"), draft_setting(config, "pure_draft_prefix_len")
+    if not isinstance(shift_label, bool) or prefix != 1:
+        raise CardError(
+            f"a Domino drafter with shift_label {shift_label!r} and pure_draft_prefix_len {prefix!r}",
+            "shift_label true or false, and pure_draft_prefix_len 1: SGLang serves no other",
+            "set them in dflash_config as the drafter was trained; another prefix length needs training again",
+        )
+    settings = {**config, **(config.get("dflash_config") or {})}
+    state, rank, vocab = size(settings, "gru_hidden_dim"), size(settings, "emb_dim"), size(config, "vocab_size")
+    if config.get("emb_dim", rank) != rank:
+        raise CardError(
+            f"emb_dim {rank} in dflash_config and {config['emb_dim']} at the top level of config.json",
+            "the same emb_dim in both",
+            "remove the wrong one",
+        )
+    return {
+        "prefix_gru.weight_ih_l0": (3 * state, hidden),
+        "prefix_gru.weight_hh_l0": (3 * state, state),
+        "embed_proj.0.weight": (rank, hidden + state),
+        "embed_proj.2.weight": (vocab, rank),
+    }
+
+
+def _stored(path: Path) -> Iterable[Tensor]:
+    """Headers of every safetensors file SGLang would read: those of the index where there is one, else all."""
+    files = sorted(path.glob("*.safetensors"))
+    if (path / INDEX).is_file():
+        indexed = read_json(path / INDEX, CardError).get("weight_map") or {}
+        files = sorted({path / name for name in indexed.values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CardError(
+                f"{path} lacks {', '.join(missing)}, which {INDEX} lists (it holds: {listing(path)})",
+                "every shard of the drafter",
+                "fetch the drafter again",
+            )
+    if not files:
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        raise CardError(
+            f"no weights as *.safetensors in {path} ({'pickles: ' + ', '.join(pickles) if pickles else listing(path)})",
+            "weights as safetensors: loading a pickle may run any code",
+            "convert the drafter to safetensors in an environment you trust" if pickles else "fetch the drafter again",
+        )
+    for file in files:
+        yield from _header(file)
+
+
+def _header(file: Path) -> list[Tensor]:
+    try:
+        with safe_open(file, framework="numpy") as opened:  # checks that the file is as long as its header says
+            names = opened.keys()
+            entries = [opened.get_slice(name) for name in names]
+            return [
+                Tensor(name, tuple(entry.get_shape()), entry.get_dtype(), file)
+                for name, entry in zip(names, entries, strict=True)
+            ]
+    except (SafetensorError, OSError) as problem:
+        raise CardError(
+            f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors file ({problem})",
+            "a complete safetensors file",
+            "fetch the drafter again (a file of about 130 bytes is a git-lfs pointer: run git lfs pull)",
+        ) from problem
+
+
+def _some(kind: str, names: list[str], shown: int = 3) -> list[str]:
+    """["5 missing: a, b, c, ..."], or [] when there are none."""
+    more = ", ..." if len(names) > shown else ""
+    return [f"{len(names)} {kind}: {', '.join(names[:shown])}{more}"] if names else []
