@@ -1,0 +1,121 @@
+"""Tau in every OpenAI reply of an AUF server, streamed or not, without a request flag.
+
+What a reply of /v1/chat/completions and /v1/completions gains, when and only when verify steps made it:
+
+    usage.completion_tokens_details   accepted_prediction_tokens, rejected_prediction_tokens: drafted tokens that
+                                      verification accepted (before a stop cut any off) and the rest of those
+                                      drafted, summed over the choices
+    sglext.spec_tokens_details        tau, tau_verify, verify_steps, accepted_histogram, alpha (acceptance.py) beside
+                                      SGLang's own spec_* figures; a list, one entry a choice, when n > 1
+
+In a stream, sglext has a chunk of its own near the end (`choices` is empty, as in the usage chunk), and usage has
+its details where the client asked for usage (`stream_options.include_usage`).
+
+`"return_spec_tokens_details": false` in a request keeps all of it out of that reply: SGLang's flag, whose default
+becomes true on an AUF server. Of several prompts in one completion request with n = 1, SGLang puts only the first
+one's details into sglext; usage sums over all. Not covered: /v1/responses and /v1/messages, whose shapes have no
+place for it, the native /generate, whose meta_info always has the counts, and SGLang's Rust front end, which does
+not run this code.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from sglang_auf.acceptance import Acceptance, total
+from sglang_auf.totals import serves_auf
+
+FLAG = "return_spec_tokens_details"
+FIGURES = ("tau", "tau_verify", "verify_steps", "accepted_histogram", "alpha")
+
+_OPENAI = "sglang.srt.entrypoints.openai"
+HANDLE_REQUEST = f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request"
+SPEC_DETAILS = f"{_OPENAI}.utils:spec_tokens_details_from_meta_info"
+RESPONSE_USAGE = f"{_OPENAI}.usage_processor:UsageProcessor.calculate_response_usage"
+STREAMING_USAGE = f"{_OPENAI}.usage_processor:UsageProcessor.calculate_streaming_usage"
+
+WIDENED = ("SpecTokensDetails", "CompletionTokensDetails")
+EMBEDDING = (
+    "SglExt",
+    "UsageInfo",
+    "CompletionResponse",
+    "CompletionStreamResponse",
+    "ChatCompletionResponse",
+    "ChatCompletionStreamResponse",
+)
+
+# What the choices of the reply being made accepted, by request id; None outside a reply that reports it. SGLang's
+# usage step sees token counts only, so the counts of verification reach it through here. The dictionary is made in
+# the task that handles the HTTP request, and only its content changes afterwards: a stream's generator is driven
+# partly by that task and partly by a child of it, whose context is a copy that holds the same dictionary.
+_choices: ContextVar[dict[str, Acceptance] | None] = ContextVar("auf_choices", default=None)
+
+
+@cache  # once per process, however often it is called
+def install() -> None:
+    """Widen SGLang's reply models and register the hooks; SGLang applies them after the last plugin."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    _widen_models()
+    HookRegistry.register(HANDLE_REQUEST.replace(":", "."), _begin_reply, HookType.BEFORE)
+    HookRegistry.register(SPEC_DETAILS.replace(":", "."), _extend_details, HookType.AFTER)
+    HookRegistry.register(RESPONSE_USAGE.replace(":", "."), _extend_usage, HookType.AFTER)
+    HookRegistry.register(STREAMING_USAGE.replace(":", "."), _extend_usage, HookType.AFTER)
+
+
+def _widen_models() -> None:
+    """Let SpecTokensDetails and CompletionTokensDetails carry fields of ours.
+
+    Extends `class SpecTokensDetails(BaseModel)` and `class CompletionTokensDetails(BaseModel)` of protocol.py. A
+    subclass would not do: pydantic writes a field by its declared type, so `SglExt.spec_tokens_details` would drop
+    what a subclass adds, and so would every reply model around it. Extra keys are written where they are set and
+    nowhere else, which keeps replies without verify steps as they were. Serializers are compiled into each model
+    that embeds another, hence the rebuilds, innermost first.
+    """
+    from sglang.srt.entrypoints.openai import protocol
+
+    for name in WIDENED:
+        getattr(protocol, name).model_config["extra"] = "allow"
+    for name in (*WIDENED, *EMBEDDING):
+        getattr(protocol, name).model_rebuild(force=True)
+
+
+def _begin_reply(serving: Any, request: Any, raw_request: Any) -> None:
+    """Before `OpenAIServingBase.handle_request`: turn the details on unless the request turned them off."""
+    if FLAG not in type(request).model_fields or not serves_auf():
+        return
+    if FLAG not in request.model_fields_set:
+        setattr(request, FLAG, True)
+    _choices.set({})
+
+
+def _extend_details(details: Any, meta_info: dict[str, Any]) -> Any:
+    """After `spec_tokens_details_from_meta_info`, which is called for a choice's every chunk if the flag is on and
+    gives None until the choice finishes, and then too if it had no verify step."""
+    choices = _choices.get()
+    if details is None or choices is None:
+        return details
+    acceptance = Acceptance.from_meta_info(meta_info)
+    choices[meta_info["id"]] = acceptance
+    figures = acceptance.as_dict()
+    return details.model_copy(update={name: figures[name] for name in FIGURES})
+
+
+def _extend_usage(usage: Any, *_: Any, **__: Any) -> Any:
+    """After `calculate_response_usage` and `calculate_streaming_usage`, each called once, when all choices are in."""
+    choices = _choices.get()
+    if not choices:
+        return usage
+    from sglang.srt.entrypoints.openai.protocol import CompletionTokensDetails
+
+    acceptance = total(choices.values())
+    details = usage.completion_tokens_details or CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens)
+    usage.completion_tokens_details = details.model_copy(
+        update={
+            "accepted_prediction_tokens": acceptance.accepted,
+            "rejected_prediction_tokens": acceptance.rejected,
+        }
+    )
+    return usage

@@ -1,0 +1,162 @@
+"""Running totals of acceptance in the server process: since its start, and over the last requests.
+
+A choice is counted once, when it finishes, where SGLang's tokenizer manager turns the scheduler's counts into
+`meta_info`; /generate, chat, completions and aborted answers all pass there. Not counted:
+
+- health checks (SGLang marks them `log_metrics=False`);
+- the prefill that SGLang sends ahead of n > 1 to fill the prefix cache (`max_new_tokens=0`, no answer);
+- requests aborted while they wait for the scheduler, which SGLang finishes on another path without counts.
+
+With `--enable-metrics` the same counts are Prometheus counters on SGLang's own /metrics.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from functools import cache
+from typing import Any
+
+from sglang_auf.acceptance import Acceptance, macro_tau, total
+
+ALGORITHM = "AUF"
+"""What `--speculative-algorithm` resolves to on a server of ours; on any other server the plugin counts nothing."""
+
+WINDOW = 100
+"""Finished requests in the recent window: a count and not a time, so that an idle server keeps its last figures."""
+
+PREFIX_PREFILL = {"type": "length", "length": 0}
+"""The finish reason of a request with `max_new_tokens=0`."""
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+FINISH = f"{_MANAGER}._calculate_spec_decoding_metrics"
+START_METRICS = f"{_MANAGER}.init_metric_collector_watchdog"
+
+ACCEPTED_LENGTHS = "auf_accepted_length_total"
+COUNTERS = {
+    "auf_requests_total": "Finished requests with at least one verify step.",
+    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one).",
+    "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
+    "auf_emitted_tokens_total": "Tokens of answers that came from verify steps: all but the first of each answer.",
+    "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
+    "auf_proposed_tokens_total": "Drafted tokens: B-1 per verify step.",
+    ACCEPTED_LENGTHS: "Verify steps by drafted tokens accepted. alpha_k = steps with k or more / with k-1 or more.",
+}
+
+
+class AcceptanceTotals:
+    """Sums of finished requests. Thread-safe: the tokenizer manager adds while a route reads."""
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self._lock = threading.Lock()
+        self._total = Acceptance()
+        self._tau_sum = 0.0
+        self._without_verify = 0
+        self._window: deque[Acceptance] = deque(maxlen=window)
+
+    def add(self, acceptance: Acceptance) -> None:
+        """Count one finished request; the empty Acceptance is a request without a verify step."""
+        with self._lock:
+            self._window.append(acceptance)
+            if acceptance.tau is None:
+                self._without_verify += 1
+            else:
+                self._total += acceptance
+                self._tau_sum += acceptance.tau
+
+    def snapshot(self) -> dict[str, Any]:
+        """{"total": figures, "window": figures of the last `size` requests}, ready for JSON.
+
+        Figures are `Acceptance.as_dict()` (its `tau` is the micro mean) plus `tau_macro`, the mean of the requests'
+        own taus, and `requests_without_verify`.
+        """
+        with self._lock:
+            everything, tau_sum, without_verify = self._total, self._tau_sum, self._without_verify
+            recent = list(self._window)
+        tau_macro = tau_sum / everything.requests if everything.requests else None
+        recent_sum = total(recent)
+        return {
+            "total": _figures(everything, tau_macro, without_verify),
+            "window": _figures(recent_sum, macro_tau(recent), len(recent) - recent_sum.requests)
+            | {"size": self._window.maxlen},
+        }
+
+
+def _figures(acceptance: Acceptance, tau_macro: float | None, without_verify: int) -> dict[str, Any]:
+    return acceptance.as_dict() | {"tau_macro": tau_macro, "requests_without_verify": without_verify}
+
+
+class AcceptanceMetrics:
+    """The counters of COUNTERS, labelled with `model_name` as SGLang's are.
+
+    Counters only: under Prometheus' multiprocess mode, which SGLang uses, they add up, and any window of tau is
+    `rate(auf_emitted_tokens_total[5m]) / rate(auf_verify_steps_total[5m])`. A gauge of a recent tau would keep its
+    last value through an idle hour.
+    """
+
+    def __init__(self, model_name: str, block_size: int) -> None:
+        # prometheus_client decides on its first import whether it writes to PROMETHEUS_MULTIPROC_DIR, which SGLang
+        # sets when it launches; a plugin that imported it earlier would blank SGLang's own metrics.
+        from prometheus_client import Counter
+
+        self._counters = {
+            name: Counter(name, text, ["model_name"]).labels(model_name)
+            for name, text in COUNTERS.items()
+            if name != ACCEPTED_LENGTHS
+        }
+        lengths = Counter(ACCEPTED_LENGTHS, COUNTERS[ACCEPTED_LENGTHS], ["model_name", "accepted"])
+        self._lengths = [lengths.labels(model_name, str(accepted)) for accepted in range(block_size)]
+
+    def add(self, acceptance: Acceptance) -> None:
+        """Count one finished request; the empty Acceptance is a request without a verify step."""
+        increments = {
+            "auf_requests_total": acceptance.requests,
+            "auf_requests_without_verify_total": 1 - acceptance.requests,
+            "auf_verify_steps_total": acceptance.verify_steps,
+            "auf_emitted_tokens_total": acceptance.emitted,
+            "auf_accepted_tokens_total": acceptance.accepted,
+            "auf_proposed_tokens_total": acceptance.proposed,
+        }
+        for name, increment in increments.items():
+            self._counters[name].inc(increment)
+        for counter, steps in zip(self._lengths, acceptance.histogram, strict=False):
+            counter.inc(steps)
+
+
+TOTALS = AcceptanceTotals()
+"""The totals of this process; `install` makes SGLang feed them."""
+
+
+def serves_auf() -> bool:
+    """Whether the server of this process speculates with AUF; SGLang's configuration must be published."""
+    from sglang.srt.runtime_context import get_spec
+
+    return bool(get_spec().speculative_algorithm == ALGORITHM)
+
+
+@cache  # once per process, however often it is called
+def install() -> None:
+    """Register the hooks that feed TOTALS and /metrics; SGLang applies them after the last plugin."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    metrics: list[AcceptanceMetrics] = []
+
+    def start_metrics(_: None, manager: Any) -> None:
+        if manager.enable_metrics and serves_auf():
+            from sglang.srt.runtime_context import get_spec
+
+            metrics.append(AcceptanceMetrics(manager.served_model_name, get_spec().speculative_num_draft_tokens))
+
+    def count(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+        # Upstream calls this once for each choice that finishes, before it forgets the request's state.
+        if not serves_auf() or not manager.rid_to_state[recv_obj.rids[i]].obj.log_metrics:
+            return
+        if meta_info["finish_reason"] == PREFIX_PREFILL:
+            return
+        acceptance = Acceptance.from_meta_info(meta_info)
+        TOTALS.add(acceptance)
+        for counters in metrics:
+            counters.add(acceptance)
+
+    HookRegistry.register(START_METRICS.replace(":", "."), start_metrics, HookType.AFTER)
+    HookRegistry.register(FINISH.replace(":", "."), count, HookType.AFTER)

@@ -1,0 +1,186 @@
+"""Running totals: the sums themselves, and that SGLang's server feeds them once per finished choice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from sglang_auf.acceptance import Acceptance, macro_tau, total
+from sglang_auf.totals import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
+
+BLOCK = 4
+EMPTY = Acceptance()
+requests = st.one_of(
+    st.just(EMPTY),
+    st.builds(
+        Acceptance.of_request,
+        st.lists(st.integers(0, 5), min_size=BLOCK, max_size=BLOCK).filter(any),
+        st.integers(1, 100),
+    ),
+)
+
+
+@given(st.lists(requests, max_size=12), st.integers(1, 6))
+def test_totals_are_the_sum_and_the_window_the_sum_of_the_last(finished: list[Acceptance], size: int) -> None:
+    totals = AcceptanceTotals(window=size)
+    for acceptance in finished:
+        totals.add(acceptance)
+    snapshot = totals.snapshot()
+    for name, counted in (("total", finished), ("window", finished[-size:])):
+        figures = snapshot[name]
+        expected = total(counted).as_dict()
+        assert {key: figures[key] for key in expected} == expected
+        assert figures["tau_macro"] == pytest.approx(macro_tau(counted))
+        assert figures["requests"] + figures["requests_without_verify"] == len(counted)
+    assert snapshot["window"]["size"] == size
+
+
+def test_nothing_finished_yet() -> None:
+    snapshot = AcceptanceTotals().snapshot()
+    assert (snapshot["total"]["tau"], snapshot["total"]["tau_macro"]) == (None, None)
+    assert snapshot["window"]["requests"] == snapshot["window"]["requests_without_verify"] == 0
+
+
+def test_threads_lose_no_request() -> None:
+    totals = AcceptanceTotals()
+    acceptance = Acceptance.of_request([1, 0, 2, 0], 8)
+
+    def add_many() -> None:
+        for _ in range(500):
+            totals.add(acceptance)
+
+    threads = [threading.Thread(target=add_many) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    snapshot = totals.snapshot()
+    assert (snapshot["total"]["requests"], snapshot["total"]["emitted"]) == (4000, 28000)
+    assert snapshot["window"]["requests"] == 100
+
+
+class Served:
+    """The scripted server (see scripted_server.py for what a prompt means), and what its counts grew by."""
+
+    def __init__(self, address: str) -> None:
+        self.client = httpx.Client(base_url=address, timeout=60)
+        self.forget()
+
+    def forget(self) -> None:
+        self.totals, self.metrics = self.read_totals(), self.read_metrics()
+
+    def read_totals(self) -> dict[str, Any]:
+        figures: dict[str, Any] = self.client.get("/totals").raise_for_status().json()["total"]
+        return figures
+
+    def read_metrics(self) -> dict[tuple[str, str], float]:
+        text = self.client.get("/metrics").raise_for_status().text
+        return {
+            (sample.name, sample.labels.get("accepted", "")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name in COUNTERS and sample.labels["model_name"] == "scripted"
+        }
+
+    def grew(self) -> dict[str, Any]:
+        """By how much the counts of /totals grew, those of /metrics having grown by the same."""
+        names = {
+            "auf_requests_total": "requests",
+            "auf_requests_without_verify_total": "requests_without_verify",
+            "auf_verify_steps_total": "verify_steps",
+            "auf_emitted_tokens_total": "emitted",
+            "auf_accepted_tokens_total": "accepted",
+            "auf_proposed_tokens_total": "proposed",
+        }
+        totals, metrics = self.read_totals(), self.read_metrics()
+        growth = {name: totals[name] - self.totals[name] for name in names.values()}
+        histogram = self.totals["accepted_histogram"] or [0] * 8
+        growth["accepted_histogram"] = [
+            after - before for after, before in zip(totals["accepted_histogram"] or [0] * 8, histogram, strict=True)
+        ]
+        for metric, name in names.items():
+            assert metrics[metric, ""] - self.metrics[metric, ""] == growth[name], metric
+        for accepted, steps in enumerate(growth["accepted_histogram"]):
+            key = (ACCEPTED_LENGTHS, str(accepted))
+            assert metrics[key] - self.metrics[key] == steps, key
+        self.forget()
+        return growth
+
+    def post(self, path: str, **body: Any) -> str:
+        return self.client.post(path, json=body).raise_for_status().text
+
+
+@pytest.fixture
+def served(scripted_server: str) -> Iterator[Served]:
+    served = Served(scripted_server)
+    yield served
+    served.client.post("/algorithm", params={"name": "AUF"}).raise_for_status()
+    served.client.close()
+
+
+ONE = {
+    "requests": 1,
+    "requests_without_verify": 0,
+    "verify_steps": 3,
+    "emitted": 11,
+    "accepted": 10,
+    "proposed": 21,
+    "accepted_histogram": [1, 0, 0, 1, 0, 0, 0, 1],
+}
+SCRIPT = "3 0 7 cut 2"
+NOTHING = {name: 0 for name in ONE} | {"accepted_histogram": [0] * 8}
+MESSAGES = [{"role": "user", "content": SCRIPT}]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_every_route_counts_a_choice_once(served: Served, stream: bool) -> None:
+    served.post("/generate", text=SCRIPT, stream=stream, sampling_params={"max_new_tokens": 100})
+    assert served.grew() == ONE
+    served.post("/v1/completions", model="scripted", prompt=SCRIPT, max_tokens=100, stream=stream)
+    assert served.grew() == ONE
+    served.post("/v1/chat/completions", model="scripted", messages=MESSAGES, stream=stream)
+    assert served.grew() == ONE
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_n_choices_count_n_times_and_the_prefill_before_them_does_not(served: Served, stream: bool) -> None:
+    served.post("/v1/chat/completions", model="scripted", messages=MESSAGES, n=3, stream=stream)
+    grew = served.grew()
+    assert (grew["requests"], grew["verify_steps"], grew["requests_without_verify"]) == (3, 9, 0)
+
+
+def test_a_request_that_hides_its_details_still_counts(served: Served) -> None:
+    served.post("/v1/completions", model="scripted", prompt=SCRIPT, max_tokens=100, return_spec_tokens_details=False)
+    assert served.grew() == ONE
+
+
+def test_an_aborted_answer_counts_with_its_steps(served: Served) -> None:
+    served.post("/v1/completions", model="scripted", prompt="5 6 abort", max_tokens=100)
+    grew = served.grew()
+    assert (grew["requests"], grew["verify_steps"], grew["accepted"]) == (1, 2, 11)
+
+
+def test_one_token_is_a_request_without_verify(served: Served) -> None:
+    served.post("/v1/completions", model="scripted", prompt="cut 0", max_tokens=1)
+    assert served.grew() == NOTHING | {"requests_without_verify": 1}
+
+
+def test_what_no_client_asked_for_does_not_count(served: Served) -> None:
+    served.client.get("/health_generate").raise_for_status()
+    served.post("/generate", text=SCRIPT, log_metrics=False, sampling_params={"max_new_tokens": 100})
+    served.post("/v1/completions", model="scripted", prompt="3 queue", max_tokens=100)
+    assert served.grew() == NOTHING
+
+
+@pytest.mark.parametrize("algorithm", [None, "DFLASH"])
+def test_a_server_without_auf_counts_nothing(served: Served, algorithm: str | None) -> None:
+    served.client.post("/algorithm", params={"name": algorithm} if algorithm else {}).raise_for_status()
+    served.post("/v1/completions", model="scripted", prompt=SCRIPT, max_tokens=100)
+    assert served.grew() == NOTHING
