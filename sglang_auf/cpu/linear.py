@@ -1,0 +1,181 @@
+"""bf16 linear layers whose result for a row does not depend on how many rows come with it.
+
+Greedy decoding with speculation equals plain decoding bit for bit only if a token's activations are the same whether
+it is computed alone (decode), in a block (verify), in a batch with others, or inside a prefill chunk. oneDNN chooses
+its blocking from the number of rows, and some choices add up the products in another order, which flips a rare last
+bit. So the row counts that a weight is ever multiplied with are limited to one set whose results agree; which sets
+agree depends on the machine (AMX, AVX512) and on the shape, and is found out by a probe when the model is loaded.
+Weights are reordered for oneDNN once ("prepacked"), which saves about a third of a decode step.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+# Row counts a product may be padded to. 33 is the smallest that oneDNN's large-batch blocking for AMX takes.
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 33, 48, 64, 96, 128, 192, 256)
+# Typical row counts of plain decoding, verification and prefill, which the choice of a set is weighed by.
+TYPICAL_ROWS = (1, 8, 32, 128, 512)
+# Rows whose extra cost equals reading the weight once: a product is bound by memory up to about here.
+ROWS_PER_WEIGHT_READ = 96
+
+
+def can_prepack() -> bool:
+    """Whether oneDNN can reorder bf16 weights on this machine (AVX512 or AVX-NE-CONVERT)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """Row counts, ascending, that give a row the same bits; products are padded or split to one of them."""
+
+    counts: tuple[int, ...]
+
+    def padded(self, rows: int) -> int:
+        """The smallest count that holds `rows` (rows <= largest)."""
+        for count in self.counts:
+            if count >= rows:
+                return count
+        raise ValueError(f"{rows} rows exceed the largest count {self.counts[-1]}")
+
+    @property
+    def largest(self) -> int:
+        return self.counts[-1]
+
+    def cost(self, rows: int) -> float:
+        """Estimated cost of a product with `rows` rows, in readings of the weight."""
+        full, rest = divmod(rows, self.largest)
+        pieces = [self.largest] * full + ([self.padded(rest)] if rest else [])
+        return sum(1 + piece / ROWS_PER_WEIGHT_READ for piece in pieces)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
+    if packed is None:
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROW_COUNTS[4]) if can_prepack() else None
+
+
+@cache
+def agreeing_row_counts(out_features: int, in_features: int) -> tuple[RowSet, ...]:
+    """Partition ROW_COUNTS into sets whose products agree bit for bit, by trying them (bf16, this machine).
+
+    The probe's inputs cancel: each product sums +v and -v at random places, so the exact result is 0 and what is left
+    is rounding alone. Any change in the order of summation shows in nearly every output. Every row of a product holds
+    one of a few vectors, so that a dependence on the row's place shows as well; such a count agrees with nothing.
+    """
+    generator = torch.Generator().manual_seed(out_features * 131 + in_features)
+    half = in_features // 2
+    places = torch.randperm(in_features, generator=generator)
+    values = torch.randn(4, half, generator=generator) * 2.0 ** torch.randint(0, 12, (4, half), generator=generator)
+    x = torch.zeros(4, in_features)
+    x[:, places[:half]] = values
+    x[:, places[half : 2 * half]] = -values
+    row = torch.randn(out_features, half, generator=generator)
+    weight = torch.zeros(out_features, in_features)
+    weight[:, places[:half]] = row
+    weight[:, places[half : 2 * half]] = row
+    weight, x = weight.bfloat16(), x.bfloat16()
+    packed = _prepack(weight)
+
+    sets: list[tuple[torch.Tensor, list[int]]] = []
+    for count in ROW_COUNTS:
+        of_row = torch.arange(count) % 4
+        result = _product(x[of_row], weight, packed)
+        first = result[: min(4, count)]
+        if not torch.equal(result, first[of_row]):
+            continue
+        for reference, counts in sets:
+            shared = min(len(reference), len(first))
+            if torch.equal(reference[:shared], first[:shared]):
+                counts.append(count)
+                break
+        else:
+            sets.append((first, [count]))
+    if not sets:
+        raise RuntimeError(f"no row count gives repeatable bf16 products of shape {out_features} x {in_features} here")
+    return tuple(RowSet(tuple(counts)) for _, counts in sets)
+
+
+@cache
+def choose_row_set(out_features: int, in_features: int) -> RowSet:
+    """The agreeing set with the lowest estimated cost over TYPICAL_ROWS. Depends on the machine and the shape only."""
+    sets = agreeing_row_counts(out_features, in_features)
+    best = min(sets, key=lambda row_set: (sum(row_set.cost(rows) for rows in TYPICAL_ROWS), row_set.counts))
+    logger.info("linear %d x %d: rows padded to %s", out_features, in_features, best.counts)
+    return best
+
+
+class RowInvariantLinear:
+    """y = x W^T (+ b) in bf16 with results per row that do not depend on the other rows.
+
+    Takes the place of SGLang's unquantised linear and embedding methods on a loaded module (`quant_method`), whose
+    interface it has; the module keeps its `.weight`, which the drafter reads raw.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.rows = choose_row_set(*weight.shape)
+        self.weight = weight
+        self.packed = _prepack(weight)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [rows, in] -> [rows, out]."""
+        rows = x.shape[0]
+        if rows == 0:
+            return x.new_empty(0, self.weight.shape[0])
+        largest = self.rows.largest
+        if rows <= largest:
+            result = self._padded(x, rows)
+        else:
+            result = torch.cat([self._padded(piece, piece.shape[0]) for piece in x.split(largest)])
+        return result if bias is None else result + bias
+
+    def _padded(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        count = self.rows.padded(rows)
+        if count == rows:
+            return _product(x.contiguous(), self.weight, self.packed)
+        padded = x.new_empty(count, x.shape[1])  # the rest is never read: rows do not mix
+        padded[:rows] = x
+        return _product(padded, self.weight, self.packed)[:rows]
+
+    # SGLang's LinearMethodBase / QuantizeMethodBase interface, as far as a loaded model calls it.
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
+
+    def embedding(self, layer: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+def install(model: torch.nn.Module) -> int:
+    """Give every unquantised bf16 linear layer and head of a loaded SGLang model a RowInvariantLinear; return how many.
+
+    An embedding table that is also the head (tied) is one module in SGLang and is packed once.
+    """
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    head = getattr(model, "lm_head", None)
+    installed = 0
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        is_linear = isinstance(module, LinearBase) and isinstance(method, UnquantizedLinearMethod)
+        is_head = (
+            module is head
+            and isinstance(module, VocabParallelEmbedding)
+            and isinstance(method, UnquantizedEmbeddingMethod)
+        )
+        if (is_linear or is_head) and module.weight.dtype == torch.bfloat16:
+            module.quant_method = RowInvariantLinear(module.weight.data)
+            installed += 1
+    return installed

@@ -1,0 +1,208 @@
+"""The CPU platform SGLang loads through the entry point `sglang.srt.platforms: auf_cpu` (sglang_auf.plugin).
+
+Device "cpu" through SGLang's out-of-tree platform interface: SGLang's own CPU mode needs a build of sgl-kernel that
+is on no package index, refuses DFLASH, and gives other results for one row than for several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_auf.errors import ConfigError
+
+ATTENTION_BACKEND = "auf_cpu"
+CHUNKED_PREFILL_TOKENS = 2048
+MAX_RUNNING_REQUESTS = 48
+
+
+def verify_cache_slots(
+    *,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    batch_size: int,
+    draft_token_num: int,
+    device: object,
+) -> torch.Tensor:
+    """Pool slots of the verify block of each request, int64 [batch_size * draft_token_num].
+
+    The torch form of assign_extend_cache_locs (sglang/kernels/ops/speculative/cache_locs.py) for equal lengths.
+    """
+    columns = start_offset[:, None] + torch.arange(draft_token_num)
+    return req_to_token[req_pool_indices[:, None], columns].long().flatten()
+
+
+def assign_req_to_token_pool(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Write newly allocated slots into each request's row, [start_offset, end_offset).
+
+    The torch form of the Triton kernel of the same name (sglang/srt/mem_cache/allocation.py), for which SGLang has no
+    platform hook.
+    """
+    lengths = end_offset - start_offset
+    rows = req_pool_indices.repeat_interleave(lengths)
+    firsts = (start_offset - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+    req_to_token[rows, firsts + torch.arange(rows.numel())] = out_cache_loc.to(req_to_token.dtype)
+
+
+def validate_domino_runtime(original: Callable[..., None], *, device: torch.device, **facts: Any) -> None:
+    """SGLang's check of a Domino head, without its refusal of the device.
+
+    domino_utils.py refuses what is not CUDA before it checks shapes and types; the rollout itself is plain torch.
+    """
+    original(device=torch.device("cuda") if device.type == "cpu" else device, **facts)
+
+
+def _cpu_tensors_need_no_stream() -> None:
+    """Make Tensor.record_stream a no-op for CPU tensors, which raise there.
+
+    dflash_worker_v2.py calls it on batch.seq_lens without the guard that the other workers have; can go with that.
+    """
+    original = torch.Tensor.record_stream
+    if getattr(original, "skips_cpu", False):
+        return
+
+    def record_stream(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != "cpu":
+            original(self, stream)
+
+    record_stream.skips_cpu = True  # type: ignore[attr-defined]
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign, assignment]
+
+
+class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """SGLang on a CPU: bf16, our attention, linears whose rows do not depend on each other."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int = 0) -> str:
+        # A string: serving_hook.py splits it at ":".
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ("AUF", "DFLASH")
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend == ATTENTION_BACKEND
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        from sglang_auf.cpu.memory import CpuKVPool
+
+        return CpuKVPool if kind == "mha" else None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        return verify_cache_slots
+
+    def get_dispatch_key_name(self) -> str:
+        from sglang_auf.cpu.elementwise import DISPATCH_KEY
+
+        return DISPATCH_KEY
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Defaults and refusals, before anything loads."""
+        from sglang_auf.cpu.memory import plan_pool
+
+        _refuse_unsupported(server_args)
+        server_args.disable_cuda_graph = True
+        server_args.attention_backend = ATTENTION_BACKEND
+        server_args.page_size = 1
+        server_args.dtype = "bfloat16"
+        if server_args.chunked_prefill_size is None:
+            server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = plan_pool(server_args)
+
+    def init_backend(self) -> None:
+        _cpu_tensors_need_no_stream()
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from sglang_auf.cpu.linear import install
+
+        install(model)
+        for module in model.modules():
+            # models/dflash.py: this path is a Triton kernel that checks no device.
+            if hasattr(module, "use_table_qk_norm_rope"):
+                module.use_table_qk_norm_rope = False
+
+
+def _refuse_unsupported(server_args: Any) -> None:
+    if server_args.dtype not in ("auto", "bfloat16", "bf16"):
+        raise ConfigError(
+            f"--dtype {server_args.dtype}",
+            "--dtype bfloat16 (or auto) on the CPU platform",
+            "leave --dtype out: the products that give a row the same result in any batch are bf16",
+        )
+    for name, only in (("tp_size", 1), ("dp_size", 1), ("pp_size", 1)):
+        if getattr(server_args, name) != only:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(server_args, name)}",
+                f"{only} on the CPU platform",
+                "start several servers behind a router instead",
+            )
+    if server_args.attention_backend not in (None, ATTENTION_BACKEND):
+        raise ConfigError(
+            f"--attention-backend {server_args.attention_backend}",
+            f"{ATTENTION_BACKEND} on the CPU platform",
+            "leave --attention-backend out",
+        )
+    if server_args.page_size not in (None, 1):
+        raise ConfigError(f"--page-size {server_args.page_size}", "1 on the CPU platform", "leave --page-size out")
+
+
+def register() -> None:
+    """Register what goes with the platform: attention backend, fused operators, the KV mapping, argument defaults."""
+    os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles lose whole tokens of position at long range
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_auf.cpu import elementwise
+    from sglang_auf.sampler import SAMPLER_NAME
+
+    for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
+        if ATTENTION_BACKEND not in choices:
+            choices.append(ATTENTION_BACKEND)
+
+    @register_attention_backend(ATTENTION_BACKEND)
+    def create(runner: Any) -> Any:
+        from sglang_auf.cpu.attention import CpuAttentionBackend
+
+        return CpuAttentionBackend(runner)
+
+    @register_resolution_hook("handle_cpu_backends")
+    def cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+        # The built-in step forces the pytorch sampler for device "cpu", which ignores seeds.
+        declare_resolution(server_args, "handle_cpu_backends", sampling_backend=SAMPLER_NAME)
+
+    elementwise.register()
+    HookRegistry.register(
+        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.speculative.domino_utils.validate_domino_runtime", validate_domino_runtime, HookType.AROUND
+    )
