@@ -1,0 +1,154 @@
+"""What "AUF" is to SGLang: a DFLASH-family algorithm whose worker is ours, and how its server arguments resolve."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from sglang_auf.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# SGLang's default for its built-in DFLASH (arg_groups/speculative_hook.py, _handle_dflash).
+MAX_RUNNING_REQUESTS = 48
+
+
+class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
+    """Answers SGLang's questions as DFLASH does, so that KV accounting, capture hooks, graphs and relay are SGLang's.
+
+    The last four methods exist on SGLang's enum only; without them 0.5.23's scheduler cannot start a registered
+    algorithm (managers/scheduler.py, carries_draft_hidden_states and create_future_map).
+    """
+
+    def is_dflash(self) -> bool:
+        return True
+
+    def is_dflash_family(self) -> bool:
+        return True
+
+    def supports_target_verify_for_draft(self) -> bool:
+        return True
+
+    def supports_prefill_shared_read_done(self) -> bool:
+        return True
+
+    def supports_mixed_chunk(self) -> bool:
+        return True
+
+    def supports_grammar_overlap(self) -> bool:
+        return True
+
+    def need_topk(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def get_platform_worker_cls(self) -> None:
+        return None
+
+    def create_future_map(
+        self, device: Any, pool: Any, needs_cpu_seq_lens: bool = True, needs_confidence_relay: bool = False
+    ) -> Any:
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(device, self, pool, needs_cpu_seq_lens, needs_confidence_relay)
+
+    def handle_server_args(self, server_args: Any) -> None:
+        """Refuse what AUF cannot honour, check the drafter against the target, and fill in the rest from its config.
+
+        Plain assignments: SGLang hands over a stand-in and declares what is written to it.
+        """
+        from sglang_auf.card import check_drafter
+        from sglang_auf.sampler import SAMPLER_NAME
+
+        refuse_unsupported(server_args)
+        checked = check_drafter(
+            server_args.speculative_draft_model_path,
+            server_args.model_path,
+            drafter_revision=server_args.speculative_draft_model_revision,
+            target_revision=server_args.revision,
+            block_size=_requested_block(server_args),
+            context_length=server_args.context_length,
+        )
+        for warning in checked.warnings:
+            logger.warning("drafter: %s", warning)
+        server_args.speculative_draft_model_path = str(checked.path)
+        server_args.speculative_num_draft_tokens = _requested_block(server_args) or checked.card.block_size
+        server_args.speculative_num_steps = 1
+        server_args.speculative_eagle_topk = 1
+        server_args.sampling_backend = SAMPLER_NAME
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.device == "cpu":
+            from sglang_auf.cpu.platform import ATTENTION_BACKEND
+
+            server_args.speculative_draft_attention_backend = ATTENTION_BACKEND
+            # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have.
+            server_args.disable_overlap_schedule = True
+
+
+def _requested_block(server_args: Any) -> int | None:
+    """B as the user gave it: --speculative-num-draft-tokens or --speculative-dflash-block-size."""
+    given = {
+        int(value)
+        for value in (server_args.speculative_num_draft_tokens, server_args.speculative_dflash_block_size)
+        if value is not None
+    }
+    if len(given) > 1 or any(block < 2 for block in given):
+        raise ConfigError(
+            f"block sizes {sorted(given)}", "one block size of 2 or more", "give --speculative-num-draft-tokens once"
+        )
+    return given.pop() if given else None
+
+
+def refuse_unsupported(server_args: Any) -> None:
+    """ConfigError for every flag that AUF would ignore or that would change the output distribution."""
+    reasons = [reason for condition, reason in _refusals(server_args) if condition]
+    if reasons:
+        raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour", "leave them out")
+    if not server_args.speculative_draft_model_path:
+        raise ConfigError(
+            "no drafter", "a DFlash or Domino drafter", "give --speculative-draft-model-path (a folder or a hub name)"
+        )
+
+
+def _refusals(a: Any) -> list[tuple[bool, str]]:
+    """(is it set, why it cannot be honoured). SGLang compares the algorithm's name at these places and would skip
+    DFLASH's own handling for "AUF" (sglang_auf.compat lists the release this was read from)."""
+    return [
+        (a.pp_size > 1, f"--pp-size {a.pp_size}: block drafting needs the whole target in one stage"),
+        (
+            a.tokenizer_worker_num > 1,
+            f"--tokenizer-worker-num {a.tokenizer_worker_num}: those processes load no plugins and would not know AUF",
+        ),
+        (bool(a.enable_lora or a.lora_paths), "--enable-lora: adapters would not reach the drafter's features"),
+        (
+            a.speculative_accept_threshold_single != 1.0 or a.speculative_accept_threshold_acc != 1.0,
+            "--speculative-accept-threshold-*: below 1 the output is no longer the target's",
+        ),
+        (
+            a.speculative_num_steps not in (None, 1) or a.speculative_eagle_topk not in (None, 1),
+            "--speculative-num-steps / --speculative-eagle-topk: a block is one step and one path",
+        ),
+        (bool(a.speculative_adaptive), "--speculative-adaptive: the block size is fixed"),
+        (bool(a.enable_unified_memory), "--enable-unified-memory: SGLang admits it for its built-in DFLASH only"),
+        (a.disaggregation_mode != "null", f"--disaggregation-mode {a.disaggregation_mode}: not supported with AUF"),
+        (
+            bool(a.enable_deterministic_inference),
+            "--enable-deterministic-inference: its sampler is not ours; a request's seed is honoured without it",
+        ),
+        (bool(a.enable_dp_attention) and a.device == "cpu", "--enable-dp-attention: not on the CPU platform"),
+    ]
+
+
+def create_worker(server_args: Any) -> type:
+    """The factory SGLang calls in the scheduler process."""
+    from sglang_auf.compat import WORKER_SEAMS, check_seams
+
+    check_seams(WORKER_SEAMS)
+    from sglang_auf.worker import AufWorker
+
+    return AufWorker

@@ -1,0 +1,80 @@
+"""Requests that speculative verification cannot honour are refused with a reason (HTTP 400), never answered wrongly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_auf.totals import serves_auf
+
+_REMEDY = "ask a server without speculation, or leave it out"
+
+
+def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str | None:
+    """Why a request cannot be honoured, or None.
+
+    SGLang applies penalties and min_new_tokens from one state per request and step, and for block drafting never
+    updates it with the tokens of the answer (prepare_for_decode returns early, dflash_utils.py
+    apply_dflash_verify_logits_adjustments): the output would not be the target's.
+    """
+    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+    for name, value in neutral.items():
+        given = getattr(sampling_params, name)
+        if given not in (None, value):
+            return (
+                f"{name}={given} is not supported with speculative decoding (AUF): a block is verified in one pass, "
+                f"before the tokens that the penalty depends on are known; {_REMEDY}"
+            )
+    if return_sampling_mask:
+        return f"return_sampling_mask is not supported with the AUF sampler; {_REMEDY}"
+    return None
+
+
+def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) -> str | None:
+    """AFTER hook on SGLang's own check of DFLASH requests (speculative/dflash_utils.py)."""
+    return result or refusal(req.sampling_params, return_sampling_mask=req.return_sampling_mask)
+
+
+def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, str] | None:
+    """(status, type, message) for what SGLang would answer although OpenAI's API calls it an error, or None.
+
+    request: a chat or completion request model. SGLang serves its one model under any name, and answers a chat that
+    may have no tokens with an empty message.
+    """
+    model = getattr(request, "model", None)
+    if model is not None and model not in served_names:
+        return 404, "NotFoundError", f"model {model!r} does not exist; this server has {sorted(served_names)}"
+    if hasattr(request, "messages"):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(request, name, None) == 0:
+                return 400, "BadRequestError", f"{name} must be at least 1, got 0"
+    return None
+
+
+def handle_openai_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+    """AROUND hook on OpenAIServingBase.handle_request (entrypoints/openai/serving_base.py), a coroutine function."""
+    if not serves_auf():
+        return original(serving, request, raw_request)
+    manager = serving.tokenizer_manager
+    # "default" is what SGLang's request models hold when the client names no model.
+    complaint = openai_complaint(request, {manager.served_model_name, manager.model_path, "default"})
+    if complaint is None:
+        return original(serving, request, raw_request)
+    return _answer(serving, *complaint)
+
+
+async def _answer(serving: Any, status: int, kind: str, message: str) -> Any:
+    return serving.create_error_response(message=message, err_type=kind, status_code=status)
+
+
+def install() -> None:
+    """Register the hook; once per process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.speculative.dflash_utils.validate_dflash_request", validate_dflash_request, HookType.AFTER
+    )
+    HookRegistry.register(
+        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
+        handle_openai_request,
+        HookType.AROUND,
+    )

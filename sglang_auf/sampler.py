@@ -1,0 +1,118 @@
+"""SGLang's sampler with our draws, and the seeds they need.
+
+SGLang 0.5.23 fills `sampling_seed` only under --enable-deterministic-inference, refuses it with min_p and with the
+flashinfer sampler, and draws from the process's generator otherwise. Here every request carries a seed: its own, or
+one drawn when it is first batched. The first token of an answer (after prefill), plain decoding on the CPU platform
+and verification then draw by the same rule, so a seeded answer is the same with and without speculation.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_auf import sampling
+
+if TYPE_CHECKING:
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+SAMPLER_NAME = "auf"
+
+
+def _seed_of(request: Any) -> int:
+    parameters = request.sampling_params
+    if parameters.sampling_seed is None:
+        # Kept on the request: the batch is rebuilt when it changes, the seed must not.
+        parameters.sampling_seed = random.getrandbits(62)
+    return int(parameters.sampling_seed)
+
+
+def spread_seeds(manager: Any, tokenized: Any) -> None:
+    """BEFORE hook on TokenizerManager._send_one_request: of n > 1 seeded choices, choice k draws with seed + k.
+
+    SGLang sends one request a choice, all with the same sampling parameters object; with one seed they would all be
+    the same answer. The prefill it sends ahead of them has a copy of its own, with max_new_tokens 0.
+    """
+    shared = getattr(tokenized, "sampling_params", None)
+    if shared is None or shared.n == 1 or shared.sampling_seed is None or shared.max_new_tokens == 0:
+        return
+    tokenized.sampling_params = copy.copy(shared)
+    shared.sampling_seed += 1
+
+
+def install() -> None:
+    """Register the sampler's name and its hook; once per process."""
+    from sglang.srt.layers.sampler import register_sampler_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    register_sampler_backend(SAMPLER_NAME, create_sampler)
+    HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", spread_seeds, HookType.BEFORE
+    )
+
+
+def carry_seeds() -> None:
+    """Make every SamplingBatchInfo hold its requests' seeds. Once per scheduler process.
+
+    Extends SamplingBatchInfo.from_schedule_batch (sampling_batch_info.py, `sampling_seed = ... if
+    enable_deterministic`); can go when SGLang fills the seeds without that flag.
+    """
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    original = SamplingBatchInfo.from_schedule_batch.__func__
+    if getattr(original, "carries_seeds", False):
+        return
+
+    def from_schedule_batch(cls: type, batch: Any, vocab_size: int) -> Any:
+        info = original(cls, batch, vocab_size)
+        info.sampling_seed = torch.tensor([_seed_of(request) for request in batch.reqs], dtype=torch.int64).to(
+            info.temperatures.device, non_blocking=True
+        )
+        return info
+
+    from_schedule_batch.carries_seeds = True  # type: ignore[attr-defined]
+    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)  # type: ignore[method-assign, assignment]
+
+
+def draw(
+    probabilities: torch.Tensor, sampling_info: SamplingBatchInfo, positions: torch.Tensor, rows_per_request: int = 1
+) -> torch.Tensor:
+    """Draw a token a row of probabilities [requests * rows_per_request, vocabulary] -> int64, same number of rows.
+
+    positions, one a row: of the token whose logits the row holds (SGLang's convention, model_runner.py sample).
+    """
+
+    def per_row(values: torch.Tensor) -> torch.Tensor:
+        return values.flatten().repeat_interleave(rows_per_request)
+
+    return sampling.sample(
+        probabilities,
+        per_row(sampling_info.top_ks),
+        per_row(sampling_info.top_ps),
+        per_row(sampling_info.min_ps),
+        sampling.uniforms(per_row(sampling_info.sampling_seed), positions.flatten().long()),
+    )
+
+
+def create_sampler() -> Any:
+    """The factory SGLang calls for --sampling-backend auf (register_sampler_backend)."""
+    from sglang.srt.layers.sampler import Sampler
+
+    carry_seeds()
+
+    class AufSampler(Sampler):  # type: ignore[misc]
+        """SGLang's sampler (temperature, logit bias, logprobs, grammar are its own) with seeded draws."""
+
+        def _sample_from_probs(
+            self,
+            probs: torch.Tensor,
+            sampling_info: SamplingBatchInfo,
+            positions: torch.Tensor,
+            simple_sampling_case: bool,
+        ) -> tuple[torch.Tensor, None]:
+            return draw(probs, sampling_info, positions).int(), None
+
+    return AufSampler()
