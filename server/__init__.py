@@ -1,0 +1,1 @@
+"""One accelerated OpenAI server from one profile: `python -m server --profile NAME`."""

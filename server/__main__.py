@@ -1,0 +1,58 @@
+"""python -m server --profile NAME [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from server.profile import default_profile, load_profile, profile_names
+from sglang_auf.errors import AufError
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m server", description="Serve a target with its block drafter: SGLang's OpenAI API, accelerated."
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"one of {', '.join(profile_names())} (default: qwen3-8b with CUDA, smollm2-135m without)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="change one key of the profile: drafter=PATH, block_size=8, server_args.max_running_requests=16",
+    )
+    parser.add_argument("--host", help="address to listen on (default: the profile's, 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the profile's)")
+    parser.add_argument("--plain", action="store_true", help="serve the same target without the drafter")
+    parser.add_argument("--api-key", metavar="KEY", help="ask for this bearer token on every route")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a drained SIGTERM, 2 for what the user can mend, 143 for SIGTERM before the server was up."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise
+    flags = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
+    try:
+        profile = load_profile(options.profile or default_profile(), options.overrides, flags)
+        from server.launch import serve  # SGLang takes seconds to import; a typing mistake should not wait for it
+
+        serve(profile, plain=options.plain, api_key=options.api_key)
+    except AufError as error:
+        logging.getLogger("server").error("%s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A profile as arguments of SGLang's own server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from server.profile import Profile, suggestion
+from sglang_auf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+ALGORITHM = "AUF"
+
+# What a profile or a flag of this server says already: given twice, one of the two would be ignored.
+OWNED = {
+    "model_path": "target",
+    "revision": "target_revision",
+    "speculative_algorithm": "drafter",
+    "speculative_draft_model_path": "drafter",
+    "speculative_draft_model_revision": "drafter_revision",
+    "speculative_num_draft_tokens": "block_size",
+    "speculative_dflash_block_size": "block_size",
+    "device": "device",
+    "dtype": "dtype",
+    "default_chat_template_kwargs": "thinking",
+    "host": "host",
+    "port": "port",
+    "served_model_name": "served_model_name",
+    "api_key": "--api-key",
+}
+
+
+# Routes, totals and the gate live in one HTTP process on one machine.
+ONLY_ONE = ("tokenizer_worker_num", "nnodes")
+
+
+def sglang_arguments(profile: Profile, target: str, drafter: Path | None, api_key: str | None = None) -> dict[str, Any]:
+    """Keyword arguments for SGLang's ServerArgs. target: directory or hub id; drafter: None serves plainly.
+
+    Plain serving drops every speculative_* argument and keeps the rest, so that the two differ in nothing else.
+    """
+    arguments = dict(profile.server_args)
+    arguments |= {
+        "model_path": target,
+        "revision": profile.target_revision,
+        "device": profile.device,
+        "dtype": profile.dtype,
+        "host": profile.host,
+        "port": profile.port,
+        "served_model_name": profile.served_model_name,
+        "api_key": api_key,
+    }
+    if profile.thinking is not None:
+        arguments["default_chat_template_kwargs"] = {"enable_thinking": profile.thinking == "on"}
+    if drafter is None:
+        return {key: value for key, value in arguments.items() if not key.startswith("speculative_")}
+    arguments |= {"speculative_algorithm": ALGORITHM, "speculative_draft_model_path": str(drafter)}
+    if profile.block_size is not None:
+        arguments["speculative_num_draft_tokens"] = profile.block_size
+    return arguments
+
+
+def check_server_args(given: dict[str, Any]) -> None:
+    """Raise ConfigError for the first key SGLang does not know, a key the profile owns, or a value of another type."""
+    from sglang.srt.server_args import ServerArgs
+
+    known = get_type_hints(ServerArgs, include_extras=True)
+    for key, value in given.items():
+        if key in OWNED:
+            raise ConfigError(f"server_args.{key}", f"{OWNED[key]} says this", f"use {OWNED[key]} instead")
+        if key not in known:
+            raise ConfigError(
+                f"server_args.{key}: SGLang has no such argument{suggestion(key, known)}",
+                "an argument of SGLang's server by its Python name",
+                "python -m sglang.launch_server --help lists them (with - for _)",
+            )
+        _check_value(key, value, known[key])
+        if key in ONLY_ONE and value != 1:
+            raise ConfigError(f"server_args.{key} = {value}", "1", "leave it out; this server is one HTTP process")
+
+
+def _check_value(key: str, value: object, annotation: Any) -> None:
+    try:
+        # SGLang's records do not check types; a wrong one would surface as a stack trace in the middle of start-up.
+        TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ConfigError(
+            f"server_args.{key} = {value!r}", error.errors()[0]["msg"], "mend the value in the profile or the --set"
+        ) from error
+    for detail in getattr(annotation, "__metadata__", ()):
+        choices = getattr(detail, "choices", None)
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"server_args.{key} = {value!r}", f"one of {', '.join(map(str, choices))}", "choose one")
+
+
+def build_server_args(arguments: dict[str, Any]) -> ServerArgs:
+    """SGLang's record, resolved. Raises ConfigError with SGLang's reason where it refuses the combination."""
+    from sglang.srt.server_args import ServerArgs
+
+    record = ServerArgs(**arguments)
+    try:
+        record.resolve_once()
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"SGLang refuses these arguments: {error}", "arguments it can honour", "change the profile or the --set"
+        ) from error
+    return record

@@ -1,0 +1,141 @@
+"""From a profile to a running server: SGLang's own, in this process, announced once it has proved to speculate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from server.arguments import build_server_args, check_server_args, sglang_arguments
+from server.gate import Gate
+from server.preflight import check_device, check_models, check_port, load_sglang
+from server.probe import Probe
+from server.profile import Profile
+from server.routes import Served, auf_router
+from sglang_auf.errors import ServerError
+from sglang_auf.target_sources import RECIPES
+from sglang_auf.targets import prepare
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
+    """Serve until SIGTERM. plain: the same target without the drafter.
+
+    Raises an AufError for whatever the user can mend, before anything loads where that is possible; once running, a
+    ServerError when the engine dies or does not speculate.
+    """
+    check_device(profile)
+    check_port(profile.host, profile.port)
+    load_sglang(profile.device, needs_algorithm=not plain)
+    check_server_args(profile.server_args)
+    target = str(prepare(profile.target)) if profile.target in RECIPES else profile.target
+    served = check_models(profile, target, plain)
+    drafter = served.speculation.checked.path if served.speculation else None
+    run(build_server_args(sglang_arguments(profile, target, drafter, api_key)), served, api_key)
+
+
+def run(server_args: ServerArgs, served: Served, api_key: str | None) -> None:
+    """Launch SGLang's server in this process and return when it has drained after SIGTERM, all children gone."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils import kill_process_tree
+
+    start = Start(server_args, served, api_key)
+    http_server.app.include_router(auf_router(served))
+    http_server.app.add_middleware(Gate, closed_because=closed_because, probe_token=start.token)
+    signal.signal(signal.SIGTERM, _stopped_while_starting)
+    try:
+        http_server.launch_server(
+            server_args,
+            init_tokenizer_manager_func=_init_tokenizer_manager,
+            execute_warmup_func=start.prove,
+            launch_callback=start.announce,
+        )
+        asked_to_stop = http_server.get_global_state().tokenizer_manager.gracefully_exit
+    except SystemExit as stop:
+        if start.failure is not None:
+            raise start.failure from None
+        if stop.code:
+            raise
+        # SGLang kills its own process when a child dies; process 1 of a container survives that and gets here.
+        raise ServerError("the engine died", "a running engine", "look above for its error") from stop
+    except RuntimeError as error:  # how SGLang reports a scheduler that could not even say that it dies
+        logger.exception("the launch failed")
+        raise ServerError(str(error), "a running engine", "look above for its error") from error
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    if start.failure is not None:
+        raise start.failure
+    if not asked_to_stop:
+        raise ServerError("the HTTP server stopped by itself", "a running server", "look above for its error")
+
+
+class Start:
+    """The way from an open port to an announced server; SGLang calls both methods in a thread of its own."""
+
+    def __init__(self, server_args: ServerArgs, served: Served, api_key: str | None) -> None:
+        self.served = served
+        self.url = server_args.url()
+        self.token = secrets.token_hex(16)
+        self.api_key = api_key
+        self.failure: Exception | None = None
+
+    def prove(self, server_args: ServerArgs) -> bool:
+        """In place of SGLang's warm-up, which would call a server ready that decodes plainly. False: it stops."""
+        from sglang.srt.entrypoints.http_server import get_global_state
+        from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+        try:
+            Probe(self.url, self.token, self.api_key).run(needs_verify_steps=self.served.speculation is not None)
+        except Exception as error:  # whatever it is, a server that nobody proved must not stay up
+            self.failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+        get_global_state().tokenizer_manager.server_status = ServerStatus.Up
+        return True
+
+    def announce(self) -> None:
+        speculation = self.served.speculation
+        how = (
+            f"drafter {speculation.drafter}, block size {speculation.block_size}"
+            if speculation
+            else "no drafter (plain decoding)"
+        )
+        logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
+
+
+def closed_because() -> str | None:
+    """Why no tokens are given out right now, or None; SGLang's own state decides."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    manager = get_global_state().tokenizer_manager
+    if manager.gracefully_exit:
+        return "the server is stopping; it finishes what it has begun and takes nothing new"
+    if manager.server_status == ServerStatus.Starting:
+        return "the server is starting; GET /health answers 200 when it is ready"
+    return None
+
+
+def _init_tokenizer_manager(*arguments: Any, **options: Any) -> Any:
+    """SGLang's own, called when the schedulers have been started and load; takes over how their death is reported."""
+    from sglang.srt.entrypoints.engine import init_tokenizer_manager
+
+    signal.signal(signal.SIGQUIT, _engine_died_while_starting)
+    return init_tokenizer_manager(*arguments, **options)
+
+
+def _engine_died_while_starting(signum: int, frame: FrameType | None) -> NoReturn:
+    """SGLang's children report their death by SIGQUIT. Its own handler kills this process, message and all."""
+    raise ServerError("the engine died while it was starting", "a running engine", "look above for its error")
+
+
+def _stopped_while_starting(signum: int, frame: FrameType | None) -> NoReturn:
+    """Until SGLang installs its draining handler, SIGTERM unwinds `run`, which leaves no child behind."""
+    raise SystemExit(128 + signum)

@@ -1,0 +1,154 @@
+"""What is checked before anything loads: the machine, the port, SGLang with its plugins, and both models' files."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+
+from server.arguments import ALGORITHM
+from server.profile import Profile
+from server.routes import Served, Speculation
+from sglang_auf.card import check_drafter
+from sglang_auf.compat import Seam, check_seams, check_version
+from sglang_auf.errors import ConfigError, ServerError, TargetError
+from sglang_auf.model_files import find_model
+from sglang_auf.target_facts import TargetFacts
+
+logger = logging.getLogger(__name__)
+
+_HTTP = "sglang.srt.entrypoints.http_server"
+SEAMS = (
+    Seam(
+        f"{_HTTP}:launch_server",
+        "server.launch",
+        (
+            "server_args",
+            "init_tokenizer_manager_func",
+            "run_scheduler_process_func",
+            "run_detokenizer_process_func",
+            "execute_warmup_func",
+            "launch_callback",
+        ),
+    ),
+    Seam(f"{_HTTP}:app", "server.launch"),
+    Seam(f"{_HTTP}:get_global_state", "server.launch", ()),
+    Seam("sglang.srt.entrypoints.engine:init_tokenizer_manager", "server.launch"),
+    Seam("sglang.srt.managers.tokenizer_manager:ServerStatus.Starting", "server.launch"),
+    Seam("sglang.srt.managers.tokenizer_manager:ServerStatus.Up", "server.launch"),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.server_status", "server.launch"),
+    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.gracefully_exit", "server.launch"),
+    Seam("sglang.srt.platforms:current_platform.device_type", "server.preflight"),
+    Seam("sglang.srt.platforms:current_platform.device_name", "server.preflight"),
+    Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", "server.preflight"),
+    Seam("sglang.srt.plugins:load_plugins", "server.preflight", ()),
+    Seam("sglang.srt.server_args:ServerArgs.resolve_once", "server.arguments", ("self",)),
+    Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
+    Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.from_string", "server.preflight", ("name",)),
+    Seam("sglang.srt.utils:kill_process_tree", "server.launch"),
+)
+
+
+def check_device(profile: Profile) -> None:
+    """Raise ConfigError for a CUDA profile where PyTorch sees no CUDA device."""
+    import torch
+
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: cuda, and PyTorch sees no CUDA device",
+            "a machine with an NVIDIA GPU and its driver",
+            "use --profile smollm2-135m here, or mend the driver",
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ServerError when the port is taken, ConfigError when the address is none of this machine's.
+
+    SGLang opens its port after the model has loaded; a user should not wait for that to learn that it is taken.
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r} ({error})", "a name or address of this machine", "mend --host") from error
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the HTTP server does
+            if family == socket.AF_INET6:
+                trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                trial.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise ServerError(
+                        f"port {port} on {host} is in use",
+                        "a free port",
+                        f"stop what listens there (ss -ltnp 'sport = :{port}' names it) or give another --port",
+                    ) from error
+                raise ConfigError(
+                    f"cannot listen on {host}:{port} ({error.strerror})",
+                    "an address of this machine, a port above 1023",
+                    "mend --host or --port",
+                ) from error
+
+
+def load_sglang(device: str, needs_algorithm: bool) -> None:
+    """Load SGLang with its plugins, ours among them. device: what the profile serves on, "cpu" or "cuda".
+
+    Raises CompatError for another SGLang, ConfigError for a platform that is not the profile's, and ServerError when
+    AUF did not register, which SGLang itself only logs.
+    """
+    check_version()
+    from sglang.srt.environ import envs
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    check_seams(SEAMS)
+    if envs.SGLANG_RUST_SERVER.get():
+        raise ConfigError(
+            "SGLANG_RUST_SERVER is set", "SGLang's Python HTTP server, which has the routes and the counts", "unset it"
+        )
+    ours = type(current_platform).__module__.startswith("sglang_auf.")
+    if (device == "cpu") != ours or current_platform.device_type != device:
+        raise ConfigError(
+            f"device: {device}, and SGLang chose its platform {current_platform.device_name!r}",
+            "the CPU platform of this plugin" if device == "cpu" else "SGLang's CUDA platform",
+            "export SGLANG_PLATFORM=auf_cpu" if device == "cpu" else "unset SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE",
+        )
+    load_plugins()
+    if not needs_algorithm:
+        return
+    try:
+        SpeculativeAlgorithm.from_string(ALGORITHM)
+    except ValueError as error:
+        raise ServerError(
+            f"SGLang does not know the speculative algorithm {ALGORITHM}: the sglang-auf plugin did not load",
+            "the plugin registered (SGLang logs above why it was not)",
+            "pip install sglang-auf into this environment (-e . from a checkout), and if SGLANG_PLUGINS is set let it "
+            "name the plugin",
+        ) from error
+
+
+def check_models(profile: Profile, target: str, plain: bool) -> Served:
+    """Read both models' files, no weights, and say aloud what may lower tau.
+
+    Raises CardError, TargetError or ConfigError.
+    """
+    facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, profile.target_revision))
+    if plain:
+        return Served(profile.served_model_name, facts, None)
+    if profile.drafter is None:
+        raise ConfigError("a profile without a drafter", "a drafter", "--set drafter=PATH, or --plain to serve without")
+    checked = check_drafter(
+        profile.drafter,
+        target,
+        drafter_revision=profile.drafter_revision,
+        target_revision=profile.target_revision,
+        block_size=profile.block_size,
+        context_length=profile.server_args.get("context_length"),
+        thinking=profile.thinking,
+    )
+    for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
+        logger.warning("DRAFTER: %s", warning)
+    block_size = profile.block_size or checked.card.block_size
+    return Served(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size))

@@ -1,0 +1,55 @@
+"""What the routes of ours answer. The words are those of sglang_auf.acceptance and sglang_auf.card."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sglang_auf.card import DrafterCard
+from sglang_auf.target_facts import TargetFacts
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Figures(Reply):
+    """Acceptance of many requests. null: no verify step yet."""
+
+    tau: float | None = Field(description="emitted / verify_steps over all requests (micro mean)")
+    tau_macro: float | None = Field(description="mean of the requests' own tau")
+    tau_verify: float | None = Field(description="1 + accepted / verify_steps, before any stop cut tokens off")
+    verify_steps: int
+    accepted: int = Field(description="drafted tokens the target confirmed")
+    proposed: int = Field(description="drafted tokens, B-1 per verify step")
+    emitted: int = Field(description="tokens of answers that came from verify steps: all but each answer's first")
+    requests: int = Field(description="finished requests with at least one verify step")
+    requests_without_verify: int
+    accepted_histogram: list[int] = Field(description="[a]: verify steps that accepted exactly a drafted tokens")
+    alpha: list[float | None] = Field(description="alpha_k = P(A >= k | A >= k-1), k = 1..B-1")
+
+
+class WindowFigures(Figures):
+    """The same over the last `size` finished requests."""
+
+    size: int
+
+
+class AcceptanceReply(Reply):
+    """GET /v1/auf/acceptance."""
+
+    model: str
+    block_size: int
+    total: Figures
+    window: WindowFigures
+
+
+class CardReply(Reply):
+    """GET /v1/auf/card. unknown: fields of the card that nobody wrote down."""
+
+    model: str
+    drafter: str
+    block_size: int = Field(description="B as served; the card has the one it was trained with")
+    card: DrafterCard
+    unknown: list[str]
+    warnings: list[str]
+    target: TargetFacts

@@ -1,0 +1,239 @@
+"""How a launch ends: SGLang's server is a stand-in, its signals are real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import engine, http_server
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+from server import launch
+from server.launch import Start, closed_because, run
+from server.probe import Probe
+from server.profile import Profile
+from server.routes import Served
+from sglang_auf.errors import ServerError
+from sglang_auf.target_facts import TargetFacts
+
+TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
+SERVED = Served("small", TARGET, None)
+SERVER_ARGS: Any = SimpleNamespace(url=lambda: "http://127.0.0.1:30000")
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The signal handlers of the test runner, back in place afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Sglang:
+    """SGLang's side: its app, its manager, and a launch_server that does what a test asks for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.app = FastAPI()
+        self.manager = SimpleNamespace(gracefully_exit=False, server_status=ServerStatus.Starting)
+        self.swept: list[int] = []
+        self.behaviour: Callable[..., None] = lambda **_: None
+        monkeypatch.setattr(http_server, "app", self.app)
+        monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=self.manager))
+        monkeypatch.setattr(http_server, "launch_server", lambda _, **options: self.behaviour(**options))
+        monkeypatch.setattr("sglang.srt.utils.kill_process_tree", lambda pid, include_parent: self.swept.append(pid))
+
+    def run(self, behaviour: Callable[..., None]) -> None:
+        self.behaviour = behaviour
+        run(SERVER_ARGS, SERVED, None)
+
+    def drained(self, **_: Any) -> None:
+        """What SGLang does after SIGTERM."""
+        self.manager.gracefully_exit = True
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> Sglang:
+    return Sglang(monkeypatch)
+
+
+def probe_that(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    def outcome(self: Probe, needs_verify_steps: bool) -> int:
+        if error is not None:
+            raise error
+        return 1
+
+    monkeypatch.setattr(Probe, "run", outcome)
+
+
+def test_drained_server_ends_well_and_sweeps(sglang: Sglang) -> None:
+    sglang.run(sglang.drained)
+    assert sglang.swept == [os.getpid()]
+
+
+def test_routes_and_gate_are_in_place_before_the_port_opens(sglang: Sglang) -> None:
+    replies: list[int] = []
+
+    def look(**_: Any) -> None:
+        client = TestClient(sglang.app)
+        replies.append(client.get("/v1/auf/card").status_code)
+        replies.append(client.post("/v1/chat/completions").status_code)
+        sglang.drained()
+
+    sglang.run(look)
+    assert replies == [404, 503], "the plain server's 404, and the gate of a server that is starting"
+
+
+def test_failed_probe_stops_the_server_by_sigterm_and_is_what_the_user_reads(
+    sglang: Sglang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_that(monkeypatch, ServerError("no verify step", "one", "look above"))
+
+    def start(execute_warmup_func: Callable[[Any], bool], **_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sglang.drained())  # as SGLang does at its first request
+        assert execute_warmup_func(SERVER_ARGS) is False
+        assert sglang.manager.gracefully_exit
+
+    with pytest.raises(ServerError, match="no verify step"):
+        sglang.run(start)
+    assert sglang.manager.server_status == ServerStatus.Starting, "health must never have said ready"
+
+
+def test_failed_probe_is_reported_even_before_sglang_drains_on_sigterm(
+    sglang: Sglang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_that(monkeypatch, ServerError("no answer", "one", "look above"))
+
+    def start(execute_warmup_func: Callable[[Any], bool], **_: Any) -> None:
+        execute_warmup_func(SERVER_ARGS)
+        time.sleep(10)
+
+    with pytest.raises(ServerError, match="no answer"):
+        sglang.run(start)
+    assert sglang.swept == [os.getpid()]
+
+
+def test_passed_probe_makes_the_server_ready(
+    sglang: Sglang, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe_that(monkeypatch)
+    caplog.set_level("INFO")
+
+    def start(execute_warmup_func: Callable[[Any], bool], launch_callback: Callable[[], None], **_: Any) -> None:
+        assert closed_because() is not None
+        assert execute_warmup_func(SERVER_ARGS) is True
+        assert not [record for record in caplog.records if "READY" in record.getMessage()]
+        launch_callback()
+        assert closed_because() is None
+        sglang.drained()
+
+    sglang.run(start)
+    [ready] = [record.getMessage() for record in caplog.records if "READY" in record.getMessage()]
+    assert "http://127.0.0.1:30000/v1" in ready
+    assert "tiny" in ready
+
+
+def test_unexpected_failure_of_the_probe_stops_the_server_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_that(monkeypatch, ZeroDivisionError())
+    stopped: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: stopped.append(number))
+    start = Start(SERVER_ARGS, SERVED, None)
+    assert start.prove(SERVER_ARGS) is False
+    assert stopped == [signal.SIGTERM]
+    assert isinstance(start.failure, ZeroDivisionError)
+
+
+def test_sigterm_while_loading_unwinds_and_sweeps(sglang: Sglang) -> None:
+    def load(**_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as stop:
+        sglang.run(load)
+    assert stop.value.code == 143
+    assert sglang.swept == [os.getpid()]
+
+
+def test_engine_that_dies_while_loading_is_reported(sglang: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "init_tokenizer_manager", lambda *arguments: arguments)
+
+    def load(init_tokenizer_manager_func: Callable[..., Any], **_: Any) -> None:
+        signal.signal(signal.SIGQUIT, lambda *_: pytest.fail("SGLang's handler would kill the process"))
+        assert init_tokenizer_manager_func("args", "ports") == ("args", "ports")
+        os.kill(os.getpid(), signal.SIGQUIT)
+        time.sleep(10)
+
+    with pytest.raises(ServerError, match="died while it was starting"):
+        sglang.run(load)
+    assert sglang.swept == [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(RuntimeError("Rank 0 scheduler died"), "Rank 0 scheduler died"), (SystemExit(0), "engine died")],
+)
+def test_death_of_the_engine_is_never_a_success(raised: BaseException, said: str, sglang: Sglang) -> None:
+    def die(**_: Any) -> None:
+        raise raised
+
+    with pytest.raises(ServerError, match=said):
+        sglang.run(die)
+    assert sglang.swept == [os.getpid()]
+
+
+def test_exit_code_of_the_http_server_is_kept(sglang: Sglang) -> None:
+    def die(**_: Any) -> None:
+        raise SystemExit(1)
+
+    with pytest.raises(SystemExit) as stop:
+        sglang.run(die)
+    assert stop.value.code == 1
+
+
+def test_server_that_ends_unasked_is_a_failure(sglang: Sglang) -> None:
+    with pytest.raises(ServerError, match="by itself"):
+        sglang.run(lambda **_: None)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "status", "closed"),
+    [
+        (False, ServerStatus.Starting, True),
+        (False, ServerStatus.Up, False),
+        (False, ServerStatus.UnHealthy, False),
+        (True, ServerStatus.Up, True),
+    ],
+)
+def test_gate_follows_sglangs_state(stopping: bool, status: ServerStatus, closed: bool, sglang: Sglang) -> None:
+    sglang.manager.gracefully_exit, sglang.manager.server_status = stopping, status
+    assert (closed_because() is not None) == closed
+
+
+def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def step(name: str) -> Callable[..., Served]:
+        def record(*_: Any, **__: Any) -> Served:
+            done.append(name)
+            return SERVED
+
+        return record
+
+    steps = ["check_device", "check_port", "load_sglang", "check_server_args", "prepare", "check_models"]
+    for name in steps:
+        monkeypatch.setattr(launch, name, step(name))
+    monkeypatch.setattr(launch, "build_server_args", lambda arguments: arguments)
+    launched: list[Any] = []
+    monkeypatch.setattr(launch, "run", lambda *arguments: launched.append(arguments))
+    profile = Profile.model_validate({"target": "smollm2-135m", "device": "cpu", "served_model_name": "small"})
+    launch.serve(profile, plain=True, api_key="secret")
+    assert done == steps
+    [(arguments, served, api_key)] = launched
+    assert (arguments["api_key"], served, api_key) == ("secret", SERVED, "secret")

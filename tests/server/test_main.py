@@ -1,0 +1,82 @@
+"""`python -m server`: flags, messages, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.__main__ import main
+from server.profile import Profile
+from sglang_auf.errors import ServerError
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+class Serve:
+    """server.launch.serve's stand-in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+        self.error = error
+        self.profile: Profile | None = None
+        self.options: dict[str, Any] = {}
+        monkeypatch.setattr("server.launch.serve", self)
+
+    def __call__(self, profile: Profile, **options: Any) -> None:
+        self.profile, self.options = profile, options
+        if self.error is not None:
+            raise self.error
+
+
+def test_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Serve(monkeypatch)
+    flags = ["--host", "::1", "--port", "4000", "--plain", "--api-key", "secret", "--set", "block_size=4", "--set"]
+    assert main(["--profile", "smollm2-135m", *flags, "server_args.max_running_requests=2"]) == 0
+    assert serve.profile is not None
+    assert (serve.profile.host, serve.profile.port, serve.profile.block_size) == ("::1", 4000, 4)
+    assert serve.profile.server_args["max_running_requests"] == 2
+    assert serve.options == {"plain": True, "api_key": "secret"}
+
+
+def test_defaults_are_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Serve(monkeypatch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([]) == 0
+    assert serve.profile is not None
+    assert (serve.profile.served_model_name, serve.profile.host) == ("smollm2-135m", "127.0.0.1")
+    assert serve.options == {"plain": False, "api_key": None}
+
+
+def test_user_error_is_said_once_and_exits_2(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    Serve(monkeypatch, ServerError("port 1 is in use", "a free port", "another --port"))
+    assert main(["--profile", "smollm2-135m"]) == 2
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "found: port 1 is in use; expected: a free port; to mend it: another --port"
+    ]
+
+
+def test_interrupt_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    Serve(monkeypatch, KeyboardInterrupt())
+    assert main(["--profile", "smollm2-135m"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "smollm2-135m"),
+        (["--profile", "nonsense"], 2, "qwen3-8b"),
+        (["--profile", "smollm2-135m", "--set", "nonsense=1"], 2, "nonsense: unknown key"),
+        (["--profile", "smollm2-135m", "--port", "many"], 2, "--port"),
+    ],
+)
+def test_as_a_command(arguments: list[str], code: int, said: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "server", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == code
+    assert said in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,116 @@
+"""The added routes, with totals fed by hand and SGLang's own API-key middleware in front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from server.routes import Served, Speculation, auf_router
+from sglang_auf import totals
+from sglang_auf.acceptance import Acceptance
+from sglang_auf.card import CheckedDrafter, DrafterCard
+from sglang_auf.target_facts import TargetFacts
+
+TARGET = TargetFacts(
+    name="owner/target",
+    hub_id="owner/target",
+    revision="abc",
+    model_type="llama",
+    hidden_size=576,
+    num_layers=30,
+    vocab_size=49152,
+    config_hash="c0",
+    chat_template_hash=None,
+    max_position_embeddings=8192,
+    dtype="bfloat16",
+)
+CARD = DrafterCard(
+    target_name="owner/target",
+    target_config_hash="c0",
+    target_layer_ids=(1, 14, 27),
+    mask_token_id=3,
+    block_size=16,
+    head="dflash",
+    objective="auf",
+)
+CHECKED = CheckedDrafter(CARD, ("tau may fall",), Path("/models/drafter"))
+SPECULATING = Served("small", TARGET, Speculation("owner/drafter", CHECKED, block_size=4))
+PLAIN = Served("small", TARGET, None)
+
+
+@pytest.fixture(autouse=True)
+def own_totals(monkeypatch: pytest.MonkeyPatch) -> totals.AcceptanceTotals:
+    """Fresh totals with a window of one request."""
+    fresh = totals.AcceptanceTotals(window=1)
+    monkeypatch.setattr(totals, "TOTALS", fresh)
+    return fresh
+
+
+def client(served: Served) -> TestClient:
+    app = FastAPI()
+    app.include_router(auf_router(served))
+    return TestClient(app)
+
+
+def test_acceptance_before_the_first_request_is_null_not_zero() -> None:
+    reply = client(SPECULATING).get("/v1/auf/acceptance").json()
+    assert (reply["model"], reply["block_size"]) == ("small", 4)
+    assert reply["total"]["tau"] is None
+    assert reply["total"]["verify_steps"] == 0
+    assert reply["window"]["size"] == 1
+
+
+def test_acceptance_is_what_was_counted(own_totals: totals.AcceptanceTotals) -> None:
+    reading = client(SPECULATING)
+    own_totals.add(Acceptance.of_request([1, 2, 0, 1], completion_tokens=10))
+    own_totals.add(Acceptance.of_request([4, 0, 0, 0], completion_tokens=5))
+    reply = reading.get("/v1/auf/acceptance").json()
+    total, window = reply["total"], reply["window"]
+    assert total["accepted_histogram"] == [5, 2, 0, 1]
+    assert (total["requests"], total["verify_steps"], total["emitted"], total["accepted"]) == (2, 8, 13, 5)
+    assert total["tau"] == pytest.approx(13 / 8)
+    assert total["tau_macro"] == pytest.approx((9 / 4 + 1) / 2)
+    assert total["tau_verify"] == pytest.approx(1 + 5 / 8)
+    assert total["alpha"] == [pytest.approx(3 / 8), pytest.approx(1 / 3), 1.0]
+    assert (window["requests"], window["tau"]) == (1, 1.0), "the window holds the last request only"
+
+
+def test_card_says_what_is_served_and_what_does_not_match() -> None:
+    reply = client(SPECULATING).get("/v1/auf/card").json()
+    assert (reply["drafter"], reply["block_size"], reply["card"]["block_size"]) == ("owner/drafter", 4, 16)
+    assert reply["card"]["target_layer_ids"] == [1, 14, 27]
+    assert reply["warnings"] == ["tau may fall"]
+    assert "thinking" in reply["unknown"]
+    assert "objective" not in reply["unknown"]
+    assert (reply["target"]["name"], reply["target"]["revision"]) == ("owner/target", "abc")
+
+
+@pytest.mark.parametrize("route", ["acceptance", "card"])
+def test_plain_server_says_that_it_is_plain(route: str) -> None:
+    reply = client(PLAIN).get(f"/v1/auf/{route}")
+    assert reply.status_code == 404
+    assert "--plain" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("route", ["acceptance", "card"])
+@pytest.mark.parametrize(("key", "status"), [("secret", 200), ("guessed", 401), (None, 401)])
+def test_api_key_of_sglang_protects_them(route: str, key: str | None, status: int) -> None:
+    from sglang.srt.utils.auth import add_api_key_middleware
+
+    app = FastAPI()
+    app.include_router(auf_router(SPECULATING))
+    add_api_key_middleware(app, api_key="secret", admin_api_key=None)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    assert TestClient(app).get(f"/v1/auf/{route}", headers=headers).status_code == status
+
+
+def test_routes_are_documented() -> None:
+    app = FastAPI()
+    app.include_router(auf_router(SPECULATING))
+    paths = app.openapi()["paths"]
+    assert set(paths) == {"/v1/auf/acceptance", "/v1/auf/card"}
+    for path in paths.values():
+        assert set(path["get"]["responses"]) == {"200", "404"}
