@@ -1,0 +1,104 @@
+"""The losslessness check on recorded runs: are they comparable, and what does plain decoding say of each fork."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.config import LosslessConfig
+from benchmarks.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
+from benchmarks.manifest import Manifest
+from benchmarks.native import ServerFacts, next_token_logprobs, server_facts
+from benchmarks.records import Record, latest, read_records
+from benchmarks.run import MANIFEST, RECORDS
+from sglang_auf.errors import ConfigError, DataError, ServerError
+
+# What may differ between a speculating run and its baseline without making their greedy answers incomparable.
+FREE = {"plain", "stream", "concurrency", "warmup", "seed", "model", "tasks", "limit"}
+
+
+def check_runs(config: LosslessConfig) -> Losslessness:
+    """Compare two run directories. Tasks that only one of them has count as missing."""
+    ours, theirs = Manifest.read(config.speculating / MANIFEST), Manifest.read(config.plain / MANIFEST)
+    _require_comparable(ours, theirs)
+    if config.base_url is not None:
+        _require_baseline(config.base_url, theirs)
+    return check_records(
+        read_records(config.speculating / RECORDS),
+        read_records(config.plain / RECORDS),
+        theirs.server,
+        config.base_url,
+        config.logit_scale,
+    )
+
+
+def check_records(
+    speculating: Iterable[Record],
+    plain: Iterable[Record],
+    plain_server: ServerFacts,
+    base_url: str | None,
+    logit_scale: float,
+) -> Losslessness:
+    """The bar is equality on a CPU, whose backend promises it, and a near-tie elsewhere."""
+    return compare(
+        {record.key: record for record in latest(speculating)},
+        {record.key: record for record in latest(plain)},
+        PlainJudge(base_url),
+        near_tie_bar(logit_scale),
+        exact=plain_server.device == "cpu",
+    )
+
+
+class PlainJudge:
+    """Asks the plain server for the two tokens of a fork, by a prefill of the prompt and the common prefix."""
+
+    def __init__(self, base_url: str | None) -> None:
+        self._base_url = base_url
+
+    def __call__(self, plain: Record, fork: Fork) -> Candidates:
+        assert plain.prompt_ids is not None
+        assert plain.output_ids is not None
+        assert fork.speculating is not None
+        assert fork.plain is not None
+        if self._base_url is None:
+            raise ConfigError(
+                f"answers to {plain.key} that differ at token {fork.position}, and no server to ask about it",
+                "the plain server: a near-tie is told from a fault by its logits",
+                "start python -m server --plain and add --base-url",
+            )
+        prefix = plain.prompt_ids + plain.output_ids[: fork.position]
+        values, best = next_token_logprobs(self._base_url, prefix, [fork.speculating, fork.plain])
+        return Candidates(values[fork.speculating], values[fork.plain], best)
+
+
+def _require_comparable(ours: Manifest, theirs: Manifest) -> None:
+    if ours.config.plain or not theirs.config.plain:
+        raise ConfigError(
+            f"a {_kind(ours)} run, then a {_kind(theirs)} one",
+            "the speculating run first, then the plain one",
+            "python -m benchmarks lossless SPECULATING PLAIN",
+        )
+    if ours.config.temperature != 0:
+        raise ConfigError(f"temperature {ours.config.temperature}", "greedy answers", "run both with --temperature 0")
+    mine, its = ours.identity(), theirs.identity()
+    shared = {name for name in mine if name in its and name not in FREE and not name.startswith("server.")}
+    changed = sorted(name for name in shared | {"server.target", "server.dtype"} if mine[name] != its[name])
+    if changed:
+        raise DataError(
+            "; ".join(f"{name}: {mine[name]!r} and {its[name]!r}" for name in changed),
+            "the same target asked the same prompts in the same way",
+            "run both with the same settings against servers of the same profile",
+        )
+
+
+def _require_baseline(base_url: str, plain: Manifest) -> None:
+    facts = server_facts(base_url)
+    if facts.algorithm is not None or facts.target != plain.server.target:
+        raise ServerError(
+            f"{base_url} serves {facts.target} with speculative_algorithm {facts.algorithm}",
+            f"plain decoding of {plain.server.target}",
+            "give the server of the plain run: python -m server --plain",
+        )
+
+
+def _kind(manifest: Manifest) -> str:
+    return "plain" if manifest.config.plain else "speculating"

@@ -1,0 +1,147 @@
+"""The command line: flags made from the configuration models, and exit codes.
+
+0: done; 1: done, but requests failed or answers were not lossless; 2: the user has something to mend; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from benchmarks.config import CompareConfig, LosslessConfig, RunConfig
+from sglang_auf.errors import AufError, ConfigError
+
+Config = TypeVar("Config", bound=BaseModel)
+Options = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    command: Callable[[Options], int] = options.pop("command")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return command(options)
+    except AufError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: Options) -> int:
+    from benchmarks.run import Run
+    from benchmarks.summary import summarize_run
+    from benchmarks.table import run_text
+    from benchmarks.tasks import resolve, select
+
+    resume = options.pop("resume")
+    config = _validated(RunConfig, options)
+    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
+    prompts = [prompt for chosen in selections for prompt in chosen.prompts]
+    run = Run.begin(config, selections, resume)
+    if run.unfinished(prompts):
+        asyncio.run(run.warm_up())
+        run.open()
+        asyncio.run(run.ask(prompts, "plain" if config.plain else "auf"))
+    run.require_tau()
+    summary = summarize_run(run.manifest, list(run.records.values()))
+    (config.out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print(run_text(summary))
+    print(f"\nwritten to {config.out}")
+    return 1 if summary.throughput.failed else 0
+
+
+def _compare(options: Options) -> int:
+    from benchmarks.compare import compare_servers
+    from benchmarks.table import comparison_text
+
+    config = _validated(CompareConfig, options)
+    comparison = compare_servers(config)
+    print(comparison_text(comparison))
+    print(f"\nwritten to {config.out}")
+    return 0 if comparison.passed else 1
+
+
+def _lossless(options: Options) -> int:
+    from benchmarks.check import check_runs
+    from benchmarks.table import lossless_text
+
+    config = _validated(LosslessConfig, options)
+    result = check_runs(config)
+    (config.speculating / "lossless.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print(lossless_text(result))
+    return 0 if result.passed else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Tau, speed and losslessness, measured.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="ask one server that is up", description=RunConfig.__doc__)
+    _add_fields(run, RunConfig)
+    run.add_argument("--resume", action="store_true", help="continue the run in --out: what is answered is not asked")
+    run.set_defaults(command=_run)
+    compare = commands.add_parser("compare", help="AUF against plain decoding", description=CompareConfig.__doc__)
+    _add_fields(compare, CompareConfig)
+    compare.set_defaults(command=_compare)
+    lossless = commands.add_parser("lossless", help="compare two runs by token", description=LosslessConfig.__doc__)
+    _add_fields(lossless, LosslessConfig, positional={"speculating", "plain"})
+    lossless.set_defaults(command=_lossless)
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], positional: Collection[str] = ()) -> None:
+    """One flag a field; absent flags stay absent, so that defaults live in the model alone."""
+    for name, field in model.model_fields.items():
+        if name in positional:
+            parser.add_argument(name, metavar=name.upper(), help=field.description)
+            continue
+        flag = _flag(name, field)
+        kind: Options = {"metavar": flag.removeprefix("--").upper()}
+        if field.annotation is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(field.annotation) is tuple:
+            kind["action"] = "append"
+        parser.add_argument(
+            flag,
+            dest=name,
+            required=field.is_required(),
+            default=argparse.SUPPRESS,
+            help=_help(field),
+            **kind,
+        )
+
+
+def _flag(name: str, field: FieldInfo) -> str:
+    return "--" + (field.alias or name).replace("_", "-")
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    if field.is_required() or default is None or field.default_factory is not None or default == ():
+        return field.description or ""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    return f"{field.description} (default: {shown})"
+
+
+def _validated(model: type[Config], options: Options) -> Config:
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        field = next(field for key, field in model.model_fields.items() if name in (key, field.alias))
+        raise ConfigError(
+            f"{_flag(name, field)} {problem['input']!r}",
+            problem["msg"],
+            f"give {_flag(name, field)} such a value: {field.description}",
+        ) from None

@@ -1,0 +1,172 @@
+"""One request to an SGLang server with the official OpenAI client, and what the reply says of speculation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from benchmarks.config import Workload
+from benchmarks.native import api_key
+from sglang_auf.acceptance import Acceptance
+
+# A model's generation_config.json may set any of these; the benchmark's conditions must not depend on it.
+UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# SGLang's request fields that make a reply carry token ids and speculation counts.
+DETAILS = {
+    "return_spec_tokens_details": True,
+    "return_input_ids_in_sglext": True,
+    "return_output_ids_in_sglext": True,
+}
+
+
+class ReplyError(Exception):
+    """A reply that came with status 200 and cannot be counted."""
+
+
+FAILURES = (openai.APIError, httpx.HTTPError, ReplyError)
+"""What a request may end in. httpx: the openai client lets errors in the middle of a stream through."""
+
+
+class SglExt(BaseModel):
+    """SGLang's extension of a reply; only what the benchmark reads."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    spec_tokens_details: dict[str, Any] | None = None
+    input_ids: list[int] | None = None
+    output_ids: list[list[int]] | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation. Times in seconds."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    prompt_ids: list[int] | None = None
+    output_ids: list[int] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    histogram: list[int] = field(default_factory=list)
+    ttft_s: float | None = None
+
+    @property
+    def verify_steps(self) -> int:
+        return sum(self.histogram)
+
+
+class ChatClient:
+    """Asks one server. A failed request is an answer too: nothing is retried behind the caller's back."""
+
+    def __init__(self, base_url: str, model: str, workload: Workload, stream: bool) -> None:
+        limits = httpx.Limits(max_connections=workload.concurrency, max_keepalive_connections=workload.concurrency)
+        self._openai = openai.AsyncOpenAI(
+            base_url=f"{base_url}/v1",
+            api_key=api_key(),
+            max_retries=0,
+            timeout=workload.timeout_s,
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+        )
+        self._stream = stream
+        extra: dict[str, Any] = {**UNSHAPED, **DETAILS}
+        if workload.thinking != "server":
+            extra["chat_template_kwargs"] = {"enable_thinking": workload.thinking == "on"}
+        self._options: dict[str, Any] = {
+            "model": model,
+            "temperature": workload.temperature,
+            "top_p": 1.0,
+            "max_tokens": workload.max_tokens,
+            "extra_body": extra,
+        }
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._openai.close()
+
+    async def ask(self, messages: list[ChatCompletionMessageParam], seed: int | None = None, **options: Any) -> Reply:
+        """One answer. options override the workload's (warm-up: max_tokens). Raises one of FAILURES."""
+        arguments: dict[str, Any] = {**self._options, "messages": messages, **options}
+        if seed is not None:
+            arguments["seed"] = seed
+        reply = await (self._ask_streamed(arguments) if self._stream else self._ask_whole(arguments))
+        if reply.finish_reason in (None, "abort"):
+            raise ReplyError(f"the server ended the answer with finish_reason {reply.finish_reason!r}")
+        return reply
+
+    async def _ask_whole(self, arguments: dict[str, Any]) -> Reply:
+        completion: ChatCompletion = await self._openai.chat.completions.create(**arguments)
+        if not completion.choices:
+            raise ReplyError("the reply has no choice")
+        reply = Reply(completion.choices[0].message.content or "", completion.choices[0].finish_reason)
+        _count(reply, completion)
+        _extend(reply, completion)
+        if reply.completion_tokens == 0:
+            raise ReplyError("the reply counts no completion tokens (usage)")
+        return reply
+
+    async def _ask_streamed(self, arguments: dict[str, Any]) -> Reply:
+        started = time.perf_counter()
+        reply = Reply()
+        stream = await self._openai.chat.completions.create(
+            **arguments, stream=True, stream_options={"include_usage": True}
+        )
+        async for chunk in stream:
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    reply.ttft_s = reply.ttft_s or time.perf_counter() - started
+                    reply.text += choice.delta.content
+                reply.finish_reason = choice.finish_reason or reply.finish_reason
+            _count(reply, chunk)
+            _extend(reply, chunk)
+        if reply.completion_tokens == 0:
+            raise ReplyError("the stream ended without counting completion tokens (usage)")
+        return reply
+
+
+def _count(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
+    if part.usage is not None:
+        reply.prompt_tokens = part.usage.prompt_tokens
+        reply.completion_tokens = part.usage.completion_tokens
+
+
+def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
+    """Take what SGLang added to a reply, or to one chunk of it."""
+    raw = (part.model_extra or {}).get("sglext")
+    if raw is None:
+        return
+    try:
+        extension = SglExt.model_validate(raw)
+    except ValidationError as error:
+        raise ReplyError(f"sglext of the reply cannot be read: {error.errors()[0]['msg']}") from None
+    if extension.input_ids is not None:
+        reply.prompt_ids = extension.input_ids
+    if extension.output_ids:
+        reply.output_ids = extension.output_ids[0]
+    if extension.spec_tokens_details is not None:
+        reply.histogram = histogram_of(extension.spec_tokens_details)
+
+
+def histogram_of(details: dict[str, Any]) -> list[int]:
+    """Counts of sglext.spec_tokens_details: the plugin's own fields, or SGLang's for its built-in algorithms."""
+    try:
+        if "accepted_histogram" in details:
+            histogram, steps = [int(n) for n in details["accepted_histogram"]], int(details["verify_steps"])
+        else:
+            acceptance = Acceptance.from_meta_info({**details, "completion_tokens": 1})
+            histogram, steps = list(acceptance.histogram), int(details["spec_verify_ct"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplyError(f"spec_tokens_details cannot be read: {type(error).__name__}: {error}") from None
+    if sum(histogram) != steps:
+        raise ReplyError(f"spec_tokens_details counts {steps} verify steps and a histogram of {sum(histogram)}")
+    return histogram

@@ -1,0 +1,82 @@
+"""What a user can set, one model per command. The command line is made from these fields (see cli.py)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _split_commas(value: Any) -> Any:
+    parts = [value] if isinstance(value, str) else value
+    return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
+
+
+def _bare_url(value: Any) -> Any:
+    return value.rstrip("/").removesuffix("/v1") if isinstance(value, str) else value
+
+
+def _dated_run() -> Path:
+    return Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+ServerUrl = Annotated[str, BeforeValidator(_bare_url), Field(pattern=r"^https?://.+")]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Workload(_Config):
+    """What is asked, and how hard."""
+
+    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+    concurrency: int = Field(1, ge=1, description="conversations in flight; a new one starts when one ends")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy; above 0 nothing else shapes sampling")
+    max_tokens: int = Field(512, ge=1, description="new tokens of one answer at most")
+    seed: int = Field(42, ge=0, lt=2**31, description="each request's sampling seed derives from it (temperature > 0)")
+    thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
+    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
+    warmup: int | None = Field(None, ge=0, description="requests asked first, not recorded (default: concurrency)")
+    timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+
+    @property
+    def warmup_requests(self) -> int:
+        return self.concurrency if self.warmup is None else self.warmup
+
+
+class RunConfig(Workload):
+    """Ask one server that is already up."""
+
+    base_url: ServerUrl = Field(description="the server, for example http://127.0.0.1:30000")
+    model: str | None = Field(None, description="model name to send (default: the first one of /v1/models)")
+    stream: bool = Field(True, description="stream answers, which gives the time to the first token")
+    plain: bool = Field(False, description="the server decodes plainly: a baseline, without tau")
+    out: Path = Field(default_factory=_dated_run, description="run directory")
+
+
+class CompareConfig(Workload):
+    """Start the speculating and the plain server of one profile and ask both the same."""
+
+    profile: str = Field(description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field((), alias="set", description="key=value for both servers; may be repeated")
+    mode: Literal["interleaved", "sequential"] = Field(
+        "interleaved", description="both servers up and asked in turns, or one after the other if memory is short"
+    )
+    rounds: int = Field(4, ge=1, description="turns each server gets when interleaved")
+    stream: bool = Field(False, description="stream answers; the client then takes CPU from a server on this machine")
+    start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")
+    out: Path = Field(Path("runs/demo"), description="result directory; results of an earlier comparison are replaced")
+
+
+class LosslessConfig(_Config):
+    """Compare a speculating run with a plain one, answer by answer."""
+
+    speculating: Path = Field(description="run directory of the speculating server")
+    plain: Path = Field(description="run directory of the plain server of the same target")
+    base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
+    logit_scale: float = Field(24.0, gt=0, description="size of the target's top logits; sets the near-tie bar")

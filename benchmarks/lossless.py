@@ -1,0 +1,172 @@
+"""Is speculative decoding lossless? Every greedy answer against plain decoding, token by token.
+
+identical   the same tokens
+near_tie    at the first difference the two tokens' logits are equal within rounding, both at the top: two correct
+            evaluations of the same model may fork there, and everything after a fork is another text
+fault       any other difference: speculation changed the answer
+
+The near-tie bar. Logits are computed in bfloat16, which has 8 significant bits: near a value x its numbers are
+2**(floor(log2 x) - 7) apart (0.125 for logits of 16 to 32). A block of several tokens and a single token go through
+differently shaped products, which may move each of the two candidates' logits by one such step; two candidates can
+therefore change places when they are at most two steps apart, and further apart only by a fault. Forks looked into on
+SmolLM2-135M (top logits near 22) were 0.01 to 0.22 apart in float32, which is within the 0.25 this gives.
+
+Where the backend promises results that do not depend on shapes (this project's CPU platform), the bar is equality and a
+near-tie counts as a failure as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import zip_longest
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.records import Key, Record
+from sglang_auf.errors import DataError
+
+BF16_FRACTION_BITS = 7
+STEPS_OF_A_NEAR_TIE = 2
+
+
+class Verdict(StrEnum):
+    IDENTICAL = "identical"
+    NEAR_TIE = "near_tie"
+    FAULT = "fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """First difference of two answers: its position and the two tokens, None where an answer had already ended."""
+
+    position: int
+    speculating: int | None
+    plain: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Plain decoding's log-probabilities of the two tokens after the common prefix, and of its best token."""
+
+    speculating: float
+    plain: float
+    best: float
+
+    @property
+    def gap(self) -> float:
+        """How far the worse of the two is below the best token, in logits."""
+        return self.best - min(self.speculating, self.plain)
+
+
+Judge = Callable[[Record, Fork], Candidates]
+"""Asks plain decoding about the fork of the given plain record."""
+
+
+class Difference(BaseModel):
+    """One answer that differs. gap: in logits; None where one answer merely ended earlier."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    prompt_id: str
+    turn: int
+    position: int
+    speculating: int | None
+    plain: int | None
+    gap: float | None
+    verdict: Verdict
+
+
+class Losslessness(BaseModel):
+    """follow_up: turns asked after a fork, whose history differs. missing: failed or absent in one of the two runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identical: int = 0
+    near_tie: int = 0
+    fault: int = 0
+    follow_up: int = 0
+    missing: int = 0
+    exact: bool
+    near_tie_bar: float
+    differences: list[Difference] = []
+
+    @property
+    def passed(self) -> bool:
+        return not (self.fault or self.missing or (self.exact and self.near_tie))
+
+
+def near_tie_bar(logit_scale: float) -> float:
+    """Largest gap, in logits, that rounding explains for logits of that size."""
+    return STEPS_OF_A_NEAR_TIE * 2.0 ** (math.floor(math.log2(logit_scale)) - BF16_FRACTION_BITS)
+
+
+def first_fork(speculating: Sequence[int], plain: Sequence[int]) -> Fork | None:
+    for position, (ours, theirs) in enumerate(zip_longest(speculating, plain)):
+        if ours != theirs:
+            return Fork(position, ours, theirs)
+    return None
+
+
+def compare(
+    speculating: Mapping[Key, Record], plain: Mapping[Key, Record], judge: Judge, bar: float, exact: bool
+) -> Losslessness:
+    """exact: the bar is equality. judge is called once for every fork at which both answers go on."""
+    result = Losslessness(exact=exact, near_tie_bar=bar)
+    forked: set[tuple[str, str]] = set()
+    for key in sorted({**speculating, **plain}):
+        ours, theirs = speculating.get(key), plain.get(key)
+        if ours is None or theirs is None or ours.failed or theirs.failed:
+            result.missing += 1
+        elif key[:2] in forked:
+            result.follow_up += 1
+        else:
+            fork = first_fork(*_tokens(ours, theirs))
+            if fork is None:
+                result.identical += 1
+            else:
+                forked.add(key[:2])
+                _enter(result, theirs, fork, judge)
+    return result
+
+
+def _tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int]]:
+    if ours.output_ids is None or theirs.output_ids is None or None in (ours.prompt_ids, theirs.prompt_ids):
+        raise DataError(
+            f"records of {ours.key} without token ids",
+            "token ids in both runs: equal texts do not prove equal tokens",
+            "run the benchmark against SGLang 0.5.23, which returns them",
+        )
+    if ours.prompt_ids != theirs.prompt_ids:
+        raise DataError(
+            f"different prompt tokens for {ours.key}",
+            "both servers to make the same tokens of the same prompt",
+            "serve both with the same tokenizer, chat template and thinking switch",
+        )
+    return ours.output_ids, theirs.output_ids
+
+
+def _enter(result: Losslessness, plain: Record, fork: Fork, judge: Judge) -> None:
+    gap, verdict = None, Verdict.FAULT
+    if fork.speculating is not None and fork.plain is not None:
+        gap = judge(plain, fork).gap
+        verdict = Verdict.NEAR_TIE if gap <= result.near_tie_bar else Verdict.FAULT
+    if verdict is Verdict.NEAR_TIE:
+        result.near_tie += 1
+    else:
+        result.fault += 1
+    result.differences.append(
+        Difference(
+            task=plain.task,
+            prompt_id=plain.prompt_id,
+            turn=plain.turn,
+            position=fork.position,
+            speculating=fork.speculating,
+            plain=fork.plain,
+            gap=gap,
+            verdict=verdict,
+        )
+    )

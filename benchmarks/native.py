@@ -1,0 +1,90 @@
+"""SGLang's own routes, beside the OpenAI ones: what a server is, and the log-probabilities of its next token."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+
+from sglang_auf.errors import ServerError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def api_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "EMPTY")
+
+
+class ServerFacts(BaseModel):
+    """drafter, algorithm and block_size are None on a server that decodes plainly. model: the name it is served as."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    model: str
+    drafter: str | None
+    algorithm: str | None
+    block_size: int | None
+    device: str
+    dtype: str
+    sglang: str
+
+
+def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
+    """Ask a server what it is. model: the name requests will carry, None for the first one the server lists."""
+    info = call(base_url, "/server_info")
+    try:
+        speculating = info["speculative_algorithm"] is not None
+        return ServerFacts(
+            target=info["model_path"],
+            model=model or call(base_url, "/v1/models")["data"][0]["id"],
+            drafter=info["speculative_draft_model_path"] if speculating else None,
+            algorithm=info["speculative_algorithm"],
+            block_size=info["speculative_num_draft_tokens"] if speculating else None,
+            device=info["device"],
+            dtype=str(info["dtype"]),
+            sglang=info["version"],
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise ServerError(
+            f"{base_url}/server_info or /v1/models without {error}", "an SGLang server", "check the URL"
+        ) from None
+
+
+def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[int]) -> tuple[dict[int, float], float]:
+    """Greedy log-probabilities after input_ids, by one prefill: (those of the candidates, the largest of all).
+
+    A difference of two log-probabilities at one position is the difference of the two logits.
+    """
+    request = {
+        "input_ids": input_ids,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "top_logprobs_num": 1,
+        "token_ids_logprob": candidates,
+    }
+    meta = call(base_url, "/generate", request)["meta_info"]
+    chosen = {int(token): float(value) for value, token, _ in meta["output_token_ids_logprobs"][0]}
+    best = float(meta["output_top_logprobs"][0][0][0])
+    if set(chosen) != set(candidates):
+        raise ServerError(
+            f"log-probabilities of tokens {sorted(chosen)}", f"those of {sorted(candidates)}", "use SGLang 0.5.23"
+        )
+    return chosen, best
+
+
+def call(base_url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """GET, or POST of a JSON body. ServerError when the server is down, refuses, or does not answer in JSON."""
+    url, headers = base_url + path, {"Authorization": f"Bearer {api_key()}"}
+    try:
+        response = httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=120.0)
+        response.raise_for_status()
+        return response.json()
+    except httpx.HTTPStatusError as error:
+        found = f"status {error.response.status_code}: {error.response.text[:200]}"
+        remedy = f"check the URL; an API key is read from {KEY_VARIABLE}"
+    except (httpx.HTTPError, ValueError) as error:
+        found, remedy = f"{type(error).__name__}: {error}", "start the server (python -m server) or check the URL"
+    raise ServerError(f"{found} from {url}", "an SGLang server that is up", remedy)

@@ -1,0 +1,119 @@
+"""One JSON line per request, written so that a killed run loses at most the line it was writing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sglang_auf.acceptance import Acceptance
+from sglang_auf.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str, int]
+"""task, prompt id, turn"""
+
+
+class Record(BaseModel):
+    """One request and its answer. Times in seconds; started_at is Unix time. error None: it was answered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    prompt_id: str
+    turn: int
+    seed: int | None = None
+    temperature: float
+    prompt_ids: list[int] | None = None
+    output_ids: list[int] | None = None
+    output_text: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    verify_steps: int = 0
+    accepted_histogram: list[int] = []
+    block_size: int | None = None
+    started_at: float
+    ttft_s: float | None = None
+    latency_s: float
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return (self.task, self.prompt_id, self.turn)
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """The empty sum for a failed request and for one without a verify step."""
+        if self.failed:
+            return Acceptance()
+        return Acceptance.of_request(self.accepted_histogram, self.completion_tokens)
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record a request: the last one, because a resumed run asks again what failed before."""
+    return list({record.key: record for record in records}.values())
+
+
+def read_records(path: Path) -> list[Record]:
+    """All complete lines of a record file. A last line without its newline was torn by a kill and is left out."""
+    if not path.is_file():
+        raise DataError(f"no file {path}", "the records of a run", "name the directory of a run that has started")
+    complete, torn = _split(path)
+    if torn:
+        log.warning("%s: the last line was torn when the run was interrupted; it is dropped", path)
+    return [_parse(path, number, line) for number, line in enumerate(complete.split(b"\n")[:-1], start=1)]
+
+
+def mend(path: Path) -> None:
+    """Cut a torn last line off, so that the next record starts on a line of its own."""
+    complete, torn = _split(path)
+    if torn:
+        with path.open("r+b") as file:
+            file.truncate(len(complete))
+
+
+def _split(path: Path) -> tuple[bytes, bytes]:
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
+
+
+def _parse(path: Path, number: int, line: bytes) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(
+            f"{path}, line {number}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".replace(":  ", ": "),
+            "a record written by this version of the benchmark",
+            "remove the line, or start the run again in another directory",
+        ) from None
+
+
+class RecordWriter:
+    """Appends records, each flushed to the system before the next request is counted as done."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def write(self, record: Record) -> None:
+        self._file.write(record.model_dump_json().encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

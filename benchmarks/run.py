@@ -1,0 +1,209 @@
+"""One run: a server, a workload, a directory with run.json and records.jsonl."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+
+from openai.types.chat import ChatCompletionMessageParam
+from tqdm import tqdm
+
+from benchmarks.client import FAILURES, ChatClient, Reply
+from benchmarks.config import RunConfig
+from benchmarks.manifest import Manifest
+from benchmarks.native import server_facts
+from benchmarks.records import Key, Record, RecordWriter, latest, mend, read_records
+from benchmarks.tasks import Prompt, Selection
+from sglang_auf.errors import ConfigError, ServerError
+
+log = logging.getLogger(__name__)
+
+WARMUP_TOKENS = 32
+RECORDS, MANIFEST = "records.jsonl", "run.json"
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that can be asked. records: what is known so far, by key; a failure stays until it is asked again."""
+
+    config: RunConfig
+    manifest: Manifest
+    records: dict[Key, Record]
+
+    @classmethod
+    def begin(cls, config: RunConfig, selections: list[Selection], resume: bool = False) -> Run:
+        """Look at server and directory, write nothing. An existing run is continued with resume and equal settings."""
+        server = server_facts(config.base_url, config.model)
+        if config.plain != (server.algorithm is None):
+            raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
+        manifest, path = Manifest.of(config, server, selections), config.out / MANIFEST
+        records: dict[Key, Record] = {}
+        if path.exists():
+            if not resume:
+                raise ConfigError(f"a run in {config.out}", "an empty directory", "add --resume, or another --out")
+            before = Manifest.read(path)
+            before.require_same(manifest, config.out)
+            manifest.sessions = before.sessions
+            if (config.out / RECORDS).exists():
+                records = {record.key: record for record in latest(read_records(config.out / RECORDS))}
+        return cls(config, manifest, records)
+
+    def open(self) -> None:
+        """Make the directory ready for records; after warm_up, so that a refused server leaves nothing behind."""
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        if (self.config.out / RECORDS).exists():
+            mend(self.config.out / RECORDS)
+        self.manifest.begin_session()
+        self.manifest.write(self.config.out / MANIFEST)
+
+    def _connect(self) -> ChatClient:
+        return ChatClient(self.config.base_url, self.manifest.server.model, self.config, self.config.stream)
+
+    def unfinished(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        return [prompt for prompt in prompts if any(self._due(prompt, turn) for turn in range(len(prompt.turns)))]
+
+    def _due(self, prompt: Prompt, turn: int) -> bool:
+        record = self.records.get((prompt.task, prompt.id, turn))
+        return record is None or record.failed
+
+    async def warm_up(self) -> None:
+        """Requests that are not recorded, with prompts of their own; then what they show of speculation is checked."""
+        count = self.config.warmup_requests
+        tokens = min(WARMUP_TOKENS, self.config.max_tokens)
+        async with self._connect() as client:
+            jobs = [
+                client.ask([{"role": "user", "content": f"Count upwards from {number}."}], max_tokens=tokens)
+                for number in range(1, count + 1)
+            ]
+            outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+        replies = [_answered(outcome) for outcome in outcomes]
+        if any(reply.completion_tokens > 1 for reply in replies):
+            self._require_kind(reply.verify_steps for reply in replies)
+
+    def _require_kind(self, verify_steps: Iterable[int]) -> None:
+        if self.config.plain == any(verify_steps):
+            found = "replies with verify steps" if self.config.plain else "no verify step in any reply"
+            raise _wrong_server(self.config, found)
+
+    def require_tau(self) -> None:
+        """After the last request: a run without a single verify step has no tau to report."""
+        answered = [record for record in self.records.values() if record.completion_tokens > 1 and not record.failed]
+        if answered:
+            self._require_kind(record.verify_steps for record in answered)
+
+    async def ask(self, prompts: Sequence[Prompt], label: str) -> None:
+        """Closed loop: `concurrency` conversations in flight, each record on disk before its conversation goes on."""
+        queue = iter(self.unfinished(prompts))
+        total = sum(len(prompt.turns) for prompt in prompts)
+        done = sum(not self._due(prompt, turn) for prompt in prompts for turn in range(len(prompt.turns)))
+        # disable=None: no bar where standard error is no terminal
+        bar = tqdm(total=total, initial=done, desc=label, unit="request", disable=None)
+
+        async def work(client: ChatClient, writer: RecordWriter) -> None:
+            for prompt in queue:
+                async for record in self._converse(client, prompt):
+                    writer.write(record)
+                    self.records[record.key] = record
+                    bar.update()
+
+        with bar, RecordWriter(self.config.out / RECORDS) as writer:
+            async with self._connect() as client, asyncio.TaskGroup() as group:
+                for _ in range(self.config.concurrency):
+                    group.create_task(work(client, writer))
+
+    async def _converse(self, client: ChatClient, prompt: Prompt) -> AsyncIterator[Record]:
+        """The turns of one prompt that are still open. The history between them is the model's own answers."""
+        messages: list[ChatCompletionMessageParam] = []
+        failed_turn: int | None = None
+        for turn, text in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": text})
+            record = self.records.get((prompt.task, prompt.id, turn))
+            if record is None or record.failed:
+                if failed_turn is None:
+                    record = await self._request(client, prompt, turn, messages)
+                else:
+                    error = f"not asked: turn {failed_turn} of this conversation failed"
+                    record = self._record(prompt, turn, time.time(), 0.0, error=error)
+                yield record
+            if record.failed and failed_turn is None:
+                failed_turn = turn
+            messages.append({"role": "assistant", "content": record.output_text})
+
+    async def _request(
+        self, client: ChatClient, prompt: Prompt, turn: int, messages: list[ChatCompletionMessageParam]
+    ) -> Record:
+        started_at, started = time.time(), time.perf_counter()
+        try:
+            reply = await client.ask(messages, self._seed(prompt, turn))
+        except FAILURES as error:
+            return self._record(prompt, turn, started_at, time.perf_counter() - started, error=describe(error))
+        return self._record(prompt, turn, started_at, time.perf_counter() - started, reply)
+
+    def _seed(self, prompt: Prompt, turn: int) -> int | None:
+        """The same for a prompt whatever else is asked, so that filters and concurrency do not change answers."""
+        if self.config.temperature == 0:
+            return None
+        return zlib.crc32(f"{self.config.seed}/{prompt.task}/{prompt.id}/{turn}".encode()) & 0x7FFFFFFF
+
+    def _record(
+        self,
+        prompt: Prompt,
+        turn: int,
+        started_at: float,
+        latency_s: float,
+        reply: Reply | None = None,
+        error: str | None = None,
+    ) -> Record:
+        reply = reply or Reply()
+        return Record(
+            task=prompt.task,
+            prompt_id=prompt.id,
+            turn=turn,
+            seed=self._seed(prompt, turn),
+            temperature=self.config.temperature,
+            prompt_ids=reply.prompt_ids,
+            output_ids=reply.output_ids,
+            output_text=reply.text,
+            finish_reason=reply.finish_reason,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            verify_steps=reply.verify_steps,
+            accepted_histogram=reply.histogram,
+            block_size=len(reply.histogram) or None,
+            started_at=started_at,
+            ttft_s=reply.ttft_s,
+            latency_s=latency_s,
+            error=error,
+        )
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _answered(outcome: Reply | BaseException) -> Reply:
+    if isinstance(outcome, FAILURES):
+        raise ServerError(
+            f"a warm-up request failed: {describe(outcome)}", "an answer", "read the server's log"
+        ) from outcome
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _wrong_server(config: RunConfig, found: str) -> ServerError:
+    if config.plain:
+        return ServerError(
+            f"{found} at {config.base_url}",
+            "a server that decodes plainly, as --plain says",
+            "leave --plain out, or start the baseline with python -m server --plain",
+        )
+    return ServerError(
+        f"{found} at {config.base_url}",
+        "a speculating server: tau is a figure of speculative decoding",
+        "start it with python -m server --profile NAME, or add --plain to record a baseline without tau",
+    )

@@ -1,0 +1,224 @@
+"""The benchmark tasks as data: where the rows come from, how a row becomes a prompt, and which rows are asked.
+
+The six of Spec-AUF (arXiv 2607.01893): GSM8K 200, MATH-500 200, HumanEval 164, MBPP 200, MT-Bench 80 of two turns,
+Alpaca 200. The paper does not say how its 200 were chosen nor which Alpaca it used. Here: the rows in file order are
+shuffled by `random.Random(42)` and the first ones are asked, which is also what the public DFlash scripts do; Alpaca
+is the instruction set of AlpacaEval. A limit takes the head of the same order, so a small run is part of a large one.
+
+A task's version grows whenever its prompts would change: figures compare only where versions are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hub import HubFile, read_hub_rows
+from sglang_auf.errors import ConfigError, DataError
+
+SELECTION_SEED = 42
+SAMPLE_FILE = Path(__file__).parent / "data" / "sample.jsonl"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation: the user's turns; the answers between them are the model's own."""
+
+    task: str
+    id: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """count: prompts asked. source None: rows of the sample file that ships here. turns: hub row -> user turns."""
+
+    name: str
+    count: int
+    version: int = 1
+    source: HubFile | None = None
+    turns: Callable[[Row], Sequence[str]] | None = None
+    row_id: str | None = None
+
+
+def _boxed(question: str) -> str:
+    return f"{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+
+def _python(problem: str) -> str:
+    return (
+        f"Write a solution to the following problem and make sure that it passes the tests:\n```python\n{problem}\n```"
+    )
+
+
+PAPER_TASKS = (
+    Task(
+        "gsm8k",
+        200,
+        source=HubFile("openai/gsm8k", "main/test-00000-of-00001.parquet", "740312add88f781978c0658806c59bc2815b9866"),
+        turns=lambda row: [_boxed(row["question"])],
+    ),
+    Task(
+        "math500",
+        200,
+        source=HubFile("HuggingFaceH4/MATH-500", "test.jsonl", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),
+        turns=lambda row: [_boxed(row["problem"])],
+    ),
+    Task(
+        "humaneval",
+        164,
+        source=HubFile(
+            "openai/openai_humaneval",
+            "openai_humaneval/test-00000-of-00001.parquet",
+            "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        ),
+        turns=lambda row: [_python(row["prompt"])],
+    ),
+    Task(
+        "mbpp",
+        200,
+        source=HubFile(
+            "google-research-datasets/mbpp",
+            "sanitized/test-00000-of-00001.parquet",
+            "4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+        ),
+        turns=lambda row: [row["prompt"]],
+    ),
+    Task(
+        "mt_bench",
+        80,
+        # No commit of this repository could be verified; the one that "main" was is recorded with every run.
+        source=HubFile("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", "main"),
+        turns=lambda row: row["turns"],
+        row_id="question_id",
+    ),
+    Task(
+        "alpaca",
+        200,
+        source=HubFile("tatsu-lab/alpaca_eval", "alpaca_eval.json", "0cd24d711fe90d0c1aae5bde03fe98ee48ae52f8"),
+        turns=lambda row: [row["instruction"]],
+    ),
+)
+
+# The same six styles in our own words, four prompts each, shipped with the code: no network needed.
+SAMPLE_TASKS = tuple(Task(f"sample_{task.name}", 4) for task in PAPER_TASKS)
+
+TASKS = {task.name: task for task in PAPER_TASKS + SAMPLE_TASKS}
+GROUPS = {"paper": [task.name for task in PAPER_TASKS], "sample": [task.name for task in SAMPLE_TASKS]}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The prompts of one task that a run asks, and where they came from."""
+
+    task: Task
+    prompts: tuple[Prompt, ...]
+    origin: str
+
+    @property
+    def sha256(self) -> str:
+        """Of ids and turns in order: equal digests mean the same questions."""
+        text = json.dumps([[prompt.id, prompt.turns] for prompt in self.prompts], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve(names: Iterable[str]) -> list[Task]:
+    """Names of tasks and groups to tasks, in order, each once."""
+    expanded = [member for name in names for member in GROUPS.get(name, [name])]
+    for name in expanded:
+        if name not in TASKS:
+            raise ConfigError(
+                f"task {name!r}",
+                "one of " + ", ".join([*GROUPS, *TASKS]),
+                "name tasks or groups, comma-separated: --tasks gsm8k,mt_bench",
+            )
+    return [TASKS[name] for name in dict.fromkeys(expanded)]
+
+
+def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -> Selection:
+    """The prompts of one task, always the same ones in the same order for the same rows."""
+    if task.source is None:
+        prompts, origin = read_prompts(SAMPLE_FILE, task.name, sample=True), f"sample file, version {task.version}"
+    elif data_dir is not None:
+        path = data_dir / f"{task.name}.jsonl"
+        prompts, origin = read_prompts(path, task.name), path.name
+    else:
+        prompts, origin = _hub_prompts(task, task.source)
+    wanted = task.count if limit is None else min(task.count, limit)
+    if len(prompts) < wanted:
+        raise DataError(
+            f"{len(prompts)} prompts for task {task.name} ({origin})",
+            f"at least {wanted}",
+            f"give the whole data set, or ask fewer with --limit {max(len(prompts), 1)}",
+        )
+    order = list(range(len(prompts)))
+    random.Random(SELECTION_SEED).shuffle(order)
+    return Selection(task, tuple(prompts[i] for i in order[:wanted]), origin)
+
+
+def read_prompts(path: Path, task: str, sample: bool = False) -> list[Prompt]:
+    """Rows `{"id": str, "turns": [str, ...]}` of a JSONL file, prompts as they are sent; other keys are ignored.
+
+    sample: the file holds several tasks; only rows whose "task" is this one are taken.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"no file {path}",
+            f'{task}.jsonl with one {{"id": ..., "turns": [...]}} a line',
+            "check --data-dir, or leave it out to download from the hub",
+        )
+    prompts: dict[str, Prompt] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            row = _row(path, number, line)
+            if sample and row.get("task") != task:
+                continue
+            if row["id"] in prompts:
+                raise _bad_row(path, number, f"id {row['id']!r} for the second time")
+            prompts[row["id"]] = Prompt(task, row["id"], tuple(row["turns"]))
+    return list(prompts.values())
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise _bad_row(path, number, f"no JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise _bad_row(path, number, "no object with a string id")
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise _bad_row(path, number, "turns that are no list of non-empty strings")
+    return row
+
+
+def _bad_row(path: Path, number: int, found: str) -> DataError:
+    return DataError(
+        f"{found} in {path}, line {number}", '{"id": "...", "turns": ["...", ...]}', "mend or remove the line"
+    )
+
+
+def _hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
+    assert task.turns is not None
+    rows, commit = read_hub_rows(source)
+    try:
+        prompts = [
+            Prompt(task.name, f"{task.name}/{row[task.row_id] if task.row_id else index}", tuple(task.turns(row)))
+            for index, row in enumerate(rows)
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"rows of {source.repo}/{source.filename} at {commit} without what the prompt needs ({error!r})",
+            "the columns of the pinned revision",
+            "clear the hub cache, or read a local copy with --data-dir",
+        ) from None
+    return prompts, f"{source.repo}/{source.filename}@{commit}"

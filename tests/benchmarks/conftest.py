@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import uvicorn
+
+FAKE_FILE = Path(__file__).parent / "fake_server.py"
+
+
+def _load_fake() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fake_server", FAKE_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["fake_server"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FAKE = _load_fake()
+
+
+@dataclass
+class Fake:
+    url: str
+    engine: Any
+
+    def asked(self) -> dict[str, int]:
+        """How often each last user message came, without warm-up."""
+        return dict(FAKE.asked(self.engine))
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., Fake]]:
+    """Starts fake servers on free ports, with FakeEngine's arguments; ends them after the test."""
+    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(**behaviour: Any) -> Fake:
+        engine = FAKE.FakeEngine(**behaviour)
+        config = uvicorn.Config(FAKE.make_app(engine), host="127.0.0.1", port=0, log_level="error", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        started.append((server, thread))
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return Fake(f"http://127.0.0.1:{port}", engine)
+
+    yield start
+    for server, thread in started:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Two small tasks: gsm8k with six prompts, mt_bench with six of two turns; 18 requests."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder / "gsm8k.jsonl", [{"id": f"g/{i}", "turns": [f"sum {i}"]} for i in range(6)])
+    write_rows(folder / "mt_bench.jsonl", [{"id": f"m/{i}", "turns": [f"first {i}", f"second {i}"]} for i in range(6)])
+    return folder
+
+
+@pytest.fixture
+def workload(data_dir: Path) -> dict[str, Any]:
+    """Settings that ask all of data_dir."""
+    return {"tasks": "gsm8k,mt_bench", "limit": 6, "data_dir": data_dir, "warmup": 1, "max_tokens": 32}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""A server with SGLang's routes and no engine: its answers are a fixed function of the conversation.
+
+Run as a program it takes the arguments of `python -m server`, for tests of what starts servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+BLOCK = 4
+
+
+@dataclass
+class FakeEngine:
+    """speculative: replies carry speculation counts. forked: prompts whose answer this server changes at token 3.
+
+    gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
+    """
+
+    speculative: bool = True
+    delay_s: float = 0.0
+    forked: str | None = None
+    gap: float = 0.0
+    fields: str = "plugin"
+    device: str = "cpu"
+    answers_ids: bool = True
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    generated: list[dict[str, Any]] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+
+    def tokens(self, messages: list[dict[str, str]], limit: int) -> list[int]:
+        seed = zlib.crc32(json.dumps(messages).encode())
+        tokens = [(seed + 7 * i) % 1000 for i in range(min(limit, 8 + seed % 9))]
+        if self.forked and self.forked in messages[-1]["content"]:
+            tokens[3] += 1000
+        return tokens
+
+    def histogram(self, tokens: list[int]) -> list[int]:
+        counts, emitted, step = [0] * BLOCK, 1, 0
+        while emitted < len(tokens):
+            accepted = (tokens[0] + step) % BLOCK
+            counts[accepted] += 1
+            emitted, step = emitted + accepted + 1, step + 1
+        return counts
+
+    def sglext(self, body: dict[str, Any], tokens: list[int]) -> dict[str, Any] | None:
+        extension: dict[str, Any] = {}
+        if self.answers_ids and body.get("return_output_ids_in_sglext"):
+            extension["output_ids"] = [tokens]
+        if self.answers_ids and body.get("return_input_ids_in_sglext"):
+            extension["input_ids"] = list(json.dumps(body["messages"]).encode())
+        counts = self.histogram(tokens)
+        if self.speculative and body.get("return_spec_tokens_details") and sum(counts):
+            extension["spec_tokens_details"] = self._details(counts)
+        return extension or None
+
+    def _details(self, counts: list[int]) -> dict[str, Any]:
+        steps = sum(counts)
+        if self.fields == "plugin":
+            return {"verify_steps": steps, "accepted_histogram": counts, "tau": 1.0, "alpha": [None] * (BLOCK - 1)}
+        while counts[-1] == 0:
+            counts.pop()
+        return {
+            "spec_verify_ct": steps,
+            "spec_correct_drafts_histogram": counts,
+            "spec_num_proposed_drafts": steps * (BLOCK - 1),
+        }
+
+
+def make_app(engine: FakeEngine) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/health_generate")
+    def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/server_info")
+    def info() -> dict[str, Any]:
+        return {
+            "model_path": "/models/toy",
+            "speculative_algorithm": "AUF" if engine.speculative else None,
+            "speculative_draft_model_path": "/drafters/toy" if engine.speculative else None,
+            "speculative_num_draft_tokens": BLOCK if engine.speculative else None,
+            "device": engine.device,
+            "dtype": "bfloat16",
+            "version": "0.5.23",
+        }
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": "toy", "object": "model"}]}
+
+    @app.post("/generate")
+    def generate(body: dict[str, Any]) -> dict[str, Any]:
+        engine.generated.append(body)
+        first, second = body["token_ids_logprob"]
+        chosen = [[-0.5 - engine.gap, first, None], [-0.5, second, None]]
+        return {"meta_info": {"output_token_ids_logprobs": [chosen], "output_top_logprobs": [[[-0.5, second, None]]]}}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: dict[str, Any]) -> Response:
+        engine.requests.append(body)
+        engine.in_flight += 1
+        engine.most_in_flight = max(engine.most_in_flight, engine.in_flight)
+        try:
+            await asyncio.sleep(engine.delay_s)
+        finally:
+            engine.in_flight -= 1
+        if "FAIL" in body["messages"][-1]["content"]:
+            return JSONResponse({"message": "the engine is on fire"}, status_code=500)
+        tokens = engine.tokens(body["messages"], body["max_tokens"])
+        if body.get("stream"):
+            return StreamingResponse(_stream(engine, body, tokens), media_type="text/event-stream")
+        choice = {"index": 0, "message": {"role": "assistant", "content": text_of(tokens)}, "finish_reason": "stop"}
+        return JSONResponse(_part(engine, body, tokens, "chat.completion", [choice], usage=True, sglext=True))
+
+    return app
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(f"t{token} " for token in tokens)
+
+
+async def _stream(engine: FakeEngine, body: dict[str, Any], tokens: list[int]) -> AsyncIterator[str]:
+    def event(choices: list[Any], **with_: bool) -> str:
+        return f"data: {json.dumps(_part(engine, body, tokens, 'chat.completion.chunk', choices, **with_))}\n\n"
+
+    yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+    for token in tokens:
+        yield event([{"index": 0, "delta": {"content": text_of([token])}, "finish_reason": None}])
+    if "CUT" in body["messages"][-1]["content"]:
+        return
+    yield event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+    yield event([], sglext=True)
+    yield event([], usage=True)
+    yield "data: [DONE]\n\n"
+
+
+def _part(
+    engine: FakeEngine,
+    body: dict[str, Any],
+    tokens: list[int],
+    kind: str,
+    choices: list[Any],
+    usage: bool = False,
+    sglext: bool = False,
+) -> dict[str, Any]:
+    part: dict[str, Any] = {"id": "x", "object": kind, "created": 0, "model": "toy", "choices": choices}
+    if usage:
+        part["usage"] = {"prompt_tokens": 5, "completion_tokens": len(tokens), "total_tokens": 5 + len(tokens)}
+    if sglext and (extension := engine.sglext(body, tokens)):
+        part["sglext"] = extension
+    return part
+
+
+def asked(engine: FakeEngine) -> Counter[str]:
+    """Last user messages of all requests but the warm-up."""
+    last = [request["messages"][-1]["content"] for request in engine.requests]
+    return Counter(text for text in last if not text.startswith("Count upwards"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--plain", action="store_true")
+    options = parser.parse_args()
+    if options.profile == "broken":
+        sys.exit("the drafter does not fit the target")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    print(f"child {child.pid}", " ".join(options.set), flush=True)
+    forked = next((value.removeprefix("fork=") for value in options.set if value.startswith("fork=")), None)
+    engine = FakeEngine(speculative=not options.plain, forked=None if options.plain else forked, gap=9.0)
+    uvicorn.run(make_app(engine), host=options.host, port=options.port, log_level="error", ws="none")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--concurrency", "0"], "--concurrency"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--limit", "0"], "--limit"),
+        (["--thinking", "maybe"], "--thinking"),
+        (["--tasks", ","], "--tasks"),
+        (["--base-url", "localhost:30000"], "--base-url"),
+    ],
+)
+def test_a_bad_value_names_its_flag(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--base-url", "http://127.0.0.1:9", *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["run", "--base-url", "http://127.0.0.1:9", "--concurency", "2"])
+    assert error.value.code == 2
+
+
+def test_an_unknown_task_is_refused_before_any_server_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--base-url", "http://127.0.0.1:9", "--tasks", "gsm9k"]) == 2
+    assert "gsm9k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_the_server_may_be_named_with_or_without_v1(url: str) -> None:
+    assert RunConfig(base_url=url).base_url == "http://h:1"
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from benchmarks.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(', '.join({'openai', 'torch', 'sglang', 'huggingface_hub', 'psutil'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--base-url" in done.stdout
+    assert "(default: 512)" in done.stdout

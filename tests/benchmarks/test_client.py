@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.client import ChatClient, Reply, ReplyError, histogram_of
+from benchmarks.config import Workload
+
+MESSAGES = [{"role": "user", "content": "sum 1"}]
+
+
+def ask(url: str, stream: bool, text: str = "sum 1", seed: int | None = None, **settings: Any) -> Reply:
+    async def once() -> Reply:
+        async with ChatClient(url, "toy", Workload(**settings), stream) as client:
+            return await client.ask([{"role": "user", "content": text}], seed)
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize("fields", ["plugin", "sglang"])
+def test_streamed_and_whole_replies_say_the_same(fake: Callable[..., Any], fields: str) -> None:
+    server = fake(fields=fields)
+    tokens = server.engine.tokens(MESSAGES, 512)
+    whole, streamed = ask(server.url, stream=False), ask(server.url, stream=True)
+    assert whole.output_ids == tokens
+    assert whole.completion_tokens == len(tokens)
+    assert whole.histogram == server.engine.histogram(tokens)
+    assert whole.ttft_s is None
+    assert streamed.ttft_s is not None
+    streamed.ttft_s = None
+    assert streamed == whole
+
+
+def test_a_plain_reply_has_no_steps(fake: Callable[..., Any]) -> None:
+    assert ask(fake(speculative=False).url, stream=False).histogram == []
+
+
+def test_conditions_do_not_depend_on_the_model_folder(fake: Callable[..., Any]) -> None:
+    server = fake()
+    ask(server.url, stream=False, seed=7, temperature=1.0, max_tokens=9)
+    body = server.engine.requests[0]
+    sent = {name: body[name] for name in ("top_p", "top_k", "min_p", "repetition_penalty", "temperature", "seed")}
+    assert sent == {
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "seed": 7,
+    }
+    assert body["max_tokens"] == 9
+
+
+@pytest.mark.parametrize(("thinking", "sent"), [("off", {"enable_thinking": False}), ("on", {"enable_thinking": True})])
+def test_thinking_is_sent(fake: Callable[..., Any], thinking: str, sent: dict[str, bool]) -> None:
+    server = fake()
+    ask(server.url, stream=False, thinking=thinking)
+    assert server.engine.requests[0]["chat_template_kwargs"] == sent
+
+
+def test_thinking_can_be_left_to_the_server(fake: Callable[..., Any]) -> None:
+    server = fake()
+    ask(server.url, stream=False, thinking="server")
+    assert "chat_template_kwargs" not in server.engine.requests[0]
+
+
+def test_a_stream_that_breaks_off_is_no_answer(fake: Callable[..., Any]) -> None:
+    with pytest.raises(ReplyError, match="without counting"):
+        ask(fake().url, stream=True, text="CUT")
+
+
+@pytest.mark.parametrize(
+    ("details", "problem"),
+    [
+        ({"verify_steps": 3, "accepted_histogram": [1, 1]}, "3 verify steps and a histogram of 2"),
+        ({"accepted_histogram": [1, 1]}, "verify_steps"),
+        ({"verify_steps": 2, "accepted_histogram": "ab"}, "cannot be read"),
+        ({"spec_verify_ct": 2}, "spec_correct_drafts_histogram"),
+        ({}, "spec_verify_ct"),
+    ],
+)
+def test_counts_that_do_not_add_up_are_refused(details: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ReplyError, match=problem):
+        histogram_of(details)
+
+
+def test_sglangs_short_histogram_is_padded_to_the_block() -> None:
+    details = {"spec_verify_ct": 2, "spec_correct_drafts_histogram": [1, 1], "spec_num_proposed_drafts": 14}
+    assert histogram_of(details) == [1, 1, 0, 0, 0, 0, 0, 0]

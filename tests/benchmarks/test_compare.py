@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "server"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(Path(__file__).parent / "fake_server.py", package / "__main__.py")
+    monkeypatch.chdir(tmp_path)
+
+
+def compare(*flags: str) -> tuple[int, dict[str, Any]]:
+    code = main(["compare", "--profile", "toy", "--tasks", "sample", "--max-tokens", "32", "--out", "out", *flags])
+    summary: dict[str, Any] = json.loads(Path("out/summary.json").read_text())
+    return code, summary
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "sequential"])
+def test_both_servers_answer_the_same_prompts_and_the_summary_has_it_all(
+    mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, summary = compare("--mode", mode, "--concurrency", "2", "--rounds", "3")
+    assert code == 0
+    assert (summary["target"], summary["drafter"], summary["block_size"]) == ("toy", "/drafters/toy", 4)
+    assert len(summary["tasks"]) == 6
+    for task in summary["tasks"].values():
+        assert task["prompts"] == 4
+        assert 1 <= task["tau"] <= task["tau_verify"] <= 4
+        assert len(task["alpha"]) == 3
+    assert summary["tasks"]["sample_mt_bench"]["requests"] == 8
+    assert summary["plain"]["completion_tokens"] == summary["auf"]["completion_tokens"] > 28
+    assert summary["speedup"] == pytest.approx(summary["auf"]["tokens_per_s"] / summary["plain"]["tokens_per_s"])
+    assert len(summary["rounds"]) == (3 if mode == "interleaved" else 1)
+    lossless = summary["lossless"]
+    assert (lossless["identical"], lossless["near_tie"], lossless["fault"]) == (28, 0, 0)
+    assert summary["macro"]["tau"] > 1
+    assert summary["micro"]["tau"] > 1
+    assert {"versions", "machine", "command"} <= set(summary)
+    table = capsys.readouterr().out
+    assert f"{summary['speedup']:.2f}" in table
+    assert "28 identical, 0 near-tie, 0 fault" in table
+    assert not list(psutil.Process().children(recursive=True))
+
+
+def test_a_changed_answer_is_a_fault_and_an_exit_code() -> None:
+    code, summary = compare("--set", "fork=lighthouse")
+    assert code == 1
+    assert summary["lossless"]["fault"] == 1
+    assert summary["lossless"]["differences"][0]["prompt_id"] == "alpaca/lighthouse"
+
+
+def test_sampled_answers_have_no_losslessness() -> None:
+    code, summary = compare("--temperature", "1", "--limit", "1")
+    assert code == 0
+    assert summary["lossless"] is None
+
+
+def test_a_second_comparison_replaces_the_first() -> None:
+    compare("--limit", "2")
+    code, summary = compare("--limit", "1")
+    assert code == 0
+    assert summary["auf"]["requests"] == 7
+
+
+def test_a_server_that_does_not_start_ends_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--profile", "broken", "--tasks", "sample", "--out", "out"]) == 2
+    assert "the drafter does not fit the target" in capsys.readouterr().err
+    assert not Path("out/summary.json").exists()
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A comparison under way as a program of its own, and its servers with their children."""
+    arguments = ["compare", "--profile", "toy", "--tasks", "sample", "--out", "out", "--rounds", "400"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], env=environment, cwd=tmp_path)
+    started: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 300
+        while len(started) < 4:  # two servers, each with a child
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            started = family(process)
+        yield process, started
+    finally:
+        for one in [process, *started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def test_sigterm_leaves_no_process_behind(
+    comparison: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    process, started = comparison
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_servers_do_not_outlive_a_benchmark_that_was_killed_outright(
+    comparison: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    process, started = comparison
+    servers = [one for one in started if one.ppid() == process.pid]
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(servers, timeout=60)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []

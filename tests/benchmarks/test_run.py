@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.records import Record, latest, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., Any]
+
+
+def flags(url: str, out: Path, data_dir: Path, *more: str) -> list[str]:
+    common = ["--tasks", "gsm8k,mt_bench", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    return ["run", "--base-url", url, "--out", str(out), *common, *more]
+
+
+def records_of(out: Path) -> dict[tuple[str, str, int], Record]:
+    return {record.key: record for record in latest(read_records(out / "records.jsonl"))}
+
+
+def test_a_run_asks_everything_once_and_reports_it(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir)) == 0
+    assert len(server.asked()) == 18
+    assert set(server.asked().values()) == {1}
+    records = records_of(out)
+    assert len(records) == 18
+    for record in records.values():
+        assert record.output_ids is not None
+        assert record.completion_tokens == len(record.output_ids)
+        assert sum(record.accepted_histogram) == record.verify_steps > 0
+        assert record.ttft_s is not None
+        assert 0 < record.ttft_s <= record.latency_s
+        assert record.block_size == 4
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tasks"]["mt_bench"]["prompts"] == 6
+    assert summary["tasks"]["mt_bench"]["requests"] == 12
+    emitted = sum(record.completion_tokens - 1 for record in records.values())
+    assert summary["micro"]["tau"] == pytest.approx(emitted / sum(r.verify_steps for r in records.values()))
+    table = capsys.readouterr().out
+    assert f"macro {summary['macro']['tau']:.2f}" in table
+    assert "tokens/s" in table
+
+
+def test_run_json_says_what_was_asked_of_whom(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "run"
+    main(flags(server.url, out, data_dir, "--concurrency", "2"))
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["concurrency"] == 2
+    assert run["server"]["drafter"] == "/drafters/toy"
+    assert run["tasks"]["gsm8k"]["prompts"] == 6
+    assert len(run["tasks"]["gsm8k"]["sha256"]) == 64
+    assert run["sessions"][0]["versions"]["openai"]
+    assert run["sessions"][0]["machine"]["cores"] >= 1
+    assert run["sessions"][0]["command"]
+
+
+def test_the_second_turn_follows_the_models_own_first_answer(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "run"
+    main(flags(server.url, out, data_dir, "--concurrency", "3"))
+    records = records_of(out)
+    second = [body["messages"] for body in server.engine.requests if len(body["messages"]) == 3]
+    assert len(second) == 6
+    for messages in second:
+        number = messages[0]["content"].removeprefix("first ")
+        first_answer = records["mt_bench", f"m/{number}", 0].output_text
+        assert messages[1] == {"role": "assistant", "content": first_answer}
+        assert messages[2] == {"role": "user", "content": f"second {number}"}
+
+
+def test_concurrency_is_reached_and_not_exceeded(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake(delay_s=0.05)
+    main(flags(server.url, tmp_path / "run", data_dir, "--concurrency", "4", "--no-stream"))
+    assert server.engine.most_in_flight == 4
+
+
+def test_answers_do_not_depend_on_concurrency(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake()
+    for name, concurrency in (("one", "1"), ("five", "5")):
+        main(flags(server.url, tmp_path / name, data_dir, "--concurrency", concurrency, "--temperature", "1"))
+    one, five = records_of(tmp_path / "one"), records_of(tmp_path / "five")
+    assert {key: (r.seed, r.output_ids) for key, r in one.items()} == {
+        key: (r.seed, r.output_ids) for key, r in five.items()
+    }
+    assert len({record.seed for record in one.values()}) == 18
+
+
+def test_seeds_follow_the_seed_and_stay_when_filters_change(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake()
+    for name, more in (("a", ["--seed", "1"]), ("b", ["--seed", "2"]), ("c", ["--seed", "1", "--tasks", "mt_bench"])):
+        main(flags(server.url, tmp_path / name, data_dir, "--temperature", "1", *more))
+    a, b, c = (records_of(tmp_path / name) for name in "abc")
+    assert all(a[key].seed != b[key].seed for key in a)
+    assert {key: a[key].seed for key in c} == {key: record.seed for key, record in c.items()}
+
+
+def test_greedy_requests_carry_no_seed(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake()
+    main(flags(server.url, tmp_path / "run", data_dir))
+    assert all("seed" not in body for body in server.engine.requests)
+
+
+def test_a_killed_run_is_continued_where_it_stopped(
+    fake: Start, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, out = fake(delay_s=0.1), tmp_path / "run"
+    arguments = flags(server.url, out, data_dir, "--concurrency", "2")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], env=environment, cwd=tmp_path)
+    records = out / "records.jsonl"
+    deadline = time.monotonic() + 300
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = records_of(out)
+    assert 5 <= len(kept) < 18
+    with records.open("ab") as file:
+        file.write(b'{"task": "gsm8k", "prom')
+    server.engine.delay_s = 0.0
+    asked_before = server.asked()
+    assert main([*arguments, "--resume"]) == 0
+    assert "torn" in caplog.text
+    after = records_of(out)
+    assert len(after) == 18
+    assert all(after[key] == record for key, record in kept.items())
+    for record in kept.values():
+        text = f"sum {record.prompt_id[2:]}" if record.task == "gsm8k" else None
+        if text is not None:
+            assert server.asked()[text] == asked_before[text]
+    assert len(json.loads((out / "run.json").read_text())["sessions"]) == 2
+
+
+def test_a_finished_run_resumed_asks_nothing(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    asked = len(server.engine.requests)
+    assert main(flags(server.url, out, data_dir, "--resume")) == 0
+    assert len(server.engine.requests) == asked
+    assert len(json.loads((out / "run.json").read_text())["sessions"]) == 1
+
+
+def test_resuming_with_other_settings_is_refused(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    before = (out / "records.jsonl").read_bytes()
+    assert main(flags(server.url, out, data_dir, "--resume", "--max-tokens", "16")) == 2
+    assert "max_tokens = 16" in capsys.readouterr().err
+    (data_dir / "gsm8k.jsonl").write_text('{"id": "other", "turns": ["x"]}\n' * 1 + "".join(
+        f'{{"id": "o/{i}", "turns": ["x"]}}\n' for i in range(5)
+    ))  # fmt: skip
+    assert main(flags(server.url, out, data_dir, "--resume")) == 2
+    assert "gsm8k.prompts" in capsys.readouterr().err
+    assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_may_find_the_server_elsewhere(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    main(flags(fake().url, out, data_dir))
+    assert main(flags(fake().url, out, data_dir, "--resume")) == 0
+
+
+def test_an_existing_run_is_not_overwritten(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    assert main(flags(server.url, out, data_dir)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_failed_requests_are_recorded_counted_and_asked_again(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "gsm8k.jsonl").write_text(
+        "".join(f'{{"id": "g/{i}", "turns": ["{"FAIL" if i == 2 else "sum"} {i}"]}}\n' for i in range(6))
+    )
+    server, out = fake(), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir)) == 1
+    failed = [record for record in records_of(out).values() if record.failed]
+    assert [record.prompt_id for record in failed] == ["g/2"]
+    assert failed[0].error is not None
+    assert "on fire" in failed[0].error
+    assert server.asked()["FAIL 2"] == 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tasks"]["gsm8k"]["failed"] == 1
+    assert main(flags(server.url, out, data_dir, "--resume")) == 1
+    assert server.asked()["FAIL 2"] == 2
+    assert server.asked()["sum 1"] == 1
+
+
+def test_after_a_failed_first_turn_the_second_is_not_asked(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    (data_dir / "mt_bench.jsonl").write_text(
+        "".join(
+            f'{{"id": "m/{i}", "turns": ["{"FAIL" if i == 2 else "first"} {i}", "second {i}"]}}\n' for i in range(6)
+        )
+    )
+    server, out = fake(), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir)) == 1
+    assert "second 2" not in server.asked()
+    error = records_of(out)["mt_bench", "m/2", 1].error
+    assert error is not None
+    assert "turn 0" in error
+
+
+def test_a_server_that_is_down(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags("http://127.0.0.1:9", tmp_path / "run", data_dir)) == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tau_of_a_plain_server_is_refused(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(speculative=False)
+    assert main(flags(server.url, tmp_path / "run", data_dir)) == 2
+    assert "--plain" in capsys.readouterr().err
+    assert not server.asked()
+
+
+def test_a_server_that_only_claims_to_speculate_is_refused_before_the_first_prompt(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake()
+    monkeypatch.setattr(server.engine, "sglext", lambda body, tokens: None)
+    assert main(flags(server.url, tmp_path / "run", data_dir)) == 2
+    assert "no verify step" in capsys.readouterr().err
+    assert not server.asked()
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_warm_up_the_claim_is_checked_at_the_end(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake()
+    monkeypatch.setattr(server.engine, "sglext", lambda body, tokens: None)
+    assert main(flags(server.url, tmp_path / "run", data_dir, "--warmup", "0")) == 2
+    assert "no verify step" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_plain_baseline_has_speed_and_no_tau(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    assert main(flags(fake(speculative=False).url, tmp_path / "run", data_dir, "--plain")) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["macro"]["tau"] is None
+    assert summary["throughput"]["tokens_per_s"] > 0
+
+
+def test_a_speculating_server_is_no_plain_baseline(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(fake().url, tmp_path / "run", data_dir, "--plain")) == 2
+    assert "decodes plainly" in capsys.readouterr().err
+
+
+def test_warm_up_is_as_wide_as_the_run_and_not_recorded(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake()
+    main(flags(server.url, tmp_path / "run", data_dir, "--concurrency", "3"))
+    warm = [b for b in server.engine.requests if b["messages"][0]["content"].startswith("Count upwards")]
+    assert len(warm) == 3
+    assert len(records_of(tmp_path / "run")) == 18

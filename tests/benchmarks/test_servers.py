@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.servers import end, serve
+from sglang_auf.errors import ServerError
+
+
+@pytest.fixture(autouse=True)
+def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m server`, started from this directory, is the fake one."""
+    package = tmp_path / "server"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(Path(__file__).parent / "fake_server.py", package / "__main__.py")
+    monkeypatch.chdir(tmp_path)
+
+
+def gone(pid: int) -> bool:
+    """Ended; a zombie that nobody has collected yet counts."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def becomes(process: psutil.Process, status: str) -> bool:
+    deadline = time.monotonic() + 60
+    while process.status() != status and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process.status() == status
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 60
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return gone(pid)
+
+
+def child_of(log_file: Path) -> int:
+    return int(log_file.read_text().split()[1])
+
+
+def test_a_server_is_up_inside_and_gone_outside(tmp_path: Path) -> None:
+    log_file = tmp_path / "logs" / "server.log"
+    with serve("toy", plain=True, settings=["a=1", "b=2"], log_file=log_file) as server:
+        info = httpx.get(f"{server.base_url}/server_info").json()
+        assert info["speculative_algorithm"] is None
+        pid, child = server.process.pid, child_of(log_file)
+        assert not gone(pid)
+        assert not gone(child)
+    assert "a=1 b=2" in log_file.read_text()
+    assert wait_until_gone(pid)
+    assert wait_until_gone(child)
+
+
+def test_a_server_is_ended_when_the_work_with_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), serve("toy", plain=False, log_file=tmp_path / "log") as server:
+        raise RuntimeError
+    assert wait_until_gone(server.process.pid)
+    assert wait_until_gone(child_of(tmp_path / "log"))
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    why = pytest.raises(ServerError, match=r"(?s)exit code 1.*the drafter does not fit the target")
+    with why, serve("broken", plain=False, log_file=tmp_path / "log"):
+        pytest.fail("it started")
+
+
+def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
+    package = tmp_path / "server" / "__main__.py"
+    package.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    why = pytest.raises(ServerError, match="not ready after")
+    with why, serve("toy", plain=False, log_file=tmp_path / "log", timeout_s=1.5):
+        pytest.fail("it started")
+    assert wait_until_gone(child_of(tmp_path / "log"))
+
+
+def test_a_paused_server_stands_still_and_goes_on(tmp_path: Path) -> None:
+    with serve("toy", plain=False, log_file=tmp_path / "log") as server:
+        family = [psutil.Process(server.process.pid), psutil.Process(child_of(tmp_path / "log"))]
+        server.pause()
+        assert all(becomes(process, psutil.STATUS_STOPPED) for process in family)
+        with pytest.raises(httpx.TimeoutException):
+            httpx.get(f"{server.base_url}/server_info", timeout=0.3)
+        server.resume()
+        assert httpx.get(f"{server.base_url}/server_info", timeout=60).status_code == 200
+        server.pause()
+    assert all(wait_until_gone(process.pid) for process in family)
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout:
+        process.stdout.readline()
+        end(process, drain_s=0.2)
+    assert process.returncode == -signal.SIGKILL

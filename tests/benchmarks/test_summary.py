@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.records import Record
+from benchmarks.summary import busy_seconds, macro, micro, summarize_task, summarize_tasks, throughput
+
+
+def record(prompt_id: str = "a", histogram: tuple[int, ...] = (), tokens: int = 0, **fields: Any) -> Record:
+    given_fields = {
+        "task": "gsm8k",
+        "prompt_id": prompt_id,
+        "turn": 0,
+        "temperature": 0.0,
+        "started_at": 0.0,
+        "latency_s": 1.0,
+        "accepted_histogram": list(histogram),
+        "verify_steps": sum(histogram),
+        "completion_tokens": tokens,
+    }
+    return Record.model_validate({**given_fields, **fields})
+
+
+SLOW = record("slow", (10, 0, 0), 11)  # 10 steps of 1 token: tau 1
+FAST = record("fast", (0, 0, 2), 6)  # 2 steps of 3 tokens, one cut by the stop: tau 2.5, tau_verify 3
+
+
+def test_macro_weighs_prompts_and_micro_weighs_steps() -> None:
+    summary = summarize_task([SLOW, FAST])
+    assert summary.tau == pytest.approx((1 + 2.5) / 2)
+    assert summary.tau_micro == pytest.approx((10 + 5) / 12)
+    assert summary.tau_verify == pytest.approx((1 + 3) / 2)
+    assert summary.alpha == pytest.approx([(0 + 1) / 2, 1.0])
+    assert summary.accepted_histogram == [10, 0, 2]
+
+
+def test_failures_and_answers_without_a_step_are_counted_not_averaged() -> None:
+    failed, single = record("f", error="500", latency_s=9.0), record("s", tokens=1)
+    summary = summarize_task([SLOW, FAST, failed, single])
+    assert (summary.prompts, summary.requests, summary.failed, summary.without_steps) == (4, 4, 1, 1)
+    assert summary.tau == summarize_task([SLOW, FAST]).tau
+    assert summary.completion_tokens == 11 + 6 + 1
+
+
+def test_turns_are_prompts_of_their_own_for_tau() -> None:
+    turns = [record("m", (1, 0), 2, turn=0), record("m", (0, 3), 7, turn=1)]
+    summary = summarize_task(turns)
+    assert (summary.prompts, summary.requests, summary.tau) == (1, 2, pytest.approx((1 + 2) / 2))
+
+
+def test_tasks_weigh_equally_in_the_macro_mean() -> None:
+    records = [SLOW, SLOW.model_copy(update={"prompt_id": "x"}), FAST.model_copy(update={"task": "mbpp"})]
+    tasks = summarize_tasks(records)
+    assert macro(tasks.values()).tau == pytest.approx((1 + 2.5) / 2)
+    assert micro(records).tau == pytest.approx((10 + 10 + 5) / 22)
+
+
+def test_a_baseline_has_no_tau() -> None:
+    records = [record("a", tokens=30)]
+    assert macro(summarize_tasks(records).values()).tau is None
+    assert micro(records).tau is None
+
+
+def test_throughput_counts_overlapping_time_once() -> None:
+    records = [
+        record("a", tokens=30, started_at=100.0, latency_s=2.0),
+        record("b", tokens=30, started_at=101.0, latency_s=2.0),
+        record("c", tokens=40, started_at=110.0, latency_s=1.0),
+        record("d", tokens=0, started_at=111.0, latency_s=1.0, error="500"),
+    ]
+    speed = throughput(records, concurrency=2)
+    assert (speed.seconds, speed.completion_tokens, speed.failed) == (pytest.approx(5.0), 100, 1)
+    assert speed.tokens_per_s == pytest.approx(20.0)
+
+
+def test_nothing_asked_has_no_speed() -> None:
+    assert throughput([], 1).tokens_per_s is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12))
+def test_busy_time_is_the_measure_of_a_union(spans: list[tuple[int, int]]) -> None:
+    seconds = {second for start, length in spans for second in range(start, start + length)}
+    records = [record(str(i), started_at=start, latency_s=length) for i, (start, length) in enumerate(spans)]
+    assert busy_seconds(records) == len(seconds)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tasks
+from benchmarks.hub import HubFile
+from benchmarks.tasks import GROUPS, TASKS, read_prompts, resolve, select
+from sglang_auf.errors import ConfigError, DataError
+
+PAPER = {"gsm8k": 200, "math500": 200, "humaneval": 164, "mbpp": 200, "mt_bench": 80, "alpaca": 200}
+HUB_ROWS = {
+    "gsm8k": ({"question": "Q?", "answer": "A"}, "gsm8k/0", ("Q?\nPlease reason step by step, and put your final "
+                                                             "answer within \\boxed{}.",)),
+    "math500": ({"problem": "P", "solution": "S"}, "math500/0", ("P\nPlease reason step by step, and put your final "
+                                                                 "answer within \\boxed{}.",)),
+    "humaneval": ({"prompt": "def f():\n"}, "humaneval/0", ("Write a solution to the following problem and make sure "
+                                                            "that it passes the tests:\n```python\ndef f():\n\n```",)),
+    "mbpp": ({"prompt": "Write f.", "code": "x"}, "mbpp/0", ("Write f.",)),
+    "mt_bench": ({"question_id": 81, "turns": ["one", "two"]}, "mt_bench/81", ("one", "two")),
+    "alpaca": ({"instruction": "Do it.", "output": "x"}, "alpaca/0", ("Do it.",)),
+}  # fmt: skip
+
+
+def write_lines(folder: Path, *lines: str, name: str = "gsm8k") -> Path:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def many(folder: Path, count: int) -> Path:
+    return write_lines(folder, *(f'{{"id": "g/{i}", "turns": ["sum {i}"]}}' for i in range(count)))
+
+
+def test_the_six_tasks_of_the_paper() -> None:
+    assert {task.name: task.count for task in resolve(["paper"])} == PAPER
+
+
+def test_groups_and_names_mix_without_repeats() -> None:
+    assert [task.name for task in resolve(["mbpp", "paper", "mbpp"])][:2] == ["mbpp", "gsm8k"]
+    assert len(resolve(["paper", "sample"])) == 12
+
+
+def test_unknown_task_is_named_with_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"gsm9k.*gsm8k"):
+        resolve(["gsm9k"])
+
+
+def test_selection_is_the_head_of_a_fixed_shuffle(tmp_path: Path) -> None:
+    many(tmp_path, 1319)
+    order = [f"g/{i}" for i in range(1319)]
+    random.Random(42).shuffle(order)
+    chosen = select(TASKS["gsm8k"], tmp_path)
+    assert [prompt.id for prompt in chosen.prompts] == order[:200]
+    assert chosen.sha256 == select(TASKS["gsm8k"], tmp_path).sha256
+
+
+def test_a_limit_takes_the_head_of_the_same_order(tmp_path: Path) -> None:
+    many(tmp_path, 300)
+    whole, part = select(TASKS["gsm8k"], tmp_path), select(TASKS["gsm8k"], tmp_path, limit=7)
+    assert part.prompts == whole.prompts[:7]
+    assert part.sha256 != whole.sha256
+
+
+def test_digest_follows_the_text_of_a_prompt(tmp_path: Path) -> None:
+    write_lines(tmp_path, '{"id": "a", "turns": ["x"]}')
+    before = select(TASKS["gsm8k"], tmp_path, limit=1).sha256
+    write_lines(tmp_path, '{"id": "a", "turns": ["y"]}')
+    assert select(TASKS["gsm8k"], tmp_path, limit=1).sha256 != before
+
+
+def test_the_sample_needs_nothing_but_the_checkout() -> None:
+    chosen = [select(task) for task in resolve(["sample"])]
+    prompts = [prompt for selection in chosen for prompt in selection.prompts]
+    assert [len(selection.prompts) for selection in chosen] == [4] * 6
+    assert len({prompt.id for prompt in prompts}) == len({prompt.turns for prompt in prompts}) == 24
+    two_turns = {prompt.task for prompt in prompts if len(prompt.turns) == 2}
+    assert two_turns == {"sample_mt_bench"}
+
+
+@pytest.mark.parametrize("name", GROUPS["paper"])
+def test_hub_rows_become_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, prompt_id, turns = HUB_ROWS[name]
+
+    def rows(source: HubFile) -> tuple[list[dict[str, Any]], str]:
+        assert source == TASKS[name].source
+        return [row], "abc123"
+
+    monkeypatch.setattr(tasks, "read_hub_rows", rows)
+    chosen = select(TASKS[name], limit=1)
+    assert (chosen.prompts[0].id, chosen.prompts[0].turns) == (prompt_id, turns)
+    assert chosen.origin.endswith("@abc123")
+
+
+def test_hub_rows_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "read_hub_rows", lambda source: ([{"text": "?"}], "abc123"))
+    with pytest.raises(DataError, match=r"question.*--data-dir"):
+        select(TASKS["gsm8k"], limit=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"id": "b", "turns": ["x"]', "no JSON"),
+        ("\xff", "no JSON"),
+        ('["b"]', "no object with a string id"),
+        ('{"turns": ["x"]}', "no object with a string id"),
+        ('{"id": "b"}', "no list of non-empty strings"),
+        ('{"id": "b", "turns": []}', "no list of non-empty strings"),
+        ('{"id": "b", "turns": ["x", 3]}', "no list of non-empty strings"),
+        ('{"id": "b", "turns": [" "]}', "no list of non-empty strings"),
+        ('{"id": "a", "turns": ["x"]}', "'a' for the second time"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, found: str) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_bytes(b'{"id": "a", "turns": ["x"]}\n\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=f"{found}.*line 3"):
+        read_prompts(path, "gsm8k")
+
+
+def test_separators_inside_a_text_do_not_split_its_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, '{"id": "a", "turns": ["one\u2028two"]}')
+    assert read_prompts(path, "gsm8k")[0].turns == ("one\u2028two",)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gsm8k\.jsonl.*--data-dir"):
+        select(TASKS["gsm8k"], tmp_path / "nowhere")
+
+
+def test_too_few_rows_are_refused_unless_fewer_are_asked(tmp_path: Path) -> None:
+    many(tmp_path, 50)
+    with pytest.raises(DataError, match=r"50 prompts.*at least 200.*--limit 50"):
+        select(TASKS["gsm8k"], tmp_path)
+    assert len(select(TASKS["gsm8k"], tmp_path, limit=50).prompts) == 50
