@@ -1,0 +1,164 @@
+"""Greedy answers with speculation are the tokens of plain decoding, whatever the block, drafter, batch or cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+RUNNER = Path(__file__).with_name("engine_runner.py")
+TOKENS = 64
+
+
+def run_engine(tmp_path: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
+    """The jobs' results from an engine in a process of its own."""
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    out = tmp_path / "out.json"
+    task = {"engine": engine, "jobs": jobs, "out": str(out)}
+    done = subprocess.run(
+        [sys.executable, str(RUNNER)],
+        input=json.dumps(task).encode(),
+        capture_output=True,
+        timeout=900,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert out.exists(), done.stderr.decode()[-6000:]
+    return json.loads(out.read_text())
+
+
+def prompts(count: int, vocabulary: int = 64) -> list[list[int]]:
+    """Of mixed lengths, some with a common prefix, one longer than a prefill chunk of 32."""
+    generator = random.Random(7)
+    shared = [generator.randrange(4, vocabulary) for _ in range(20)]
+    made = []
+    for number in range(count):
+        own = [generator.randrange(4, vocabulary) for _ in range(generator.choice([1, 5, 17, 40, 90]))]
+        made.append(shared + own if number % 3 == 0 else own)
+    return made
+
+
+GREEDY = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+
+
+def job(inputs: list[list[int]], concurrency: int, **sampling: Any) -> dict[str, Any]:
+    return {"inputs": inputs, "sampling": GREEDY | sampling, "concurrency": concurrency}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Plain decoding alone (concurrency 1) and in company."""
+    inputs = prompts(24)
+    engine = {"model_path": str(tiny_target), "context_length": 256}
+    return run_engine(tmp_path_factory.mktemp("plain"), engine, [job(inputs, 1), job(inputs, 16)])
+
+
+def tokens(results: list[dict[str, Any]]) -> list[list[int]]:
+    return [result["ids"] for result in results]
+
+
+def test_plain_decoding_does_not_depend_on_company(plain: Any) -> None:
+    alone, together = plain
+    assert tokens(alone) == tokens(together)
+
+
+@pytest.mark.parametrize(
+    ("block", "engine"),
+    [
+        (4, {}),
+        (8, {"disable_radix_cache": True, "chunked_prefill_size": 32}),
+        # A pool that cannot hold all requests at once: some are retracted and prefilled again.
+        (8, {"max_total_tokens": 1024, "enable_mixed_chunk": True, "chunked_prefill_size": 64}),
+    ],
+)
+def test_auf_equals_plain_decoding(
+    block: int,
+    engine: dict[str, Any],
+    plain: Any,
+    tiny_target: Path,
+    tiny_drafter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    inputs = prompts(24)
+    arguments = {
+        "model_path": str(tiny_target),
+        "context_length": 256,
+        "speculative_algorithm": "AUF",
+        "speculative_draft_model_path": str(tiny_drafter(block)),
+    } | engine
+    results = run_engine(tmp_path, arguments, [job(inputs, 1), job(inputs, 16)])
+    for found in results:
+        assert tokens(found) == tokens(plain[0])
+        assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
+
+
+@pytest.mark.parametrize("pool", [0, 8])
+def test_domino_equals_plain_decoding(
+    pool: int, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """pool: candidates of the corrected slots; 0 is the full vocabulary."""
+    drafter = tiny_drafter(
+        4, projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16
+    )
+    arguments = {
+        "model_path": str(tiny_target),
+        "context_length": 256,
+        "speculative_algorithm": "AUF",
+        "speculative_draft_model_path": str(drafter),
+        "speculative_domino_candidate_pool_size": pool,
+    }
+    inputs = prompts(8)
+    (found,) = run_engine(tmp_path, arguments, [job(inputs, 8)])
+    assert tokens(found) == tokens(plain[0])[:8]
+    assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
+
+
+def test_auf_equals_the_built_in_dflash(
+    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Same drafter, same tokens, same histogram of accepted lengths."""
+    drafter, inputs, found = tiny_drafter(4), prompts(8), {}
+    for algorithm in ("AUF", "DFLASH"):
+        arguments = {
+            "model_path": str(tiny_target),
+            "context_length": 256,
+            "speculative_algorithm": algorithm,
+            "speculative_draft_model_path": str(drafter),
+            "disable_overlap_schedule": True,
+        }
+        (found[algorithm],) = run_engine(tmp_path / algorithm, arguments, [job(inputs, 4)])
+    for ours, theirs in zip(found["AUF"], found["DFLASH"], strict=True):
+        assert ours["ids"] == theirs["ids"]
+        assert ours["meta"]["spec_correct_drafts_histogram"] == theirs["meta"]["spec_correct_drafts_histogram"]
+
+
+def test_a_seed_gives_the_answer_of_plain_decoding(
+    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """At temperature 1 too, alone and in company; another seed gives another answer."""
+    inputs = prompts(12)
+    sampled = {"temperature": 1.0, "top_p": 0.95, "min_p": 0.02, "max_new_tokens": TOKENS, "ignore_eos": True}
+    seeded = [sampled | {"sampling_seed": 1000 + number} for number in range(len(inputs))]
+    other = [sampled | {"sampling_seed": 2000 + number} for number in range(len(inputs))]
+    engine: dict[str, Any] = {"model_path": str(tiny_target), "context_length": 256}
+    speculation = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(4))}
+
+    def jobs(*samplings: Any) -> list[dict[str, Any]]:
+        return [{"inputs": inputs, "sampling": s, "concurrency": c} for s, c in samplings]
+
+    (reference,) = run_engine(tmp_path / "plain", engine, jobs((seeded, 1)))
+    alone, together, differently = run_engine(
+        tmp_path / "auf", engine | speculation, jobs((seeded, 1), (seeded, 12), (other, 12))
+    )
+    assert tokens(alone) == tokens(reference)
+    assert tokens(together) == tokens(reference)
+    assert tokens(differently) != tokens(reference)
