@@ -134,6 +134,10 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
             "--speculative-num-steps / --speculative-eagle-topk: a block is one step and one path",
         ),
         (bool(a.speculative_adaptive), "--speculative-adaptive: the block size is fixed"),
+        (
+            a.speculative_draft_window_size is not None,
+            "--speculative-draft-window-size: a drafter attends to the context it was trained on, all of it",
+        ),
         (bool(a.enable_unified_memory), "--enable-unified-memory: SGLang admits it for its built-in DFLASH only"),
         (a.disaggregation_mode != "null", f"--disaggregation-mode {a.disaggregation_mode}: not supported with AUF"),
         (

@@ -57,7 +57,6 @@ SEAMS: tuple[Seam, ...] = (
     *(Seam(f"{_HOOKS}:HookType.{kind}", "plugin") for kind in ("BEFORE", "AFTER", "AROUND", "REPLACE")),
     Seam(f"{_SRT}.platforms:current_platform.is_out_of_tree", "plugin", ()),
     Seam(f"{_ALGORITHM}.register", "plugin", ("name", "supports_overlap", "validate_server_args", "spec_class")),
-    Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "plugin", ("backend", "factory")),
     Seam(f"{_SPEC}.spec_registry:CustomSpecAlgo.handle_server_args", "algorithm", ("self", "server_args")),
     *(
         Seam(f"{_ALGORITHM}.{name}", "algorithm", ("self",))
@@ -77,13 +76,21 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_SPEC}.dflash_utils:validate_dflash_request", "requests", ("req", "enable_overlap")),
     *(
         Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "requests")
-        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "sampling_seed")
+        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "max_new_tokens")
     ),
+    Seam(
+        f"{_OPENAI}.serving_base:OpenAIServingBase.create_error_response",
+        "requests",
+        ("self", "message", "err_type", "status_code", "param"),
+    ),
+    *(Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "sampler") for name in ("n", "sampling_seed")),
+    Seam(f"{_MANAGER}._send_one_request", "sampler", ("self", "tokenized_obj")),
     Seam(f"{_BATCH_INFO}.from_schedule_batch", "sampler", ("batch", "vocab_size")),
     *(
         Seam(f"{_BATCH_INFO}.{name}", "sampler")
         for name in ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed", "is_all_greedy")
     ),
+    Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "sampler", ("backend", "factory")),
     Seam(f"{_SRT}.layers.sampler:Sampler.__init__", "sampler", ("self",)),
     Seam(
         f"{_SRT}.layers.sampler:Sampler._sample_from_probs",

@@ -30,7 +30,7 @@ def _has_accelerator() -> bool:
     import torch
 
     # Covers CUDA, ROCm, XPU, MPS, MTIA and private-use devices (NPU, MUSA) whose package is imported.
-    return torch.cuda.is_available() or torch.accelerator.is_available()
+    return bool(torch.cuda.is_available() or torch.accelerator.is_available())
 
 
 def register() -> None:
@@ -55,7 +55,7 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import compat, replies, requests, sampler, totals
+    from sglang_auf import replies, requests, sampler, totals
     from sglang_auf.algorithm import AufSpecAlgo, create_worker
 
     replies.install()

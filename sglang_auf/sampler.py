@@ -40,7 +40,8 @@ def spread_seeds(manager: Any, tokenized: Any) -> None:
     if shared is None or shared.n == 1 or shared.sampling_seed is None or shared.max_new_tokens == 0:
         return
     tokenized.sampling_params = copy.copy(shared)
-    shared.sampling_seed += 1
+    # Within the 64 bits that SGLang admits: the largest seed is followed by the smallest.
+    shared.sampling_seed = (shared.sampling_seed + 1 + 2**63) % 2**64 - 2**63
 
 
 def install() -> None:
@@ -74,7 +75,7 @@ def carry_seeds() -> None:
         return info
 
     from_schedule_batch.carries_seeds = True  # type: ignore[attr-defined]
-    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)  # type: ignore[method-assign, assignment]
+    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
 
 
 def draw(

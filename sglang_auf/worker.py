@@ -58,7 +58,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         self, *, hidden_states: torch.Tensor, lm_head: Any, chunk_size: int = 256
     ) -> torch.Tensor:
         """Drafts of hidden_states [slots, hidden]: on a CPU through the head's reordered weight."""
-        if isinstance(lm_head.quant_method, RowInvariantLinear):
+        if isinstance(getattr(lm_head, "quant_method", None), RowInvariantLinear):
             return self._greedy_sample_from_quantized_head(
                 hidden_states=hidden_states, lm_head=lm_head, chunk_size=chunk_size
             )

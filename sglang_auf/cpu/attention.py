@@ -11,6 +11,7 @@ after the last visible one. tests/cpu/test_attention.py holds it to that on the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+logger = logging.getLogger(__name__)
+
 BACKEND_NAME = "auf_cpu"
+# Head dimensions for which the kernel was seen to keep a row's bits; 80, 112 and 192 are known not to.
+REPEATABLE_HEAD_DIMS = (32, 64, 96, 128, 256)
 # Keys are padded to a multiple of this, so that the kernel meets few distinct lengths.
 KEY_STEP = 64
 # Requests whose keys or rows round up to the same power of two (from here on) share a group.
@@ -64,15 +69,15 @@ def _power_of_two(value: int, smallest: int) -> int:
     return max(smallest, 1 << (value - 1).bit_length())
 
 
-def group_spans(spans: Iterable[Span], row_group: int = SMALLEST_ROW_GROUP) -> list[list[Span]]:
-    """Put spans of similar shape together; no group's mask exceeds MASK_ELEMENTS."""
+def group_spans(spans: Iterable[Span], heads_per_key: int) -> list[list[Span]]:
+    """Put spans of similar shape together; the mask of no two or more exceeds MASK_ELEMENTS."""
     by_shape: dict[tuple[int, int], list[Span]] = {}
     for span in spans:
-        rows = span.rows if span.rows <= row_group else _power_of_two(span.rows, row_group)
+        rows = span.rows if span.rows <= SMALLEST_ROW_GROUP else _power_of_two(span.rows, SMALLEST_ROW_GROUP)
         by_shape.setdefault((rows, _power_of_two(span.keys, SMALLEST_KEY_GROUP)), []).append(span)
     groups = []
     for (rows, keys), members in by_shape.items():
-        most = max(1, MASK_ELEMENTS // (rows * keys))
+        most = max(1, MASK_ELEMENTS // (rows * heads_per_key * keys))
         groups += [members[i : i + most] for i in range(0, len(members), most)]
     return groups
 
@@ -99,7 +104,7 @@ def plan_group(
         real = None if uniform else (offset < counts[:, None]).flatten()
     key = torch.arange(keys)
     # Query r of a request is its token number totals - counts + r and sees the keys up to itself.
-    last_seen = torch.minimum(totals - counts, totals - 1)[:, None] + torch.minimum(offset, counts[:, None] - 1)
+    last_seen = (totals - counts)[:, None] + torch.minimum(offset, counts[:, None] - 1)
     hidden = key > last_seen[:, :, None]
     causal = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
     full = None
@@ -122,9 +127,10 @@ def attend(
     n, rows = group.requests, group.rows
     kv_heads, head_dim = pool.shape[2], pool.shape[3]
     per_key = q.shape[1] // kv_heads
-    stacked = q.view(n, rows, kv_heads, per_key, head_dim).permute(0, 2, 1, 3, 4).reshape(
-        n, kv_heads, rows * per_key, head_dim
-    )
+    stacked = q.view(n, rows, kv_heads, per_key, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    if stacked.shape[2] == 1:
+        # torch's kernel multiplies a single row in another way, which flips a rare last bit.
+        stacked = stacked.repeat(1, 1, 2, 1)
     kv = pool.index_select(0, group.slots).view(n, group.keys, 2, kv_heads, head_dim)
     out = F.scaled_dot_product_attention(
         stacked,
@@ -132,8 +138,8 @@ def attend(
         kv[:, :, 1].transpose(1, 2),
         attn_mask=group.full if bidirectional and group.full is not None else group.causal,
         scale=scaling,
-    )
-    return out.view(n, kv_heads, rows, per_key, head_dim).permute(0, 2, 1, 3, 4).reshape(n * rows, q.shape[1], head_dim)
+    )[:, :, : rows * per_key]
+    return out.unflatten(2, (rows, per_key)).permute(0, 2, 1, 3, 4).reshape(n * rows, q.shape[1], head_dim)
 
 
 class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
@@ -147,12 +153,18 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.groups: list[Group] = []
+        if config.head_dim not in REPEATABLE_HEAD_DIMS:
+            logger.warning(
+                "attention heads of %d dimensions: torch's kernel gives a token other last bits in other batches, so a "
+                "greedy answer may fork from plain decoding where two tokens are nearly tied",
+                config.head_dim,
+            )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan one forward: slots and masks for all layers."""
         ROTARY_ROWS.begin_forward()
         spans = list(self._spans(forward_batch))
-        grouped = group_spans(spans)
+        grouped = group_spans(spans, self.heads_per_key)
         req_to_token = self.req_to_token_pool.req_to_token
         self.groups = [
             plan_group(members, req_to_token, self.dtype, self.heads_per_key, whole_batch=len(grouped) == 1)
@@ -178,7 +190,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 yield Span(row, start, int(rows), total)
                 start += int(rows)
         else:
-            raise NotImplementedError(f"forward mode {mode} on the CPU platform")
+            raise NotImplementedError(f"forward mode {mode.name} on the CPU platform")
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._forward(*args, **kwargs)

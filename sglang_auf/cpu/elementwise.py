@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 DISPATCH_KEY = "auf_cpu"
 
@@ -90,13 +91,6 @@ def rotary_forward(
     )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; float32 inside, x's dtype out."""
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(epsilon))
-    return wide.mul_(inverse).mul_(weight).to(x.dtype)
-
-
 def rms_norm_forward(
     self: Any,
     x: torch.Tensor,
@@ -112,10 +106,10 @@ def rms_norm_forward(
         or self.cast_x_before_out_mul
         or self.override_orig_dtype is not None
     ):
-        return self.forward_native(x, residual, post_residual_addition)  # type: ignore[no-any-return]
+        return self.forward_native(x, residual, post_residual_addition)
     if residual is not None:
         x = residual = x + residual
-    normed = rms_norm(x, self.weight, self.variance_epsilon)
+    normed = F.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)
     return normed if residual is None else (normed, residual)
 
 

@@ -11,6 +11,7 @@ Weights are reordered for oneDNN once ("prepacked"), which saves about a third o
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,6 +26,10 @@ ROW_COUNTS = (1, 2, 4, 8, 16, 32, 33, 48, 64, 96, 128, 192, 256)
 TYPICAL_ROWS = (1, 8, 32, 128, 512)
 # Rows whose extra cost equals reading the weight once: a product is bound by memory up to about here.
 ROWS_PER_WEIGHT_READ = 96
+
+
+# Set to 0, a row is computed with whatever rows come with it: what bit-identity costs is measured against that.
+ROW_INVARIANT_SWITCH = "SGLANG_AUF_ROW_INVARIANT"
 
 
 def can_prepack() -> bool:
@@ -59,7 +64,7 @@ class RowSet:
 def _product(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
     if packed is None:
         return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
 
 
 def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
@@ -95,15 +100,13 @@ def agreeing_row_counts(out_features: int, in_features: int) -> tuple[RowSet, ..
         first = result[: min(4, count)]
         if not torch.equal(result, first[of_row]):
             continue
-        for reference, counts in sets:
+        for index, (reference, counts) in enumerate(sets):
             shared = min(len(reference), len(first))
             if torch.equal(reference[:shared], first[:shared]):
-                counts.append(count)
+                sets[index] = (max(reference, first, key=len), [*counts, count])
                 break
         else:
             sets.append((first, [count]))
-    if not sets:
-        raise RuntimeError(f"no row count gives repeatable bf16 products of shape {out_features} x {in_features} here")
     return tuple(RowSet(tuple(counts)) for _, counts in sets)
 
 
@@ -116,6 +119,14 @@ def choose_row_set(out_features: int, in_features: int) -> RowSet:
     return best
 
 
+@cache
+def _padding(rows: int, features: int) -> torch.Tensor:
+    """A buffer to pad in. What earlier products left in its last rows is never read: rows do not mix."""
+    # An inference tensor could not be written to outside inference mode, where the drafter's head runs.
+    with torch.inference_mode(False):
+        return torch.zeros(rows, features, dtype=torch.bfloat16)
+
+
 class RowInvariantLinear:
     """y = x W^T (+ b) in bf16 with results per row that do not depend on the other rows.
 
@@ -124,32 +135,35 @@ class RowInvariantLinear:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.rows = choose_row_set(*weight.shape)
         self.weight = weight
         self.packed = _prepack(weight)
+        self.rows = choose_row_set(*weight.shape) if os.environ.get(ROW_INVARIANT_SWITCH) != "0" else None
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
-        rows = x.shape[0]
-        if rows == 0:
+        if x.shape[0] == 0:
             return x.new_empty(0, self.weight.shape[0])
-        largest = self.rows.largest
-        if rows <= largest:
-            result = self._padded(x, rows)
+        if self.rows is None:
+            result = _product(x, self.weight, self.packed)
+        elif x.shape[0] <= self.rows.largest:
+            result = self._padded(x, self.rows)
         else:
-            result = torch.cat([self._padded(piece, piece.shape[0]) for piece in x.split(largest)])
+            result = torch.cat([self._padded(piece, self.rows) for piece in x.split(self.rows.largest)])
         return result if bias is None else result + bias
 
-    def _padded(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        count = self.rows.padded(rows)
+    def _padded(self, x: torch.Tensor, row_set: RowSet) -> torch.Tensor:
+        rows = x.shape[0]
+        count = row_set.padded(rows)
         if count == rows:
-            return _product(x.contiguous(), self.weight, self.packed)
-        padded = x.new_empty(count, x.shape[1])  # the rest is never read: rows do not mix
+            return _product(x, self.weight, self.packed)
+        padded = _padding(count, x.shape[1])
         padded[:rows] = x
         return _product(padded, self.weight, self.packed)[:rows]
 
     # SGLang's LinearMethodBase / QuantizeMethodBase interface, as far as a loaded model calls it.
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dim() == 2:
+            return self(x, bias)
         return self(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
 
     def embedding(self, layer: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_auf.errors import TargetError
+from sglang_auf.model_files import read_json
 
 GIB = 1 << 30
-# Tokens a pool holds at most unless --max-total-tokens says more: 32 requests of 4096 tokens.
+# Tokens a pool holds at most unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
 MOST_TOKENS = 131_072
 # Left to the operating system, the HTTP process, activations and torch's own allocations.
 RESERVED = 2 * GIB
@@ -63,23 +63,35 @@ class ModelSize:
     @classmethod
     def of(cls, path: Path) -> ModelSize:
         """From config.json and the sizes of the safetensors files of a local checkpoint."""
-        config = json.loads((path / "config.json").read_text())
-        config = config.get("text_config", config)
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        config = _language_config(path)
+        try:
+            layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+            head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        except KeyError as missing:
+            raise TargetError(
+                f"no {missing} in {path / 'config.json'}",
+                "the configuration of a decoder with key and value heads",
+                "serve a model whose configuration has it, or give --max-total-tokens",
+            ) from missing
         kv_heads = config.get("num_key_value_heads") or heads
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        return cls(weights, config["num_hidden_layers"] * 2 * kv_heads * head_dim * torch.bfloat16.itemsize)
+        return cls(weights, layers * 2 * kv_heads * head_dim * torch.bfloat16.itemsize)
 
     def __add__(self, other: ModelSize) -> ModelSize:
         return ModelSize(self.weights + other.weights, self.kv_per_token + other.kv_per_token)
+
+
+def _language_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory; of a multimodal one the part for text."""
+    config = read_json(path / "config.json", TargetError)
+    return config.get("text_config") or config
 
 
 def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
     """Tokens for the KV pool with `available` bytes free now; TargetError if not even one context fits."""
     weights = WEIGHT_COPIES * size.weights
     free = available - RESERVED - weights
-    tokens = min(MOST_TOKENS, free // size.kv_per_token)
+    tokens = min(max(MOST_TOKENS, context_length), free // size.kv_per_token)
     if tokens < context_length:
         need = RESERVED + weights + context_length * size.kv_per_token
         raise TargetError(
@@ -99,7 +111,5 @@ def plan_pool(server_args: Any) -> int | None:
     if not all((path / "config.json").is_file() for path in paths):
         return None
     size = sum((ModelSize.of(path) for path in paths[1:]), ModelSize.of(paths[0]))
-    config = json.loads((paths[0] / "config.json").read_text())
-    config = config.get("text_config", config)
-    context = server_args.context_length or config.get("max_position_embeddings", 4096)
+    context = server_args.context_length or _language_config(paths[0]).get("max_position_embeddings", 4096)
     return pool_tokens(size, int(context), psutil.virtual_memory().available)

@@ -81,7 +81,7 @@ def _cpu_tensors_need_no_stream() -> None:
             original(self, stream)
 
     record_stream.skips_cpu = True  # type: ignore[attr-defined]
-    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = record_stream
 
 
 class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
@@ -168,12 +168,20 @@ def _refuse_unsupported(server_args: Any) -> None:
             f"{ATTENTION_BACKEND} on the CPU platform",
             "leave --attention-backend out",
         )
+    for name in ("kv_cache_dtype", "speculative_draft_kv_cache_dtype"):
+        if getattr(server_args, name) not in (None, "auto", "bfloat16", "bf16"):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {getattr(server_args, name)}", f"{flag} bfloat16 on the CPU platform", f"leave {flag} out"
+            )
     if server_args.page_size not in (None, 1):
         raise ConfigError(f"--page-size {server_args.page_size}", "1 on the CPU platform", "leave --page-size out")
 
 
 def register() -> None:
     """Register what goes with the platform: attention backend, fused operators, the KV mapping, argument defaults."""
+    # For the scheduler process, which starts after this: huge pages, where the system allows them on request.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles lose whole tokens of position at long range
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -188,13 +196,13 @@ def register() -> None:
         if ATTENTION_BACKEND not in choices:
             choices.append(ATTENTION_BACKEND)
 
-    @register_attention_backend(ATTENTION_BACKEND)
+    @register_attention_backend(ATTENTION_BACKEND)  # type: ignore[untyped-decorator]
     def create(runner: Any) -> Any:
         from sglang_auf.cpu.attention import CpuAttentionBackend
 
         return CpuAttentionBackend(runner)
 
-    @register_resolution_hook("handle_cpu_backends")
+    @register_resolution_hook("handle_cpu_backends")  # type: ignore[untyped-decorator]
     def cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
         # The built-in step forces the pytorch sampler for device "cpu", which ignores seeds.
         declare_resolution(server_args, "handle_cpu_backends", sampling_backend=SAMPLER_NAME)

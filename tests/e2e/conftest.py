@@ -12,8 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,7 @@ def tiny_drafter_config(block_size: int, **dflash: Any) -> dict[str, Any]:
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (
-            torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * scale
-        ).bfloat16()
+        name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * scale).bfloat16()
         for name, shape in shapes.items()
     }
 
@@ -136,50 +133,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
-class RunningServer:
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
-            body = reply.read().decode()
-            return json.loads(body) if "json" in reply.headers.get("Content-Type", "") else body
-
-
 @contextmanager
-def running(module_and_arguments: list[str], port: int, log: Path, **environment: str) -> Iterator[RunningServer]:
-    """`python -m ...` in a process group of its own, up when GET /health answers 200; killed at the end."""
+def running(module_and_arguments: list[str], log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`python -m ... --port P` in a process group of its own, until GET /health answers 200; killed at the end."""
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module_and_arguments],
+            [sys.executable, "-m", *module_and_arguments, "--port", str(port)],
             cwd=ROOT,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=os.environ | environment,
         )
-    server = RunningServer(url, process, log)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not healthy(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the server did not start (exit code {process.poll()}):\n{log.read_text()[-6000:]}")
             time.sleep(0.5)
-        yield server
+        yield url, process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -189,3 +165,8 @@ def healthy(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Any:
+    return running

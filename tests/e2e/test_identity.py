@@ -122,9 +122,7 @@ def test_domino_equals_plain_decoding(
     assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
 
 
-def test_auf_equals_the_built_in_dflash(
-    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_auf_equals_the_built_in_dflash(tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path) -> None:
     """Same drafter, same tokens, same histogram of accepted lengths."""
     drafter, inputs, found = tiny_drafter(4), prompts(8), {}
     for algorithm in ("AUF", "DFLASH"):

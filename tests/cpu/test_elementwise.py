@@ -1,0 +1,266 @@
+"""RMSNorm and rotary embedding against float64 and against SGLang's native forms; rows stay independent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sglang.kernels.fused_op import BaseFusedOp
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+from sglang_auf.cpu import elementwise
+from sglang_auf.cpu.elementwise import ROTARY_ROWS, rms_norm_forward, rotary_forward
+from sglang_auf.cpu.platform import AufCpuPlatform
+
+HEADS, KEY_HEADS, HEAD = 9, 3, 64
+BF16_HALF_STEP = 2.0**-8
+
+
+@pytest.fixture(autouse=True)
+def on_our_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere SGLang's rotary embedding asks for a kernel of the device when it is made."""
+    monkeypatch.setattr("sglang.srt.layers.rotary_embedding.base.current_platform", AufCpuPlatform())
+    monkeypatch.setenv("SGLANG_ROPE_CACHE_FP32", "1")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- RMSNorm ---
+
+
+def norm_of(size: int, epsilon: float = 1e-5) -> RMSNorm:
+    norm = RMSNorm(size, eps=epsilon)
+    norm.weight.data = normal(size, seed=3).bfloat16()
+    return norm.requires_grad_(False)
+
+
+def exact_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
+
+
+def close(found: torch.Tensor, exact: torch.Tensor) -> bool:
+    """The exact value, rounded to bf16 before and after it is multiplied by the weight, as Llama's own norm does."""
+    return bool(((found.double() - exact).abs() <= exact.abs() * (2 * BF16_HALF_STEP + 1e-4) + 1e-30).all())
+
+
+def normed(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    result = rms_norm_forward(norm, x)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (7, 576), (5, 3, 64)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_rms_norm_is_the_exact_one_rounded(shape: tuple[int, ...], scale: float) -> None:
+    norm = norm_of(shape[-1])
+    x = (normal(*shape) * scale).bfloat16()
+    before = x.clone()
+    assert close(normed(norm, x), exact_norm(x, norm))
+    assert (normed(norm, x).float() - norm.forward_native(x).float()).abs().max() <= 0.05
+    assert torch.equal(x, before), "the input is somebody else's"
+
+
+def test_rms_norm_forward_adds_the_residual_and_returns_the_sum() -> None:
+    norm, x, residual = norm_of(576), normal(4, 576).bfloat16(), (normal(4, 576, seed=1) * 20).bfloat16()
+    kept = x.clone(), residual.clone()
+    result, total = rms_norm_forward(norm, x, residual)
+    assert torch.equal(total, x + residual)
+    assert close(result, exact_norm(x + residual, norm))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+    theirs, their_total = norm.forward_native(x, residual)
+    assert torch.equal(total, their_total)
+    assert (result.float() - theirs.float()).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("options", [{"cast_x_before_out_mul": True}, {"fp32_residual": True}, {"var_hidden_size": 32}])
+def test_other_kinds_of_rms_norm_are_sglangs_own(options: dict[str, object]) -> None:
+    norm = RMSNorm(64, **options).requires_grad_(False)
+    norm.weight.data = norm.weight.data.bfloat16()
+    x, residual = normal(3, 64).bfloat16(), normal(3, 64, seed=1).bfloat16()
+    for ours, theirs in zip(rms_norm_forward(norm, x, residual), norm.forward_native(x, residual), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rms_norm_with_a_third_summand_is_sglangs_own() -> None:
+    norm, (x, residual, third) = norm_of(64), (normal(3, 64, seed=s).bfloat16() for s in range(3))
+    for ours, theirs in zip(
+        rms_norm_forward(norm, x, residual, third), norm.forward_native(x, residual, third), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_normed_row_has_the_same_bits_in_any_company() -> None:
+    norm, x = norm_of(576), normal(300, 576).bfloat16()
+    together = normed(norm, x)
+    for count in (1, 2, 7, 64, 255):
+        part = torch.randperm(300, generator=torch.Generator().manual_seed(count))[:count]
+        assert torch.equal(normed(norm, x[part]), together[part])
+    wide = normal(300, 1152).bfloat16()
+    wide[:, 100:676] = x
+    assert torch.equal(normed(norm, wide[:, 100:676]), together), "a view, as after a split"
+
+
+# --- rotary embedding ---
+
+
+def rotary_of(neox: bool = True, dim: int = HEAD, base: int = 100_000) -> RotaryEmbedding:
+    return RotaryEmbedding(HEAD, dim, 4096, base, neox, torch.bfloat16)
+
+
+@pytest.fixture
+def rotary() -> RotaryEmbedding:
+    """At the start of a forward."""
+    ROTARY_ROWS.begin_forward()
+    return rotary_of()
+
+
+def exact_rotation(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate half-split pairs as complex numbers: (a + ib) e^(i position theta_j). x [tokens, heads * HEAD]."""
+    theta = 100_000.0 ** (-torch.arange(0, HEAD, 2).double() / HEAD)
+    turn = torch.polar(torch.ones(len(positions), HEAD // 2).double(), positions.double()[:, None] * theta)
+    pairs = x.double().unflatten(-1, (-1, HEAD))
+    rotated = torch.complex(pairs[..., : HEAD // 2], pairs[..., HEAD // 2 :]) * turn[:, None]
+    return torch.cat([rotated.real, rotated.imag], dim=-1).flatten(1)
+
+
+def projection(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v as SGLang splits them off one projection: views with its row stride."""
+    fused = normal(tokens, (HEADS + 2 * KEY_HEADS) * HEAD, seed=seed).bfloat16()
+    q, k, v = fused.split([HEADS * HEAD, KEY_HEADS * HEAD, KEY_HEADS * HEAD], dim=-1)
+    return q, k, v
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_rotation_is_the_complex_one_rounded_once(rotary: RotaryEmbedding, tokens: int) -> None:
+    positions = torch.randint(0, 4096, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    q, k, _ = projection(tokens)
+    for found, x in zip(rotary_forward(rotary, positions, q, k), (q, k), strict=True):
+        exact = exact_rotation(x, positions)
+        size = x.double().unflatten(-1, (-1, HEAD)).norm(dim=-1, keepdim=True).expand(-1, -1, HEAD).flatten(1)
+        # A float32 angle of 4096 radians is off by up to 2e-4.
+        assert ((found.double() - exact).abs() <= exact.abs() * BF16_HALF_STEP + size * 5e-4).all()
+        assert (found.shape, found.dtype) == (x.shape, torch.bfloat16)
+
+
+def test_rotation_agrees_with_sglangs_native_form(rotary: RotaryEmbedding) -> None:
+    positions = torch.arange(40) * 97
+    q, k, _ = projection(40)
+    for ours, theirs in zip(
+        rotary_forward(rotary, positions, q, k),
+        rotary.forward_native(positions, q.contiguous(), k.contiguous()),
+        strict=True,
+    ):
+        # Theirs rounds the angles' sine and cosine and every product to bf16; ours rounds once.
+        assert (ours.float() - theirs.float()).abs().max() <= 0.06
+        assert ours.shape == theirs.shape
+
+
+def test_views_of_one_projection_and_separate_tensors_give_the_same_bits(rotary: RotaryEmbedding) -> None:
+    positions = torch.arange(5) * 11
+    q, k, v = projection(5)
+    kept = q.clone(), k.clone(), v.clone()
+    assert elementwise._one_view(q, k) is not None
+    fused = rotary_forward(rotary, positions, q, k)
+    separate = rotary_forward(rotary, positions, q.clone(), k.clone())
+    by_head = rotary_forward(rotary, positions, q.clone().view(5, HEADS, HEAD), k.clone().view(5, KEY_HEADS, HEAD))
+    for first, second, third in zip(fused, separate, by_head, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third.flatten(1))
+    assert all(torch.equal(now, then) for now, then in zip((q, k, v), kept, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_what_does_not_lie_side_by_side_is_not_taken_for_one(tokens: int) -> None:
+    q, k, v = projection(tokens)
+    assert elementwise._one_view(q, k) is not None
+    assert elementwise._one_view(q, v) is None
+    assert elementwise._one_view(k, q) is None
+    assert elementwise._one_view(q.clone(), k.clone()) is None
+    assert elementwise._one_view(q, k.clone()) is None
+    both = torch.empty(2 * tokens * HEAD)  # two contiguous tensors, one right behind the other in memory
+    first, second = both[: tokens * HEAD].view(tokens, HEAD), both[tokens * HEAD :].view(tokens, HEAD)
+    assert elementwise._one_view(first, second) is None
+
+
+def test_a_rotated_row_has_the_same_bits_in_any_company(rotary: RotaryEmbedding) -> None:
+    positions = torch.randint(0, 4096, (200,), generator=torch.Generator().manual_seed(0))
+    q, k, _ = projection(200)
+    together = rotary_forward(rotary, positions, q, k)
+    for count in (1, 2, 9, 128):
+        part = torch.randperm(200, generator=torch.Generator().manual_seed(count))[:count]
+        for whole, some in zip(together, rotary_forward(rotary, positions[part], q[part], k[part]), strict=True):
+            assert torch.equal(whole[part], some)
+
+
+def test_layers_of_a_forward_share_the_rows_and_the_next_forward_reads_them_anew(rotary: RotaryEmbedding) -> None:
+    positions = torch.tensor([3, 50])
+    q, k, _ = projection(2)
+    first = rotary_forward(rotary, positions, q, k)
+    assert ROTARY_ROWS.of(rotary, positions)[0] is ROTARY_ROWS.of(rotary, positions)[0], "gathered once a forward"
+    positions.copy_(torch.tensor([900, 901]))  # SGLang reuses the buffer of a block's positions
+    ROTARY_ROWS.begin_forward()
+    second = rotary_forward(rotary, positions, q, k)
+    expected = rotary_forward(rotary, torch.tensor([900, 901]), q, k)
+    assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_rows_belong_to_their_positions_and_their_rotary_embedding(rotary: RotaryEmbedding) -> None:
+    """The drafter rotates other positions by another table within one step."""
+    other = rotary_of(base=10_000)
+    positions, others = torch.tensor([3, 50]), torch.tensor([4, 51])
+    expected = [[table.cos_sin_cache[p][:, : HEAD // 2] for p in (positions, others)] for table in (rotary, other)]
+    for _ in range(2):
+        for table, rows in zip((rotary, other), expected, strict=True):
+            for p, cos in zip((positions, others), rows, strict=True):
+                assert torch.equal(ROTARY_ROWS.of(table, p)[0].squeeze(1), cos.float())
+
+
+@pytest.mark.parametrize("kind", [{"neox": False}, {"dim": 32}])
+def test_other_kinds_of_rotation_are_sglangs_own(kind: dict[str, object]) -> None:
+    rotary = rotary_of(**kind)  # type: ignore[arg-type]
+    positions = torch.arange(6) * 7
+    q, k, _ = projection(6)
+    for ours, theirs in zip(
+        rotary_forward(rotary, positions, q.contiguous(), k.contiguous()),
+        rotary.forward_native(positions, q.contiguous(), k.contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_offsets_are_left_to_sglang(rotary: RotaryEmbedding) -> None:
+    positions, offsets = torch.arange(6), torch.full((6,), 40)
+    q, k, _ = projection(6)
+    shifted = rotary_forward(rotary, positions, q.contiguous(), k.contiguous(), offsets)
+    theirs = rotary.forward_native(positions + 40, q.contiguous(), k.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(shifted, theirs, strict=True))
+
+
+# --- registration ---
+
+
+def test_our_platform_dispatches_to_these_forms_and_no_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseFusedOp, "_oot_forward_registry", {})
+    elementwise.register()
+    norm, rotary = norm_of(64), rotary_of()
+    monkeypatch.setattr("sglang.kernels.fused_op._oot_dispatch_key", lambda: elementwise.DISPATCH_KEY)
+    assert norm._resolve_forward_method().__func__ is rms_norm_forward
+    assert rotary._resolve_forward_method().__func__ is rotary_forward
+    special = type("Special", (RotaryEmbedding,), {})(HEAD, HEAD, 64, 10_000, True, torch.bfloat16)
+    assert special._resolve_forward_method().__func__ is RotaryEmbedding.forward_native
+    monkeypatch.setattr("sglang.kernels.fused_op._oot_dispatch_key", lambda: "another")
+    assert norm._resolve_forward_method().__func__ is RMSNorm.forward_native
+
+
+def test_sglangs_forward_method_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseFusedOp, "_oot_forward_registry", {})
+    elementwise.register()
+    monkeypatch.setattr("sglang.kernels.fused_op._oot_dispatch_key", lambda: elementwise.DISPATCH_KEY)
+    norm, x, residual = norm_of(576), normal(4, 576).bfloat16(), normal(4, 576, seed=1).bfloat16()
+    for through, ours in zip(norm(x, residual), rms_norm_forward(norm, x, residual), strict=True):
+        assert torch.equal(through, ours)

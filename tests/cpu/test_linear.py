@@ -1,0 +1,267 @@
+"""Linear layers whose rows do not depend on each other: bit for bit, at SmolLM2's shapes, on this machine's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_auf.cpu import linear
+from sglang_auf.cpu.linear import RowInvariantLinear, RowSet, agreeing_row_counts, choose_row_set
+
+# SmolLM2-135M: q+k+v, o, gate+up, down, and an eighth of the head.
+SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (6144, 576)]
+COUNTS = (1, 2, 3, 7, 33, 64, 100, 300)
+
+pytestmark = pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+
+
+def weight_of(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(out_features, in_features, generator=generator) * 0.05).bfloat16()
+
+
+def rows_of(count: int, in_features: int, seed: int = 1) -> torch.Tensor:
+    """Rows of very different size, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2.0 ** torch.randint(-3, 5, (count, 1), generator=generator)
+    return (torch.randn(count, in_features, generator=generator) * scale).bfloat16()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_has_the_same_bits_in_any_company_and_place(shape: tuple[int, int]) -> None:
+    layer, x = RowInvariantLinear(weight_of(*shape)), rows_of(300, shape[1])
+    alone = torch.cat([layer(x[i : i + 1]) for i in range(0, 300, 10)])
+    for count in COUNTS:
+        for shift in {0, 1, count // 2}:
+            order = (torch.arange(300) + shift)[:count] % 300
+            result = layer(x[order])
+            assert result.shape == (count, shape[0])
+            sampled = order % 10 == 0
+            assert torch.equal(result[sampled], alone[order[sampled] // 10]), (count, shift)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_results_are_the_exact_product_rounded_once(shape: tuple[int, int], count: int) -> None:
+    weight, x = weight_of(*shape), rows_of(count, shape[1])
+    exact = x.double() @ weight.double().T
+    terms = x.double().abs() @ weight.double().abs().T
+    error = (RowInvariantLinear(weight)(x).double() - exact).abs()
+    # Half a step of bf16, which has 8 significant bits, and what float32 sums of as many terms may lose.
+    assert (error <= exact.abs() * 2.0**-8 + terms * shape[1] * 2.0**-24).all()
+
+
+def test_a_bias_is_added_to_every_row() -> None:
+    weight, x = weight_of(576, 576), rows_of(9, 576)
+    bias = rows_of(1, 576, seed=4)[0]
+    layer = RowInvariantLinear(weight)
+    assert torch.equal(layer(x, bias), layer(x) + bias)
+    assert torch.equal(layer(x, bias)[3], layer(x[3:4], bias)[0])
+
+
+def test_no_rows_give_no_rows() -> None:
+    layer = RowInvariantLinear(weight_of(960, 576))
+    empty = layer(torch.empty(0, 576, dtype=torch.bfloat16))
+    assert (empty.shape, empty.dtype) == ((0, 960), torch.bfloat16)
+
+
+def test_inputs_may_be_views_and_have_more_dimensions() -> None:
+    layer, wide = RowInvariantLinear(weight_of(576, 576)), rows_of(12, 1152)
+    view = wide[:, 576:]
+    assert not view.is_contiguous()
+    expected = layer(view.contiguous())
+    assert torch.equal(layer(view), expected)
+    assert torch.equal(layer.apply(torch.nn.Identity(), view.reshape(3, 4, 576)), expected.view(3, 4, 576))
+    assert torch.equal(layer.apply(torch.nn.Identity(), view), expected)
+
+
+def test_the_padding_never_reaches_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = RowInvariantLinear(weight_of(576, 576)), rows_of(3, 576)
+    expected = layer(x)
+    layer.rows = RowSet((max(layer.rows.counts),))  # pads 3 rows to many
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *shape: torch.full(shape, float("nan"), dtype=self.dtype)
+    )
+    assert torch.equal(layer(x), expected)
+
+
+def test_the_weight_stays_readable_and_embeds() -> None:
+    weight = weight_of(100, 64)
+    layer = RowInvariantLinear(weight)
+    assert layer.weight is weight
+    tokens = torch.tensor([[3, 99], [0, 3]])
+    assert torch.equal(layer.embedding(torch.nn.Identity(), tokens), weight[tokens])
+
+
+# --- row counts ---
+
+
+@given(st.sets(st.sampled_from(linear.ROW_COUNTS), min_size=1), st.integers(1, 700))
+def test_rows_are_padded_to_the_next_count_and_split_at_the_largest(counts: set[int], rows: int) -> None:
+    row_set = RowSet(tuple(sorted(counts)))
+    if rows <= row_set.largest:
+        assert row_set.padded(rows) == min(count for count in counts if count >= rows)
+    else:
+        with pytest.raises(ValueError, match=str(rows)):
+            row_set.padded(rows)
+    pieces, left = [], rows
+    while left > 0:
+        pieces.append(row_set.largest if left >= row_set.largest else row_set.padded(left))
+        left -= row_set.largest
+    assert row_set.cost(rows) == pytest.approx(sum(1 + piece / linear.ROWS_PER_WEIGHT_READ for piece in pieces))
+
+
+# --- the probe ---
+
+Product = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+@pytest.fixture
+def probing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Product], tuple[tuple[int, ...], ...]]]:
+    """The sets of row counts that the probe finds with a given product, at a shape that no other test uses."""
+
+    def probe(product: Product) -> tuple[tuple[int, ...], ...]:
+        monkeypatch.setattr(linear, "_product", product)
+        agreeing_row_counts.cache_clear()
+        return tuple(row_set.counts for row_set in agreeing_row_counts(24, 80))
+
+    yield probe
+    agreeing_row_counts.cache_clear()
+    choose_row_set.cache_clear()
+
+
+def summed(x: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
+    """x W^T term by term in float32: `parts` partial sums over equal shares of the columns, then their sum."""
+    partial = torch.zeros(parts, x.shape[0], weight.shape[0])
+    share = -(-x.shape[1] // parts)
+    for column in range(x.shape[1]):
+        partial[column // share] += x[:, column, None].float() * weight[:, column].float()
+    return partial.sum(dim=0).bfloat16()
+
+
+def test_counts_whose_products_agree_are_one_set(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
+    assert probing(lambda x, weight, packed: summed(x, weight, 1)) == (linear.ROW_COUNTS,)
+
+
+def test_another_order_of_summation_is_another_set(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
+    found = probing(lambda x, weight, packed: summed(x, weight, 1 if len(x) <= 32 else 2))
+    assert found == (tuple(c for c in linear.ROW_COUNTS if c <= 32), tuple(c for c in linear.ROW_COUNTS if c > 32))
+
+
+def test_one_row_may_differ_from_all_others(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
+    found = probing(lambda x, weight, packed: summed(x, weight, 4 if len(x) == 1 else 1))
+    assert found == ((1,), linear.ROW_COUNTS[1:])
+
+
+def test_three_ways_of_summation_are_three_sets(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
+    found = probing(lambda x, weight, packed: summed(x, weight, {48: 2, 64: 2, 256: 5}.get(len(x), 1)))
+    assert set(found) == {(48, 64), (256,), tuple(c for c in linear.ROW_COUNTS if c not in (48, 64, 256))}
+
+
+def test_a_count_whose_rows_depend_on_their_place_is_in_no_set(
+    probing: Callable[[Product], tuple[tuple[int, ...], ...]],
+) -> None:
+    def last_row_differs(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
+        result = summed(x, weight, 1)
+        if len(x) == 16:
+            result[-1] = summed(x[-1:], weight, 2)[0]
+        return result
+
+    assert probing(last_row_differs) == (tuple(c for c in linear.ROW_COUNTS if c != 16),)
+
+
+def test_a_difference_in_a_later_row_is_found_among_counts_that_join_one_row(
+    probing: Callable[[Product], tuple[tuple[int, ...], ...]],
+) -> None:
+    """One row alone says nothing about the third vector: 8 rows must still be held against 4."""
+
+    def third_vector_differs(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
+        result = summed(x, weight, 1)
+        if len(x) == 8:
+            result[2::4] = summed(x[2::4], weight, 2)
+        return result
+
+    assert probing(third_vector_differs) == (tuple(c for c in linear.ROW_COUNTS if c != 8), (8,))
+
+
+@pytest.mark.parametrize(
+    ("sets", "chosen"),
+    [
+        (((33, 64, 128, 256), (1, 8, 32, 128, 256)), (1, 8, 32, 128, 256)),
+        (((1, 2, 4, 8, 16, 32), (64, 128, 256)), (64, 128, 256)),  # 512 rows in pieces of 32 cost more than padding 1
+        (((1,), (2, 4, 8, 16, 32, 48, 64, 128, 256)), (2, 4, 8, 16, 32, 48, 64, 128, 256)),
+        (((1, 2), (33, 64, 256)), (33, 64, 256)),
+    ],
+)
+def test_the_set_that_costs_least_is_chosen(
+    sets: tuple[tuple[int, ...], ...], chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "agreeing_row_counts", lambda *_: tuple(RowSet(counts) for counts in sets))
+    choose_row_set.cache_clear()
+    assert choose_row_set(24, 80).counts == chosen
+    choose_row_set.cache_clear()
+
+
+def test_sets_of_this_machine_partition_the_counts_and_hold_for_other_data() -> None:
+    x, weight = rows_of(256, 576), weight_of(960, 576, seed=9)
+    packed = linear._prepack(weight)
+    sets = agreeing_row_counts(960, 576)
+    counts = [count for row_set in sets for count in row_set.counts]
+    assert len(counts) == len(set(counts))
+    for row_set in sets:
+        results = [linear._product(x[:count], weight, packed) for count in row_set.counts]
+        assert all(torch.equal(result[0], results[0][0]) for result in results)
+
+
+# --- into a model ---
+
+
+def test_bf16_layers_and_the_head_of_a_model_are_replaced_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    def module(cls: type, method: object, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+        made: torch.nn.Module = cls.__new__(cls)
+        torch.nn.Module.__init__(made)
+        made.weight = torch.nn.Parameter(weight_of(64, 32).to(dtype), requires_grad=False)
+        made.quant_method = method
+        return made
+
+    quantised = SimpleNamespace()
+    model = torch.nn.Module()
+    model.projection = module(LinearBase, UnquantizedLinearMethod())
+    model.quantised = module(LinearBase, quantised)
+    model.wide = module(LinearBase, UnquantizedLinearMethod(), torch.float32)
+    model.embedding = module(VocabParallelEmbedding, UnquantizedEmbeddingMethod())
+    model.lm_head = module(VocabParallelEmbedding, UnquantizedEmbeddingMethod())
+    model.norm = torch.nn.LayerNorm(4)
+    assert linear.install(model) == 2
+    for replaced in (model.projection, model.lm_head):
+        assert isinstance(replaced.quant_method, RowInvariantLinear)
+        assert replaced.quant_method.weight.data_ptr() == replaced.weight.data_ptr()
+    assert model.quantised.quant_method is quantised
+    assert isinstance(model.wide.quant_method, UnquantizedLinearMethod)
+    assert isinstance(model.embedding.quant_method, UnquantizedEmbeddingMethod)
+    assert linear.install(model) == 0, "a second time there is nothing left to replace"
+
+
+def test_a_tied_head_is_replaced_once() -> None:
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    table = VocabParallelEmbedding.__new__(VocabParallelEmbedding)
+    torch.nn.Module.__init__(table)
+    table.weight = torch.nn.Parameter(weight_of(64, 32), requires_grad=False)
+    table.quant_method = UnquantizedEmbeddingMethod()
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.embed_tokens = model.lm_head = table
+    assert linear.install(model) == 1
+    tokens = torch.tensor([5, 63])
+    assert torch.equal(table.quant_method.embedding(table, tokens), table.weight[tokens])

@@ -1,0 +1,268 @@
+"""What AUF answers SGLang, which flags it refuses, and how its server arguments resolve."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_spec_algo_conforms
+
+from sglang_auf import algorithm, compat
+from sglang_auf.algorithm import AufSpecAlgo, create_worker
+from sglang_auf.errors import CardError, CompatError, ConfigError
+from sglang_auf.sampler import SAMPLER_NAME
+
+SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m"
+TARGET_CONFIG = """{
+  "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30,
+  "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+  "rope_theta": 100000, "max_position_embeddings": 8192, "tie_word_embeddings": true, "rms_norm_eps": 1e-05
+}"""
+AUF = AufSpecAlgo("AUF", create_worker, supports_overlap=True)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(TARGET_CONFIG)
+    return tmp_path
+
+
+def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
+    """SGLang's defaults for what AUF reads, with a drafter given."""
+    defaults = {
+        "model_path": str(target),
+        "revision": None,
+        "context_length": None,
+        "device": "cuda",
+        "pp_size": 1,
+        "tokenizer_worker_num": 1,
+        "enable_lora": None,
+        "lora_paths": None,
+        "enable_unified_memory": False,
+        "disaggregation_mode": "null",
+        "enable_deterministic_inference": False,
+        "enable_dp_attention": False,
+        "sampling_backend": None,
+        "max_running_requests": None,
+        "disable_overlap_schedule": False,
+        "speculative_draft_model_path": str(SHIPPED),
+        "speculative_draft_model_revision": "main",
+        "speculative_draft_attention_backend": None,
+        "speculative_draft_window_size": None,
+        "speculative_num_draft_tokens": None,
+        "speculative_dflash_block_size": None,
+        "speculative_num_steps": None,
+        "speculative_eagle_topk": None,
+        "speculative_accept_threshold_single": 1.0,
+        "speculative_accept_threshold_acc": 1.0,
+        "speculative_adaptive": False,
+    }
+    return SimpleNamespace(**defaults | changes)
+
+
+def test_the_arguments_read_and_written_are_sglangs(target: Path) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    given = arguments(target, device="cpu")
+    AUF.handle_server_args(given)
+    assert set(vars(given)) <= set(ServerArgs.__struct_fields__)
+    defaults = {name: getattr(ServerArgs(model_path="m"), name) for name in vars(arguments())}
+    assert not any(refused for refused, _ in algorithm._refusals(SimpleNamespace(**defaults)))
+
+
+# --- refusals ---
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pipeline": ({"pp_size": 2}, "--pp-size 2"),
+    "tokenizer workers": ({"tokenizer_worker_num": 4}, "--tokenizer-worker-num 4"),
+    "lora": ({"enable_lora": True}, "--enable-lora"),
+    "lora paths": ({"lora_paths": ["a=b"]}, "--enable-lora"),
+    "threshold single": ({"speculative_accept_threshold_single": 0.9}, "--speculative-accept-threshold"),
+    "threshold acc": ({"speculative_accept_threshold_acc": 0.5}, "--speculative-accept-threshold"),
+    "steps": ({"speculative_num_steps": 3}, "--speculative-num-steps"),
+    "topk": ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk"),
+    "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive"),
+    "window": ({"speculative_draft_window_size": 512}, "--speculative-draft-window-size"),
+    "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory"),
+    "disaggregation": ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+    "deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+    "dp attention on a CPU": ({"enable_dp_attention": True, "device": "cpu"}, "--enable-dp-attention"),
+}
+
+
+@pytest.mark.parametrize(("changes", "flag"), REFUSED.values(), ids=REFUSED)
+def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AUF.handle_server_args(arguments(**changes))
+    assert flag in caught.value.found
+    assert ": " in caught.value.found, "a reason follows the flag"
+    assert caught.value.remedy
+
+
+def test_every_refusal_is_tested() -> None:
+    hit = [
+        [applies for applies, _ in algorithm._refusals(arguments(**changes))].index(True)
+        for changes, _ in REFUSED.values()
+    ]
+    assert set(hit) == set(range(len(algorithm._refusals(arguments()))))
+
+
+def test_all_reasons_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        AUF.handle_server_args(arguments(pp_size=2, enable_lora=True, speculative_adaptive=True))
+    assert all(flag in caught.value.found for flag in ("--pp-size", "--enable-lora", "--speculative-adaptive"))
+
+
+@pytest.mark.parametrize("changes", [{"speculative_num_steps": 1, "speculative_eagle_topk": 1}, {"lora_paths": []}])
+def test_values_that_change_nothing_are_accepted(changes: dict[str, Any]) -> None:
+    algorithm.refuse_unsupported(arguments(**changes))
+
+
+@pytest.mark.parametrize("path", [None, ""])
+def test_a_server_without_a_drafter_is_refused(path: str | None) -> None:
+    with pytest.raises(ConfigError, match="--speculative-draft-model-path"):
+        AUF.handle_server_args(arguments(speculative_draft_model_path=path))
+
+
+# --- resolution ---
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_everything_is_filled_in_from_the_drafter(target: Path, device: str) -> None:
+    given = arguments(target, device=device)
+    AUF.handle_server_args(given)
+    assert (given.speculative_num_steps, given.speculative_eagle_topk) == (1, 1)
+    assert given.speculative_num_draft_tokens == 8, "the block size in the drafter's card"
+    assert given.speculative_draft_model_path == str(SHIPPED)
+    assert given.sampling_backend == SAMPLER_NAME
+    assert given.max_running_requests == algorithm.MAX_RUNNING_REQUESTS
+    on_cpu = device == "cpu"
+    assert given.disable_overlap_schedule is on_cpu
+    assert given.speculative_draft_attention_backend == ("auf_cpu" if on_cpu else None)
+
+
+def test_what_the_user_gave_stays(target: Path) -> None:
+    given = arguments(target, max_running_requests=5, speculative_num_draft_tokens=4)
+    AUF.handle_server_args(given)
+    assert (given.max_running_requests, given.speculative_num_draft_tokens) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "resolved"), [(None, None, 8), (6, None, 6), (None, 5, 5), (4, 4, 4), (2, None, 2)]
+)
+def test_the_block_size_comes_from_either_flag(
+    target: Path, tokens: int | None, block: int | None, resolved: int
+) -> None:
+    given = arguments(target, speculative_num_draft_tokens=tokens, speculative_dflash_block_size=block)
+    AUF.handle_server_args(given)
+    assert given.speculative_num_draft_tokens == resolved
+    AUF.handle_server_args(given)  # SGLang resolves again in every process that builds its arguments
+    assert given.speculative_num_draft_tokens == resolved
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(4, 8), (1, None), (None, 1), (0, None), (-2, None)])
+def test_block_sizes_that_differ_or_draft_nothing_are_refused(
+    target: Path, tokens: int | None, block: int | None
+) -> None:
+    with pytest.raises(ConfigError, match="block size"):
+        AUF.handle_server_args(
+            arguments(target, speculative_num_draft_tokens=tokens, speculative_dflash_block_size=block)
+        )
+
+
+def test_a_drafter_of_another_target_stops_the_server(target: Path) -> None:
+    (target / "config.json").write_text(TARGET_CONFIG.replace("576", "640"))
+    with pytest.raises(CardError, match="hidden_size"):
+        AUF.handle_server_args(arguments(target))
+
+
+def test_what_may_lower_tau_is_logged(target: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger=algorithm.__name__):
+        AUF.handle_server_args(arguments(target, speculative_num_draft_tokens=4))
+    assert any("trained with blocks of 8" in message for message in caplog.messages)
+
+
+def test_the_revisions_of_both_models_are_those_asked_for(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang_auf.card
+
+    original, seen = sglang_auf.card.check_drafter, {}
+
+    def check_drafter(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(sglang_auf.card, "check_drafter", check_drafter)
+    AUF.handle_server_args(arguments(target, revision="abc", speculative_draft_model_revision="v2"))
+    assert (seen["target_revision"], seen["drafter_revision"]) == ("abc", "v2")
+
+
+# --- what AUF is to SGLang ---
+
+ENUM_METHODS = [
+    name for name, member in vars(SpeculativeAlgorithm).items() if inspect.isfunction(member) and name[0] != "_"
+]
+QUESTIONS = [
+    name
+    for name in ENUM_METHODS
+    if name.startswith(("is_", "supports_", "has_", "need_", "carries_"))
+    and list(inspect.signature(getattr(SpeculativeAlgorithm, name)).parameters) == ["self"]
+]
+
+
+def test_sglang_accepts_the_class() -> None:
+    _assert_custom_spec_algo_conforms(AufSpecAlgo)
+    assert issubclass(AufSpecAlgo, CustomSpecAlgo)
+
+
+@pytest.mark.parametrize("name", ENUM_METHODS)
+def test_every_method_of_sglangs_enum_is_there(name: str) -> None:
+    theirs = inspect.signature(getattr(SpeculativeAlgorithm, name)).parameters
+    ours = inspect.signature(getattr(AufSpecAlgo, name)).parameters
+    assert len(ours) == len(theirs)
+
+
+def test_the_questions_are_not_forgotten() -> None:
+    assert {"is_dflash", "is_eagle", "supports_mixed_chunk", "need_topk", "carries_draft_hidden_states"} <= set(
+        QUESTIONS
+    )
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_it_answers_as_dflash_does(name: str) -> None:
+    assert getattr(AUF, name)() == getattr(SpeculativeAlgorithm.DFLASH, name)()
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_it_verifies_as_many_tokens_as_dflash_does(draft: bool) -> None:
+    asked = SpeculativeAlgorithm.DFLASH.get_num_tokens_per_req_for_target_verify(8, draft)
+    assert AUF.get_num_tokens_per_req_for_target_verify(8, draft) == asked
+
+
+def test_no_platform_replaces_its_worker() -> None:
+    assert AUF.get_platform_worker_cls() is None
+
+
+def test_the_future_map_is_made_as_the_enum_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.managers.overlap_utils.FutureMap", lambda *args: args)
+    assert AUF.create_future_map("cpu", "pool") == ("cpu", AUF, "pool", True, False)
+    _, _, *theirs = SpeculativeAlgorithm.DFLASH.create_future_map("cpu", "pool", False, True)
+    _, _, *ours = AUF.create_future_map("cpu", "pool", False, True)
+    assert ours == theirs
+
+
+def test_the_worker_is_sglangs_with_our_verification() -> None:
+    from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+
+    assert issubclass(create_worker(arguments()), DFlashWorkerV2)
+
+
+def test_a_worker_of_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = compat.Seam("sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2.gone", "worker")
+    monkeypatch.setattr(compat, "WORKER_SEAMS", (moved,))
+    with pytest.raises(CompatError, match="gone"):
+        create_worker(arguments())

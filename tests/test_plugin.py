@@ -1,0 +1,142 @@
+"""The entry points: when the CPU platform offers itself, what registers, and what a user reads when it cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pkgutil import resolve_name
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_auf import compat, plugin
+from sglang_auf.errors import CompatError
+
+PLATFORM = "sglang_auf.cpu.platform.AufCpuPlatform"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine without an accelerator and without settings."""
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    return monkeypatch
+
+
+def test_a_machine_without_an_accelerator_gets_the_platform(machine: pytest.MonkeyPatch) -> None:
+    assert plugin.cpu_platform() == PLATFORM
+    assert isinstance(resolve_name(PLATFORM), type)
+
+
+@pytest.mark.parametrize("kind", [torch.cuda, torch.accelerator], ids=["cuda", "another accelerator"])
+def test_a_machine_with_an_accelerator_does_not(machine: pytest.MonkeyPatch, kind: SimpleNamespace) -> None:
+    machine.setattr(kind, "is_available", lambda: True)
+    assert plugin.cpu_platform() is None
+
+
+def test_sglangs_own_cpu_mode_is_left_alone(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert plugin.cpu_platform() is None
+    machine.setenv("SGLANG_USE_CPU_ENGINE", "0")
+    assert plugin.cpu_platform() == PLATFORM
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("cpu_engine", ["0", "1"])
+def test_it_can_be_forced(machine: pytest.MonkeyPatch, accelerator: bool, cpu_engine: str) -> None:
+    machine.setenv("SGLANG_PLATFORM", "auf_cpu")
+    machine.setenv("SGLANG_USE_CPU_ENGINE", cpu_engine)
+    machine.setattr(torch.cuda, "is_available", lambda: accelerator)
+    assert plugin.cpu_platform() == PLATFORM
+
+
+def test_another_sglang_gets_no_platform(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(compat, "version", lambda _: "0.6.0")
+    with pytest.raises(CompatError, match=r"0\.6\.0"):
+        plugin.cpu_platform()
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_another_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compat, "version", lambda _: "0.6.0")
+    monkeypatch.setattr(plugin, "_register", lambda: pytest.fail("it must not register"))
+    with pytest.raises(CompatError):
+        plugin.register()
+    (line,) = errors(caplog)
+    assert all(part in line for part in ("sglang_auf", "0.6.0", compat.SGLANG_VERSION, "pip install"))
+    assert "\n" not in line
+
+
+def test_a_name_that_moved_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gone = compat.Seam("sglang.srt.layers.sampler:Sampler.gone", "sampler")
+    monkeypatch.setattr(compat, "REGISTRATION_SEAMS", (gone,))
+    monkeypatch.setattr(plugin, "_register", lambda: pytest.fail("it must not register"))
+    with pytest.raises(CompatError):
+        plugin.register()
+    (line,) = errors(caplog)
+    assert "Sampler.gone" in line
+
+
+def test_sglang_finds_both_entry_points() -> None:
+    for group, name, function in (
+        ("sglang.srt.plugins", "auf", plugin.register),
+        ("sglang.srt.platforms", "auf_cpu", plugin.cpu_platform),
+    ):
+        (entry,) = [e for e in entry_points(group=group) if e.name == name]
+        assert entry.load() is function
+
+
+REGISTERED = """
+import json, warnings
+warnings.simplefilter("ignore")
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.layers.sampler import _CUSTOM_SAMPLER_FACTORIES
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.speculative import dflash_utils
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+algorithm = SpeculativeAlgorithm.from_string("auf")
+print(json.dumps({
+    "platform": type(current_platform).__name__,
+    "algorithm": type(algorithm).__name__,
+    "overlap": algorithm.supports_overlap,
+    "sampler": "auf" in _CUSTOM_SAMPLER_FACTORIES,
+    "attention": "auf_cpu" in ATTENTION_BACKEND_CHOICES,
+    "unapplied": sorted(set(HookRegistry._hooks) - HookRegistry._patched),
+    "refuses": hasattr(dflash_utils.validate_dflash_request, "__wrapped__"),
+}))
+"""
+
+
+def loaded(**environment: str) -> dict[str, object]:
+    """What SGLang's own plugin loading leaves behind in a fresh process."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("SGLANG_PLUGINS", "SGLANG_PLATFORM")}
+    variables |= {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_sglang_loads_all_of_it() -> None:
+    found = loaded(SGLANG_PLATFORM="auf_cpu")
+    assert found == {
+        "platform": "AufCpuPlatform",
+        "algorithm": "AufSpecAlgo",
+        "overlap": True,
+        "sampler": True,
+        "attention": True,
+        "unapplied": [],
+        "refuses": True,
+    }

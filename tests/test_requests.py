@@ -1,0 +1,111 @@
+"""Requests that cannot be honoured are refused with a reason; all others pass."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_auf import requests
+from sglang_auf.requests import openai_complaint, refusal, validate_dflash_request
+
+PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": -0.5, "repetition_penalty": 1.1, "min_new_tokens": 4}
+NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+
+
+@pytest.mark.parametrize(("name", "value"), PENALTIES.items())
+def test_a_penalty_is_refused_by_name_and_value(name: str, value: float) -> None:
+    reason = refusal(SamplingParams(**{name: value}))
+    assert reason is not None
+    assert f"{name}={value}" in reason
+    assert "speculation" in reason
+
+
+@pytest.mark.parametrize(("name", "value"), NEUTRAL.items())
+@pytest.mark.parametrize("none", [False, True])
+def test_a_neutral_penalty_is_accepted(name: str, value: float, none: bool) -> None:
+    assert refusal(SamplingParams(**{name: None if none else value})) is None
+    assert refusal(SimpleNamespace(**{**NEUTRAL, name: None if none else value})) is None
+
+
+def test_ordinary_sampling_is_accepted() -> None:
+    parameters = SamplingParams(
+        temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, sampling_seed=3, logit_bias={"5": 1.5}, stop=["."], n=2
+    )
+    assert refusal(parameters) is None
+
+
+def test_a_sampling_mask_is_refused() -> None:
+    reason = refusal(SamplingParams(), return_sampling_mask=True)
+    assert reason is not None
+    assert "return_sampling_mask" in reason
+
+
+def request(**parameters: Any) -> SimpleNamespace:
+    return SimpleNamespace(sampling_params=SamplingParams(**parameters), return_sampling_mask=False)
+
+
+def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours() -> None:
+    assert validate_dflash_request("no hidden states", request(min_new_tokens=3), True) == "no hidden states"
+    reason = validate_dflash_request(None, request(min_new_tokens=3), True)
+    assert reason is not None
+    assert "min_new_tokens=3" in reason
+    assert validate_dflash_request(None, request(), True) is None
+    masked = SimpleNamespace(sampling_params=SamplingParams(), return_sampling_mask=True)
+    assert validate_dflash_request(None, masked, False) is not None
+
+
+# --- what OpenAI's API calls an error ---
+
+NAMES = {"auf", "/models/auf", "default"}
+
+
+def chat(**fields: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"model": "auf", "messages": [{}], "max_tokens": None} | fields)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_served_model_is_answered_by_each_of_its_names(name: str) -> None:
+    assert openai_complaint(chat(model=name), NAMES) is None
+
+
+def test_another_model_is_not_found() -> None:
+    complaint = openai_complaint(chat(model="gpt-4"), NAMES)
+    assert complaint is not None
+    assert complaint[:2] == (404, "NotFoundError")
+    assert "gpt-4" in complaint[2]
+    assert "auf" in complaint[2]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_chat_without_room_for_a_token_is_a_bad_request(name: str) -> None:
+    complaint = openai_complaint(chat(**{name: 0}), NAMES)
+    assert complaint is not None
+    assert complaint[0] == 400
+    assert name in complaint[2]
+    assert openai_complaint(chat(**{name: 1}), NAMES) is None
+
+
+def test_a_completion_of_no_tokens_is_openais_way_to_score_a_prompt() -> None:
+    assert openai_complaint(SimpleNamespace(model="auf", prompt="x", max_tokens=0), NAMES) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "model", "answer"), [(True, "gpt-4", 404), (True, "auf", "served"), (False, "gpt-4", "served")]
+)
+def test_the_route_answers_what_is_wrong_on_an_auf_server_only(
+    ours: bool, model: str, answer: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "serves_auf", lambda: ours)
+    serving = SimpleNamespace(
+        tokenizer_manager=SimpleNamespace(served_model_name="auf", model_path="/models/auf"),
+        create_error_response=lambda *, message, err_type, status_code: status_code,
+    )
+
+    async def original(serving: Any, request: Any, raw_request: Any) -> str:
+        return "served"
+
+    assert asyncio.run(requests.handle_openai_request(original, serving, chat(model=model), None)) == answer

@@ -1,0 +1,261 @@
+"""Seeds in SGLang's batches, and the sampler that draws with them: SGLang's own classes, no engine."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers import sampler as sglang_sampler
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.sampling import sampling_batch_info
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_auf import sampler, sampling
+
+VOCABULARY = 40
+LARGEST = 2**63 - 1
+
+
+def request(**parameters: Any) -> SimpleNamespace:
+    """What SamplingBatchInfo reads of a request."""
+    return SimpleNamespace(
+        sampling_params=SamplingParams(**parameters),
+        custom_logit_processor=None,
+        return_sampling_mask=False,
+        sampling_logprobs_mode=None,
+    )
+
+
+class Batch:
+    """What SamplingBatchInfo reads of a batch (a class, because SGLang keeps a weak reference to it)."""
+
+    device = "cpu"
+
+    def __init__(self, *requests: SimpleNamespace) -> None:
+        self.reqs = list(requests)
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SGLang's process configuration, as far as a batch and a sampler read it; SamplingBatchInfo as it was, after."""
+    execution = SimpleNamespace(
+        deterministic=SimpleNamespace(enable_deterministic_inference=False, rl_on_policy_target=None),
+        features=SimpleNamespace(
+            enable_custom_logit_processor=False, enable_watermark=False, sampling_mask_max_tokens=8
+        ),
+        kernel=SimpleNamespace(sampling_backend=sampler.SAMPLER_NAME),
+    )
+    parallel = SimpleNamespace(tp_group=SimpleNamespace(device_group=None))
+    monkeypatch.setattr(sampling_batch_info, "get_exec", lambda: execution)
+    monkeypatch.setattr(sglang_sampler, "get_exec", lambda: execution)
+    monkeypatch.setattr(sglang_sampler, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(sglang_sampler, "is_dp_attention_enabled", lambda: False)
+    original = SamplingBatchInfo.__dict__["from_schedule_batch"]
+    yield
+    SamplingBatchInfo.from_schedule_batch = original  # type: ignore[method-assign]
+
+
+def info_of(*requests: SimpleNamespace) -> SamplingBatchInfo:
+    return SamplingBatchInfo.from_schedule_batch(Batch(*requests), VOCABULARY)
+
+
+def logits_of(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+# --- seeds ---
+
+
+@pytest.mark.usefixtures("configured")
+def test_upstream_alone_carries_no_seeds() -> None:
+    assert info_of(request(sampling_seed=7)).sampling_seed is None
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_batch_carries_the_seeds_of_its_requests() -> None:
+    sampler.carry_seeds()
+    info = info_of(request(sampling_seed=7), request(sampling_seed=-3), request(sampling_seed=LARGEST))
+    assert info.sampling_seed is not None
+    assert (info.sampling_seed.tolist(), info.sampling_seed.dtype) == ([7, -3, LARGEST], torch.int64)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
+    sampler.carry_seeds()
+    unseeded = [request() for _ in range(50)]
+    first = info_of(*unseeded).sampling_seed.tolist()
+    assert len(set(first)) == 50
+    assert info_of(*reversed(unseeded)).sampling_seed.tolist() == first[::-1]
+    assert [r.sampling_params.sampling_seed for r in unseeded] == first
+
+
+@pytest.mark.usefixtures("configured")
+def test_ranks_that_share_sglangs_random_seed_draw_the_same_seeds() -> None:
+    """Tensor-parallel ranks seed Python's generator alike (managers/scheduler.py, set_random_seed)."""
+    sampler.carry_seeds()
+    state = random.getstate()
+    try:
+        ranks = []
+        for _ in range(2):
+            random.seed(1234)
+            ranks.append(info_of(request(), request()).sampling_seed.tolist())
+    finally:
+        random.setstate(state)
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.usefixtures("configured")
+def test_seeds_follow_their_requests_through_filter_and_merge() -> None:
+    sampler.carry_seeds()
+    batch, other = Batch(*(request(sampling_seed=s) for s in (1, 2, 3))), Batch(request(sampling_seed=9))
+    info = SamplingBatchInfo.from_schedule_batch(batch, VOCABULARY)
+    info.filter_batch([0, 2], torch.tensor([0, 2]))
+    info.merge_batch(SamplingBatchInfo.from_schedule_batch(other, VOCABULARY))
+    assert info.sampling_seed.tolist() == [1, 3, 9]
+    assert info.copy_for_forward().sampling_seed.tolist() == [1, 3, 9]
+
+
+@pytest.mark.usefixtures("configured")
+def test_carrying_seeds_twice_is_once_and_stays_a_classmethod() -> None:
+    sampler.carry_seeds()
+    once = SamplingBatchInfo.__dict__["from_schedule_batch"]
+    sampler.carry_seeds()
+    assert SamplingBatchInfo.__dict__["from_schedule_batch"] is once
+    assert isinstance(once, classmethod)
+
+    class Derived(SamplingBatchInfo):
+        pass
+
+    assert type(Derived.from_schedule_batch(Batch(request()), VOCABULARY)) is Derived
+
+
+def tokenized(**parameters: Any) -> SimpleNamespace:
+    return SimpleNamespace(sampling_params=SamplingParams(**parameters))
+
+
+def sent(original: SimpleNamespace, choices: int) -> list[SamplingParams]:
+    """What `choices` sends of one tokenized request carry, copied and sent as TokenizerManager does."""
+    parameters = []
+    for _ in range(choices):
+        choice = copy.copy(original)
+        sampler.spread_seeds(None, choice)
+        parameters.append(copy.copy(choice.sampling_params))  # serialised at once
+    return parameters
+
+
+def test_choices_of_one_seeded_request_draw_with_seeds_of_their_own() -> None:
+    assert [p.sampling_seed for p in sent(tokenized(n=3, sampling_seed=41), 3)] == [41, 42, 43]
+
+
+def test_the_largest_seed_stays_within_64_bits() -> None:
+    seeds = [p.sampling_seed for p in sent(tokenized(n=3, sampling_seed=LARGEST), 3)]
+    assert torch.tensor(seeds, dtype=torch.int64).tolist() == [LARGEST, -(2**63), -(2**63) + 1]
+
+
+@pytest.mark.parametrize("parameters", [{"n": 1, "sampling_seed": 5}, {"n": 3}, {"n": 3, "max_new_tokens": 0}])
+def test_other_requests_are_sent_as_they_are(parameters: dict[str, Any]) -> None:
+    original = tokenized(**parameters)
+    before = original.sampling_params
+    assert [p.sampling_seed for p in sent(original, 2)] == [parameters.get("sampling_seed")] * 2
+    assert original.sampling_params is before
+
+
+def test_what_has_no_sampling_parameters_is_let_through() -> None:
+    sampler.spread_seeds(None, SimpleNamespace(input_ids=[1]))
+
+
+# --- draws ---
+
+
+@pytest.mark.usefixtures("configured")
+def test_each_row_of_a_block_is_drawn_with_its_requests_parameters_at_its_own_position() -> None:
+    sampler.carry_seeds()
+    requests = [
+        request(sampling_seed=5, top_k=3),
+        request(sampling_seed=6, top_p=0.5),
+        request(sampling_seed=7, temperature=0.0),
+        request(sampling_seed=5),
+    ]
+    info, block = info_of(*requests), 4
+    probabilities = torch.softmax(logits_of(len(requests) * block), dim=-1)
+    positions = torch.tensor([[10], [20], [30], [10]]) + torch.arange(block)
+    drawn = sampler.draw(probabilities, info, positions, rows_per_request=block)
+    assert drawn.shape == (len(requests) * block,)
+    for row in range(len(requests) * block):
+        of, slot = divmod(row, block)
+        parameters = requests[of].sampling_params
+        uniform = sampling.uniforms(torch.tensor([parameters.sampling_seed]), positions[of, slot].view(1))
+        alone = sampling.sample(
+            probabilities[row : row + 1],
+            torch.tensor([parameters.top_k]),
+            torch.tensor([parameters.top_p]),
+            torch.tensor([parameters.min_p]),
+            uniform,
+        )
+        assert drawn[row] == alone[0]
+    assert torch.equal(drawn[2 * block : 3 * block], probabilities[2 * block : 3 * block].argmax(dim=-1))
+
+
+def sample_with(info: SamplingBatchInfo, logits: torch.Tensor, positions: torch.Tensor, logprobs: bool = False) -> Any:
+    """Tokens and the output object of a pass through SGLang's sampler with ours inside."""
+    output = LogitsProcessorOutput(next_token_logits=logits.clone())
+    n = len(logits)
+    tokens = sampler.create_sampler()(output, info, logprobs, [0] * n, [None] * n, positions)
+    return tokens, output
+
+
+@pytest.mark.usefixtures("configured")
+def test_sglangs_sampler_draws_through_ours() -> None:
+    created = sampler.create_sampler()
+    assert isinstance(created, sglang_sampler.Sampler)
+    info = info_of(request(sampling_seed=1, temperature=0.7), request(sampling_seed=2, top_p=0.8), request(min_p=0.2))
+    logits, positions = logits_of(3), torch.tensor([4, 9, 0])
+    tokens, _ = sample_with(info, logits, positions)
+    probabilities = torch.softmax(logits / info.temperatures, dim=-1)
+    assert tokens.tolist() == sampler.draw(probabilities, info, positions).tolist()
+    assert tokens.dtype == torch.int32
+
+
+@pytest.mark.usefixtures("configured")
+def test_the_same_seed_repeats_and_another_differs() -> None:
+    sampler.carry_seeds()
+    logits, positions = logits_of(1).expand(60, -1), torch.arange(60)
+
+    def answer(seed: int) -> list[int]:
+        info = info_of(*(request(sampling_seed=seed) for _ in range(60)))
+        return list(sample_with(info, logits, positions)[0].tolist())
+
+    assert answer(3) == answer(3) != answer(4)
+    assert len(set(answer(3))) > 5, "one seed must not draw one token at every position"
+
+
+@pytest.mark.usefixtures("configured")
+def test_log_probabilities_are_sglangs_own() -> None:
+    sampler.carry_seeds()
+    info = info_of(request(sampling_seed=1, temperature=0.5))
+    logits = logits_of(1)
+    tokens, output = sample_with(info, logits, torch.tensor([3]), logprobs=True)
+    expected = torch.log_softmax(logits / 0.5, dim=-1)[0, tokens[0]]
+    assert output.next_token_logprobs[0].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_the_sampler_is_registered_under_its_name() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.server_args import SAMPLING_BACKEND_CHOICES
+
+    hooks = copy.deepcopy(HookRegistry._hooks)
+    try:
+        sampler.install()
+        target = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
+        assert sampler.spread_seeds in [hook for _, hook, _ in HookRegistry._hooks[target]]
+    finally:
+        HookRegistry._hooks.clear()
+        HookRegistry._hooks.update(hooks)
+    assert sampler.SAMPLER_NAME in SAMPLING_BACKEND_CHOICES
+    assert sglang_sampler._CUSTOM_SAMPLER_FACTORIES[sampler.SAMPLER_NAME] is sampler.create_sampler

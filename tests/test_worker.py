@@ -1,0 +1,188 @@
+"""The worker's verification through SGLang's own acceptance code, without an engine around it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from sglang.srt.speculative import dflash_worker_v2
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+
+from sglang_auf import sampler
+from sglang_auf.cpu import linear
+from sglang_auf.worker import AufWorker
+
+VOCABULARY, BLOCK, SEEDS = 5, 4, 20_000
+OFF = 1 << 30
+LOGITS = torch.randn(BLOCK, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 1.5
+ANCHOR = 0
+# The most probable token, one that is likely, and one that is not: accepted often, sometimes, rarely.
+DRAFTS = [int(LOGITS[slot].argsort(descending=True)[rank]) for slot, rank in enumerate((0, 1, 3))]
+
+
+@pytest.fixture
+def worker() -> AufWorker:
+    """The attributes that acceptance reads, on the path that SGLang takes without Triton."""
+    made = AufWorker.__new__(AufWorker)
+    made.block_size = BLOCK
+    made._selector_sample = None
+    made._use_triton_accept_bonus = False
+    made._tp_sync = SimpleNamespace(sync=lambda *_: None)
+    return made
+
+
+def info(n: int, temperature: float = 1.0, top_k: int = OFF, top_p: float = 1.0, min_p: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(
+        is_all_greedy=top_k == 1,
+        temperatures=torch.full((n, 1), temperature),
+        top_ks=torch.full((n,), top_k, dtype=torch.int32),
+        top_ps=torch.full((n,), top_p),
+        min_ps=torch.full((n,), min_p),
+        sampling_seed=torch.arange(n) * 7 + 1,
+    )
+
+
+def accept(worker: AufWorker, sampling_info: Any, n: int, method: Any = AufWorker._accept_block, **given: Any) -> Any:
+    """n requests that all verify the same block at position 30: (accept_len, commit_lens, bonus, out_tokens)."""
+    accept_len, commit_lens, bonus, out_tokens, _ = method(
+        worker,
+        candidates=torch.tensor([[ANCHOR, *DRAFTS]]).repeat(n, 1),
+        next_token_logits=LOGITS.repeat(n, 1),
+        sampling_info=sampling_info,
+        draft_input=None,
+        prefix_lens=torch.full((n,), 30),
+        bs=n,
+        **given,
+    )
+    return accept_len, commit_lens, bonus, out_tokens
+
+
+def expected(temperature: float, top_k: int, top_p: float, min_p: float) -> dict[tuple[int, ...], float]:
+    """P of every emitted run: the chain of the target's tokens up to the first that is not the draft."""
+    outcomes: dict[tuple[int, ...], float] = {}
+    reach, run = 1.0, []
+    for slot in range(BLOCK):
+        p = torch.softmax(LOGITS[slot].double() / temperature, dim=-1).numpy()
+        kept, before = np.zeros(VOCABULARY), 0.0
+        for rank, token in enumerate(np.argsort(-p)):
+            if rank < top_k and before <= top_p and p[token] >= min_p * p.max():
+                kept[token] = p[token]
+            before += p[token]
+        kept /= kept.sum()
+        draft = DRAFTS[slot] if slot < BLOCK - 1 else None
+        for token in range(VOCABULARY):
+            if token != draft:
+                outcomes[(*run, token)] = reach * kept[token]
+        if draft is not None:
+            reach *= kept[draft]
+            run.append(draft)
+    return outcomes
+
+
+def goodness(out_tokens: torch.Tensor, commit_lens: torch.Tensor, probability: dict[tuple[int, ...], float]) -> float:
+    runs = [tuple(row[:length]) for row, length in zip(out_tokens.tolist(), commit_lens.tolist(), strict=True)]
+    counts = {run: 0 for run in probability}
+    for run in runs:
+        counts[run] += 1
+    assert all(counts[run] == 0 for run, p in probability.items() if p == 0), "an impossible run was emitted"
+    likely = [run for run, p in probability.items() if p * len(runs) >= 5]
+    seen = np.array([*(counts[run] for run in likely), len(runs) - sum(counts[run] for run in likely)], dtype=float)
+    due = np.array([*(probability[run] for run in likely), 1 - sum(probability[run] for run in likely)]) * len(runs)
+    enough = due > 1e-9
+    return float(chisquare(seen[enough], due[enough] * seen[enough].sum() / due[enough].sum()).pvalue)
+
+
+PARAMETERS = [
+    (1.0, OFF, 1.0, 0.0),
+    (0.6, OFF, 1.0, 0.0),
+    (1.3, 3, 1.0, 0.0),
+    (1.0, OFF, 0.8, 0.0),
+    (1.0, OFF, 1.0, 0.2),
+]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=["T=1", "T=0.6", "top_k", "top_p", "min_p"])
+def test_emitted_runs_follow_the_target_exactly(worker: AufWorker, parameters: tuple[float, int, float, float]) -> None:
+    _, commit_lens, _, out_tokens = accept(worker, info(SEEDS, *parameters), SEEDS)
+    assert goodness(out_tokens, commit_lens, expected(*parameters)) > 0.01
+
+
+@pytest.mark.parametrize("broken", ["greedy", "trusting"])
+def test_a_broken_verifier_fails_that_test(worker: AufWorker, broken: str) -> None:
+    predicted = LOGITS.argmax(dim=-1).repeat(SEEDS)
+    if broken == "trusting":
+        predicted = torch.tensor([*DRAFTS, int(LOGITS[-1].argmax())]).repeat(SEEDS)
+    _, commit_lens, _, out_tokens = accept(worker, info(SEEDS), SEEDS, target_predict=predicted)
+    assert goodness(out_tokens, commit_lens, expected(*PARAMETERS[0])) < 1e-6
+
+
+def test_the_tokens_are_those_that_plain_sampling_draws_at_each_position(worker: AufWorker) -> None:
+    sampling_info = info(50, 0.8)
+    accept_len, commit_lens, bonus, out_tokens = accept(worker, sampling_info, 50)
+    for slot in range(BLOCK):
+        probabilities = torch.softmax(LOGITS[slot] / 0.8, dim=-1).repeat(50, 1)
+        plain = sampler.draw(probabilities, sampling_info, torch.full((50,), 30 + slot))
+        emitted = commit_lens > slot
+        assert torch.equal(out_tokens[emitted, slot], plain[emitted])
+    assert torch.equal(commit_lens, accept_len + 1)
+    assert torch.equal(bonus, out_tokens.gather(1, accept_len.long()[:, None]).squeeze(1))
+    assert len(set(commit_lens.tolist())) > 1, "some blocks are accepted further than others"
+
+
+def test_greedy_requests_among_sampled_ones_are_verified_greedily(worker: AufWorker) -> None:
+    sampling_info = info(6)
+    sampling_info.top_ks[::2] = 1
+    _, commit_lens, _, out_tokens = accept(worker, sampling_info, 6)
+    _, greedy_lens, _, greedy_tokens = accept(worker, info(6, top_k=1), 6)
+    assert torch.equal(commit_lens[::2], greedy_lens[::2])
+    assert torch.equal(out_tokens[::2, : greedy_lens[0]], greedy_tokens[::2, : greedy_lens[0]])
+
+
+@pytest.mark.parametrize("sampling_info", [None, info(3, top_k=1)], ids=["none", "greedy"])
+def test_greedy_batches_are_sglangs_own(worker: AufWorker, sampling_info: Any) -> None:
+    ours = accept(worker, sampling_info, 3)
+    theirs = accept(worker, sampling_info, 3, DFlashWorkerV2._accept_block)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    drafted = LOGITS.argmax(dim=-1)[:-1].tolist()
+    agree = [guess == token for guess, token in zip(DRAFTS, drafted, strict=True)]
+    assert ours[0].tolist() == [agree.index(False)] * 3
+
+
+def test_what_sglang_predicted_already_is_not_drawn_again(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    accept(worker, info(2), 2, target_predict=LOGITS.argmax(dim=-1).repeat(2))
+
+
+def test_no_warning_says_that_sampling_is_verified_greedily(worker: AufWorker, caplog: Any) -> None:
+    worker._validate_phase1_sampling_support(SimpleNamespace(sampling_info=info(1)))
+    assert caplog.records == []
+
+
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+def test_drafts_come_from_the_reordered_head_without_its_padding(
+    worker: AufWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        dflash_worker_v2, "get_parallel", lambda: SimpleNamespace(tp_group=SimpleNamespace(world_size=1))
+    )
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=generator).bfloat16()
+    weight[90:] = 50 * weight[:6]  # rows beyond the vocabulary must never win
+    hidden = torch.randn(300, 64, generator=generator).bfloat16()
+    head = SimpleNamespace(weight=weight, org_vocab_size=90, quant_method=linear.RowInvariantLinear(weight))
+    found = worker._greedy_sample_from_vocab_parallel_head(hidden_states=hidden, lm_head=head)
+    assert torch.equal(found, head.quant_method(hidden)[:, :90].argmax(dim=-1))
+    assert found.max() < 90
+
+
+def test_other_heads_are_left_to_sglang(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        DFlashWorkerV2, "_greedy_sample_from_vocab_parallel_head", lambda self, **given: ("theirs", given["chunk_size"])
+    )
+    head = SimpleNamespace(weight=torch.zeros(4, 4))  # a plain linear layer has no quant_method
+    found = worker._greedy_sample_from_vocab_parallel_head(hidden_states=torch.zeros(1, 4), lm_head=head, chunk_size=9)
+    assert found == ("theirs", 9)
