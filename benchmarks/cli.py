@@ -1,6 +1,7 @@
 """The command line: flags made from the configuration models, and exit codes.
 
-0: done; 1: done, but requests failed or answers were not lossless; 2: the user has something to mend; 130: interrupted.
+0: done; 1: done, but requests failed or answers were not lossless or not identical; 2: the user has something to mend;
+130: interrupted.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar, get_origin
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from benchmarks.config import CompareConfig, LosslessConfig, RunConfig
+from benchmarks.config import CompareConfig, IdentityConfig, LosslessConfig, RunConfig, SpeedConfig
 from sglang_auf.errors import AufError, ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -83,6 +85,33 @@ def _lossless(options: Options) -> int:
     return 0 if result.passed else 1
 
 
+def _identity(options: Options) -> int:
+    from benchmarks.identity import measure_identity
+    from benchmarks.markdown import identity_markdown
+
+    config = _validated(IdentityConfig, options)
+    report = measure_identity(config)
+    print(_written(report, identity_markdown(report), config.out / "identity"))
+    return 0 if report.passed else 1
+
+
+def _speed(options: Options) -> int:
+    from benchmarks.markdown import speed_markdown
+    from benchmarks.speed import measure_speed
+
+    config = _validated(SpeedConfig, options)
+    report = measure_speed(config)
+    print(_written(report, speed_markdown(report), config.out / "speed"))
+    return 1 if report.failed else 0
+
+
+def _written(report: BaseModel, text: str, stem: Path) -> str:
+    """Write STEM.json and STEM.md; returns what to print."""
+    stem.with_suffix(".json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    return f"{text}\nwritten to {stem.parent}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Tau, speed and losslessness, measured.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -96,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     lossless = commands.add_parser("lossless", help="compare two runs by token", description=LosslessConfig.__doc__)
     _add_fields(lossless, LosslessConfig, positional={"speculating", "plain"})
     lossless.set_defaults(command=_lossless)
+    identity = commands.add_parser("identity", help="table of bit identity", description=IdentityConfig.__doc__)
+    _add_fields(identity, IdentityConfig)
+    identity.set_defaults(command=_identity)
+    speed = commands.add_parser("speed", help="table of speeds, DFLASH included", description=SpeedConfig.__doc__)
+    _add_fields(speed, SpeedConfig)
+    speed.set_defaults(command=_speed)
     return parser
 
 
@@ -109,7 +144,7 @@ def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], positio
         kind: Options = {"metavar": flag.removeprefix("--").upper()}
         if field.annotation is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif get_origin(field.annotation) is tuple:
+        elif _takes_several(field.annotation):
             kind["action"] = "append"
         parser.add_argument(
             flag,
@@ -121,6 +156,11 @@ def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], positio
         )
 
 
+def _takes_several(annotation: Any) -> bool:
+    """A tuple, annotated or optional."""
+    return get_origin(annotation) is tuple or any(_takes_several(part) for part in get_args(annotation))
+
+
 def _flag(name: str, field: FieldInfo) -> str:
     return "--" + (field.alias or name).replace("_", "-")
 
@@ -129,7 +169,7 @@ def _help(field: FieldInfo) -> str:
     default = field.default
     if field.is_required() or default is None or field.default_factory is not None or default == ():
         return field.description or ""
-    shown = ",".join(default) if isinstance(default, tuple) else default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{field.description} (default: {shown})"
 
 

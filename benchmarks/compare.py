@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -13,8 +13,8 @@ from benchmarks import provenance
 from benchmarks.check import check_records
 from benchmarks.config import CompareConfig, LosslessConfig, RunConfig, Workload
 from benchmarks.lossless import Losslessness
-from benchmarks.run import MANIFEST, RECORDS, Run
-from benchmarks.servers import Server, serve
+from benchmarks.run import Run, discard, start
+from benchmarks.servers import Server, awake, serve
 from benchmarks.summary import (
     MacroSummary,
     MicroSummary,
@@ -22,6 +22,7 @@ from benchmarks.summary import (
     Throughput,
     macro,
     micro,
+    ratio,
     summarize_tasks,
     throughput,
 )
@@ -75,8 +76,8 @@ class Comparison(BaseModel):
 def compare_servers(config: CompareConfig) -> Comparison:
     """Start, ask, compare, stop, and write summary.json."""
     selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
-    for path in [config.out / name / file for name in ("auf", "plain") for file in (MANIFEST, RECORDS)]:
-        path.unlink(missing_ok=True)
+    for name in ("auf", "plain"):
+        discard(config.out / name)
     (config.out / SUMMARY).unlink(missing_ok=True)
     measure = _interleaved if config.mode == "interleaved" else _one_after_the_other
     comparison = measure(config, selections)
@@ -92,16 +93,16 @@ def _interleaved(config: CompareConfig, selections: list[Selection]) -> Comparis
         auf_server.pause()
         with _serve(config, plain=True) as plain_server:
             plain_server.pause()
-            with _awake(auf_server):
+            with awake(auf_server):
                 auf = _begin(config, auf_server, selections, plain=False)
-            with _awake(plain_server):
+            with awake(plain_server):
                 plain = _begin(config, plain_server, selections, plain=True)
             for number, part in enumerate(slices):
                 turns = [(auf, auf_server), (plain, plain_server)]
                 for run, server in turns if number % 2 == 0 else reversed(turns):
-                    with _awake(server):
+                    with awake(server):
                         _ask(run, part, f"round {number + 1}/{len(slices)}")
-            with _awake(plain_server):
+            with awake(plain_server):
                 return _conclude(config, auf, plain, slices)
 
 
@@ -117,7 +118,7 @@ def _one_after_the_other(config: CompareConfig, selections: list[Selection]) -> 
         return _conclude(config, auf, plain, [prompts])
 
 
-def _serve(config: CompareConfig, plain: bool) -> Any:
+def _serve(config: CompareConfig, plain: bool) -> AbstractContextManager[Server]:
     return serve(
         config.profile,
         plain,
@@ -127,24 +128,12 @@ def _serve(config: CompareConfig, plain: bool) -> Any:
     )
 
 
-@contextmanager
-def _awake(server: Server) -> Iterator[None]:
-    server.resume()
-    try:
-        yield
-    finally:
-        server.pause()
-
-
 def _begin(config: CompareConfig, server: Server, selections: list[Selection], plain: bool) -> Run:
     workload = config.model_dump(include=set(Workload.model_fields))
     run_config = RunConfig(
         **workload, base_url=server.base_url, plain=plain, stream=config.stream, out=config.out / _name(plain)
     )
-    run = Run.begin(run_config, selections)
-    asyncio.run(run.warm_up())
-    run.open()
-    return run
+    return start(run_config, selections)
 
 
 def _ask(run: Run, prompts: Sequence[Prompt], label: str) -> None:
@@ -174,7 +163,7 @@ def _conclude(config: CompareConfig, auf: Run, plain: Run, slices: Sequence[Sequ
         micro=micro(ours),
         plain=plain_speed,
         auf=auf_speed,
-        speedup=_ratio(auf_speed.tokens_per_s, plain_speed.tokens_per_s),
+        speedup=ratio(auf_speed.tokens_per_s, plain_speed.tokens_per_s),
         rounds=[_round(auf, plain, part) for part in slices],
         lossless=lossless,
         versions=provenance.versions(),
@@ -190,11 +179,7 @@ def _round(auf: Run, plain: Run, prompts: Sequence[Prompt]) -> Round:
         for run in (plain, auf)
     ]
     plain_speed, auf_speed = (speed.tokens_per_s for speed in speeds)
-    return Round(plain=plain_speed, auf=auf_speed, speedup=_ratio(auf_speed, plain_speed))
-
-
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return numerator / denominator if numerator is not None and denominator else None
+    return Round(plain=plain_speed, auf=auf_speed, speedup=ratio(auf_speed, plain_speed))
 
 
 def _name(plain: bool) -> str:

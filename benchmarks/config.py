@@ -23,6 +23,7 @@ def _dated_run() -> Path:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_commas), Field(min_length=1)]
 ServerUrl = Annotated[str, BeforeValidator(_bare_url), Field(pattern=r"^https?://.+")]
 
 
@@ -71,6 +72,43 @@ class CompareConfig(Workload):
     stream: bool = Field(False, description="stream answers; the client then takes CPU from a server on this machine")
     start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")
     out: Path = Field(Path("runs/demo"), description="result directory; results of an earlier comparison are replaced")
+
+
+class _Started(_Config):
+    """What the tables about servers of one profile share: greedy, first turns only."""
+
+    profile: str = Field(description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field((), alias="set", description="key=value for every server; may be repeated")
+    thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
+    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
+    timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+    start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")
+
+
+class IdentityConfig(_Started):
+    """Greedy answers of several servers against plain decoding, token by token; what is measured is not redone."""
+
+    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample); first turns")
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+    max_tokens: int = Field(128, ge=1, description="new tokens of one answer at most")
+    variants: Names | None = Field(None, description="comma-separated servers to ask beside plain (default: all)")
+    alone: int = Field(24, ge=1, description="prompts asked at concurrency 1, of all tasks in turn")
+    drafter: Path | None = Field(None, description="drafter whose shape random-drafter has (default: the shipped one)")
+    out: Path = Field(Path("runs/identity"), description="result directory; finished cells in it are kept")
+
+
+class SpeedConfig(_Started):
+    """AUF, plain decoding and SGLang's built-in DFLASH with the same drafter, asked in turns."""
+
+    tasks: Names | None = Field(
+        None, description="comma-separated tasks or groups; first turns (default: mt_bench, without --data-dir sample)"
+    )
+    limit: int = Field(8, ge=1, description="prompts in all, of all tasks in turn; more where more are in flight")
+    max_tokens: int = Field(256, ge=2, description="new tokens of one answer at most")
+    concurrency: Counts = Field((1, 4, 16), description="comma-separated numbers of requests in flight")
+    rounds: int = Field(3, ge=1, description="turns each server gets at each concurrency; medians are reported")
+    pool_tokens: int = Field(16384, ge=1, description="KV pool of each of the three servers, in tokens")
+    out: Path = Field(Path("runs/speed"), description="result directory; earlier results are replaced")
 
 
 class LosslessConfig(_Config):

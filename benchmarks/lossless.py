@@ -124,7 +124,7 @@ def compare(
         elif key[:2] in forked:
             result.follow_up += 1
         else:
-            fork = first_fork(*_tokens(ours, theirs))
+            fork = first_fork(*comparable_tokens(ours, theirs))
             if fork is None:
                 result.identical += 1
             else:
@@ -133,7 +133,8 @@ def compare(
     return result
 
 
-def _tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int]]:
+def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int]]:
+    """Both answers' tokens; DataError where they are unknown or answer different prompts."""
     if ours.output_ids is None or theirs.output_ids is None or None in (ours.prompt_ids, theirs.prompt_ids):
         raise DataError(
             f"records of {ours.key} without token ids",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sglang_auf.errors import ServerError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+FLUSH_S = 10.0
 
 
 def api_key() -> str:
@@ -73,6 +74,20 @@ def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[in
             f"log-probabilities of tokens {sorted(chosen)}", f"those of {sorted(candidates)}", "use SGLang 0.5.23"
         )
     return chosen, best
+
+
+def flush_cache(base_url: str) -> None:
+    """Forget cached prefixes, so that prompts asked before are prefilled again. The server must be idle."""
+    url = f"{base_url}/flush_cache"
+    try:
+        response = httpx.post(
+            url, params={"timeout": FLUSH_S}, headers={"Authorization": f"Bearer {api_key()}"}, timeout=2 * FLUSH_S
+        )
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServerError(
+            f"{type(error).__name__} from {url}: {error}", "an idle SGLang server", "send it no other requests"
+        ) from None
 
 
 def call(base_url: str, path: str, body: dict[str, Any] | None = None) -> Any:

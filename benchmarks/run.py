@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from openai.types.chat import ChatCompletionMessageParam
 from tqdm import tqdm
@@ -179,6 +180,20 @@ class Run:
             latency_s=latency_s,
             error=error,
         )
+
+
+def start(config: RunConfig, selections: list[Selection]) -> Run:
+    """A new run that can be asked at once: server looked at and warmed up, directory ready."""
+    run = Run.begin(config, selections)
+    asyncio.run(run.warm_up())
+    run.open()
+    return run
+
+
+def discard(directory: Path) -> None:
+    """Remove the run in a directory, if there is one."""
+    for name in (MANIFEST, RECORDS):
+        (directory / name).unlink(missing_ok=True)
 
 
 def describe(error: BaseException) -> str:

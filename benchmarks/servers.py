@@ -1,4 +1,4 @@
-"""Servers that the benchmark starts itself, through `python -m server`, and always ends."""
+"""Servers that the benchmark starts itself, most through `python -m server`, and always ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,26 +51,51 @@ class Server:
 
 
 @contextlib.contextmanager
+def awake(server: Server) -> Iterator[None]:
+    """Let a paused server run, and pause it again."""
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
+
+
 def serve(
     profile: str,
     plain: bool,
     port: int | None = None,
     *,
     settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    log_file: Path,
+    timeout_s: float = 900.0,
+) -> contextlib.AbstractContextManager[Server]:
+    """A server of a profile, as `launch` has it. settings: key=value, each passed as --set."""
+    arguments = ["-m", "server", "--profile", profile]
+    for setting in settings:
+        arguments += ["--set", setting]
+    if plain:
+        arguments.append("--plain")
+    return launch(arguments, port, environment=environment, log_file=log_file, timeout_s=timeout_s)
+
+
+@contextlib.contextmanager
+def launch(
+    program: Sequence[str],
+    port: int | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
     log_file: Path,
     timeout_s: float = 900.0,
 ) -> Iterator[Server]:
     """Start a server and wait until it is ready; end it and every process it made on the way out.
 
-    settings: key=value, each passed as --set. log_file: where its output goes. ServerError with the end of the log
-    when it ends before it is ready, or is not ready within timeout_s.
+    program: arguments of Python, without --host and --port. environment: variables added to this process's own.
+    log_file: where its output goes. ServerError with the end of the log when it ends before it is ready, or is not
+    ready within timeout_s.
     """
     port = port or free_port()
-    arguments = [sys.executable, "-m", "server", "--profile", profile, "--host", "127.0.0.1", "--port", str(port)]
-    for setting in settings:
-        arguments += ["--set", setting]
-    if plain:
-        arguments.append("--plain")
+    arguments = [sys.executable, *program, "--host", "127.0.0.1", "--port", str(port)]
     log_file.parent.mkdir(parents=True, exist_ok=True)
     log.info("starting %s (log: %s)", " ".join(arguments[1:]), log_file)
     with log_file.open("wb") as output:
@@ -79,6 +104,7 @@ def serve(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

@@ -152,6 +152,11 @@ def throughput(records: Sequence[Record], concurrency: int) -> Throughput:
     )
 
 
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """None where one of the two is unknown or the denominator is 0."""
+    return numerator / denominator if numerator is not None and denominator else None
+
+
 def busy_seconds(records: Iterable[Record]) -> float:
     """Length of the union of the requests' time spans, failed ones included: they took the server's time too."""
     busy, until = 0.0, float("-inf")

@@ -14,7 +14,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,27 @@ def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -
     order = list(range(len(prompts)))
     random.Random(SELECTION_SEED).shuffle(order)
     return Selection(task, tuple(prompts[i] for i in order[:wanted]), origin)
+
+
+def first_turns(selections: Iterable[Selection]) -> list[Selection]:
+    """The same prompts without their later turns, whose history would be the model's own answers."""
+    return [
+        replace(chosen, prompts=tuple(replace(prompt, turns=prompt.turns[:1]) for prompt in chosen.prompts))
+        for chosen in selections
+    ]
+
+
+def in_turn(selections: Iterable[Selection]) -> list[Prompt]:
+    """One prompt of each task after the other, so that a head of the list has something of every task."""
+    rows = zip_longest(*(chosen.prompts for chosen in selections))
+    return [prompt for row in rows for prompt in row if prompt is not None]
+
+
+def keep(selections: Iterable[Selection], prompts: Iterable[Prompt]) -> list[Selection]:
+    """The selections with only these prompts; a task that has none of them is left out."""
+    wanted = set(prompts)
+    kept = [replace(chosen, prompts=tuple(p for p in chosen.prompts if p in wanted)) for chosen in selections]
+    return [chosen for chosen in kept if chosen.prompts]
 
 
 def read_prompts(path: Path, task: str, sample: bool = False) -> list[Prompt]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 import time
@@ -61,6 +62,17 @@ def fake() -> Iterator[Callable[..., Fake]]:
     for server, thread in started:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m server` and `python -m sglang.launch_server`, started from this directory, are the fake one."""
+    for name, module in (("server", "__main__"), ("sglang", "launch_server")):
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").touch()
+        shutil.copy(FAKE_FILE, package / f"{module}.py")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A server with SGLang's routes and no engine: its answers are a fixed function of the conversation.
 
-Run as a program it takes the arguments of `python -m server`, for tests of what starts servers.
+Run as a program it takes the arguments of `python -m server`, or those of `python -m sglang.launch_server` for the
+built-in DFLASH, for tests of what starts servers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -26,26 +28,33 @@ BLOCK = 4
 @dataclass
 class FakeEngine:
     """speculative: replies carry speculation counts. forked: prompts whose answer this server changes at token 3.
+    wobbling: prompts whose answer it changes there when they are asked again.
 
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
     """
 
     speculative: bool = True
+    algorithm: str = "AUF"
     delay_s: float = 0.0
     forked: str | None = None
+    wobbling: str | None = None
     gap: float = 0.0
     fields: str = "plugin"
     device: str = "cpu"
     answers_ids: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, Any]] = field(default_factory=list)
+    flushed: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
 
     def tokens(self, messages: list[dict[str, str]], limit: int) -> list[int]:
         seed = zlib.crc32(json.dumps(messages).encode())
         tokens = [(seed + 7 * i) % 1000 for i in range(min(limit, 8 + seed % 9))]
-        if self.forked and self.forked in messages[-1]["content"]:
+        forks = self.forked and self.forked in messages[-1]["content"]
+        if self.wobbling and self.wobbling in messages[-1]["content"]:
+            forks = sum(request["messages"] == messages for request in self.requests) > 1
+        if forks:
             tokens[3] += 1000
         return tokens
 
@@ -92,7 +101,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
     def info() -> dict[str, Any]:
         return {
             "model_path": "/models/toy",
-            "speculative_algorithm": "AUF" if engine.speculative else None,
+            "speculative_algorithm": engine.algorithm if engine.speculative else None,
             "speculative_draft_model_path": "/drafters/toy" if engine.speculative else None,
             "speculative_num_draft_tokens": BLOCK if engine.speculative else None,
             "device": engine.device,
@@ -103,6 +112,11 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": "toy", "object": "model"}]}
+
+    @app.post("/flush_cache")
+    def flush() -> Response:
+        engine.flushed += 1
+        return Response(status_code=400 if engine.in_flight else 200)
 
     @app.post("/generate")
     def generate(body: dict[str, Any]) -> dict[str, Any]:
@@ -175,18 +189,27 @@ def asked(engine: FakeEngine) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--profile", required=True)
+    parser.add_argument("--profile")
+    parser.add_argument("--speculative-algorithm", default="AUF")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--plain", action="store_true")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     if options.profile == "broken":
         sys.exit("the drafter does not fit the target")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    print(f"child {child.pid}", " ".join(options.set), flush=True)
-    forked = next((value.removeprefix("fork=") for value in options.set if value.startswith("fork=")), None)
-    engine = FakeEngine(speculative=not options.plain, forked=None if options.plain else forked, gap=9.0)
+    print(f"child {child.pid}", " ".join(options.set), " ".join(flags), flush=True)
+    settings = dict(setting.split("=", 1) for setting in options.set)
+    invariant = os.environ.get("SGLANG_AUF_ROW_INVARIANT") != "0"
+    engine = FakeEngine(
+        speculative=not options.plain,
+        algorithm=options.speculative_algorithm,
+        forked=None if options.plain else settings.get("fork"),
+        wobbling=None if invariant else settings.get("wobble"),
+        gap=9.0,
+        fields="plugin" if options.speculative_algorithm == "AUF" else "sglang",
+    )
     uvicorn.run(make_app(engine), host=options.host, port=options.port, log_level="error", ws="none")
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +19,7 @@ from benchmarks.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "server"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    shutil.copy(Path(__file__).parent / "fake_server.py", package / "__main__.py")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fake_server_program")
 
 
 def compare(*flags: str) -> tuple[int, dict[str, Any]]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +13,7 @@ import pytest
 from benchmarks.servers import end, serve
 from sglang_auf.errors import ServerError
 
-
-@pytest.fixture(autouse=True)
-def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m server`, started from this directory, is the fake one."""
-    package = tmp_path / "server"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    shutil.copy(Path(__file__).parent / "fake_server.py", package / "__main__.py")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fake_server_program")
 
 
 def gone(pid: int) -> bool:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engines import run_engine
+
 pytestmark = pytest.mark.e2e
 
-RUNNER = Path(__file__).with_name("engine_runner.py")
 TOKENS = 64
-
-
-def run_engine(tmp_path: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
-    """The jobs' results from an engine in a process of its own."""
-    tmp_path.mkdir(parents=True, exist_ok=True)
-    out = tmp_path / "out.json"
-    task = {"engine": engine, "jobs": jobs, "out": str(out)}
-    done = subprocess.run(
-        [sys.executable, str(RUNNER)],
-        input=json.dumps(task).encode(),
-        capture_output=True,
-        timeout=900,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert out.exists(), done.stderr.decode()[-6000:]
-    return json.loads(out.read_text())
 
 
 def prompts(count: int, vocabulary: int = 64) -> list[list[int]]:

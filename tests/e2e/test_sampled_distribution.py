@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.engines import run_engine
+
 pytestmark = pytest.mark.e2e
 
-RUNNER = Path(__file__).with_name("engine_runner.py")
 PROMPT = [5, 9, 33, 21, 7]
 VOCABULARY = 64
 REQUESTS = 10_500
@@ -36,22 +34,6 @@ import sglang_auf.sampling as sampling
 # Greedy whatever the temperature: what SGLang's own DFLASH does without its CUDA kernel.
 sampling.sample = lambda probabilities, *_: probabilities.argmax(dim=-1)
 """
-
-
-def run(tmp_path: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
-    tmp_path.mkdir(parents=True, exist_ok=True)
-    out = tmp_path / "out.json"
-    task = json.dumps({"engine": engine, "jobs": jobs, "out": str(out)}).encode()
-    done = subprocess.run(
-        [sys.executable, str(RUNNER)],
-        input=task,
-        capture_output=True,
-        timeout=1800,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert out.exists(), done.stderr.decode()[-6000:]
-    return json.loads(out.read_text())
 
 
 def filtered(probabilities: np.ndarray, top_k: int = VOCABULARY, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
@@ -100,7 +82,7 @@ def exact(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         "logprobs": True,
         "top_logprobs": VOCABULARY,
     }
-    (replies,) = run(tmp_path_factory.mktemp("exact"), engine, [job])
+    (replies,) = run_engine(tmp_path_factory.mktemp("exact"), engine, [job])
     table: dict[tuple[int, ...], np.ndarray] = {}
     for context, reply in zip(contexts, replies, strict=True):
         probabilities = np.zeros(VOCABULARY)
@@ -145,7 +127,7 @@ def by_context(replies: list[dict[str, Any]]) -> dict[tuple[int, ...], Counter[i
 def test_sampled_tokens_follow_the_targets_distribution(
     tiny_target: Path, tiny_drafter: Callable[..., Path], exact: Any, tmp_path: Path
 ) -> None:
-    results = run(tmp_path, engine_of(tiny_target, tiny_drafter(4)), sampled_jobs())
+    results = run_engine(tmp_path, engine_of(tiny_target, tiny_drafter(4)), sampled_jobs())
     for (name, setting), replies in zip(SETTINGS.items(), results, strict=True):
         seen = by_context(replies)
         count = sum(sum(counter.values()) for counter in seen.values())
@@ -161,7 +143,7 @@ def test_a_broken_verifier_fails_the_same_test(
     """A sitecustomize module breaks the draw in the engine's processes."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    (replies,) = run(
+    (replies,) = run_engine(
         tmp_path,
         engine_of(tiny_target, tiny_drafter(4)),
         [sampled_jobs()[0] | {"inputs": [PROMPT] * 1000}],

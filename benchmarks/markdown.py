@@ -1,0 +1,90 @@
+"""Tables for documents: what `identity` and `speed` print and write beside their JSON."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.identity import IdentityReport
+from benchmarks.speed import Agreement, SpeedReport
+
+NAMES = {"auf": "AUF", "plain": "plain", "dflash": "DFLASH"}
+
+
+def identity_markdown(report: IdentityReport) -> str:
+    config = report.config
+    rows = [["variant", "concurrency", "prompts", "identical", "forks", "tokens/s", "tau"]]
+    for row in report.rows:
+        compared = None if row.identical is None else row.identical + len(row.forks)
+        identical = "reference" if row.identical is None else f"{row.identical} of {compared}"
+        prompts = f"{row.prompts} ({row.failed} FAILED)" if row.failed else str(row.prompts)
+        forks = "-" if row.identical is None else str(len(row.forks))
+        figures = [_number(row.tokens_per_s, 1), _number(row.tau)]
+        rows.append([row.variant, str(row.concurrency), prompts, identical, forks, *figures])
+    asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(config.tasks)}"
+    outcome = "passed" if report.passed else "FAILED"
+    notes = [
+        f"Identity {outcome}. The reference of `unconstrained`, which promises nothing, is itself alone; of the others "
+        "it is plain decoding at concurrency 16. Speeds compare at concurrency 16.",
+        *(
+            f"- fork: {row.variant} at {row.concurrency}, {fork.prompt_id} token {fork.position}: "
+            f"{fork.token} for {fork.reference}"
+            for row in report.rows
+            for fork in row.forks
+        ),
+    ]
+    return "\n\n".join([asked, _table(rows), "\n".join(notes), _origin(report)]) + "\n"
+
+
+def speed_markdown(report: SpeedReport) -> str:
+    config, auf = report.config, report.servers["auf"]
+    rows = [["concurrency", "prompts", *(f"{name} tokens/s" for name in NAMES.values())]]
+    rows[0] += ["AUF / plain", "AUF / DFLASH", "tau AUF", "tau DFLASH"]
+    for level in report.levels:
+        prompts = f"{level.prompts} ({level.failed} FAILED)" if level.failed else str(level.prompts)
+        speeds = [_number(level.tokens_per_s[name], 1) for name in NAMES]
+        ratios = [level.auf_over_plain, level.auf_over_dflash, level.tau["auf"], level.tau["dflash"]]
+        rows.append([str(level.concurrency), prompts, *speeds, *map(_number, ratios)])
+    asked = (
+        f"{config.profile} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} new "
+        f"tokens, {', '.join(report.tasks)}; medians of {config.rounds} interleaved rounds"
+    )
+    lines = []
+    for level in report.levels:
+        with_dflash, with_plain = level.auf_and_dflash, level.auf_and_plain
+        lines.append(
+            f"- at concurrency {level.concurrency}: AUF gave the tokens of DFLASH in {_same(with_dflash)} answers, its "
+            f"accepted histogram in {with_dflash.same_histogram}, and the tokens of plain in {_same(with_plain)}"
+        )
+    if (cost := report.step_cost) is not None:
+        lines.append(
+            f"- step cost at concurrency 1: AUF {_milliseconds(cost.auf_s)} a verify step, DFLASH "
+            f"{_milliseconds(cost.dflash_s)}, plain {_milliseconds(cost.plain_s)} a token; AUF / plain "
+            f"{_number(cost.ratio)}"
+        )
+    return "\n\n".join([asked, _table(rows), "\n".join(lines), _origin(report)]) + "\n"
+
+
+def _same(agreement: Agreement) -> str:
+    return f"{agreement.same_tokens} of {agreement.compared}"
+
+
+def _origin(report: IdentityReport | SpeedReport) -> str:
+    machine: dict[str, Any] = report.machine
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in report.versions.items())
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    return f"Machine: {', '.join([where, *machine['gpus']])}.\n{versions}.\nCommand: `{shlex.join(report.command)}`"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in rows[0][1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"

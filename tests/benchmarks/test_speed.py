@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.native import ServerFacts, flush_cache
+from benchmarks.records import Record, read_records
+from benchmarks.speed import dflash_program, seconds_per_step
+from sglang_auf.errors import ServerError
+
+pytestmark = pytest.mark.usefixtures("fake_server_program")
+
+
+def speed(*flags: str) -> tuple[int, dict[str, Any]]:
+    code = main(["speed", "--profile", "toy", "--max-tokens", "32", "--out", "out", *flags])
+    report: dict[str, Any] = json.loads(Path("out/speed.json").read_text())
+    return code, report
+
+
+def test_three_servers_are_asked_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = speed("--rounds", "3", "--concurrency", "1,4,10")
+    assert code == 0
+    assert [level["concurrency"] for level in report["levels"]] == [1, 4, 10]
+    assert [level["prompts"] for level in report["levels"]] == [8, 8, 10]
+    assert report["servers"]["dflash"]["algorithm"] == "DFLASH"
+    assert report["servers"]["plain"]["algorithm"] is None
+    for level in report["levels"]:
+        rounds, prompts = level["rounds"], level["prompts"]
+        assert {name: len(values) for name, values in rounds.items()} == {"auf": 3, "plain": 3, "dflash": 3}
+        assert level["tokens_per_s"] == {name: sorted(values)[1] for name, values in rounds.items()}
+        ratios = sorted(ours / theirs for ours, theirs in zip(rounds["auf"], rounds["plain"], strict=True))
+        assert level["auf_over_plain"] == pytest.approx(ratios[1])
+        same = {"compared": 3 * prompts, "same_tokens": 3 * prompts, "same_histogram": 3 * prompts}
+        assert level["auf_and_dflash"] == same
+        assert level["auf_and_plain"] == same | {"same_histogram": 0}
+        assert level["tau"]["auf"] == level["tau"]["dflash"] > 1
+        assert level["tau"]["plain"] is None
+    assert report["step_cost"] is not None
+    table = Path("out/speed.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "the tokens of DFLASH in 24 of 24 answers" in table
+    assert not list(psutil.Process().children(recursive=True))
+
+
+def test_who_goes_first_changes_with_the_round() -> None:
+    speed("--rounds", "2", "--concurrency", "4")
+    began = {
+        (number, name): read_records(Path(f"out/{name}/c4-round{number}-answers/records.jsonl"))[0].started_at
+        for number in (1, 2)
+        for name in ("auf", "plain", "dflash")
+    }
+    first, second = ([name for n, name in sorted(began, key=began.__getitem__) if n == number] for number in (1, 2))
+    assert first == ["auf", "plain", "dflash"]
+    assert second == ["plain", "dflash", "auf"]
+
+
+def test_another_answer_than_the_built_in_algorithms_shows() -> None:
+    code, report = speed("--rounds", "1", "--concurrency", "24", "--limit", "24", "--set", "fork=lighthouse")
+    assert code == 0
+    (level,) = report["levels"]
+    assert level["auf_and_dflash"]["same_tokens"] == level["auf_and_plain"]["same_tokens"] == 23
+    assert report["step_cost"] is None
+
+
+def test_all_servers_get_the_small_pool_and_the_settings() -> None:
+    speed("--rounds", "1", "--concurrency", "2", "--pool-tokens", "999", "--set", "server_args.log_level=debug")
+    for name in ("auf", "plain"):
+        log = Path(f"out/{name}-server.log").read_text()
+        assert "server_args.max_total_tokens=999 server_args.log_level=debug" in log
+    assert "--max-total-tokens 999 --log-level debug" in Path("out/dflash-server.log").read_text()
+
+
+def test_more_in_flight_than_there_are_prompts_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--profile", "toy", "--concurrency", "1,25", "--out", "out"]) == 2
+    assert "24 prompts and concurrency 25" in capsys.readouterr().err
+
+
+def test_the_built_in_server_has_the_models_of_the_other() -> None:
+    facts = ServerFacts(
+        target="/t", model="m", drafter="/d", algorithm="AUF", block_size=8, device="cpu", dtype="bfloat16", sglang="x"
+    )
+    settings = ["block_size=8", "server_args.disable_radix_cache=true", "server_args.enable_metrics=false"]
+    program = " ".join(dflash_program(facts, settings))
+    assert program.startswith("-m sglang.launch_server --model-path /t --device cpu --dtype bfloat16")
+    assert "--speculative-algorithm DFLASH --speculative-draft-model-path /d" in program
+    assert "--speculative-num-draft-tokens 8 --disable-overlap-schedule --disable-radix-cache" in program
+    assert "metrics" not in program
+
+
+def record(latency_s: float, tokens: int, histogram: list[int], prompt: str = "p") -> Record:
+    return Record(
+        task="t",
+        prompt_id=prompt,
+        turn=0,
+        temperature=0,
+        completion_tokens=tokens,
+        verify_steps=sum(histogram),
+        accepted_histogram=histogram,
+        started_at=0,
+        latency_s=latency_s,
+    )
+
+
+def test_a_step_costs_the_time_after_prefill() -> None:
+    def keyed(*records: Record) -> dict[Any, Record]:
+        return {one.key: one for one in records}
+
+    prefill = keyed(record(0.5, 1, []), record(1.0, 1, [], "q"))
+    plain = keyed(record(2.5, 11, []), record(4.0, 11, [], "q"))
+    assert seconds_per_step(plain, prefill) == pytest.approx((2.0 + 3.0) / 20)
+    speculating = keyed(record(2.5, 11, [1, 1, 2]), record(4.0, 11, [6, 0, 0], "q"))
+    assert seconds_per_step(speculating, prefill) == pytest.approx((2.0 + 3.0) / 10)
+    assert seconds_per_step(keyed(record(0.5, 1, [])), prefill) is None
+
+
+def test_a_cache_that_cannot_be_flushed_is_an_error(fake: Callable[..., Any]) -> None:
+    server = fake()
+    flush_cache(server.url)
+    assert server.engine.flushed == 1
+    server.engine.in_flight = 1
+    with pytest.raises(ServerError, match="flush_cache"):
+        flush_cache(server.url)

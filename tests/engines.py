@@ -1,0 +1,29 @@
+"""Run jobs on a real SGLang engine in a process of its own (tests/e2e/engine_runner.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RUNNER = Path(__file__).with_name("e2e") / "engine_runner.py"
+TIMEOUT_SECONDS = 1800
+
+
+def run_engine(scratch: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
+    """The results of `jobs`, one list a job, from an engine with the arguments `engine`."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    out = scratch / "out.json"
+    done = subprocess.run(
+        [sys.executable, str(RUNNER)],
+        input=json.dumps({"engine": engine, "jobs": jobs, "out": str(out)}).encode(),
+        capture_output=True,
+        timeout=TIMEOUT_SECONDS,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert out.exists(), done.stderr.decode()[-6000:]
+    return json.loads(out.read_text())

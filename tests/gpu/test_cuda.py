@@ -1,0 +1,71 @@
+"""What only a GPU can show. Skipped without CUDA; run with `pytest tests/gpu` on a machine that has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_auf import sampling
+from tests.engines import run_engine
+from tests.tiny_models import VOCABULARY, write_drafter, write_target
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+# flashinfer has no kernel for smaller heads.
+HEAD_DIM = 64
+INPUTS = [[5, 9, 33, 21, 7, number + 10] for number in range(8)]
+
+
+def test_draws_on_a_gpu_are_the_draws_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.softmax(torch.randn(64, 5000, generator=generator) * 4, dim=-1)
+    settings = [torch.full((64,), 50), torch.full((64,), 0.9), torch.full((64,), 0.02)]
+    seeds, positions = torch.arange(64) * 7919 - 100, torch.arange(64)
+    on_cpu = sampling.sample(probabilities, *settings, sampling.uniforms(seeds, positions))
+    on_gpu = sampling.sample(
+        probabilities.cuda(), *(s.cuda() for s in settings), sampling.uniforms(seeds.cuda(), positions.cuda())
+    )
+    assert (on_gpu.cpu() == on_cpu).float().mean() > 0.95  # a sum may round across a draw's boundary
+
+
+def engine(tmp_path: Path, algorithm: str) -> dict[str, Any]:
+    return {
+        "model_path": str(write_target(tmp_path / "target", HEAD_DIM)),
+        "context_length": 256,
+        "attention_backend": "flashinfer",
+        "mem_fraction_static": 0.3,
+        "speculative_algorithm": algorithm,
+        "speculative_draft_model_path": str(write_drafter(tmp_path / "drafter", 8, HEAD_DIM)),
+    }
+
+
+def job(**sampling_params: Any) -> dict[str, Any]:
+    return {
+        "inputs": INPUTS,
+        "sampling": {"max_new_tokens": 64, "ignore_eos": True} | sampling_params,
+        "concurrency": 1,
+    }
+
+
+def test_auf_drafts_and_accepts_as_the_built_in_dflash(tmp_path: Path) -> None:
+    found = {
+        name: run_engine(tmp_path / name, engine(tmp_path / name, name), [job(temperature=0)])[0]
+        for name in ("AUF", "DFLASH")
+    }
+    for ours, theirs in zip(found["AUF"], found["DFLASH"], strict=True):
+        assert ours["ids"] == theirs["ids"]
+        assert ours["meta"]["spec_correct_drafts_histogram"] == theirs["meta"]["spec_correct_drafts_histogram"]
+
+
+def test_a_seed_repeats_with_min_p(tmp_path: Path) -> None:
+    """Both are what SGLang's own sampling verification ignores on CUDA."""
+    seeded = job(temperature=1.0, min_p=0.05, sampling_seed=3)
+    first, again, other = run_engine(
+        tmp_path, engine(tmp_path, "AUF"), [seeded, seeded, job(temperature=1.0, min_p=0.05, sampling_seed=4)]
+    )
+    assert [reply["ids"] for reply in first] == [reply["ids"] for reply in again]
+    assert [reply["ids"] for reply in first] != [reply["ids"] for reply in other]
+    assert all(0 <= token < VOCABULARY for reply in first for token in reply["ids"])
