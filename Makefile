@@ -32,7 +32,7 @@ $(STAMP):
 
 demo: env
 	$(BIN)/sglang-auf prepare smollm2-135m
-	$(BIN)/python -m benchmarks compare --profile smollm2-135m --tasks sample --max-tokens 128 --out runs/demo $(ARGS)
+	$(BIN)/python -m benchmarks compare --profile smollm2-135m --tasks sample --limit 2 --max-tokens 128 --out runs/demo $(ARGS)
 
 test: env
 	$(BIN)/sglang-auf prepare smollm2-135m

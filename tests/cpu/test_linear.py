@@ -80,14 +80,41 @@ def test_inputs_may_be_views_and_have_more_dimensions() -> None:
     assert torch.equal(layer.apply(torch.nn.Identity(), view), expected)
 
 
-def test_the_padding_never_reaches_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_of_as_many_rows_as_a_product_takes() -> None:
+    layer = RowInvariantLinear(weight_of(576, 576))
+    assert layer.rows is not None
+    for count in layer.rows.counts:
+        view = rows_of(count, 1152)[:, 576:]
+        assert torch.equal(layer(view), layer(view.contiguous())), count
+
+
+def test_the_padding_never_reaches_a_result() -> None:
     layer, x = RowInvariantLinear(weight_of(576, 576)), rows_of(3, 576)
     expected = layer(x)
-    layer.rows = RowSet((max(layer.rows.counts),))  # pads 3 rows to many
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *shape: torch.full(shape, float("nan"), dtype=self.dtype)
-    )
+    assert layer.rows is not None
+    layer.rows = RowSet((layer.rows.largest,))  # pads 3 rows to many
+    padding = linear._padding(layer.rows.largest, 576)
+    padding.fill_(float("nan"))  # as an earlier product may have left it
     assert torch.equal(layer(x), expected)
+    padding.zero_()
+
+
+def test_padding_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+    linear._padding.cache_clear()
+    layer, x = RowInvariantLinear(weight_of(576, 576)), rows_of(3, 576)
+    with torch.inference_mode():
+        inside = layer(x)
+    assert torch.equal(layer(x), inside)
+
+
+def test_rows_may_be_left_to_themselves_to_see_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(linear.ROW_INVARIANT_SWITCH, "0")
+    weight, x = weight_of(576, 576), rows_of(5, 576)
+    layer = RowInvariantLinear(weight)
+    assert layer.rows is None
+    assert torch.equal(layer(x), linear._product(x, weight, layer.packed))
+    monkeypatch.setenv(linear.ROW_INVARIANT_SWITCH, "1")
+    assert RowInvariantLinear(weight).rows is not None
 
 
 def test_the_weight_stays_readable_and_embeds() -> None:
