@@ -97,6 +97,11 @@ SEAMS: tuple[Seam, ...] = (
         "sampler",
         ("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
     ),
+    Seam(
+        f"{_SRT}.layers.sampler:_SamplingMaskCapture",
+        "sampler",
+        ("weights", "token_ids", "selected_weight", "batch_rows"),
+    ),
     # Drafting and verification.
     Seam(f"{_SRT}.layers.sampler:sampler_softmax", "worker", ("logits", "temperatures")),
     Seam(

@@ -100,7 +100,7 @@ def draw(
 
 def create_sampler() -> Any:
     """The factory SGLang calls for --sampling-backend auf (register_sampler_backend)."""
-    from sglang.srt.layers.sampler import Sampler
+    from sglang.srt.layers.sampler import Sampler, _SamplingMaskCapture
 
     carry_seeds()
 
@@ -113,7 +113,13 @@ def create_sampler() -> Any:
             sampling_info: SamplingBatchInfo,
             positions: torch.Tensor,
             simple_sampling_case: bool,
-        ) -> tuple[torch.Tensor, None]:
-            return draw(probs, sampling_info, positions).int(), None
+        ) -> tuple[torch.Tensor, Any]:
+            rows = sampling_info.sampling_mask_batch_indices
+            capture = None
+            if rows is not None:  # requests that ask for return_sampling_mask
+                filters = (sampling_info.top_ks[rows], sampling_info.top_ps[rows], sampling_info.min_ps[rows])
+                weights = sampling.filtered(probs[rows], *filters)
+                capture = _SamplingMaskCapture(weights, token_ids=None, selected_weight=None, batch_rows=rows)
+            return draw(probs, sampling_info, positions).int(), capture
 
     return AufSampler()

@@ -96,6 +96,10 @@ def sample(
     return drawn
 
 
-def accepted_lengths(drafted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A per block: drafted [blocks, B-1] against the target's tokens [blocks, B] -> int64 [blocks], 0..B-1."""
-    return (drafted == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
+def filtered(
+    probabilities: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor
+) -> torch.Tensor:
+    """probabilities [n, vocabulary] with 0 where the filters of `sample` take a token away; not renormalised."""
+    descending, token = probabilities.sort(dim=-1, descending=True, stable=True)
+    kept = descending * _kept(descending, top_ks, top_ps, min_ps)
+    return torch.zeros_like(probabilities).scatter_(1, token, kept)

@@ -205,6 +205,12 @@ def register() -> None:
     @register_resolution_hook("handle_cpu_backends")  # type: ignore[untyped-decorator]
     def cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
         # The built-in step forces the pytorch sampler for device "cpu", which ignores seeds.
+        if server_args.sampling_backend not in (None, SAMPLER_NAME):
+            raise ConfigError(
+                f"--sampling-backend {server_args.sampling_backend}",
+                f"{SAMPLER_NAME} on the CPU platform",
+                "leave --sampling-backend out",
+            )
         declare_resolution(server_args, "handle_cpu_backends", sampling_backend=SAMPLER_NAME)
 
     elementwise.register()
