@@ -103,12 +103,30 @@ def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
     return int(tokens)
 
 
+def local_checkpoints(server_args: Any) -> list[Path] | None:
+    """The target's and the drafter's directories; None when one is a hub id that SGLang has yet to fetch."""
+    names = (server_args.model_path, server_args.speculative_draft_model_path)
+    paths = [Path(name) for name in names if name]
+    return paths if all((path / "config.json").is_file() for path in paths) else None
+
+
+def refuse_other_attention(server_args: Any) -> None:
+    """TargetError for a model with attention that the CPU backend lacks: better here than at the first token."""
+    for path in local_checkpoints(server_args) or ():
+        config = _language_config(path)
+        layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+        if layer_types or config.get("attn_logit_softcapping"):
+            raise TargetError(
+                f"{', '.join(sorted(layer_types)) or 'soft-capped attention'} in {path / 'config.json'}",
+                "full self-attention in every layer on the CPU platform",
+                "serve this model on a GPU",
+            )
+
+
 def plan_pool(server_args: Any) -> int | None:
     """--max-total-tokens for a server on this machine; None when a checkpoint is not local yet (SGLang sizes then)."""
-    paths = [Path(server_args.model_path)]
-    if server_args.speculative_draft_model_path:
-        paths.append(Path(server_args.speculative_draft_model_path))
-    if not all((path / "config.json").is_file() for path in paths):
+    paths = local_checkpoints(server_args)
+    if paths is None:
         return None
     size = sum((ModelSize.of(path) for path in paths[1:]), ModelSize.of(paths[0]))
     context = server_args.context_length or _language_config(paths[0]).get("max_position_embeddings", 4096)

@@ -121,9 +121,10 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Defaults and refusals, before anything loads."""
-        from sglang_auf.cpu.memory import plan_pool
+        from sglang_auf.cpu.memory import plan_pool, refuse_other_attention
 
         _refuse_unsupported(server_args)
+        refuse_other_attention(server_args)
         server_args.disable_cuda_graph = True
         server_args.attention_backend = ATTENTION_BACKEND
         server_args.page_size = 1

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.cpu import memory
-from sglang_auf.cpu.memory import GIB, MOST_TOKENS, RESERVED, CpuKVPool, ModelSize, plan_pool, pool_tokens
+from sglang_auf.cpu.memory import (
+    GIB,
+    MOST_TOKENS,
+    RESERVED,
+    CpuKVPool,
+    ModelSize,
+    plan_pool,
+    pool_tokens,
+    refuse_other_attention,
+)
 from sglang_auf.errors import TargetError
 
 SMOLLM2 = {
@@ -153,6 +162,19 @@ def test_a_model_that_is_not_here_yet_is_left_to_sglang(tmp_path: Path) -> None:
     target = model(tmp_path / "target")
     assert planned(Path("owner/name")) is None
     assert planned(target, "owner/drafter") is None
+
+
+@pytest.mark.parametrize(
+    "attention", [{"layer_types": ["full_attention", "sliding_attention"]}, {"attn_logit_softcapping": 50.0}]
+)
+def test_attention_that_the_cpu_lacks_is_refused_before_loading(attention: dict[str, object], tmp_path: Path) -> None:
+    full = str(model(tmp_path / "full", layer_types=["full_attention"]))
+    other = str(model(tmp_path / "other", **attention))
+    refuse_other_attention(SimpleNamespace(model_path=full, speculative_draft_model_path=full))
+    refuse_other_attention(SimpleNamespace(model_path="owner/name", speculative_draft_model_path=None))
+    for target, drafter in ((other, None), (full, other)):
+        with pytest.raises(TargetError, match="full self-attention"):
+            refuse_other_attention(SimpleNamespace(model_path=target, speculative_draft_model_path=drafter))
 
 
 # --- the pool ---
