@@ -1,0 +1,38 @@
+"""Domino's head (arXiv 2605.29707): logits corrected by what was drafted before, through a GRU and a low rank.
+
+L_final = L_base + W2 SiLU(W1 [h ; s]), s the state of a GRU that has read the block's tokens so far. Names and shapes
+are those of SpecForge's and SGLang's (prefix_gru, embed_proj), with shift_label: slot k predicts the token at
+anchor + k + 1, slot 0 has no correction (pure_draft_prefix_len 1), and slot k's state has read anchor .. anchor + k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PrefixGRU(nn.GRU):  # type: ignore[misc]
+    """One layer, no bias."""
+
+    def __init__(self, hidden_size: int, state_size: int) -> None:
+        super().__init__(hidden_size, state_size, bias=False, batch_first=True)
+
+
+def make_projector(hidden_size: int, state_size: int, rank: int, vocab_size: int) -> nn.Sequential:
+    """W1, SiLU, W2. W2 starts at zero, so that an untrained correction changes nothing."""
+    projector = nn.Sequential(
+        nn.Linear(hidden_size + state_size, rank, bias=False), nn.SiLU(), nn.Linear(rank, vocab_size, bias=False)
+    )
+    nn.init.zeros_(projector[2].weight)
+    return projector
+
+
+def correction_inputs(gru: nn.GRU, projector: nn.Sequential, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """SiLU(W1 [h ; s]) of slots 1..: what W2 turns into logits.
+
+    hidden [blocks, slots, H]: drafter states of slots 1.. ; tokens [blocks, slots + 1, H]: embeddings of the tokens at
+    anchor, anchor + 1, ..., each slot's state having read those up to its own position. -> [blocks, slots, rank].
+    """
+    states, _ = gru(tokens)
+    joined = torch.cat([hidden, states[:, 1:]], dim=-1)
+    return torch.nn.functional.silu(projector[0](joined))
