@@ -1,0 +1,173 @@
+"""Cross-entropy through the target's frozen head, on the slots that carry loss and no others.
+
+The head is most of a drafter's training: anchors x slots x vocabulary logits. Two things keep it small here. Logits
+exist for `chunk` rows at a time: the head has no gradient of its own, so the gradient a row sends to its hidden state,
+(softmax - onehot) @ head, is known at once and is all that is kept. And where an objective stops a block at its first
+failure, the blocks are walked slot by slot: slot 1 for all, slot 2 for those whose slot 1 was right, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sglang_auf.training.objectives import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLoss:
+    """rows [n]: flat index (block * slots + slot) of each row that was computed; ce [n]: its loss, differentiable."""
+
+    slots: Slots
+    rows: Tensor
+    ce: Tensor
+
+
+def head_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, *, failures: int | None, chunk: int
+) -> HeadLoss:
+    """Cross-entropy of the valid slots of each block up to its `failures`-th wrong one (None: of all valid slots).
+
+    hidden [blocks, K, H], head [V, H], labels [blocks, K], mask [blocks, K] bool. The gradient reaches `hidden` alone.
+    """
+    flat, flat_labels = hidden.detach().flatten(0, 1), labels.flatten()
+    correct = torch.zeros_like(mask)
+    log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for rows in _waves(mask, correct, failures):
+        for some in rows.split(chunk):
+            ce, right, gradient = _rows(flat[some], head, flat_labels[some])
+            correct.view(-1)[some] = right
+            log_q.view(-1)[some] = -ce
+            parts.append((some, ce, gradient))
+    rows, ce, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+    attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows, ce, gradients)
+    return HeadLoss(Slots(correct, log_q, mask), rows, attached)
+
+
+def corrected_head_loss(
+    hidden: Tensor,
+    states: Tensor,
+    head: Tensor,
+    correction: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    failures: int | None,
+    chunk: int,
+) -> HeadLoss:
+    """The same for Domino's final branch, whose logits are hidden @ head.T + states @ correction.T.
+
+    states [blocks, K, rank] and correction [V, rank] are trained, so the rows that carry loss run inside autograd, in
+    chunks whose logits are made again for the backward pass.
+    """
+    correct = torch.zeros_like(mask)
+    log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    flat, flat_states, flat_labels = hidden.flatten(0, 1), states.flatten(0, 1), labels.flatten()
+
+    def of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (flat[rows].to(head.dtype) @ head.T + flat_states[rows] @ correction.T).float()
+        ce = torch.nn.functional.cross_entropy(logits, flat_labels[rows], reduction="none")
+        return ce, logits.detach().argmax(-1) == flat_labels[rows]
+
+    parts: list[tuple[Tensor, Tensor]] = []
+    for rows in _waves(mask, correct, failures):
+        for some in rows.split(chunk):
+            ce, right = checkpoint(of_rows, some, use_reentrant=False)
+            correct.view(-1)[some] = right
+            log_q.view(-1)[some] = -ce.detach()
+            parts.append((some, ce))
+    rows, ce = (torch.cat(part) for part in zip(*parts, strict=True))
+    return HeadLoss(Slots(correct, log_q, mask), rows, ce)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def head_argmax(hidden: Tensor, head: Tensor, *, chunk: int) -> Tensor:
+    """The drafter's own token of each row: hidden [n, H] -> [n]."""
+    if not len(hidden):
+        return torch.zeros(0, dtype=torch.long, device=hidden.device)
+    return torch.cat([(some @ head.T).argmax(-1) for some in hidden.to(head.dtype).split(chunk)])
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def leading_matches(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    chunk: int,
+    correction: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """How many slots of each block, from its first on, are drafted as labelled: [blocks], what verification accepts.
+
+    hidden, head, labels, mask as in head_loss; a slot that is not valid ends the block. correction: `states` and
+    `correction` of corrected_head_loss.
+    """
+    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    correct = torch.zeros_like(mask)
+    for rows in _waves(mask, correct, failures=1):
+        for some in rows.split(chunk):
+            logits = flat[some].to(head.dtype) @ head.T
+            if correction is not None:
+                states, weight = correction
+                logits = logits + states.flatten(0, 1)[some] @ weight.T
+            correct.view(-1)[some] = logits.argmax(-1) == flat_labels[some]
+    return correct.cumprod(-1).sum(-1)
+
+
+def _waves(mask: Tensor, correct: Tensor, failures: int | None) -> Iterator[Tensor]:
+    """Flat row indices to compute, at least one wave of them.
+
+    `correct` must be up to date with a wave before the next one is asked for.
+    """
+    if failures is None:
+        yield mask.flatten().nonzero()[:, 0]
+        return
+    blocks, slots = mask.shape
+    alive = torch.arange(blocks, device=mask.device)
+    wrong = torch.zeros(blocks, dtype=torch.int32, device=mask.device)
+    for slot in range(slots):
+        valid = alive[mask[alive, slot]]
+        yield valid * slots + slot
+        wrong[valid] += ~correct[valid, slot]
+        alive = alive[wrong[alive] < failures]
+        if not len(alive):
+            return
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [n], argmax == label [n], and d loss / d hidden [n, H] of some rows."""
+    logits = hidden.to(head.dtype) @ head.T
+    right = logits.argmax(-1) == labels
+    label = labels[:, None]
+    # float32 where that costs little; on a CPU bf16 passes over the vocabulary are what can be afforded. The loss is
+    # then exact to 0.4 % of the label's probability, its gradient to what the bf16 product below keeps anyway.
+    logits = logits.float() if logits.device.type != "cpu" else logits
+    q = logits.softmax(-1)
+    ce = -q.gather(1, label).float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, 0]
+    q.scatter_add_(1, label, q.new_full((len(label), 1), -1.0))
+    return ce, right, q.to(head.dtype) @ head
+
+
+class _Attach(torch.autograd.Function):  # type: ignore[misc]
+    """Losses computed outside autograd, with the gradients they send to some rows of `hidden`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, ce: Tensor, gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gradients)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return ce.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        rows, gradients = ctx.saved_tensors
+        hidden = gradients.new_zeros(ctx.shape, dtype=ctx.dtype)
+        hidden[rows] = (gradients * outputs[0][:, None]).to(ctx.dtype)
+        return hidden, None, None, None

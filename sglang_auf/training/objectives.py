@@ -1,0 +1,151 @@
+"""Training objectives: which slots of a block carry loss, and how much.
+
+All are one family (arXiv 2607.01893, section 3): L = sum(m c CE) / sum(m c) over every slot of every block of the
+global batch. m is the validity mask, CE the cross-entropy of a slot, and the credit c, which carries no gradient, IS
+the objective. A new objective is one function and one line in a registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+
+class ObjectiveSettings(BaseModel):
+    """An objective by name, and the constants of those that have any.
+
+    gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
+    drafter's confidence. first_error: L2R's extra weight at the first failure. labels: what a slot is compared with,
+    the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of Domino's base
+    branch, linear from start to end over the first lambda_ratio of training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    gamma: float = Field(default=7.0, gt=0)
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    first_error: float = Field(default=0.3, ge=0)
+    labels: Literal["text", "target"] = "text"
+    lambda_start: float = Field(default=1.0, ge=0, le=1)
+    lambda_end: float = Field(default=0.0, ge=0, le=1)
+    lambda_ratio: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in OBJECTIVES and self.name not in DOMINO_OBJECTIVES:
+            known = f"{', '.join(OBJECTIVES)} (dflash), {', '.join(DOMINO_OBJECTIVES)} (domino)"
+            raise ValueError(f"objective {self.name!r} is none of {known}")
+        return self
+
+    def base_weight(self, progress: float) -> float:
+        """lambda at `progress` (0..1) of training: arXiv 2605.29707's curriculum from the base to the final branch."""
+        done = min(1.0, progress / self.lambda_ratio)
+        return self.lambda_start + (self.lambda_end - self.lambda_start) * done
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What a credit may look at, all [blocks, slots], without gradient.
+
+    correct: the drafter's argmax is the label. log_q: log probability the drafter gives the label. mask: the slot is
+    valid. Where an objective stops a block (Objective.failures), later slots hold False and 0.
+    """
+
+    correct: Tensor
+    log_q: Tensor
+    mask: Tensor
+
+
+Credit = Callable[[Slots, ObjectiveSettings], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """credit [blocks, slots] float32, from Slots.
+
+    failures: slots after that many wrong ones have no credit, so nobody needs their logits; None: all slots have some.
+    """
+
+    credit: Credit
+    failures: int | None = None
+
+
+def first_failures(slots: Slots, count: int = 1) -> Tensor:
+    """1 up to and including the count-th wrong valid slot, 0 after it. AUF's support for count 1."""
+    wrong = (~slots.correct & slots.mask).int()
+    return ((wrong.cumsum(-1) - wrong) < count).float()
+
+
+def full(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """Every slot alike."""
+    return torch.ones_like(slots.log_q)
+
+
+def decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """exp(-(i-1) / gamma) for the i-th drafted slot: DFlash, arXiv 2602.06036."""
+    slot = torch.arange(slots.mask.shape[-1], device=slots.mask.device)
+    return torch.exp(-slot / settings.gamma).expand_as(slots.log_q)
+
+
+def auf(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """Accept until fail, arXiv 2607.01893 equation 1: the slots serving would look at, the failing one included."""
+    return first_failures(slots)
+
+
+def auf_decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """AUF's support with the decay inside it."""
+    return first_failures(slots) * decay(slots, settings)
+
+
+def dpace(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """D-PACE, arXiv 2605.18810: sum over m >= i of the product of smoothed confidences of the slots up to m."""
+    q = (1 - settings.alpha) * slots.log_q.exp() + settings.alpha
+    reach = torch.where(slots.mask, q, 1.0).cumprod(-1)
+    reach = torch.where(slots.mask, reach, 0.0)
+    return reach.flip(-1).cumsum(-1).flip(-1)
+
+
+def l2r(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """The first-error focus of L2R, arXiv 2606.11552: decay, and first_error more at the first failure."""
+    wrong = ~slots.correct & slots.mask
+    return decay(slots, settings) + settings.first_error * (first_failures(slots) * wrong)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "full": Objective(full),
+    "decay": Objective(decay),
+    "auf": Objective(auf, failures=1),
+    "auf+decay": Objective(auf_decay, failures=1),
+    "dpace": Objective(dpace),
+    "l2r": Objective(l2r),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DominoObjective:
+    """Credits of Domino's two branches, by name in OBJECTIVES.
+
+    final_sees: the branch whose argmax says where a block of the final branch fails.
+    """
+
+    base: str
+    final: str
+    final_sees: Literal["base", "final"] = "final"
+
+
+# Arms of arXiv 2607.01893, table 2; "+d" keeps the decay inside the support.
+DOMINO_OBJECTIVES: dict[str, DominoObjective] = {
+    "decay": DominoObjective("decay", "decay"),
+    "b-auf": DominoObjective("auf", "full"),
+    "b-auf+d": DominoObjective("auf+decay", "decay"),
+    "s-auf": DominoObjective("auf", "auf", final_sees="base"),
+    "s-auf+d": DominoObjective("auf+decay", "auf+decay", final_sees="base"),
+    "f-auf": DominoObjective("auf", "auf"),
+    "f-auf+d": DominoObjective("auf+decay", "auf+decay"),
+}

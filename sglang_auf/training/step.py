@@ -1,0 +1,204 @@
+"""One micro-batch: conversations and anchors in, loss terms out.
+
+The terms are sums, not means: the trainer adds them over ranks and accumulation steps and divides once, so that the
+loss is the ratio of two sums over the global batch however it was cut up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.drafter.domino import correction_inputs
+from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
+from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
+
+# Rows of logits that exist at one time. On a CPU about what stays in the caches.
+CHUNK = {"cpu": 256}
+DEFAULT_CHUNK = 1024
+
+
+@dataclass(slots=True)
+class Batch:
+    """R conversations, right padded to S tokens.
+
+    input_ids [R, S]; loss_mask [R, S] bool, True where a token is the answer's; lengths [R]; features [R, S, taps * H];
+    ids: of the conversations, for messages; labels [R, S]: what position t should be drafted as, None for the text's.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
+    features: Tensor
+    ids: list[str]
+    labels: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Terms:
+    """numerators, denominators [branches]: loss is their ratio; numerators alone carry gradient.
+
+    weights [branches]: share of each branch in the loss. metrics: sums over this micro-batch; slot-wise ones are [K].
+    """
+
+    numerators: Tensor
+    denominators: Tensor
+    weights: Tensor
+    metrics: dict[str, Tensor]
+
+
+def anchor_positions(loss_mask: Tensor) -> Tensor:
+    """[R, S] bool: where a block may start, the anchor and the first drafted token both being the answer's."""
+    follows = torch.zeros_like(loss_mask)
+    follows[:, :-1] = loss_mask[:, 1:]
+    return loss_mask & follows
+
+
+def draw_anchors(loss_mask: Tensor, per_row: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Up to per_row anchors a row, uniform without replacement, sorted: positions [R, N], and which of them count.
+
+    One generator a row (on the CPU): what is drawn for a conversation depends on nothing else in its batch.
+    """
+    eligible = [row.nonzero()[:, 0] for row in anchor_positions(loss_mask.cpu())]
+    width = max(1, min(per_row, max(len(some) for some in eligible)))
+    anchors = torch.zeros(len(eligible), width, dtype=torch.long)
+    valid = torch.zeros(len(eligible), width, dtype=torch.bool)
+    for row, (some, generator) in enumerate(zip(eligible, generators, strict=True)):
+        chosen = some[torch.randperm(len(some), generator=generator)[:width]].sort().values
+        anchors[row, : len(chosen)] = chosen
+        valid[row, : len(chosen)] = True
+    return anchors.to(loss_mask.device), valid.to(loss_mask.device)
+
+
+class TrainingStep(nn.Module):  # type: ignore[misc]
+    """The drafter with the target's frozen tables around it. embedding, head [V, H]."""
+
+    embedding: Tensor
+    head: Tensor
+
+    def __init__(self, drafter: Drafter, embedding: Tensor, head: Tensor, settings: ObjectiveSettings) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.settings = settings
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        self.register_buffer("head", head.detach(), persistent=False)
+        domino = drafter.config.head == "domino"
+        known = DOMINO_OBJECTIVES if domino else OBJECTIVES
+        if settings.name not in known:
+            raise ValueError(f"objective {settings.name!r} for a {drafter.config.head} drafter: {', '.join(known)}")
+
+    def forward(
+        self, batch: Batch, anchors: Tensor, valid: Tensor, progress: float = 0.0, diagnostics: bool = False
+    ) -> Terms:
+        """Terms of the blocks at `anchors` [R, N] where `valid`. progress: share of training done, for the schedule.
+
+        diagnostics: also count what slots without credit get right, which needs their logits.
+        """
+        assert (batch.labels is None) == (self.settings.labels == "text")
+        hidden, tokens, mask = self._blocks(batch, anchors, valid)
+        slots = self.drafter.config.block_size - 1
+        labels = tokens if batch.labels is None else _window(batch.labels, anchors, slots + 1)[valid]
+        labels, mask = labels[:, 1:], mask[:, 1:]
+        if self.drafter.config.head == "domino":
+            return self._domino(hidden[:, :slots], tokens[:, :slots], labels, mask, progress, diagnostics)
+        objective = OBJECTIVES[self.settings.name]
+        loss = head_loss(hidden[:, 1:], self.head, labels, mask, failures=objective.failures, chunk=self._chunk)
+        numerator, denominator, credit = _reduce(loss, objective, self.settings)
+        metrics = self._metrics(loss.slots, credit, hidden[:, 1:], labels, diagnostics)
+        one = torch.ones(1, device=mask.device)
+        return Terms(numerator[None], denominator[None], one, metrics)
+
+    @property
+    def _chunk(self) -> int:
+        return CHUNK.get(self.head.device.type, DEFAULT_CHUNK)
+
+    def _blocks(self, batch: Batch, anchors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States [blocks, B, H], tokens [blocks, B] and label mask [blocks, B] of the valid blocks."""
+        width = self.drafter.config.block_size
+        tokens = _window(batch.input_ids, anchors, width)
+        inside = _window(batch.loss_mask, anchors, width)
+        inside &= anchors[..., None] + torch.arange(width, device=anchors.device) < batch.lengths[:, None, None]
+        drafted = torch.full_like(tokens, self.drafter.config.mask_token_id)
+        drafted[..., 0] = tokens[..., 0]
+        hidden = self.drafter(batch.features, self.embedding[drafted], anchors)
+        return hidden[valid], tokens[valid], inside[valid]
+
+    def _domino(
+        self, hidden: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor, progress: float, diagnostics: bool
+    ) -> Terms:
+        """Two branches: hidden, tokens, labels, mask [blocks, K]; slot k predicts anchor + k + 1, teacher forced."""
+        arm = DOMINO_OBJECTIVES[self.settings.name]
+        base_objective, final_objective = OBJECTIVES[arm.base], OBJECTIVES[arm.final]
+        base = head_loss(hidden, self.head, labels, mask, failures=base_objective.failures, chunk=self._chunk)
+        base_terms = _reduce(base, base_objective, self.settings)
+
+        states = correction_inputs(
+            self.drafter.prefix_gru, self.drafter.embed_proj, hidden[:, 1:], self.embedding[tokens]
+        )
+        states = F.pad(states, (0, 0, 1, 0))  # slot 0 has no correction: a state of zeros
+        seen_by_base = arm.final_sees == "base"
+        final = corrected_head_loss(
+            hidden,
+            states,
+            self.head,
+            self.drafter.embed_proj[2].weight,
+            labels,
+            mask & (base_terms[2] > 0) if seen_by_base else mask,
+            failures=None if seen_by_base else final_objective.failures,
+            chunk=self._chunk,
+        )
+        final_terms = _reduce(final, final_objective, self.settings, base.slots if seen_by_base else None)
+        weight = self.settings.base_weight(progress)
+        metrics = self._metrics(base.slots, base_terms[2], hidden, labels, diagnostics)
+        return Terms(
+            torch.stack([base_terms[0], final_terms[0]]),
+            torch.stack([base_terms[1], final_terms[1]]),
+            torch.tensor([weight, 1 - weight], device=mask.device),
+            metrics,
+        )
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _metrics(
+        self, slots: Slots, credit: Tensor, hidden: Tensor, labels: Tensor, diagnostics: bool
+    ) -> dict[str, Tensor]:
+        """Sums behind r_active, support accuracy, alpha_k and, as a diagnostic, common-mask accuracy."""
+        support = (credit > 0) & slots.mask
+        right = slots.correct & slots.mask
+        # Serving ends with the answer: what a block holds of a next turn is never drafted from this one.
+        prefix = right.cumprod(-1).bool()
+        tried = torch.cat([slots.mask[:, :1], prefix[:, :-1] & slots.mask[:, 1:]], dim=1)
+        metrics = {
+            "blocks": torch.tensor(float(len(labels)), device=labels.device),
+            "valid": slots.mask.sum().float(),
+            "support": support.sum().float(),
+            "support_correct": (right & support).sum().float(),
+            "tried": tried.sum(0).float(),
+            "accepted": prefix.sum(0).float(),
+        }
+        if diagnostics:
+            correct = right.clone()
+            rest = (slots.mask & ~support).flatten().nonzero()[:, 0]
+            drafted = head_argmax(hidden.detach().flatten(0, 1)[rest], self.head, chunk=self._chunk)
+            correct.view(-1)[rest] = drafted == labels.flatten()[rest]
+            metrics["common_valid"] = slots.mask.sum().float()
+            metrics["common_correct"] = correct.sum().float()
+        return metrics
+
+
+def _window(rows: Tensor, anchors: Tensor, width: int) -> Tensor:
+    """rows [R, S] at anchors [R, N] .. + width - 1 -> [R, N, width]; past the end the last column repeats."""
+    index = anchors[..., None] + torch.arange(width, device=anchors.device)
+    index = index.clamp(max=rows.shape[1] - 1)
+    return rows.gather(1, index.flatten(1)).view(index.shape)
+
+
+def _reduce(
+    loss: HeadLoss, objective: Objective, settings: ObjectiveSettings, judged: Slots | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(m c CE), sum(m c) and c. judged: the slots that decide the credit, where they are not the loss's own."""
+    credit = objective.credit(judged or loss.slots, settings) * loss.slots.mask
+    return (credit.view(-1)[loss.rows] * loss.ce).sum(), credit.sum(), credit

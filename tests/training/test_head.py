@@ -1,0 +1,307 @@
+"""The walked, chunked head against all logits at once in plain autograd: losses, who was right, and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from sglang_auf.training import head as head_module
+from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
+from sglang_auf.training.objectives import OBJECTIVES, ObjectiveSettings
+from tests.training.credit_reference import credits
+
+HIDDEN, RANK, VOCABULARY = 6, 3, 13
+NAMES = sorted(OBJECTIVES)
+
+
+@dataclass
+class Case:
+    """Random states whose argmax is the label at about two slots of three. states, correction: Domino's."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+    states: torch.Tensor
+    correction: torch.Tensor
+
+
+def make_case(blocks: int = 5, width: int = 4, seed: int = 0, valid: float = 0.8, right: float = 0.65) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(blocks, width, HIDDEN, generator=generator)
+    head = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (blocks, width), generator=generator)
+    lucky = torch.rand(blocks, width, generator=generator) < right
+    return Case(
+        hidden,
+        head,
+        torch.where(lucky, (hidden @ head.T).argmax(-1), labels),
+        torch.rand(blocks, width, generator=generator) < valid,
+        torch.randn(blocks, width, RANK, generator=generator) * 0.5,
+        torch.randn(VOCABULARY, RANK, generator=generator) * 0.5,
+    )
+
+
+def settings(name: str) -> ObjectiveSettings:
+    return ObjectiveSettings(name=name, gamma=3.0)
+
+
+def terms(loss: HeadLoss, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(m c CE) and sum(m c), as the step reduces them."""
+    credit = OBJECTIVES[name].credit(loss.slots, settings(name)) * loss.slots.mask
+    return (credit.flatten()[loss.rows] * loss.ce).sum(), credit.sum()
+
+
+def dense_terms(logits: torch.Tensor, case: Case, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from logits [blocks, K, V] of all slots, with credits from their definitions."""
+    log_q = logits.log_softmax(-1).gather(-1, case.labels[..., None])[..., 0]
+    correct = logits.detach().argmax(-1) == case.labels
+    credit = credits(name, correct, log_q.detach().exp(), case.mask, gamma=3.0).float()
+    return (credit * -log_q).sum(), credit.sum()
+
+
+def assert_same_plain(case: Case, name: str, chunk: int) -> None:
+    ours, dense = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
+    loss = head_loss(ours, case.head, case.labels, case.mask, failures=OBJECTIVES[name].failures, chunk=chunk)
+    numerator, denominator = terms(loss, name)
+    expected, expected_denominator = dense_terms(dense @ case.head.T, case, name)
+    torch.testing.assert_close(numerator, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denominator, expected_denominator)
+    numerator.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-5, atol=1e-5)
+    assert not denominator.requires_grad
+
+
+def assert_same_corrected(case: Case, name: str, chunk: int) -> None:
+    leaves = [(case.hidden, case.states, case.correction) for _ in range(2)]
+    ours, dense = ([leaf.clone().requires_grad_() for leaf in some] for some in leaves)
+    loss = corrected_head_loss(
+        ours[0],
+        ours[1],
+        case.head,
+        ours[2],
+        case.labels,
+        case.mask,
+        failures=OBJECTIVES[name].failures,
+        chunk=chunk,
+    )
+    numerator, denominator = terms(loss, name)
+    expected, expected_denominator = dense_terms(dense[0] @ case.head.T + dense[1] @ dense[2].T, case, name)
+    torch.testing.assert_close(numerator, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denominator, expected_denominator)
+    numerator.backward()
+    expected.backward()
+    for found, wanted in zip(ours, dense, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-5)
+
+
+BOTH = pytest.mark.parametrize("check", [assert_same_plain, assert_same_corrected], ids=["plain", "corrected"])
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_all_logits_at_once(check: Any, name: str, chunk: int) -> None:
+    check(make_case(), name, chunk)
+
+
+@BOTH
+@given(data=st.data())
+@examples(max_examples=60)
+def test_equals_all_logits_at_once_for_any_blocks(check: Any, data: st.DataObject) -> None:
+    case = make_case(
+        blocks=data.draw(st.integers(1, 7)),
+        width=data.draw(st.integers(1, 6)),
+        seed=data.draw(st.integers(0, 2**20)),
+        valid=data.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
+        right=data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+    )
+    check(case, data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([1, 2, 5, 100])))
+
+
+@BOTH
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [{"valid": 0.0}, {"blocks": 0}, {"blocks": 0, "width": 1}])
+def test_without_a_valid_slot_all_is_zero_and_still_differentiable(
+    check: Any, name: str, shape: dict[str, Any]
+) -> None:
+    check(make_case(**shape), name, 4)
+
+
+@BOTH
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_without_a_valid_slot_among_others(check: Any, name: str) -> None:
+    case = make_case(valid=1.0)
+    case.mask[2] = False
+    case.mask[0, 0] = False
+    check(case, name, 3)
+
+
+# --- what is computed and what is not ---
+
+
+def signs(case: Case) -> list[str]:
+    """'+' right, '-' wrong, '.' not valid, a string a block."""
+    correct = (case.hidden @ case.head.T).argmax(-1) == case.labels
+    marks = [["+" if right else "-" for right in row] for row in correct.tolist()]
+    valid = case.mask.tolist()
+    return ["".join(m if v else "." for m, v in zip(*row, strict=True)) for row in zip(marks, valid, strict=True)]
+
+
+def walked(case: Case) -> list[int]:
+    """Flat rows up to each block's first failure, by reading its signs."""
+    rows = []
+    for block, marks in enumerate(signs(case)):
+        until = marks.index("-") if "-" in marks else len(marks) - 1
+        rows += [block * len(marks) + slot for slot in range(until + 1) if marks[slot] != "."]
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_walk_computes_the_support_and_no_other_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(blocks=8, width=5, seed=seed)
+    computed: list[int] = []
+    original = head_module._rows
+
+    def counted(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> Any:
+        computed.append(len(hidden))
+        return original(hidden, head, labels)
+
+    monkeypatch.setattr(head_module, "_rows", counted)
+    loss = head_loss(case.hidden, case.head, case.labels, case.mask, failures=1, chunk=3)
+    assert sorted(loss.rows.tolist()) == walked(case)
+    assert sum(computed) == len(walked(case)) < int(case.mask.sum())
+    assert max(computed) <= 3, "no more logits at a time than a chunk's"
+
+
+def test_rows_and_losses_belong_together() -> None:
+    case = make_case(blocks=8, width=5)
+    expected = torch.nn.functional.cross_entropy(
+        (case.hidden @ case.head.T).flatten(0, 1), case.labels.flatten(), reduction="none"
+    )
+    for failures in (None, 1, 2):
+        loss = head_loss(case.hidden, case.head, case.labels, case.mask, failures=failures, chunk=4)
+        assert len(set(loss.rows.tolist())) == len(loss.rows)
+        torch.testing.assert_close(loss.ce, expected[loss.rows])
+        torch.testing.assert_close(loss.slots.log_q.flatten()[loss.rows], -expected[loss.rows])
+
+
+def test_a_second_failure_may_be_waited_for() -> None:
+    case = make_case(blocks=12, width=6, valid=1.0, right=0.5)
+    rows = []
+    for block, marks in enumerate(signs(case)):
+        wrong = [slot for slot, mark in enumerate(marks) if mark == "-"]
+        rows += [block * 6 + slot for slot in range((wrong[1] if len(wrong) > 1 else 5) + 1)]
+    loss = head_loss(case.hidden, case.head, case.labels, case.mask, failures=2, chunk=4)
+    assert sorted(loss.rows.tolist()) == rows
+
+
+def test_slots_say_who_was_right_and_nothing_of_what_was_not_computed() -> None:
+    case = make_case(blocks=8, width=5)
+    correct = (case.hidden @ case.head.T).argmax(-1) == case.labels
+    everything = head_loss(case.hidden, case.head, case.labels, case.mask, failures=None, chunk=4).slots
+    assert torch.equal(everything.correct, correct & case.mask)
+    assert torch.equal(everything.mask, case.mask)
+
+    stopped = head_loss(case.hidden, case.head, case.labels, case.mask, failures=1, chunk=4).slots
+    seen = torch.zeros(case.mask.numel(), dtype=torch.bool)
+    seen[walked(case)] = True
+    seen = seen.view_as(case.mask)
+    assert torch.equal(stopped.correct, correct & seen)
+    assert not stopped.log_q[~seen].any()
+
+
+def test_hidden_alone_gets_a_gradient() -> None:
+    case = make_case()
+    head = case.head.clone().requires_grad_()
+    hidden = case.hidden.clone().requires_grad_()
+    head_loss(hidden, head, case.labels, case.mask, failures=None, chunk=3).ce.sum().backward()
+    assert hidden.grad is not None
+    assert head.grad is None
+
+
+def test_rows_that_carry_no_loss_get_a_gradient_of_exactly_zero() -> None:
+    case = make_case(blocks=8, width=5)
+    for corrected in (False, True):
+        hidden = case.hidden.clone().requires_grad_()
+        if corrected:
+            zero = torch.zeros_like(case.correction)
+            extra = (case.states, case.head, zero)
+            loss = corrected_head_loss(hidden, *extra, case.labels, case.mask, failures=1, chunk=3)
+        else:
+            loss = head_loss(hidden, case.head, case.labels, case.mask, failures=1, chunk=3)
+        loss.ce.sum().backward()
+        assert hidden.grad is not None
+        touched = hidden.grad.flatten(0, 1).any(1).nonzero()[:, 0].tolist()
+        assert touched == walked(case)
+
+
+# --- types ---
+
+
+@pytest.mark.parametrize("name", ["full", "auf"])
+def test_bfloat16_on_a_cpu_stays_within_its_rounding(name: str) -> None:
+    """bf16 logits: losses to 2 %, the gradient to 3 % of its norm, of float32 on the same rounded numbers."""
+    case = make_case(blocks=40, width=4, valid=1.0)
+    hidden, head = case.hidden.bfloat16(), case.head.bfloat16()
+    rounded = (hidden @ head.T).float()
+    # Where two logits are equal after rounding the argmax is a coin's; labels stay the same for both sides.
+    case.labels = torch.where(case.labels == (case.hidden @ case.head.T).argmax(-1), rounded.argmax(-1), case.labels)
+    ours, dense = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
+    loss = head_loss(ours, head, case.labels, case.mask, failures=OBJECTIVES[name].failures, chunk=64)
+    assert loss.ce.dtype == torch.float32
+    numerator, denominator = terms(loss, name)
+    expected, expected_denominator = dense_terms(dense @ head.float().T, case, name)
+    torch.testing.assert_close(denominator, expected_denominator)
+    torch.testing.assert_close(numerator, expected, rtol=0.02, atol=0.02)
+    numerator.backward()
+    expected.backward()
+    assert ours.grad is not None
+    assert dense.grad is not None
+    assert ours.grad.dtype == torch.bfloat16
+    assert (ours.grad.float() - dense.grad).norm() < 0.03 * dense.grad.norm()
+
+
+def test_a_float32_drafter_meets_a_bfloat16_head() -> None:
+    case = make_case()
+    head = case.head.bfloat16()
+    hidden, states, correction = (leaf.clone().requires_grad_() for leaf in (case.hidden, case.states, case.correction))
+    plain = head_loss(hidden, head, case.labels, case.mask, failures=None, chunk=3)
+    corrected = corrected_head_loss(hidden, states, head, correction, case.labels, case.mask, failures=None, chunk=3)
+    (plain.ce.sum() + corrected.ce.sum()).backward()
+    for leaf in (hidden, states, correction):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+    exact = head_loss(case.hidden, case.head, case.labels, case.mask, failures=None, chunk=3)
+    torch.testing.assert_close(plain.ce, exact.ce, rtol=0.05, atol=0.05)
+
+
+def test_a_hopeless_slot_costs_much_and_its_gradient_is_exact() -> None:
+    """A label whose probability is below the smallest float: the loss stops growing, its gradient does not vanish."""
+    head = torch.eye(3)
+    hidden = torch.tensor([[[400.0, 0.0, 0.0]]], requires_grad=True)
+    labels, mask = torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)
+    loss = head_loss(hidden, head, labels, mask, failures=None, chunk=1)
+    loss.ce.sum().backward()
+    assert 80 < loss.ce.item() < 100
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[[1.0, -1.0, 0.0]]]
+
+
+# --- the drafter's own tokens ---
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_argmax_in_chunks(chunk: int) -> None:
+    case = make_case(blocks=3, width=5)
+    flat = case.hidden.flatten(0, 1)
+    assert torch.equal(head_argmax(flat, case.head, chunk=chunk), (flat @ case.head.T).argmax(-1))
+    assert head_argmax(flat[:0], case.head, chunk=chunk).tolist() == []
+    assert head_argmax(flat, case.head.bfloat16(), chunk=chunk).shape == (15,)
