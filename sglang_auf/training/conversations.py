@@ -1,0 +1,247 @@
+"""Training text: chat rows as token ids, with a mask on what the target would have had to say.
+
+The loss is on the answers of all turns, each with its end-of-turn token, and on nothing else: not on prompts, role
+headers, an empty think block, or what the template writes after the end of a turn. An answer that was cut at a token
+limit (finish_reason "length") has no end of turn of its own, and the template's is not taken for one.
+
+Rows with `prompt_ids` and `response_ids` are those tokens; they are not rendered again. Every row that cannot be used
+is counted and named with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.training.chat_template import ChatTemplate, Span
+from sglang_auf.training.rows import BadRow, Message, Row, Source, grouped, messages_of, named, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Token ids of one row and, of the same length, True on every token that is a label."""
+
+    id: str
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConversations:
+    """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit; sha256: of all that was read."""
+
+    conversations: list[Conversation]
+    rejected: dict[str, list[str]]
+    truncated: list[str]
+    sha256: str
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(sum(conversation.loss_mask) for conversation in self.conversations)
+
+
+def load_conversations(
+    source: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    min_answer_tokens: int,
+    thinking: bool | None = None,
+    overlong: Literal["reject", "truncate"] = "reject",
+    vocab_size: int | None = None,
+    split: str = "train",
+) -> LoadedConversations:
+    """Read chat rows (see rows.py for sources and forms) into conversations, in the order of the source.
+
+    max_length: tokens of a row; longer ones are rejected, or cut to it. min_answer_tokens: a block's size, since fewer
+    fill no block. thinking: enable_thinking for templates that know it, None for the template's own way.
+    vocab_size: of the target, in which all ids must lie (default: the tokenizer's). Raises DataError if no row remains.
+    """
+    digest = hashlib.sha256()
+    reader = _Reader(tokenizer, thinking, vocab_size or len(tokenizer))
+    kept: list[Conversation] = []
+    faults: list[tuple[str, str]] = []
+    truncated: list[str] = []
+    for row in tqdm(read_rows(source, digest, split=split), "reading", unit=" rows", delay=5, leave=False):
+        try:
+            conversation = reader.read(row)
+            if len(conversation) > max_length and overlong == "truncate":
+                truncated.append(row.name)
+                conversation = Conversation(
+                    row.id, conversation.input_ids[:max_length], conversation.loss_mask[:max_length]
+                )
+            _require_size(conversation, max_length, min_answer_tokens)
+        except BadRow as fault:
+            faults.append((str(fault), row.name))
+        else:
+            kept.append(conversation)
+    rejected = grouped(faults)
+    _report(source, len(kept), rejected, truncated, max_length)
+    return LoadedConversations(kept, rejected, truncated, digest.hexdigest())
+
+
+def split_held_out(
+    conversations: Sequence[Conversation], *, fraction: float | None = None, count: int | None = None, seed: int = 0
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(to train on, held out), by a hash of the id: the same row falls on the same side in every run with this seed.
+
+    fraction: share held out; adding rows moves no other row. count: so many, those of the smallest hashes.
+    """
+    shares = [fraction is not None and 0 < fraction < 1, count is not None and count > 0]
+    if sum(shares) != 1 or (fraction is not None and count is not None):
+        raise ConfigError(
+            f"held out: fraction {fraction}, count {count}",
+            "one of the two: a fraction between 0 and 1, or a count of 1 or more",
+            "set one and leave the other out",
+        )
+
+    def place(conversation: Conversation) -> int:
+        return int.from_bytes(hashlib.sha256(f"{seed}/{conversation.id}".encode()).digest())
+
+    if fraction is not None:
+        border = int(Fraction(fraction) * 2**256)
+    else:
+        assert count is not None
+        border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
+    train = [conversation for conversation in conversations if place(conversation) >= border]
+    held_out = [conversation for conversation in conversations if place(conversation) < border]
+    if not train or not held_out:
+        raise DataError(
+            f"{len(train)} rows to train on and {len(held_out)} held out",
+            "some of each",
+            "give more rows, or hold out another share",
+        )
+    return train, held_out
+
+
+class _Reader:
+    """One row to one conversation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None, vocab_size: int) -> None:
+        self._template = ChatTemplate(tokenizer, thinking) if tokenizer.chat_template else None
+        # Rows share one int object a token: a list then takes 8 bytes for each of its tokens, not 36.
+        self._ids = list(range(vocab_size))
+
+    def read(self, row: Row) -> Conversation:
+        """Raises BadRow."""
+        if row.fault:
+            raise BadRow(row.fault)
+        exact = [row.fields.get(key) for key in ("prompt_ids", "response_ids")]
+        ids, spans = self._rendered(row.fields) if exact == [None, None] else self._exact(row.fields, *exact)
+        if not all(0 <= token < len(self._ids) for token in ids):
+            raise BadRow(f"token ids outside the vocabulary of {len(self._ids)}")
+        mask = [False] * len(ids)
+        for span in spans:
+            mask[span.start : span.end] = [True] * (span.end - span.start)
+        return Conversation(row.id, [self._ids[token] for token in ids], mask)
+
+    def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span]]:
+        messages = _until_last_answer(messages_of(fields))
+        _require_answers(messages)
+        ids, spans = self._need_template().encode(messages)
+        spans = _own_ends(spans, _cut(fields, len(spans)))
+        return ids[: spans[-1].end], spans
+
+    def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span]]:
+        """The ids as they are. Answers of earlier turns, if any, lie in the prompt: there the template finds them."""
+        for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
+            if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+                raise BadRow(f"{name} that are no list of token ids")
+        return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
+
+    def _earlier(self, fields: Mapping[str, Any], prompt: list[int]) -> list[Span]:
+        if fields.get("messages") is None and fields.get("conversations") is None:
+            return []
+        history = _until_last_answer(messages_of(fields))[:-1]
+        if not any(message["role"] == "assistant" for message in history):
+            return []
+        _require_answers(history)
+        rendered, spans = self._need_template().encode_prompt(history)
+        if rendered != prompt:
+            raise BadRow("prompt_ids are not what the tokenizer's chat template gives")
+        return _own_ends(spans, _cut(fields, len(spans) + 1)[:-1])
+
+    def _need_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise BadRow("text, and the tokenizer has no chat template")
+        return self._template
+
+
+def _until_last_answer(messages: list[Message]) -> list[Message]:
+    """Without questions after the last answer, which nobody answered."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise BadRow("no answer (a prompt row? `sglang-auf regenerate` writes answers)")
+    return messages[: len(roles) - roles[::-1].index("assistant")]
+
+
+def _require_answers(messages: Sequence[Message]) -> None:
+    """Every answer says something, and something was asked before it."""
+    asked = False
+    for message in messages:
+        asked = asked or message["role"] == "user"
+        if message["role"] == "assistant" and not asked:
+            raise BadRow("an answer before any question")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise BadRow("an empty answer")
+
+
+def _cut(fields: Mapping[str, Any], answers: int) -> list[bool]:
+    """For each answer, whether a token limit ended it: finish_reasons names all, finish_reason the last alone."""
+    reasons = fields.get("finish_reasons")
+    if reasons is None:
+        reasons = [None] * (answers - 1) + [fields.get("finish_reason")]
+    if not isinstance(reasons, list) or len(reasons) != answers:
+        raise BadRow("finish_reasons that are not one for each answer")
+    return [reason == "length" for reason in reasons]
+
+
+def _own_ends(spans: Sequence[Span], cuts: Sequence[bool]) -> list[Span]:
+    """Without the end-of-turn token where a limit cut the answer: the template wrote it, not the target."""
+    return [
+        replace(span, end=span.end - 1) if cut and span.closed else span for span, cut in zip(spans, cuts, strict=True)
+    ]
+
+
+def _require_size(conversation: Conversation, max_length: int, min_answer_tokens: int) -> None:
+    labels = sum(conversation.loss_mask)
+    if len(conversation) > max_length:
+        raise BadRow(f"longer than {max_length} tokens")
+    if labels == 0:
+        raise BadRow("no answer tokens")
+    if labels < min_answer_tokens:
+        raise BadRow(f"fewer than {min_answer_tokens} answer tokens")
+
+
+def _report(
+    source: object, kept: int, rejected: Mapping[str, Sequence[str]], truncated: Sequence[str], max_length: int
+) -> None:
+    """Say what was left out and what was cut. Raises DataError if nothing is left."""
+    if not kept:
+        reasons = "; ".join(f"{reason}: {named(rows)}" for reason, rows in rejected.items())
+        raise DataError(
+            f"no row of {source} can be trained on ({reasons or 'it has no rows'})",
+            "rows with answers of the target",
+            "make some with `sglang-auf regenerate`, or raise the length limit",
+        )
+    for reason, rows in rejected.items():
+        log.warning(
+            "%d of %d rows rejected, %s: %s", len(rows), kept + sum(map(len, rejected.values())), reason, named(rows)
+        )
+    if truncated:
+        log.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))

@@ -1,0 +1,201 @@
+"""Rows of chat data as people keep them, brought into one form: a list of messages.
+
+Read from JSONL files, from a JSON file that is one list (as ShareGPT comes), from a folder that the `datasets` library
+understands, or from a data set of the hub ("owner/name", "owner/name@revision"). A row may hold its conversation as
+
+    {"messages": [{"role": "user", "content": ...}, ...]}            OpenAI
+    {"conversations": [{"from": "human", "value": ...}, ...]}        ShareGPT
+    {"turns": ["...", ...]}                                          user turns alone: a prompt row
+
+What cannot be used is never dropped in silence: it comes out as a Row with a fault.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sglang_auf.errors import DataError
+from sglang_auf.model_files import HUB_ID
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+Source: TypeAlias = str | Path
+Message: TypeAlias = dict[str, str]
+"""role, content, and reasoning_content where the row has it"""
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+NAMED = 10
+"""Rows that a message names one by one; the rest is counted."""
+
+
+class BadRow(Exception):
+    """Why one row cannot be used: words that are the same for every row with that fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. place: where it was read ("file.jsonl:17"). fault: why it cannot be used; its fields are empty then."""
+
+    place: str
+    id: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.id} ({self.place})" if self.id else self.place
+
+
+def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str = "train") -> Iterator[Row]:
+    """Every row of the sources, in order; `digest` is fed with all that is read.
+
+    A row without an id gets one from its place. The second row of an id is faulty. split: of a folder or hub data set.
+    Raises DataError when a source cannot be read at all.
+    """
+    seen: set[str] = set()
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        for number, place, value in _values(source, digest, split):
+            row = _row(place, f"{Path(source).stem}/{number}", value)
+            if row.fault is None and row.id in seen:
+                row = Row(place, row.id, fault="an id for the second time")
+            seen.add(row.id)
+            yield row
+
+
+def messages_of(fields: Mapping[str, Any]) -> list[Message]:
+    """The conversation of a row, ShareGPT's roles translated. Raises BadRow."""
+    key = next((key for key in ("messages", "conversations", "turns") if fields.get(key) is not None), None)
+    if key is None:
+        raise BadRow("none of messages, conversations and turns")
+    parts = fields[key]
+    if not isinstance(parts, list) or not parts:
+        raise BadRow(f"{key} that are no list with entries")
+    if key == "turns":
+        return [{"role": "user", "content": _text(turn, "turns")} for turn in parts]
+    return [_message(part, key) for part in parts]
+
+
+def grouped(faults: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(reason, row) pairs to reason -> rows."""
+    groups: dict[str, list[str]] = {}
+    for reason, row in faults:
+        groups.setdefault(reason, []).append(row)
+    return groups
+
+
+def named(rows: Sequence[str]) -> str:
+    """Some rows by name and the count of the others, for messages."""
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(rows[:NAMED]) + more
+
+
+def _row(place: str, default_id: str, value: Any) -> Row:
+    if isinstance(value, BadRow):
+        return Row(place, "", fault=str(value))
+    if not isinstance(value, dict):
+        return Row(place, "", fault="no JSON object")
+    found = value.get("id")
+    if found is None:
+        return Row(place, default_id, value)
+    if isinstance(found, bool) or not isinstance(found, str | int) or not _is_unicode(str(found)) or found == "":
+        return Row(place, "", fault="an id that is neither text nor a number")
+    return Row(place, str(found), value)
+
+
+def _message(part: Any, key: str) -> Message:
+    if not isinstance(part, dict):
+        raise BadRow(f"{key} that are no objects")
+    role = part.get("role") or part.get("from")
+    if not isinstance(role, str):
+        raise BadRow("a message without a role")
+    content = part.get("content") if part.get("content") is not None else part.get("value")
+    message = {"role": SHAREGPT_ROLES.get(role, role), "content": _text(content, "content")}
+    if part.get("reasoning_content") is not None:
+        message["reasoning_content"] = _text(part["reasoning_content"], "reasoning_content")
+    return message
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{what} that is no text")
+    if not _is_unicode(value):
+        raise BadRow(f"{what} with half a surrogate pair, which no tokenizer takes")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, str, Any]]:
+    """(number, place, decoded JSON or BadRow) of one source. Numbers are lines from 1, or entries from 0."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            yield from _data_set(str(path), split, None, digest)
+        elif path.suffix == ".json" and path.is_file():
+            yield from _json_list(path, digest)
+        elif path.is_file():
+            yield from _lines(path, digest)
+        else:
+            name, _, revision = str(source).partition("@")
+            if path.exists() or not HUB_ID.fullmatch(name) or path.suffix in (".json", ".jsonl"):
+                raise DataError(
+                    f"no file {path.absolute()}",
+                    "a JSONL file, a folder of data, or a hub data set (owner/name, owner/name@revision)",
+                    "check the path",
+                )
+            yield from _data_set(name, split, revision or None, digest)
+    except OSError as error:
+        raise DataError(f"{source}: {error}", "data that can be read", "check the file and its permissions") from error
+
+
+def _lines(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            digest.update(line)
+            if line.strip():
+                yield number, f"{path.name}:{number}", _decoded(line)
+
+
+def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+    content = path.read_bytes()
+    digest.update(content)
+    rows = _decoded(content)
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is no JSON list", "one list of rows", "name it .jsonl if it has one row a line")
+    for number, row in enumerate(rows):
+        yield number, f"{path.name}[{number}]", row
+
+
+def _decoded(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return BadRow("broken JSON")
+
+
+def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split, revision=revision)
+    except Exception as error:  # the library lets through its own, the hub's, pyarrow's and the system's errors
+        raise DataError(
+            f"data set {name}{f' at {revision}' if revision else ''}: {type(error).__name__}: {error}",
+            f"a data set with the split {split!r} that the datasets library can load",
+            "check the name and the split; without a network give a JSONL file",
+        ) from error
+    for number, row in enumerate(rows):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        yield number, f"{name}[{number}]", row

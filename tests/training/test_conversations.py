@@ -1,0 +1,383 @@
+"""Chat rows to token ids and loss masks: what is a label, and what is rejected under which name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.targets import default_directory
+from sglang_auf.training.conversations import (
+    Conversation,
+    LoadedConversations,
+    load_conversations,
+    split_held_out,
+)
+from tests.training import toy_tokenizer as toy
+
+QUESTION = {"role": "user", "content": "Say hi."}
+ANSWER = {"role": "assistant", "content": "Hi."}
+TWO_TURNS = [QUESTION, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Bye."}]
+
+Load = Callable[..., LoadedConversations]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """load(rows or lines, template=..., **settings): through a JSONL file named rows.jsonl."""
+
+    def load_rows(rows: list[Any], template: str | None = toy.CHATML, **settings: Any) -> LoadedConversations:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        settings = {"max_length": 500, "min_answer_tokens": 1} | settings
+        return load_conversations(file, toy.toy_tokenizer(template), **settings)
+
+    return load_rows
+
+
+def labels(conversation: Conversation) -> list[str]:
+    """The text of each run of labels."""
+    tokenizer = toy.toy_tokenizer()
+    runs: list[list[int]] = []
+    before = False
+    for token, label in zip(conversation.input_ids, conversation.loss_mask, strict=True):
+        if label and not before:
+            runs.append([])
+        if label:
+            runs[-1].append(token)
+        before = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+def text(conversation: Conversation) -> str:
+    decoded: str = toy.toy_tokenizer().decode(conversation.input_ids)
+    return decoded
+
+
+def chat(*messages: dict[str, str], **more: Any) -> dict[str, Any]:
+    return {"id": "a", "messages": list(messages), **more}
+
+
+def test_answers_of_all_turns_with_their_ends_are_labels_and_nothing_else(load: Load) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    [conversation] = load([chat(system, *TWO_TURNS)]).conversations
+    assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+    assert text(conversation) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi."
+        "<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "a", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}]},
+        {"id": "a", "conversations": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]},
+        chat(QUESTION, ANSWER, {"role": "user", "content": "a question nobody answered"}),
+        chat(QUESTION, ANSWER, prompt_ids=None, response_ids=None, turns=["ignored"], category="writing"),
+    ],
+)
+def test_forms_of_a_row(load: Load, row: dict[str, Any]) -> None:
+    assert load([row]).conversations == load([chat(QUESTION, ANSWER)]).conversations
+
+
+def test_rows_without_an_id_are_called_by_their_place(load: Load) -> None:
+    loaded = load([{"messages": TWO_TURNS}, {"id": 7, "messages": TWO_TURNS}])
+    assert [conversation.id for conversation in loaded.conversations] == ["rows/1", "7"]
+
+
+def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None:
+    answer = {"role": "assistant", "content": " Hi.\n"}
+    [conversation] = load([chat(QUESTION, answer, *TWO_TURNS)], template=toy.TRIMMING).conversations
+    assert labels(conversation) == ["Hi.<|im_end|>", "Hi.<|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_special_tokens_within_an_answer_do_not_end_it(load: Load) -> None:
+    """As gpt-oss answers in channels, whose names stand between special tokens."""
+    answer = {"role": "assistant", "content": "<|im_start|>final<|im_end|>Hi."}
+    [conversation] = load([chat(QUESTION, answer)]).conversations
+    assert labels(conversation) == ["<|im_start|>final<|im_end|>Hi.<|im_end|>"]
+
+
+def test_generation_marks_of_a_template_agree_with_the_answers_found(load: Load) -> None:
+    [conversation] = load([chat(*TWO_TURNS)], template=toy.MARKED).conversations
+    marked = toy.toy_tokenizer(toy.MARKED).apply_chat_template(
+        TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    length = len(conversation)
+    assert conversation.input_ids == marked["input_ids"][:length]
+    assert conversation.loss_mask == [bool(mark) for mark in marked["assistant_masks"][:length]]
+    assert not any(marked["assistant_masks"][length:])
+
+
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_empty_think_block_of_the_last_turn_is_no_label(load: Load, thinking: bool | None) -> None:
+    [conversation] = load([chat(*TWO_TURNS)], template=toy.THINKING, thinking=thinking).conversations
+    assert "assistant\n<think>\n\n</think>\n\nBye." in text(conversation)
+    assert "assistant\nHi." in text(conversation)
+    assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_reasoning_is_a_label_when_thinking_is_on_and_a_fault_when_it_is_off(load: Load) -> None:
+    in_text = chat(QUESTION, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHi."})
+    beside = chat(QUESTION, ANSWER | {"reasoning_content": "Hm."})
+    for row in (in_text, beside):
+        [conversation] = load([row], template=toy.THINKING, thinking=True).conversations
+        assert labels(conversation) == ["<think>\nHm.\n</think>\n\nHi.<|im_end|>"]
+        rejected = load([row, chat(QUESTION, ANSWER, id="b")], template=toy.THINKING, thinking=False).rejected
+        assert [(reason[:42], rows) for reason, rows in rejected.items()] == [
+            ("the last answer does not follow the prompt", ["a (rows.jsonl:1)"])
+        ]
+
+
+def test_earlier_answer_that_the_template_shortens_rejects_the_row(load: Load) -> None:
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHi."}
+    rows = [chat(QUESTION, thought, *TWO_TURNS), chat(*TWO_TURNS, id="b")]
+    loaded = load(rows, template=toy.THINKING, thinking=True)
+    assert [conversation.id for conversation in loaded.conversations] == ["b"]
+    assert ["changes an answer" in reason for reason in loaded.rejected] == [True]
+
+
+def test_answer_cut_at_a_token_limit_has_no_end_of_turn(load: Load) -> None:
+    rows = [
+        chat(*TWO_TURNS, finish_reason="length"),
+        chat(*TWO_TURNS, id="b", finish_reason="stop", finish_reasons=["length", "stop"]),
+    ]
+    last, first = load(rows).conversations
+    assert labels(last) == ["Hi.<|im_end|>", "Bye."]
+    assert text(last).endswith("assistant\nBye.")
+    assert labels(first) == ["Hi.", "Bye.<|im_end|>"]
+
+
+def exact(row: dict[str, Any], prompt: str, response: str) -> dict[str, Any]:
+    encode = functools.partial(toy.toy_tokenizer().encode, add_special_tokens=False)
+    return row | {"prompt_ids": encode(prompt), "response_ids": encode(response)}
+
+
+def test_exact_ids_are_used_as_they_are(load: Load) -> None:
+    rows = [exact({"id": "a"}, "any prompt", "any answer"), exact(chat(QUESTION, ANSWER, id="b"), "no", "yes")]
+    first, second = load(rows, template=None).conversations
+    assert (text(first), labels(first)) == ("any promptany answer", ["any answer"])
+    assert (text(second), labels(second)) == ("noyes", ["yes"])
+
+
+def test_earlier_answers_within_exact_ids_are_labels_too(load: Load) -> None:
+    prompt = toy.toy_tokenizer().apply_chat_template(TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True)
+    row = chat(*TWO_TURNS, finish_reasons=["length", "length"])
+    [conversation] = load([exact(row, prompt, "Bye")]).conversations
+    assert labels(conversation) == ["Hi.", "Bye"]
+    assert text(conversation) == prompt + "Bye"
+    with pytest.raises(DataError, match="prompt_ids are not what the tokenizer's chat template gives"):
+        load([exact(row, "x" + prompt, "Bye")])
+
+
+GOOD = chat(QUESTION, ANSWER, id="good")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "name"),
+    [
+        ('{"id": "a", "messages": [', "broken JSON", "rows.jsonl:2"),
+        ("[1, 2]", "no JSON object", "rows.jsonl:2"),
+        ({"id": ["a"], "messages": TWO_TURNS}, "an id that is neither text nor a number", "rows.jsonl:2"),
+        ({"id": "good", "messages": TWO_TURNS}, "an id for the second time", "good (rows.jsonl:2)"),
+        ({"id": "a", "text": "?"}, "none of messages, conversations and turns", None),
+        ({"id": "a", "messages": "hello"}, "messages that are no list with entries", None),
+        ({"id": "a", "messages": ["hello"]}, "messages that are no objects", None),
+        ({"id": "a", "messages": [{"content": "?"}, ANSWER]}, "a message without a role", None),
+        (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content that is no text", None),
+        (chat({"role": "user", "content": "\ud83d"}, ANSWER), "content with half a surrogate pair", None),
+        ({"id": "a", "turns": ["What?"]}, "no answer (a prompt row?", None),
+        (chat(ANSWER, QUESTION, ANSWER), "an answer before any question", None),
+        (chat(QUESTION, {"role": "assistant", "content": " \n"}), "an empty answer", None),
+        (chat(QUESTION, {"role": "assistant", "content": "x" * 500}), "longer than 500 tokens", None),
+        (chat(QUESTION, {"role": "assistant", "content": "x"}), "fewer than 4 answer tokens", None),
+        (chat(QUESTION, {"role": "assistant", "content": "\nHi, you."}), "a token reaches across the border", None),
+        (chat(*TWO_TURNS, finish_reasons=["stop"]), "finish_reasons that are not one for each answer", None),
+        ({"id": "a", "prompt_ids": [1], "response_ids": []}, "no answer tokens", None),
+        ({"id": "a", "prompt_ids": [1]}, "response_ids that are no list of token ids", None),
+        ({"id": "a", "prompt_ids": [True], "response_ids": [1]}, "prompt_ids that are no list of token ids", None),
+        ({"id": "a", "prompt_ids": [1], "response_ids": [261]}, "token ids outside the vocabulary of 261", None),
+        ({"id": "a", "prompt_ids": [-1], "response_ids": [1]}, "token ids outside the vocabulary of 261", None),
+    ],
+)
+def test_bad_rows_are_named_with_their_reason(load: Load, row: Any, reason: str, name: str | None) -> None:
+    loaded = load([GOOD, row], min_answer_tokens=4)
+    assert [conversation.id for conversation in loaded.conversations] == ["good"]
+    [(found, names)] = loaded.rejected.items()
+    assert found.startswith(reason)
+    assert names == [name or "a (rows.jsonl:2)"]
+
+
+def test_text_with_tokens_that_the_target_lacks(load: Load) -> None:
+    with pytest.raises(DataError, match="token ids outside the vocabulary of 257: good"):
+        load([GOOD], vocab_size=257)
+
+
+def test_roles_a_template_refuses_or_leaves_out(load: Load) -> None:
+    system = chat({"role": "system", "content": "Be brief."}, QUESTION, ANSWER)
+    assert list(load([GOOD, system], template=toy.TRIMMING).rejected) == [
+        "the chat template refuses it: no system role"
+    ]
+    tool = chat(QUESTION, {"role": "tool", "content": "12 degrees"}, ANSWER)
+    rejected = load([GOOD, tool], template=toy.THINKING).rejected
+    assert list(rejected) == ["the chat template leaves out what role 'tool' says"]
+
+
+def test_template_with_another_header_before_a_new_answer(load: Load) -> None:
+    with pytest.raises(DataError, match="the last answer does not follow the prompt"):
+        load([GOOD], template=toy.UNLIKE)
+
+
+def test_text_without_a_chat_template(load: Load) -> None:
+    with pytest.raises(DataError, match=r"the tokenizer has no chat template: good \(rows.jsonl:1\)"):
+        load([GOOD], template=None)
+
+
+def test_rejections_are_logged_with_names_and_counts(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    load([GOOD, *({"id": f"bad{i}", "turns": ["?"]} for i in range(12))])
+    [record] = caplog.records
+    assert record.message.startswith("12 of 13 rows rejected, no answer")
+    assert "bad0 (rows.jsonl:2)" in record.message
+    assert record.message.endswith(" and 2 more")
+
+
+def test_rows_over_the_limit_can_be_cut_instead(load: Load) -> None:
+    long = chat(QUESTION, {"role": "assistant", "content": "x" * 500})
+    loaded = load([GOOD, long], max_length=120, overlong="truncate")
+    assert loaded.truncated == ["a (rows.jsonl:2)"]
+    cut = loaded.conversations[1]
+    assert len(cut) == len(cut.loss_mask) == 120
+    assert set(labels(cut)[0]) == {"x"}
+    header = len(toy.toy_tokenizer().apply_chat_template([QUESTION], add_generation_prompt=True)["input_ids"])
+    nothing_left = load([GOOD | {"id": "b", "messages": [QUESTION, ANSWER]}, long], max_length=header + 4)
+    assert [c.id for c in nothing_left.conversations] == ["b"]
+
+
+def test_several_files_lists_and_the_digest_of_what_was_read(tmp_path: Path) -> None:
+    lines, listed = tmp_path / "one.jsonl", tmp_path / "two.json"
+    lines.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(chat(*TWO_TURNS)) + "\n")
+    listed.write_text(json.dumps([chat(*TWO_TURNS, id="c"), chat(QUESTION, ANSWER)]))
+    loaded = load_conversations([lines, str(listed)], toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert [conversation.id for conversation in loaded.conversations] == ["good", "a", "c"]
+    assert loaded.rejected == {"an id for the second time": ["a (two.json[1])"]}
+    assert loaded.sha256 == hashlib.sha256(lines.read_bytes() + listed.read_bytes()).hexdigest()
+    assert loaded.answer_tokens == sum(map(sum, (c.loss_mask for c in loaded.conversations)))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "object.json").write_text('{"a": 1}')
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, found in (
+        ("missing.jsonl", "no file"),
+        ("object.json", "is no JSON list"),
+        ("empty.jsonl", "it has no rows"),
+    ):
+        with pytest.raises(DataError, match=found):
+            load_conversations(tmp_path / name, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+
+
+def test_folder_of_data_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", functools.partial(datasets.load_dataset, cache_dir=str(tmp_path / "cache"))
+    )
+    folder = tmp_path / "sharegpt"
+    folder.mkdir()
+    rows = [
+        {"id": "a", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}]},
+        {"id": "b", "conversations": [{"from": "human", "value": "Nobody answers."}]},
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_conversations(folder, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert [labels(conversation) for conversation in loaded.conversations] == [["Hi.<|im_end|>"]]
+    assert list(loaded.rejected.values()) == [[f"b ({folder}[1])"]]
+    with pytest.raises(DataError, match="validation"):
+        load_conversations(folder, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1, split="validation")
+
+
+def test_hub_data_set_at_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str, str | None]] = []
+
+    def load_dataset(name: str, split: str, revision: str | None) -> list[dict[str, Any]]:
+        asked.append((name, split, revision))
+        return [GOOD]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_conversations("owner/chats@abc123", toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert asked == [("owner/chats", "train", "abc123")]
+    assert [conversation.id for conversation in loaded.conversations] == ["good"]
+
+
+def conversations(count: int, prefix: str = "row") -> list[Conversation]:
+    return [Conversation(f"{prefix}/{i}", [1, 2], [False, True]) for i in range(count)]
+
+
+def test_held_out_rows_depend_on_their_id_alone() -> None:
+    rows = conversations(1000)
+    train, held_out = split_held_out(rows, fraction=0.1)
+    assert 60 < len(held_out) < 140
+    assert sorted(c.id for c in train + held_out) == sorted(c.id for c in rows)
+    more_train, more_held_out = split_held_out(conversations(500, "other") + rows[::-1], fraction=0.1)
+    assert {c.id for c in held_out} <= {c.id for c in more_held_out}
+    assert {c.id for c in train} <= {c.id for c in more_train}
+    assert split_held_out(rows, fraction=0.1, seed=1)[1] != held_out
+
+
+def test_held_out_count() -> None:
+    rows = conversations(50)
+    train, held_out = split_held_out(rows, count=8)
+    assert (len(train), len(held_out)) == (42, 8)
+    reversed_train, reversed_held_out = split_held_out(rows[::-1], count=8)
+    assert (reversed_train[::-1], reversed_held_out[::-1]) == (train, held_out)
+
+
+@pytest.mark.parametrize(
+    "share", [{}, {"fraction": 0.1, "count": 3}, {"fraction": 1.5}, {"fraction": 0.0}, {"count": 0}]
+)
+def test_held_out_share_that_means_nothing(share: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        split_held_out(conversations(10), **share)
+
+
+def test_held_out_needs_rows_on_both_sides() -> None:
+    with pytest.raises(DataError, match="0 rows to train on and 4 held out"):
+        split_held_out(conversations(4), count=4)
+    with pytest.raises(DataError, match="0 held out"):
+        split_held_out(conversations(4), fraction=1e-9)
+
+
+@pytest.mark.skipif(not default_directory("smollm2-135m").is_dir(), reason="smollm2-135m is not prepared")
+def test_smollm2_text_gives_the_ids_that_serving_saw(tmp_path: Path) -> None:
+    """A reply of the real server: what it says it read and wrote equals what we make of its text."""
+    from transformers import AutoTokenizer
+
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
+    question = [2, 198, 1, 4093, 198, 1780, 314, 216, 33, 27, 33, 47, 19842, 351, 582, 1230, 805, 30, 2, 198, 1, 520]
+    row = {
+        "id": "a",
+        "messages": [
+            {"role": "user", "content": "What is 1+1? Answer with one number only."},
+            {"role": "assistant", "content": "1 + 1 = 2"},
+        ],
+    }
+    ids = {"prompt_ids": [*system, *question, 9531, 198], "response_ids": [33, 1232, 216, 33, 446, 216, 34, 2]}
+    (tmp_path / "text.jsonl").write_text(json.dumps(row))
+    (tmp_path / "exact.jsonl").write_text(json.dumps(row | ids))
+    tokenizer = AutoTokenizer.from_pretrained(default_directory("smollm2-135m"))
+    from_text, from_ids = (
+        load_conversations(
+            tmp_path / name, tokenizer, max_length=100, min_answer_tokens=8, thinking=False
+        ).conversations
+        for name in ("text.jsonl", "exact.jsonl")
+    )
+    assert from_text == from_ids
