@@ -1,0 +1,209 @@
+"""DFlash and Domino drafters of SpecForge 0.2.0 and speculators 0.9.0, as SGLang and this project load them.
+
+What SGLang would not serve exactly as it was trained is refused with the reason, and every change is told in a
+sentence. No pickle is ever opened, and no code that came with a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sglang_auf.card import MASK_EMBEDDING, DrafterCard
+from sglang_auf.coverage import ALIASES, BORROWED, INDEX, PICKLES, RECOMPUTED
+from sglang_auf.errors import CardError, TargetError
+from sglang_auf.model_files import HUB_ID, find_model, listing, read_json
+from sglang_auf.target_facts import TargetFacts
+from sglang_auf.training import specforge, speculators
+from sglang_auf.training.export import write_drafter
+from sglang_auf.training.foreign import Reading, refused
+from sglang_auf.training.provenance import sha256_of
+
+# The target's own norm and head, with which speculators computes its labels.
+FOR_LABELS = ("verifier_norm.weight", "verifier_lm_head.weight")
+REDUCED = ("t2d", "d2t")
+# Early SpecForge kept Domino's head one level down.
+HEAD_PREFIX = "logit_head."
+TRAIN_COMMAND = "train_command.txt"  # what speculators leaves beside its weights
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A drafter that was converted. kind: who wrote the source. changes, warnings: sentences."""
+
+    path: Path
+    kind: str
+    changes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def convert(source: str, out: Path, *, target: str | None = None, force: bool = False) -> Conversion:
+    """Write the drafter `source` (directory or hub id) to the new directory `out` in this project's format.
+
+    target: directory or hub id to check it against; a speculators checkpoint names its own. Raises CardError for what
+    cannot be served as trained, TargetError without a target where one is needed, ConfigError as `write_drafter` does.
+    """
+    path = find_model(source, ("*.json", "*.safetensors", MASK_EMBEDDING, TRAIN_COMMAND), CardError)
+    files = _weight_files(path)
+    config = read_json(path / "config.json", CardError)
+    author = speculators if speculators.wrote(config) else specforge
+    checked_against = target or (speculators.verifier_of(config) if author is speculators else None)
+    place = None if checked_against is None else _find_target(checked_against, given=target is not None)
+    facts = None if place is None else TargetFacts.of(place)
+    reading = author.read(config, None if facts is None else facts.num_layers)
+
+    weights, told = _weights(files, reading.config, place)
+    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else path.resolve().name
+    changes = (*reading.changes, *told)
+    origin = {
+        "converted_from": {"name": name, "format": reading.kind, "files": sha256_of([path / "config.json", *files])},
+        "changes": list(changes),
+    }
+    card = _card(reading, facts, path / TRAIN_COMMAND)
+    warnings = write_drafter(
+        out, reading.config, weights, card, origin, {}, None if place is None else str(place), force
+    )
+    if author is speculators and not str(config.get("speculators_version")).startswith("0.9."):
+        warnings.append(f"written by {reading.kind}, and read here as 0.9.0 writes it")
+    if place is None:
+        warnings.append("not checked against a target: name it with --target")
+    return Conversion(out, reading.kind, changes, tuple(warnings))
+
+
+def _find_target(name: str, given: bool) -> Path:
+    try:
+        return find_model(name, ("*.json", "*.jinja"), TargetError)
+    except TargetError as problem:
+        if given:
+            raise
+        raise TargetError(
+            f"{problem.found}, which the checkpoint names as its target",
+            problem.expected,
+            "name the directory of the target with --target",
+        ) from problem
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by its index where it has one. Raises CardError for pickles, and gaps."""
+    if (path / MASK_EMBEDDING).exists():
+        raise refused(MASK_EMBEDDING, "SGLang drafts with the target's own embedding of the mask token")
+    files = sorted(path.glob("*.safetensors"))
+    if (path / INDEX).is_file():
+        indexed = read_json(path / INDEX, CardError).get("weight_map") or {}
+        files = sorted({path / name for name in indexed.values()})
+    missing = [file.name for file in files if not file.is_file()]
+    if files and not missing:
+        return files
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles and not missing:
+        raise CardError(
+            f"weights as pickles alone in {path}: {', '.join(pickles)}",
+            "weights as *.safetensors: loading a pickle may run any code, so none is opened here",
+            "save it with the trainer's own tool (specforge export --to hf) in an environment you trust",
+        )
+    raise CardError(
+        f"{path} lacks {', '.join(missing) or 'weights'} (it holds: {listing(path)})",
+        "a complete checkpoint with *.safetensors",
+        "fetch the drafter again",
+    )
+
+
+def _weights(
+    files: list[Path], config: Mapping[str, Any], target: Path | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights under SGLang's names, and sentences on what was renamed, left out and cast."""
+    kept: dict[str, torch.Tensor] = {}
+    told: list[str] = []
+    cast: Counter[str] = Counter()
+    for file in files:
+        for stored, tensor in _tensors(file).items():
+            name = _name(stored)
+            if name in REDUCED:
+                raise refused(
+                    f"{stored} in {file.name}", "a reduced draft vocabulary, where SGLang has the target's whole"
+                )
+            if name in BORROWED:
+                told.append(_left_out(stored, tensor, _target_table(target, name)))
+                continue
+            if name in FOR_LABELS or name.endswith(RECOMPUTED):
+                told.append(
+                    f"weights: {stored} left out: only training reads it"
+                    if name in FOR_LABELS
+                    else f"weights: {stored} left out: SGLang computes it"
+                )
+                continue
+            if name in kept:
+                raise refused(f"two weights for {name}", "one of them would be lost", "correct the checkpoint")
+            if name != stored:
+                told.append(f"weights: {stored} -> {name}")
+            if tensor.dtype != torch.bfloat16:
+                cast[str(tensor.dtype).removeprefix("torch.")] += 1
+            kept[name] = tensor
+    told += [f"weights: {count} cast from {kind} to bfloat16" for kind, count in cast.items()]
+    return kept, told or ["weights: none changed"]
+
+
+def _name(stored: str) -> str:
+    """SGLang's name of a stored weight."""
+    name = stored.removeprefix("model.")
+    name = re.sub(rf"^{re.escape(HEAD_PREFIX)}(?=prefix_gru\.|embed_proj\.)", "", name)
+    return ALIASES.get(name, name)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as problem:
+        raise CardError(
+            f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors file ({problem})",
+            "a complete safetensors file",
+            "fetch the drafter again",
+        ) from problem
+
+
+def _left_out(stored: str, tensor: torch.Tensor, table: torch.Tensor | None) -> str:
+    """Sentence on a copy of the target's embedding or head. Raises CardError where it is a table of its own."""
+    if table is None:
+        return (
+            f"weights: {stored} left out: SGLang drafts with the target's (not compared: the target's is not at hand)"
+        )
+    if tensor.shape != table.shape or not torch.equal(tensor.bfloat16(), table.bfloat16()):
+        raise refused(f"{stored} that is not the target's", "SGLang drafts with the target's own tables")
+    return f"weights: {stored} left out: equal to the target's, which SGLang drafts with"
+
+
+def _target_table(target: Path | None, name: str) -> torch.Tensor | None:
+    """The target's embedding or head, where its weights lie in its directory."""
+    files = [] if target is None else sorted(target.glob("*.safetensors"))
+    for wanted in dict.fromkeys((name, BORROWED[0])):  # a tied head is the embedding
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for stored in opened.keys():  # noqa: SIM118 (no mapping)
+                    if stored == wanted or stored.endswith(f".{wanted}"):
+                        return opened.get_tensor(stored)
+    return None
+
+
+def _card(reading: Reading, facts: TargetFacts | None, train_command: Path) -> DrafterCard:
+    """What is known; thinking, template, length and objective of the training are not."""
+    named = reading.target_name
+    if named is not None and not HUB_ID.fullmatch(named):
+        named = Path(named).name  # a path on the machine that trained
+    dflash = reading.config["dflash_config"]
+    return DrafterCard(
+        target_name=named or (facts.name if facts else None),
+        target_config_hash=facts.config_hash if facts else None,
+        target_layer_ids=tuple(dflash["target_layer_ids"]),
+        mask_token_id=dflash["mask_token_id"],
+        block_size=reading.config["block_size"],
+        head=dflash.get("projector_type", "dflash"),
+        recipe=train_command.read_text(encoding="utf-8") if train_command.is_file() else None,
+    )

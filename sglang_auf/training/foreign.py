@@ -1,0 +1,166 @@
+"""Drafters of other trainers: what of their config.json SGLang serves, and the refusal of the rest.
+
+SGLang fills gaps in a config.json from other places and with other defaults than the trainers do, so what a drafter was
+trained as is settled before it is served, and config.json is written anew; nothing goes along that nobody understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sglang_auf.coverage import FOREIGN_SETTINGS, tapped_layers
+from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.errors import CardError
+
+EXACT = "a DFlash or Domino drafter that SGLang serves exactly as it was trained"
+
+# Features of drafters that are no plain DFlash. Off when absent, null, false, zero, or one where it is a factor.
+FEATURES = (
+    *FOREIGN_SETTINGS,
+    "attention_value_scale",
+    "compression_config",
+    "final_logit_softcapping",
+    "input_embedding_scale",
+    "is_causal",
+    "output_multiplier",
+    "quantization_config",
+    "sample_from_anchor",
+    "use_gemma_norm",
+)
+FACTORS = ("attention_value_scale", "input_embedding_scale", "output_multiplier")
+
+# Rotary scalings that SGLang, transformers and our own drafter compute alike.
+ROPE_TYPES = ("default", "linear", "llama3")
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a foreign config.json says. kind: who wrote it. config: the same as SGLang's config.json.
+
+    target_name: as the source names it, None where it does not. changes: sentences on what was moved or set.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    target_name: str | None
+    changes: tuple[str, ...]
+
+
+def refused(found: str, reason: str, remedy: str | None = None) -> CardError:
+    """The error for a checkpoint that cannot be converted. reason: why SGLang would not serve it as trained."""
+    return CardError(
+        found, f"{EXACT} ({reason})", remedy or "serve it with the engine it was trained for, or train it again"
+    )
+
+
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`, empty where there is none."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise refused(f"{key} {value!r} in config.json", "it should be an object", "correct config.json")
+    return value
+
+
+def served(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """SGLang's config.json for drafter layers described as transformers describes a Qwen3.
+
+    layer: config of the layers, features in dflash_config or beside it. settings: the rest of DrafterConfig's fields.
+    Raises CardError for what SGLang would not compute as the trainers do.
+    """
+    nested = section(layer, "dflash_config")
+    kinds = layer.get("layer_types") or []
+    if features := [key for key in FEATURES if is_on(key, nested.get(key, layer.get(key)))]:
+        raise refused(f"{', '.join(features)} in config.json", "a plain DFlash drafter has none of these")
+    if set(kinds) - {"full_attention"} or (not kinds and layer.get("use_sliding_window")):
+        raise refused(
+            f"layer_types {list(kinds) or 'with use_sliding_window'}",
+            "speculators' sliding windows are not SGLang's, and SpecForge's have not been tried with this project",
+        )
+    if layer.get("hidden_act", "silu") != "silu":
+        raise refused(f"hidden_act {layer['hidden_act']!r}", "SGLang's DFlash layers compute silu")
+    if layer.get("draft_vocab_size") not in (None, layer.get("vocab_size")):
+        raise refused(
+            f"a reduced draft vocabulary, {layer['draft_vocab_size']} of {layer.get('vocab_size')} tokens",
+            "SGLang's DFlash drafts over the target's whole vocabulary, with the target's own head",
+            "train it again with the whole vocabulary",
+        )
+    tapped_layers({"target_layer_ids": settings["target_layer_ids"]})
+    theta, scaling = _rotary(layer)
+    try:
+        drafter = DrafterConfig(
+            **{key: layer[key] for key in SHAPE if key in layer}, rope_theta=theta, rope_scaling=scaling, **settings
+        )
+    except ValidationError as problem:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in problem.errors())
+        raise refused(f"config.json with {reasons}", "no drafter has such sizes", "correct config.json") from problem
+    return {**drafter.to_checkpoint(), "attention_bias": bool(layer.get("attention_bias"))}
+
+
+def is_on(key: str, value: Any) -> bool:
+    """Whether the setting of a feature changes what the drafter computes."""
+    return bool(value) and not (key in FACTORS and value == 1)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on what of the config.json `before` is not so in `after`."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    for key, value in new.items():
+        if key in old and old[key] != value:
+            yield f"config.json: {key} {old[key]!r} -> {value!r}"
+        elif key not in old and value is not None:
+            yield f"config.json: {key} {value!r} added"
+    if dropped := [key for key in old if key not in new]:
+        yield f"config.json: left out, as SGLang's DFlash does not need them: {', '.join(dropped)}"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """One level of nesting spelled with dots; deeper ones stay whole."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not prefix:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _rotary(layer: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from transformers 5's rope_parameters, the older fields, or both where they agree."""
+    new, old = section(layer, "rope_parameters"), section(layer, "rope_scaling")
+    kinds = {block.get("rope_type", block.get("type", "default")) for block in (new, old) if block}
+    thetas = {block["rope_theta"] for block in (new, layer) if block.get("rope_theta") is not None}
+    if len(thetas) != 1 or len(kinds) > 1 or "full_attention" in new or "sliding_attention" in new:
+        raise refused(
+            f"rope_parameters {new or None}, rope_theta {layer.get('rope_theta')} and rope_scaling {old or None}",
+            "they do not tell one rotary embedding",
+            "correct config.json",
+        )
+    if partial := {block.get("partial_rotary_factor") for block in (new, old, layer)} - {None, 1}:
+        raise refused(
+            f"partial_rotary_factor {partial.pop()}", "SGLang turns a part of each head, transformers' Qwen3 all of it"
+        )
+    kind = kinds.pop() if kinds else "default"
+    if kind not in ROPE_TYPES:
+        raise refused(
+            f"rotary scaling of type {kind!r}",
+            f"only {', '.join(ROPE_TYPES)} are computed alike by SGLang and the trainers",
+        )
+    if kind == "default":
+        return thetas.pop(), None
+    scaling = {key: value for key, value in (old or new).items() if key not in ("rope_theta", "type")}
+    return thetas.pop(), {**scaling, "rope_type": kind}
