@@ -1,0 +1,209 @@
+"""Features: the target's hidden states, from which a drafter knows the text so far.
+
+Computed here, by the frozen target as the text comes, or read from a cache (feature_cache.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sglang_auf.card import NO_LAST_TAP
+from sglang_auf.errors import ConfigError, TargetError
+from sglang_auf.model_files import find_model
+from sglang_auf.target_facts import TargetFacts
+from sglang_auf.targets import resolve
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+LOGIT_ROWS = 256
+"""Positions whose logits exist at one time."""
+
+CPU_TOKENS = 1280
+"""Padded tokens of one forward on a CPU: fewer read the weights too often, more do not stay in the caches."""
+
+FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")
+"""What is fetched of a target on the hub: configuration, tokenizer, weights."""
+
+
+def find_target(name: str, revision: str | None = None) -> Path:
+    """The directory of a target given as a path, a hub id or the name of a prepared one. Raises TargetError."""
+    return find_model(resolve(name), FILES, TargetError, revision)
+
+
+class FeatureSource(Protocol):
+    """Where the trainer gets features from."""
+
+    def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """[R, S, T * H] of R conversations in the target's dtype; zero at and after a row's length.
+
+        ids: of the conversations. input_ids [R, S]: right padded. lengths [R].
+        """
+        ...
+
+
+class FrozenTarget:
+    """The embedding, the head and the first layers of a target; nothing in it learns.
+
+    embedding, head [V, H]: one tensor if the target ties them. config: the language model's, as transformers reads it.
+    facts: what caches and cards know it by.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, layers: int | None = None, dtype: str = "bfloat16", device: str = "cpu"
+    ) -> None:
+        """layers: how many of them to keep, from the first (None: all; 0 where features come from a cache).
+
+        Raises TargetError when `directory` holds no whole causal language model, ConfigError for another dtype.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one of these")
+        self.directory = Path(directory)
+        self.facts = TargetFacts.of(self.directory)
+        self.dtype = DTYPES[dtype]
+        self.device = torch.device(device)
+        model = _load(self.directory, self.dtype)
+        self._decoder = model.get_decoder()
+        self._decoder.layers = self._decoder.layers[:layers]
+        self._decoder.to(self.device)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        self.embedding: Tensor = embedding.detach().to(self.device)
+        self.head: Tensor = self.embedding if head is embedding else head.detach().to(self.device)
+        self.config: dict[str, Any] = model.config.get_text_config().to_dict()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.facts.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.facts.vocab_size
+
+
+class OnlineFeatures(FrozenTarget):
+    """Features computed by the target itself: the outputs of the tapped layers, side by side in layer order.
+
+    They are what SGLang captures in front of the next layer: hidden_states[k + 1] of transformers for layer k.
+    A row's features do not depend on other rows or on padding, but for rounding: products in bfloat16 may end in other
+    bits in a batch of another shape. The same batch gives the same bits on one machine and number of threads.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        layer_ids: Sequence[int],
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        argmax: bool = False,
+    ) -> None:
+        """layer_ids: 0-based, ascending. argmax: keep also the layers after the last tap, which target_argmax needs.
+
+        Raises ConfigError for layers that cannot be tapped; otherwise as FrozenTarget.
+        """
+        self.layer_ids = tuple(layer_ids)
+        check_taps(self.layer_ids, TargetFacts.of(Path(directory)))
+        super().__init__(directory, layers=None if argmax else self.layer_ids[-1] + 1, dtype=dtype, device=device)
+        self._whole = argmax
+
+    @property
+    def width(self) -> int:
+        """T * H."""
+        return len(self.layer_ids) * self.hidden_size
+
+    def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """As FeatureSource; ids are not looked at."""
+        features = self._blank(input_ids)
+        for row, (tapped, _) in enumerate(self._rows(input_ids, lengths)):
+            features[row, : len(tapped)] = tapped
+        return features
+
+    def target_argmax(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """[R, S] int64: at position t the token that the target would put at t + 1; 0 at and after a row's length.
+
+        Of equal logits, in the target's dtype, the first counts.
+        """
+        return self.with_argmax(input_ids, lengths)[1]
+
+    def with_argmax(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The features and `target_argmax` from one forward."""
+        assert self._whole, "target_argmax needs OnlineFeatures(..., argmax=True)"
+        features = self._blank(input_ids)
+        argmax = torch.zeros(input_ids.shape, dtype=torch.long, device=self.device)
+        for row, (tapped, last) in enumerate(self._rows(input_ids, lengths)):
+            features[row, : len(tapped)] = tapped
+            argmax[row, : len(last)] = torch.cat(
+                [F.linear(states, self.head).argmax(-1) for states in last.split(LOGIT_ROWS)]
+            )
+        return features, argmax
+
+    def _blank(self, input_ids: Tensor) -> Tensor:
+        return torch.zeros(*input_ids.shape, self.width, dtype=self.dtype, device=self.device)
+
+    def _rows(self, input_ids: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each row (tapped [length, T * H], states after the final norm [length, H])."""
+        input_ids = input_ids.to(self.device)
+        together = len(input_ids)
+        if self.device.type == "cpu":
+            together = max(1, CPU_TOKENS // input_ids.shape[1])
+        for part, of in zip(input_ids.split(together), lengths.split(together), strict=True):
+            tapped, last = self._forward(part[:, : int(of.max())])
+            for row, length in enumerate(of.tolist()):
+                yield tapped[row, :length], last[row, :length]
+
+    def _forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, S] -> [R, S, T * H] and [R, S, H]. No padding mask: causal attention never looks right, where it is."""
+        tapped: list[Tensor] = []
+        hooks = [
+            self._decoder.layers[layer].register_forward_hook(lambda _module, _inputs, states: tapped.append(states))
+            for layer in self.layer_ids
+        ]
+        try:
+            with torch.no_grad():
+                last: Tensor = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(tapped, dim=-1), last
+
+
+def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
+    """Raises ConfigError for layers whose outputs neither this trainer nor SGLang can tap."""
+    tappable = target.num_layers - 1 if target.model_type in NO_LAST_TAP else target.num_layers
+    ascending = list(layer_ids) == sorted(set(layer_ids))
+    if layer_ids and ascending and layer_ids[0] >= 0 and layer_ids[-1] < tappable:
+        return
+    raise ConfigError(
+        f"target layers {list(layer_ids)}",
+        f"one or more of 0..{tappable - 1}, ascending: SGLang taps these of {target.name}'s {target.num_layers} layers",
+        "choose other layers",
+    )
+
+
+def _load(directory: Path, dtype: torch.dtype) -> Any:
+    """The model in `directory`, every weight of it read from there. Raises TargetError."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TargetError(
+            f"transformers cannot load {directory} ({type(error).__name__}: {reason})",
+            "a causal language model with its weights",
+            "fetch the target again, or give another",
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+        raise TargetError(
+            f"{directory} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
+            "a checkpoint with every weight of the target",
+            "fetch the target again",
+        )
+    return model.eval().requires_grad_(False)
