@@ -99,24 +99,24 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         diagnostics: also count what slots without credit get right, which needs their logits.
         """
         assert (batch.labels is None) == (self.settings.labels == "text")
-        hidden, tokens, mask = self._blocks(batch, anchors, valid)
+        hidden, tokens, mask = self.blocks(batch, anchors, valid)
         slots = self.drafter.config.block_size - 1
         labels = tokens if batch.labels is None else _window(batch.labels, anchors, slots + 1)[valid]
         labels, mask = labels[:, 1:], mask[:, 1:]
         if self.drafter.config.head == "domino":
             return self._domino(hidden[:, :slots], tokens[:, :slots], labels, mask, progress, diagnostics)
         objective = OBJECTIVES[self.settings.name]
-        loss = head_loss(hidden[:, 1:], self.head, labels, mask, failures=objective.failures, chunk=self._chunk)
+        loss = head_loss(hidden[:, 1:], self.head, labels, mask, failures=objective.failures, chunk=self.chunk)
         numerator, denominator, credit = _reduce(loss, objective, self.settings)
         metrics = self._metrics(loss.slots, credit, hidden[:, 1:], labels, diagnostics)
         one = torch.ones(1, device=mask.device)
         return Terms(numerator[None], denominator[None], one, metrics)
 
     @property
-    def _chunk(self) -> int:
+    def chunk(self) -> int:
         return CHUNK.get(self.head.device.type, DEFAULT_CHUNK)
 
-    def _blocks(self, batch: Batch, anchors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def blocks(self, batch: Batch, anchors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States [blocks, B, H], tokens [blocks, B] and label mask [blocks, B] of the valid blocks."""
         width = self.drafter.config.block_size
         tokens = _window(batch.input_ids, anchors, width)
@@ -133,7 +133,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         """Two branches: hidden, tokens, labels, mask [blocks, K]; slot k predicts anchor + k + 1, teacher forced."""
         arm = DOMINO_OBJECTIVES[self.settings.name]
         base_objective, final_objective = OBJECTIVES[arm.base], OBJECTIVES[arm.final]
-        base = head_loss(hidden, self.head, labels, mask, failures=base_objective.failures, chunk=self._chunk)
+        base = head_loss(hidden, self.head, labels, mask, failures=base_objective.failures, chunk=self.chunk)
         base_terms = _reduce(base, base_objective, self.settings)
 
         states = correction_inputs(
@@ -149,7 +149,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
             labels,
             mask & (base_terms[2] > 0) if seen_by_base else mask,
             failures=None if seen_by_base else final_objective.failures,
-            chunk=self._chunk,
+            chunk=self.chunk,
         )
         final_terms = _reduce(final, final_objective, self.settings, base.slots if seen_by_base else None)
         weight = self.settings.base_weight(progress)
@@ -182,7 +182,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         if diagnostics:
             correct = right.clone()
             rest = (slots.mask & ~support).flatten().nonzero()[:, 0]
-            drafted = head_argmax(hidden.detach().flatten(0, 1)[rest], self.head, chunk=self._chunk)
+            drafted = head_argmax(hidden.detach().flatten(0, 1)[rest], self.head, chunk=self.chunk)
             correct.view(-1)[rest] = drafted == labels.flatten()[rest]
             metrics["common_valid"] = slots.mask.sum().float()
             metrics["common_correct"] = correct.sum().float()

@@ -1,0 +1,194 @@
+"""Held-out tau: the drafter walks answers it was not trained on as serving would walk them.
+
+The text is the target's own, so its next tokens stand in for verification. The first token of an answer is prefill's
+and the first anchor; a block drafted at anchor a is accepted up to its first token that differs from the text, A of
+them, and the next anchor is a + A + 1. Tau, alpha_k and the histogram are those of acceptance.py, one request an
+answer. Accuracy and loss, by which others choose checkpoints, stand beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_auf.acceptance import Acceptance, macro_tau, total
+from sglang_auf.card import check_drafter
+from sglang_auf.drafter.domino import correction_inputs
+from sglang_auf.drafter.loading import load_drafter
+from sglang_auf.training.batches import collate, plan_batches
+from sglang_auf.training.conversations import load_conversations, split_held_out
+from sglang_auf.training.head import leading_matches
+from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
+
+logger = logging.getLogger(__name__)
+
+# Blocks in one call of the drafter.
+BLOCKS = {"cpu": 512}
+DEFAULT_BLOCKS = 2048
+
+BATCH_TOKENS = 4096
+"""Tokens of text at one time where no recipe says."""
+
+SAMPLED = 16
+"""Blocks of a row on which accuracy and loss are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a drafter does on held-out answers.
+
+    tau_macro: mean over answers. tau_micro, alpha (alpha_1..), histogram: over all their steps (acceptance.py).
+    answers: those with a verify step, which are two tokens long or more. accuracy: of all slots of sampled blocks,
+    given the text before the block (of a Domino drafter the base branch). loss: the objective's on these blocks, at
+    the end of its schedule.
+    """
+
+    tau_macro: float | None
+    tau_micro: float | None
+    alpha: tuple[float | None, ...]
+    histogram: tuple[int, ...]
+    answers: int
+    accuracy: float | None
+    loss: float | None
+
+
+def heldout_tau(
+    step: TrainingStep, batches: Iterable[Batch], *, precision: Literal["bf16", "fp32"] = "bf16"
+) -> HeldOut:
+    """Walk all answers of `batches`, which lie on the step's device. precision: the recipe's.
+
+    Equal weights give equal figures: no shared random generator is used. Gradients and train/eval modes stay as they
+    are (no module of a drafter depends on the mode).
+    """
+    answers: list[Acceptance] = []
+    terms: list[Terms] = []
+    with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in batches:
+            accepted = accepted_by_anchor(step, batch)
+            answers += walk(batch.loss_mask, accepted, step.drafter.config.block_size)
+            generators = [torch.Generator().manual_seed(0) for _ in batch.ids]
+            anchors, valid = draw_anchors(batch.loss_mask, SAMPLED, generators)
+            terms.append(step(batch, anchors, valid, progress=1.0, diagnostics=True))
+    everything = total(answers)
+    accuracy, loss = _accuracy_and_loss(terms) if everything.requests else (None, None)
+    return HeldOut(
+        tau_macro=macro_tau(answers),
+        tau_micro=everything.tau,
+        alpha=everything.alpha,
+        histogram=everything.histogram,
+        answers=everything.requests,
+        accuracy=accuracy,
+        loss=loss,
+    )
+
+
+def accepted_by_anchor(step: TrainingStep, batch: Batch) -> Tensor:
+    """[R, S] long: how many drafts a block starting at each position has accepted; 0 where none may start.
+
+    At all anchors of an answer, though the walk stops at one in tau of them: the text is known, so they need not wait
+    for one another, and a few wide products cost less than many narrow ones (on a CPU half, at a tau of 2, even where
+    the walk step by step keeps the context's keys and values).
+    """
+    positions = anchor_positions(batch.loss_mask)
+    widest = max(1, int(positions.sum(1).max()))
+    anchors = positions.int().argsort(dim=1, descending=True, stable=True)[:, :widest]
+    valid = positions.gather(1, anchors)
+    accepted = torch.zeros_like(batch.input_ids)
+    per_call = max(1, BLOCKS.get(anchors.device.type, DEFAULT_BLOCKS) // len(anchors))
+    for some, real in zip(anchors.split(per_call, dim=1), valid.split(per_call, dim=1), strict=True):
+        rows = real.nonzero()[:, 0]
+        accepted[rows, some[real]] = _accepted(step, batch, some, real)
+    return accepted
+
+
+def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Acceptance]:
+    """The acceptance of every answer: runs of True in loss_mask [R, S], with accepted [R, S] of accepted_by_anchor."""
+    for mask, row in zip(loss_mask.tolist(), accepted.tolist(), strict=True):
+        end = 0
+        for is_answer, run in groupby(mask):
+            start, end = end, end + len(list(run))
+            if not is_answer:
+                continue
+            histogram = [0] * block_size
+            anchor = start
+            while anchor < end - 1:
+                histogram[row[anchor]] += 1
+                anchor += row[anchor] + 1
+            yield Acceptance.of_request(histogram, end - start)
+
+
+def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor) -> Tensor:
+    """Accepted drafts of each valid block [blocks], never past the end of the answer."""
+    hidden, tokens, inside = step.blocks(batch, anchors, valid)
+    labels, mask = tokens[:, 1:], inside[:, 1:]
+    if step.drafter.config.head == "dflash":
+        return leading_matches(hidden[:, 1:], step.head, labels, mask, chunk=step.chunk)
+    # Serving feeds the GRU with what it drafted. As long as a block is accepted that is the text, and later slots do
+    # not count, so that the rollout and the GRU over the text accept the same.
+    given = step.embedding[tokens[:, :-1]]
+    projector = step.drafter.embed_proj
+    states = F.pad(correction_inputs(step.drafter.prefix_gru, projector, hidden[:, 1:-1], given), (0, 0, 1, 0))
+    correction = (states, projector[2].weight)
+    return leading_matches(hidden[:, :-1], step.head, labels, mask, chunk=step.chunk, correction=correction)
+
+
+def _accuracy_and_loss(terms: list[Terms]) -> tuple[float, float]:
+    numerators = torch.stack([each.numerators for each in terms]).sum(0)
+    denominators = torch.stack([each.denominators for each in terms]).sum(0)
+    right, of = (sum(float(each.metrics[name]) for each in terms) for name in ("common_correct", "common_valid"))
+    return right / of, float((terms[0].weights * numerators / denominators).sum())
+
+
+def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None = None) -> HeldOut:
+    """Walk a drafter's checkpoint through the answers in `data`, on the GPU if there is one.
+
+    drafter: directory or hub id. target: these, or a prepared target. data: file, folder or hub data set of rows with
+    answers. limit: so many conversations, those that a recipe with this data and data.held_out `limit` does not train
+    on; None: all. The loss is that of all slots alike (Domino: decayed, which it has no loss without). Raises
+    CardError, TargetError, DataError or, for a limit below 1, ConfigError.
+    """
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+
+    from sglang_auf.training.features import OnlineFeatures, find_target
+
+    directory = find_target(target)
+    checked = check_drafter(drafter, str(directory))
+    for warning in checked.warnings:
+        logger.warning("%s", warning)
+    model = load_drafter(checked.path)
+    thinking = checked.card.thinking
+    conversations = load_conversations(
+        data,
+        AutoTokenizer.from_pretrained(directory),
+        max_length=checked.card.max_length or model.config.max_position_embeddings,
+        min_answer_tokens=2,
+        thinking=None if thinking is None else thinking == "on",
+        vocab_size=model.config.vocab_size,
+    ).conversations
+    if limit is not None and limit < len(conversations):
+        conversations = split_held_out(conversations, count=limit)[1]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = OnlineFeatures(directory, model.config.target_layer_ids, device=device)
+    settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
+    step = TrainingStep(model, features.embedding, features.head, settings).to(device)
+    lengths = [len(conversation) for conversation in conversations]
+    plan = plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0)
+
+    def batches() -> Iterator[Batch]:
+        for rows in tqdm(plan, unit="batch", disable=None):
+            some = [conversations[row] for row in rows]
+            ids = [conversation.id for conversation in some]
+            input_ids, loss_mask, lengths = (tensor.to(device) for tensor in collate(some))
+            yield Batch(input_ids, loss_mask, lengths, features(ids, input_ids, lengths), ids)
+
+    return heldout_tau(step, batches())

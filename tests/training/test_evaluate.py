@@ -1,0 +1,292 @@
+"""The held-out walk against one written one block at a time, and against drafters whose tau is obvious."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_auf import cli
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.training import evaluate
+from sglang_auf.training.evaluate import HeldOut, heldout_tau
+from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.step import Batch, TrainingStep
+from tests.tiny_models import write_drafter, write_target
+from tests.training.toy_tokenizer import toy_tokenizer
+
+VOCABULARY = 5
+MASK = 4
+"""Texts are of the four tokens below it: one draft in four is right by chance, so that blocks of all lengths occur."""
+
+
+def config(block_size: int, head: str = "dflash", hidden: int = 32) -> DrafterConfig:
+    domino = {"gru_hidden_dim": 12, "emb_dim": 6} if head == "domino" else {}
+    return DrafterConfig(
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        max_position_embeddings=128,
+        block_size=block_size,
+        mask_token_id=MASK,
+        target_layer_ids=(0, 2),
+        num_target_layers=4,
+        head=head,
+        **domino,
+    )
+
+
+def random_step(block_size: int, head: str) -> TrainingStep:
+    torch.manual_seed(7)
+    drafter = Drafter(config(block_size, head))
+    for parameter in drafter.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if head == "domino":  # what the GRU has read decides most corrected slots
+        torch.nn.init.normal_(drafter.embed_proj[0].weight[:, 32:], std=3.0)
+        torch.nn.init.normal_(drafter.embed_proj[2].weight, std=6.0)
+    tables = torch.randn(2, VOCABULARY, 32)
+    tables[1, MASK] = -10 * tables[1, :MASK].mean(0)  # a mask token that is seldom drafted
+    objective = "decay" if head == "domino" else "full"
+    return TrainingStep(drafter, tables[0], tables[1], ObjectiveSettings(name=objective))
+
+
+def make_batch(masks: list[str], features: int) -> Batch:
+    """One row a string, "A" for an answer's token, anything else for other text."""
+    generator = torch.Generator().manual_seed(3)
+    longest = max(map(len, masks))
+    loss_mask = torch.tensor([[letter == "A" for letter in mask.ljust(longest, ".")] for mask in masks])
+    return Batch(
+        input_ids=torch.randint(MASK, loss_mask.shape, generator=generator),
+        loss_mask=loss_mask,
+        lengths=torch.tensor([len(mask) for mask in masks]),
+        features=torch.randn(*loss_mask.shape, features, generator=generator),
+        ids=[f"row{number}" for number in range(len(masks))],
+    )
+
+
+ROWS = ["uuuAAAAAAAAAAAAAAAAAAAAAAAAAA", "uuAAAAAAAuuuuAAAAAAAAAAAAAuuAu", "uAAuuuAAAAAAAA", "u" + "A" * 60]
+
+
+def one_by_one(step: TrainingStep, batch: Batch) -> list[tuple[list[int], int]]:
+    """(accepted of each step, tokens) of every answer: a block at a time, with a context cut off before its anchor."""
+    answers = []
+    for row, length in enumerate(batch.lengths.tolist()):
+        text, mask = batch.input_ids[row, :length].tolist(), [*batch.loss_mask[row, :length].tolist(), False]
+        at = 0
+        while True in mask[at:]:
+            start = mask.index(True, at)
+            end = mask.index(False, start)
+            accepted, anchor = [], start
+            while anchor + 1 < end:
+                drafts = drafts_of(step, batch.features[row, :anchor], text[anchor])
+                right = 0
+                while right < len(drafts) and anchor + 1 + right < end and drafts[right] == text[anchor + 1 + right]:
+                    right += 1
+                accepted.append(right)
+                anchor += right + 1
+            answers.append((accepted, end - start))
+            at = end
+    return answers
+
+
+@torch.no_grad()
+def drafts_of(step: TrainingStep, features: Tensor, token: int) -> list[int]:
+    """One block on features [anchor, taps * H] and the anchor's token."""
+    drafter = step.drafter
+    slots = torch.tensor([token] + [MASK] * (drafter.config.block_size - 1))
+    hidden = drafter(features[None], step.embedding[slots][None, None], torch.tensor([[len(features)]]))[0, 0]
+    if drafter.config.head == "domino":
+        return domino_drafts(step, hidden, token)
+    return [int((step.head @ state).argmax()) for state in hidden[1:]]
+
+
+def domino_drafts(step: TrainingStep, hidden: Tensor, anchor: int) -> list[int]:
+    """The rollout on its own tokens, with the gates of a GRU written out."""
+    gru, (first, _, second) = step.drafter.prefix_gru, step.drafter.embed_proj
+    state = torch.zeros(gru.hidden_size)
+
+    def read(token: int) -> None:
+        nonlocal state
+        of_input, of_state = gru.weight_ih_l0 @ step.embedding[token], gru.weight_hh_l0 @ state
+        (ir, iz, inew), (hr, hz, hnew) = of_input.chunk(3), of_state.chunk(3)
+        update = torch.sigmoid(iz + hz)
+        state = (1 - update) * torch.tanh(inew + torch.sigmoid(ir + hr) * hnew) + update * state
+
+    read(anchor)
+    drafts = [int((step.head @ hidden[0]).argmax())]
+    for slot in hidden[1:-1]:
+        read(drafts[-1])
+        corrected = torch.nn.functional.silu(first.weight @ torch.cat([slot, state]))
+        drafts.append(int((step.head @ slot + second.weight @ corrected).argmax()))
+    return drafts
+
+
+@pytest.mark.parametrize("head", ["dflash", "domino"])
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_equals_a_walk_one_block_at_a_time(head: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.BLOCKS, "cpu", 12)  # several calls of the drafter a batch
+    step = random_step(block_size, head)
+    batches = [make_batch(ROWS, 64), make_batch(ROWS[1:], 64)]
+    answers = [answer for batch in batches for answer in one_by_one(step, batch)]
+    walked = [(accepted, tokens) for accepted, tokens in answers if accepted]
+    assert len(answers) > len(walked)  # the answer of one token
+    everything = [right for accepted, _ in walked for right in accepted]
+    histogram = [everything.count(right) for right in range(block_size)]
+    assert all(histogram[:2])
+
+    found = heldout_tau(step, batches, precision="fp32")
+    assert found.histogram == tuple(histogram)
+    assert found.answers == len(walked)
+    assert found.tau_macro == pytest.approx(sum((n - 1) / len(steps) for steps, n in walked) / len(walked))
+    assert found.tau_micro == pytest.approx(sum(n - 1 for _, n in walked) / len(everything))
+    for k, alpha in enumerate(found.alpha, start=1):
+        reached = sum(histogram[k - 1 :])
+        assert alpha == (sum(histogram[k:]) / reached if reached else None)
+
+
+def test_domino_correction_matters() -> None:
+    """Else the walk above would pass without one."""
+    step, batch = random_step(4, "domino"), make_batch(ROWS, 64)
+    corrected = heldout_tau(step, [batch], precision="fp32").histogram
+    torch.nn.init.zeros_(step.drafter.embed_proj[2].weight)
+    assert heldout_tau(step, [batch], precision="fp32").histogram != corrected
+
+
+class Oracle(Drafter):
+    """Drafts the text itself, which lies one-hot in the features it is not meant to look at; or never the text."""
+
+    def __init__(self, block_size: int, right: bool) -> None:
+        super().__init__(config(block_size, hidden=VOCABULARY))
+        self.right = right
+
+    def forward(self, features: Tensor, embeddings: Tensor, anchors: Tensor) -> Tensor:
+        index = (anchors[..., None] + torch.arange(embeddings.shape[2])).clamp(max=features.shape[1] - 1)
+        text = features[torch.arange(len(features))[:, None, None], index]
+        return text if self.right else text.roll(1, dims=-1)
+
+
+def oracle(block_size: int, *masks: str, right: bool = True) -> HeldOut:
+    batch = make_batch(list(masks), VOCABULARY)
+    batch.features = torch.nn.functional.one_hot(batch.input_ids, VOCABULARY).float()
+    identity = torch.eye(VOCABULARY)
+    step = TrainingStep(Oracle(block_size, right), identity, identity, ObjectiveSettings(name="full"))
+    return heldout_tau(step, [batch], precision="fp32")
+
+
+def test_perfect_drafter_has_tau_of_a_block() -> None:
+    found = oracle(4, "uu" + "A" * 13)
+    assert (found.tau_macro, found.tau_micro, found.histogram) == (4.0, 4.0, (0, 0, 0, 3))
+    assert found.alpha == (1.0, 1.0, 1.0)
+    assert found.accuracy == 1.0
+    assert found.loss == pytest.approx(math.log(math.e + VOCABULARY - 1) - 1)
+
+
+def test_useless_drafter_has_tau_one() -> None:
+    found = oracle(4, "uu" + "A" * 13, right=False)
+    assert (found.tau_macro, found.tau_micro, found.histogram) == (1.0, 1.0, (12, 0, 0, 0))
+    assert found.alpha == (0.0, None, None)
+    assert found.accuracy == 0.0
+    assert found.loss == pytest.approx(math.log(math.e + VOCABULARY - 1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "histogram"),
+    [(2, (0, 1, 0, 0)), (3, (0, 0, 1, 0)), (4, (0, 0, 0, 1)), (5, (0, 0, 0, 1)), (6, (0, 1, 0, 1))],
+)
+@pytest.mark.parametrize("rest", ["", "uuuuuu", "uAAAAAA"], ids=["row ends", "text follows", "answer follows"])
+def test_nothing_is_accepted_past_the_end_of_an_answer(tokens: int, histogram: tuple[int, ...], rest: str) -> None:
+    """The oracle knows what follows too. A last step of fewer than B tokens is cut, as a stop cuts one in serving."""
+    found = oracle(4, "u" + "A" * tokens + rest)
+    following = (0, 1, 0, 1) if "A" in rest else (0, 0, 0, 0)
+    assert found.histogram == tuple(a + b for a, b in zip(histogram, following, strict=True))
+    assert found.answers == 1 + ("A" in rest)
+
+
+def test_answers_of_all_turns_count_alike_in_the_macro_mean() -> None:
+    found = oracle(4, "uAAAAAAAAAuuAA", "uuAAA")  # 8 tokens in 2 steps, 1 in 1, 2 in 1
+    assert found.answers == 3
+    assert found.tau_macro == pytest.approx((4 + 1 + 2) / 3)
+    assert found.tau_micro == pytest.approx((8 + 1 + 2) / 4)
+
+
+def test_answer_of_one_token_has_no_tau() -> None:
+    assert oracle(4, "uuA", "uA") == HeldOut(None, None, (), (), 0, None, None)
+    assert oracle(4, "uuAuuAAAAA").answers == 1
+
+
+def test_labels_past_the_padding_are_not_counted() -> None:
+    alone = oracle(4, "uAAAAAAA")
+    assert oracle(4, "uAAAAAAA", "u" * 20 + "A").histogram == alone.histogram
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("head", ["dflash", "domino"])
+def test_is_repeatable_and_leaves_no_trace(head: str, training: bool) -> None:
+    step, batch = random_step(4, head).train(training), make_batch(ROWS, 64)
+    graphs: list[bool] = []
+    step.drafter.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    generator = torch.get_rng_state()
+    first, second = (heldout_tau(step, [batch], precision="fp32") for _ in range(2))
+    assert first == second
+    assert first.loss is not None and math.isfinite(first.loss)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(module.training is training for module in step.modules())
+    assert all(parameter.grad is None for parameter in step.parameters())
+    assert graphs and not any(graphs)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_is_near_fp32() -> None:
+    """As trained: float32 weights under autocast, features and tables in bf16."""
+    step, batch = random_step(4, "dflash"), make_batch(ROWS, 64)
+    exact = heldout_tau(step, [batch], precision="fp32")
+    step.embedding, step.head = step.embedding.bfloat16(), step.head.bfloat16()
+    batch.features = batch.features.bfloat16()
+    rounded = heldout_tau(step, [batch])
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
+    assert sum(abs(a - b) for a, b in zip(rounded.histogram, exact.histogram, strict=True)) <= 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny target with a tokenizer, a drafter for it, and rows with exact ids: all token 5 in their answers."""
+    directory = tmp_path_factory.mktemp("models")
+    target = write_target(directory / "target")
+    toy_tokenizer().save_pretrained(target)
+    data = directory / "rows.jsonl"
+    rows = [{"id": f"row/{n}", "prompt_ids": [7, 8, n], "response_ids": [9, 5, 5, 5, 5, n, 2]} for n in range(10, 16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"target": target, "drafter": write_drafter(directory / "drafter"), "data": data}
+
+
+def test_command_prints_the_figures(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(models["drafter"]), str(models["target"]), "--data", str(models["data"])]
+    assert cli.main([*arguments, "--limit", "4"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table: Any = {line[0]: line[1:] for line in lines}
+    assert table["answers"] == ["4"]
+    steps = [int(table[str(accepted)][0]) for accepted in range(4)]
+    emitted = 4 * 6
+    assert sum((a + 1) * count for a, count in enumerate(steps)) >= emitted
+    assert [line[0] for line in lines if "(micro)" in line] == [f"{emitted / sum(steps):.4f}"]
+    assert float(table["tau"][0]) >= 1
+    assert float(table["0"][1]) == pytest.approx(steps[0] / sum(steps), abs=1e-4)
+
+
+def test_command_names_a_missing_file(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(models["drafter"]), str(models["target"]), "--data", str(models["data"]) + "x.jsonl"]
+    assert cli.main(arguments) == 2
+    assert "rows.jsonlx.jsonl" in capsys.readouterr().err
