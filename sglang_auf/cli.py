@@ -1,4 +1,4 @@
-"""The `sglang-auf` command: prepare a target, check a drafter against one."""
+"""The `sglang-auf` command: prepare a target, check a drafter against one, make training data and drafters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_auf import __version__
-from sglang_auf.errors import AufError
+from sglang_auf.errors import AufError, ConfigError, DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,9 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every request to the hub otherwise
     try:
-        if options.command == "prepare":
-            return _prepare(options)
-        return _check(options)
+        code: int = options.run(options)
+        return code
     except AufError as error:
         print(f"sglang-auf {options.command}: {error}", file=sys.stderr)
         return error.exit_code
@@ -36,11 +35,91 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make a target model ready to serve, once")
     prepare.add_argument("name", metavar="NAME", help="the target: smollm2-135m")
     prepare.add_argument("--out", metavar="DIR", type=Path, help="directory to make (default: in the user's cache)")
+    prepare.set_defaults(run=_prepare)
 
     check = commands.add_parser("check", help="check a drafter and its card against a target; no weights are loaded")
     check.add_argument("drafter", metavar="DRAFTER", help="directory or hub id")
     check.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target")
+    check.set_defaults(run=_check)
+
+    evaluate = commands.add_parser("evaluate", help="tau of a drafter over answers of the target, without a server")
+    evaluate.add_argument("drafter", metavar="DRAFTER", help="directory or hub id")
+    evaluate.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target")
+    evaluate.add_argument("--data", metavar="FILE", required=True, help="rows with answers: a file or hub data set")
+    evaluate.add_argument(
+        "--limit", metavar="N", type=int, help="so many conversations, those that data.held_out N keeps from training"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    train = commands.add_parser(
+        "train",
+        help="train a drafter, or go on where a killed run stopped",
+        epilog="on several GPUs or machines: torchrun [...] -m sglang_auf.cli train [...], or accelerate launch",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file, or one of ours by name")
+    train.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the run")
+    train.add_argument(
+        "--data", metavar="SOURCE", action="append", help="file, folder or hub data set; may be repeated"
+    )
+    train.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change the recipe, as in a.b=c")
+    train.add_argument("--fresh", action="store_true", help="remove the run that is in DIR and start over")
+    train.set_defaults(run=_train)
+
+    _add_features(commands.add_parser("features", help="compute the target's features of training data once, on disk"))
+
+    export = commands.add_parser("export", help="write the drafter of a training run as SGLang loads it, and check it")
+    export.add_argument("checkpoint", metavar="RUN", type=Path, help="directory of a run (its best one), or of one")
+    _add_output(export, "directory, hub id or prepared target (default: the recipe's)")
+    export.set_defaults(run=_export)
+
+    convert = commands.add_parser("convert", help="take a DFlash or Domino drafter of SpecForge or speculators in")
+    convert.add_argument("source", metavar="SOURCE", help="directory or hub id")
+    _add_output(convert, "directory, hub id or prepared target to check it against (default: the one it names)")
+    convert.set_defaults(run=_convert)
+
+    _add_regenerate(commands.add_parser("regenerate", help="let a server's model answer the prompts of training data"))
     return parser
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="SOURCE", action="append", required=True, help="as for train")
+    parser.add_argument("--target", metavar="TARGET", required=True, help="directory, hub id or prepared target")
+    parser.add_argument("--layers", metavar="N,N,...", required=True, help="0-based layers of the target to tap")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory to make, or to continue")
+    parser.add_argument("--max-length", metavar="N", type=int, required=True, help="tokens of a row, as in the recipe")
+    parser.add_argument("--overlong", choices=["reject", "truncate"], default="reject", help="longer rows")
+    parser.add_argument("--thinking", choices=["on", "off"], help="template switch, as in the recipe")
+    parser.add_argument("--split", metavar="NAME", default="train", help="of a folder or hub data set (default: train)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the target")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the GPU if there is one)")
+    parser.set_defaults(run=_features)
+
+
+def _add_output(parser: argparse.ArgumentParser, target_help: str) -> None:
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+    parser.add_argument("--target", metavar="TARGET", help=target_help)
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+
+
+def _add_regenerate(parser: argparse.ArgumentParser) -> None:
+    """Flags that are not given stay absent: their defaults live in RegenerateSettings."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSONL or JSON file, folder, or hub data set")
+    parser.add_argument("--base-url", metavar="URL", required=True, help="any OpenAI-compatible server or router")
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
+    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
+    parser.add_argument("--concurrency", metavar="N", help="conversations in flight (default: 64)")
+    parser.add_argument("--temperature", metavar="T", help="0 is greedy (default: 0.0)")
+    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
+    parser.add_argument("--max-tokens", metavar="N", help="new tokens of one answer at most (default: 2048)")
+    parser.add_argument("--limit", metavar="N", help="so many rows, from the first")
+    parser.add_argument(
+        "--thinking", choices=["server", "on", "off"], help="template switch, or as is (default: server)"
+    )
+    parser.add_argument("--split", metavar="NAME", help="of a folder or hub data set (default: train)")
+    parser.add_argument("--timeout-s", metavar="S", help="seconds one answer may take (default: 3600.0)")
+    parser.add_argument("--retries", metavar="N", help="of one request, with growing pauses (default: 6)")
+    parser.set_defaults(run=_regenerate)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -60,6 +139,108 @@ def _check(options: argparse.Namespace) -> int:
     for warning in checked.warnings:
         print(f"warning: {warning}")
     print(f"{options.drafter} fits {options.target}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from sglang_auf.training.evaluate import evaluate_drafter
+
+    held_out = evaluate_drafter(options.drafter, options.target, options.data, limit=options.limit)
+    if held_out.tau_macro is None or held_out.tau_micro is None:
+        raise DataError(f"no answer of two tokens or more in {options.data}", "answers to walk", "give other data")
+    steps = sum(held_out.histogram)
+    print(f"answers      {held_out.answers}")
+    print(f"tau          {held_out.tau_macro:.4f}  mean over answers (macro)")
+    print(f"             {held_out.tau_micro:.4f}  over all {steps} steps (micro)")
+    print(f"accuracy     {held_out.accuracy:.4f}  of all slots, given the text before the block")
+    print(f"loss         {held_out.loss:.4f}")
+    print("accepted     steps     share   alpha")
+    for drafts, (count, alpha) in enumerate(zip(held_out.histogram, (None, *held_out.alpha), strict=True)):
+        print(f"{drafts:8} {count:9} {count / steps:9.4f}   {'' if alpha is None else f'{alpha:.4f}'}".rstrip())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from sglang_auf.training.recipe import load_recipe
+    from sglang_auf.training.trainer import train
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.data:
+        recipe = recipe.with_sources(options.data)
+    outcome = train(recipe, options.out, fresh=options.fresh)
+    if outcome.signal:
+        print(f"stopped after step {outcome.step} of {outcome.steps}; the same command goes on from there")
+        return 128 + outcome.signal
+    best = "" if outcome.best_tau is None else f"; best held-out tau {outcome.best_tau:.3f} at step {outcome.best_step}"
+    print(f"{outcome.run}: {outcome.steps} steps{best}")
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoTokenizer
+
+    from sglang_auf.training.conversations import load_conversations
+    from sglang_auf.training.feature_writer import write_cache
+    from sglang_auf.training.features import OnlineFeatures, find_target
+
+    try:
+        layers = [int(layer) for layer in options.layers.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers {options.layers}", "numbers with commas between", "--layers 1,14,27") from None
+    target = find_target(options.target)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = OnlineFeatures(target, layers, dtype=options.dtype, device=device)
+    loaded = load_conversations(
+        options.data,
+        AutoTokenizer.from_pretrained(target),
+        max_length=options.max_length,
+        min_answer_tokens=1,
+        thinking=None if options.thinking is None else options.thinking == "on",
+        overlong=options.overlong,
+        vocab_size=source.vocab_size,
+        split=options.split,
+    )
+    manifest = write_cache(loaded.conversations, source, options.out)
+    print(f"{options.out}: features of {len(manifest.ids)} conversations, {sum(manifest.lengths)} tokens")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from sglang_auf.training.export import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.out, target=options.target, force=options.force))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from sglang_auf.targets import resolve
+    from sglang_auf.training.convert import convert
+
+    target = None if options.target is None else resolve(options.target)
+    converted = convert(options.source, options.out, target=target, force=options.force)
+    for change in converted.changes:
+        print(change)
+    for warning in converted.warnings:
+        print(f"warning: {warning}")
+    print(f"{converted.path}, from {converted.kind}")
+    return 0
+
+
+def _regenerate(options: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from sglang_auf.training.regenerate import RegenerateSettings, regenerate
+
+    values = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    try:
+        settings = RegenerateSettings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{flag} {problem['input']}", problem["msg"], f"give {flag} another value") from None
+    logging.getLogger("openai").setLevel(logging.WARNING)  # one line for every request that is tried again otherwise
+    print(f"{regenerate(settings)} rows in {settings.out}")
     return 0
 
 

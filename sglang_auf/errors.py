@@ -40,3 +40,7 @@ class DataError(AufError):
 
 class ServerError(AufError):
     """A server did not start, died, or is not speculating."""
+
+
+class TrainingError(AufError):
+    """A training run that cannot start, go on or be resumed."""

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run: complete under their name or not there, the last few and the best one kept.
+
+    RUN/checkpoints/step-00000400/   config.json and model.safetensors (float32): a drafter that load_drafter reads,
+                                     state.json, optimiser/state.safetensors
+    RUN/best                         a link to the one with the best tau
+
+A checkpoint is written under a temporary name, brought to the disk (fsync) and renamed. All of a run's randomness
+derives from its seed, the epoch and the conversation, so that the step number restores the random state, the schedule
+and the position in the data. Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from sglang_auf.errors import TrainingError
+from sglang_auf.model_files import read_json
+
+Tensors = dict[str, torch.Tensor]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+OPTIMISER = "optimiser/state.safetensors"
+STATE = "state.json"
+BEST = "best"
+NAME = re.compile(r"step-(\d{8})")
+SCRATCH = ".scratch-"
+DRAFTER = "drafter."
+"""Prefix of the drafter's weights in TrainingStep."""
+
+
+class RunState(BaseModel):
+    """Where a run stands. step: optimiser steps done; everything else that resumes follows from it.
+
+    recipe, data_sha256, target_config_hash: what the weights depend on. ranks: processes that trained. tokens: trained
+    on so far, prompts included. seconds: spent in steps. evaluation: held-out figures at this very step, if any.
+    best_step, best_tau: of the best evaluation so far.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    step: int = Field(ge=0)
+    recipe: dict[str, Any]
+    data_sha256: str
+    target_config_hash: str
+    ranks: int = Field(ge=1)
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    loss: float | None = None
+    evaluation: dict[str, Any] | None = None
+    best_step: int | None = None
+    best_tau: float | None = None
+
+
+class Checkpoints:
+    """The checkpoints under one run directory. One process writes."""
+
+    def __init__(self, run: Path, keep_last: int) -> None:
+        self.run = run
+        self.directory = run / "checkpoints"
+        self.keep_last = keep_last
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending."""
+        names = (NAME.fullmatch(entry.name) for entry in self.directory.glob("step-*"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written or half-removed."""
+        for entry in self.directory.glob(f"{SCRATCH}*"):
+            shutil.rmtree(entry)
+
+    def write(self, config: Mapping[str, Any], weights: Tensors, optimiser: Tensors, state: RunState) -> Path:
+        """Add the checkpoint of state.step, link it if it is the best, and drop those neither recent nor best.
+
+        Raises TrainingError when it cannot be written; every earlier checkpoint is then still there.
+        """
+        final = self.path(state.step)
+        scratch = self.directory / f"{SCRATCH}{final.name}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.clean()
+            (scratch / OPTIMISER).parent.mkdir(parents=True)
+            (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+            (scratch / STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
+            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
+            save_file(optimiser, scratch / OPTIMISER)
+            for file in (scratch / WEIGHTS, scratch / OPTIMISER):
+                file.chmod(0o644)  # safetensors writes 0600
+            for entry in (*scratch.rglob("*"), scratch):
+                _flush(entry)
+            scratch.rename(final)
+            for directory in (self.directory, self.run):
+                _flush(directory)
+        except (OSError, SafetensorError) as problem:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise self._unwritten(state.step, weights, optimiser, problem) from problem
+        if state.best_step == state.step:  # before the old best goes, so that the link never points at nothing
+            self.link_best(state.step)
+        self._prune(state.best_step)
+        return final
+
+    def link_best(self, step: int) -> None:
+        """Point RUN/best at a checkpoint: one rename, so that there always is a whole one."""
+        link = self.run / f"{SCRATCH}best"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path(step).relative_to(self.run))
+        os.replace(link, self.run / BEST)
+        _flush(self.run)
+
+    def _prune(self, best_step: int | None) -> None:
+        for step in self.steps()[: -self.keep_last]:
+            if step != best_step:
+                doomed = self.directory / f"{SCRATCH}{self.path(step).name}"
+                self.path(step).rename(doomed)  # removing takes time, and half a checkpoint must not bear its name
+                shutil.rmtree(doomed)
+
+    def _unwritten(self, step: int, weights: Tensors, optimiser: Tensors, problem: Exception) -> TrainingError:
+        size = sum(tensor.nbytes for tensor in (*weights.values(), *optimiser.values())) / 1e6
+        kept = self.latest()
+        return TrainingError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({problem})",
+            f"a writable directory with {size:.0f} MB free",
+            "free space and run the same command again: "
+            + (f"it goes on from {kept.name}, which is whole" if kept else "it starts from the beginning"),
+        )
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Raises TrainingError."""
+    try:
+        return RunState.model_validate(read_json(checkpoint / STATE, TrainingError))
+    except ValidationError as error:
+        raise _damaged(checkpoint, f"{STATE}: {error.errors()[0]['msg']}") from error
+
+
+def read_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
+    """(weights, optimiser state). Raises TrainingError for damaged files."""
+    try:
+        return load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMISER)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, str(error)) from error
+
+
+def gather(step: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> tuple[Tensors, Tensors]:
+    """The drafter's weights and the optimisers' state by weight name ("layers.0.mlp.up_proj.weight/exp_avg").
+
+    step: TrainingStep, as accelerate wrapped it. Every rank must call this; only rank 0 is sure to get anything.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(step, options=options)
+    state = get_optimizer_state_dict(step, tuple(optimisers), options=options).get("state", {})
+    named = {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()}
+    return _without_prefix(weights), _without_prefix(named)
+
+
+def restore(
+    step: nn.Module, optimisers: Sequence[torch.optim.Optimizer], weights: Tensors, optimiser: Tensors, ranks: int
+) -> None:
+    """Put what `gather` gave back. Every rank must call this; only rank 0's tensors count."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
+    set_model_state_dict(step, {DRAFTER + name: value for name, value in weights.items()}, options=options)
+    # Settings of the parameter groups come from the recipe; only the state of each weight is stored.
+    fresh = get_optimizer_state_dict(step, tuple(optimisers), options=StateDictOptions(full_state_dict=True))
+    for name, value in optimiser.items():
+        weight, key = name.rsplit("/", 1)
+        fresh["state"][DRAFTER + weight][key] = value
+    set_optimizer_state_dict(step, tuple(optimisers), fresh, options=options)
+
+
+def _without_prefix(tensors: Mapping[str, Any]) -> Tensors:
+    return {name.removeprefix(DRAFTER): tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damaged(checkpoint: Path, problem: str) -> TrainingError:
+    return TrainingError(
+        f"{checkpoint} is damaged ({problem})",
+        "a checkpoint as it was written",
+        "remove this directory and run the same command again: it goes on from the checkpoint before it",
+    )

@@ -1,0 +1,120 @@
+"""The weights a drafter starts from: random, layers of the target, or an earlier drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from sglang_auf.coverage import RECOMPUTED
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.drafter.loading import load_drafter
+from sglang_auf.errors import CardError, ConfigError, TargetError
+from sglang_auf.model_files import find_model, read_json
+from sglang_auf.training.recipe import DrafterSettings
+
+NO_COUNTERPART = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+"""What a drafter's layers have and a Llama's do not: they start at 1."""
+
+FREE_TO_DIFFER = {
+    "block_size",
+    "mask_token_id",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+}
+"""Fields of a drafter's config that leave its weights what they are."""
+
+
+def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
+    """The drafter a recipe asks for, at the widths of the target in directory `target`. Raises ConfigError."""
+    content = read_json(target / "config.json", TargetError)
+    try:
+        return DrafterConfig.for_target(
+            content.get("text_config") or content,
+            num_layers=settings.num_layers,
+            target_layer_ids=settings.target_layer_ids,
+            block_size=settings.block_size,
+            mask_token_id=settings.mask_token_id,
+            head=settings.head,
+            gru_hidden_dim=settings.gru_hidden_dim,
+            emb_dim=settings.emb_dim,
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            f"a drafter for {target.name} with " + "; ".join(problem["msg"] for problem in error.errors()),
+            "a drafter that fits the target",
+            "correct the drafter section of the recipe",
+        ) from error
+
+
+def initial_drafter(config: DrafterConfig, settings: DrafterSettings, target: Path, seed: int) -> Drafter:
+    """A float32 drafter on the CPU, the same one for the same arguments.
+
+    Raises ConfigError where the target's layers or the earlier drafter do not fit, CardError for a broken one.
+    """
+    torch.manual_seed(seed)
+    drafter = Drafter(config)
+    if settings.init_from is not None:
+        _copy_drafter(drafter, settings.init_from)
+    elif settings.init != "random":
+        _copy_target_layers(drafter, target, settings.init)
+    return drafter
+
+
+def _copy_drafter(drafter: Drafter, source: str) -> None:
+    earlier = load_drafter(find_model(source, ("*.json", "*.safetensors"), CardError))
+    ours, theirs = drafter.config.model_dump(), earlier.config.model_dump()
+    different = [
+        f"{name} {theirs[name]} instead of {ours[name]}"
+        for name in ours
+        if name not in FREE_TO_DIFFER and ours[name] != theirs[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"drafter.init_from {source} with {', '.join(different)}",
+            "a drafter of the recipe's shape",
+            "correct the recipe, or start from another drafter",
+        )
+    drafter.load_state_dict(earlier.state_dict())
+
+
+def _copy_target_layers(drafter: Drafter, target: Path, layers: Sequence[int]) -> None:
+    """Target layer layers[j] into drafter layer j, and the target's last norm, which its head expects, into norm."""
+    places = {f"model.layers.{layer}.": drafter.layers[j] for j, layer in enumerate(layers)}
+    if len(places) < len(layers):
+        raise ConfigError(f"drafter.init {list(layers)}", "each target layer once", "correct drafter.init")
+    tensors = _tensors(target, (*places, "model.norm."))
+    for prefix, module in {**places, "model.norm.": drafter.norm}.items():
+        own = module.state_dict()
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        faults = [f"no {prefix}{name}" for name in own if name not in found and name not in NO_COUNTERPART]
+        faults += [f"{prefix}{name}, which a drafter lacks" for name in found if name not in own]
+        faults += [
+            f"{prefix}{name} of shape {list(tensor.shape)} instead of {list(own[name].shape)}"
+            for name, tensor in found.items()
+            if name in own and tensor.shape != own[name].shape
+        ]
+        if faults:
+            raise ConfigError(
+                f"drafter.init from {target.name}, which has {'; '.join(faults[:3])}",
+                "target layers that exist and have the weights of a drafter's layers",
+                "correct drafter.init, or set it to random",
+            )
+        module.load_state_dict({**own, **found})
+
+
+def _tensors(target: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The target's weights whose names begin with one of `prefixes`; others stay on the disk."""
+    found = {}
+    for file in sorted(target.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                if name.startswith(prefixes) and not name.endswith(RECOMPUTED):
+                    found[name] = opened.get_tensor(name).float()
+    return found

@@ -1,0 +1,124 @@
+"""What a run tells while it trains: a progress bar, the log, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from sglang_auf.training.run_directory import METRICS, TENSORBOARD, forget_after
+
+logger = logging.getLogger(__name__)
+
+
+class Logbook:
+    """The figures of one run, from step `start` on. Only the main process writes; the others' calls do nothing."""
+
+    def __init__(self, directory: Path, accelerator: Accelerator, start: int, steps: int) -> None:
+        self._accelerator = accelerator
+        self._writes = accelerator.is_main_process
+        self._start, self._steps = start, steps
+        self._began = self._marked = time.monotonic()
+        self._tokens = 0
+        self._losses: list[float] = []
+        # Without a terminal a bar is a heap of lines; the log lines below tell the same.
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=None if self._writes else True)
+        if self._writes:
+            forget_after(directory, start)
+            self._metrics = (directory / METRICS).open("a", encoding="utf-8")
+        accelerator.init_trackers(
+            TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": start + 1 if start else None, "flush_secs": 10}}
+        )
+
+    def step(self, loss: float, tokens: int) -> None:
+        """Every optimiser step. tokens: trained on, of all ranks."""
+        self._losses.append(loss)
+        self._tokens += tokens
+        self._bar.update()
+
+    def train(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Figures of training; loss is the mean since the last call. tokens_per_second includes evaluations."""
+        now = time.monotonic()
+        left = (now - self._began) / (step - self._start) * (self._steps - step)
+        row = {
+            "loss": sum(self._losses) / len(self._losses),
+            **values,
+            "tokens_per_second": self._tokens / (now - self._marked),
+            "peak_memory_gib": peak_memory_gib(self._accelerator.device),
+            "seconds_left": left,
+        }
+        self._losses, self._tokens, self._marked = [], 0, now
+        self._write("train", step, row)
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=_clock(left), refresh=False)
+        self._say(
+            "step %d/%d  loss %.4f  r_active %.3f  alpha_1 %.3f  lr %.2e  %d tokens/s  %.1f GiB  %s left",
+            step, self._steps, row["loss"], row.get("r_active") or 0, row.get("alpha_1") or 0, row["lr"],
+            row["tokens_per_second"], row["peak_memory_gib"], _clock(left),
+        )  # fmt: skip
+
+    def evaluation(self, step: int, values: Mapping[str, float | None], best: bool) -> None:
+        """Figures on held-out answers."""
+        self._write("held_out", step, values)
+        shown = "  ".join(
+            f"{name} {values[name]:.4f}" for name in ("tau", "alpha_1", "accuracy", "loss") if values.get(name)
+        )
+        self._say("step %d/%d  held out: %s%s", step, self._steps, shown, "  (best)" if best else "")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._writes:
+            self._metrics.close()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+        if self._writes:
+            self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._metrics.flush()
+        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        self._accelerator.log(known, step=step)
+
+    def _say(self, message: str, *arguments: Any) -> None:
+        if self._writes:
+            with self._bar.external_write_mode():
+                logger.info(message, *arguments)
+
+
+def training_figures(sums: Mapping[str, torch.Tensor], block_size: int) -> dict[str, float | None]:
+    """Ratios of the sums a TrainingStep counts, over all ranks and micro-batches of a step.
+
+    r_active: |support| / B, of a block (arXiv 2607.01893). support_accuracy, common_accuracy: right slots among those
+    of the support and among all valid ones. alpha_k: P(first k drafts right, given the first k-1 are).
+    """
+    lists = {name: value.tolist() for name, value in sums.items()}
+
+    def ratio(over: str, under: str, scale: float = 1.0) -> float | None:
+        return lists[over] / (lists[under] * scale) if lists.get(under) else None
+
+    figures = {
+        "r_active": ratio("support", "blocks", block_size),
+        "support_accuracy": ratio("support_correct", "support"),
+        "common_accuracy": ratio("common_correct", "common_valid"),
+    }
+    for k, (accepted, tried) in enumerate(zip(lists["accepted"], lists["tried"], strict=True), start=1):
+        figures[f"alpha_{k}"] = accepted / tried if tried else None
+    return figures
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest so far: of the tensors on a CUDA device, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _clock(seconds: float) -> str:
+    minutes, hours = round(seconds / 60) % 60, round(seconds / 60) // 60
+    return f"{hours}:{minutes:02d}"

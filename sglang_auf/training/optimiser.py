@@ -1,0 +1,62 @@
+"""The optimisers of a recipe and their learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sglang_auf.training.recipe import OptimiserSettings
+
+PEAK = "initial_lr"
+
+
+def make_optimisers(drafter: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights; or Muon for the matrices of the layers and fc, and AdamW for the rest.
+
+    Muon orthogonalises what a matrix does to its input. Norms are no matrices, and Domino's GRU (three gates in one
+    tensor) and projector (one side is the vocabulary) are none of the kind: they stay with AdamW.
+    """
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in drafter.named_parameters():
+        is_matrix = parameter.ndim == 2 and (name.startswith("layers.") or name == "fc.weight")
+        (matrices if settings.name == "muon" and is_matrix else rest).append(parameter)
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    ]
+    if matrices:
+        assert settings.muon_lr is not None
+        optimisers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=settings.muon_lr,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group[PEAK] = group["lr"]
+    return optimisers
+
+
+def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Every group at `factor` of its peak."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group[PEAK] * factor
+
+
+def schedule(step: int, steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate in step 0..steps-1: linear warm-up, then half a cosine towards 0.
+
+    A function of the step alone, so that a resumed run has nothing to restore. No step has rate 0.
+    """
+    warmup = round(steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

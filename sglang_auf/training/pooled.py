@@ -1,0 +1,96 @@
+"""The gradient of one step: of a ratio of sums over every micro-batch of every rank.
+
+DDP and FSDP average gradients over ranks, and every rank sees its own sums only. So either the numerators go backward
+as they are and the gradients are divided by the pooled denominator afterwards; or, where a loss has two branches with a
+denominator each (Domino), the pooled denominators must be known before anything goes backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sglang_auf.training.step import Batch, Terms
+
+MicroBatch = tuple[Batch, Tensor, Tensor]
+"""A batch, its anchors and which of them count: the arguments of TrainingStep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Over all ranks and micro-batches. metrics: sums of what TrainingStep counts; empty unless asked for."""
+
+    loss: float
+    metrics: dict[str, Tensor]
+
+
+def pooled_gradient(
+    accelerator: Accelerator,
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    count: int,
+    *,
+    branches: int,
+    progress: float,
+    diagnostics: bool,
+) -> Pooled:
+    """Add the gradient of the pooled loss to .grad; every rank must call this.
+
+    model: TrainingStep as accelerate wrapped it. micro_batches: the `count` ones of this rank, as many as of any other.
+    branches: of the objective. diagnostics: as in TrainingStep, and the metrics of the step are wanted. The loss is
+    nan where no slot carries any.
+    """
+    factors: Tensor | None = None
+    if branches > 1 and count > 1:
+        # Each branch is divided by its own denominator, which depends on what the drafter gets right in micro-batches
+        # that come later. A first pass without gradient finds them; keeping every branch's gradient apart instead
+        # would cost a second backward pass, which is dearer, and the gradients' memory again.
+        micro_batches = list(micro_batches)
+        factors = _factors(accelerator, *_without_gradient(model, micro_batches, progress))
+    numerators: Tensor | float = 0.0
+    denominators: Tensor | float = 0.0
+    metrics: dict[str, Tensor] = {}
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        with nullcontext() if number == count else accelerator.no_sync(model):
+            terms: Terms = model(*micro_batch, progress, diagnostics)
+            if branches > 1 and factors is None:
+                factors = _factors(accelerator, terms.denominators, terms.weights)
+            loss = terms.numerators if factors is None else terms.numerators * factors
+            accelerator.backward(loss.sum())
+        numerators = numerators + terms.numerators.detach().double()
+        denominators = denominators + terms.denominators.double()
+        if diagnostics:
+            metrics = {name: metrics.get(name, 0.0) + value for name, value in terms.metrics.items()}
+    sums = accelerator.reduce(torch.stack([numerators, denominators])).tolist()
+    if branches == 1:
+        _scale(model, accelerator.num_processes / sums[1][0] if sums[1][0] else math.nan)
+    shares = zip(terms.weights.tolist(), *sums, strict=True)
+    return Pooled(
+        sum(weight * over / under if under else math.nan for weight, over, under in shares),
+        accelerator.reduce(metrics),
+    )
+
+
+def _without_gradient(model: nn.Module, micro_batches: Iterable[MicroBatch], progress: float) -> tuple[Tensor, Tensor]:
+    """(denominators of this rank, branch weights)."""
+    with torch.no_grad():
+        terms: list[Terms] = [model(*micro_batch, progress, False) for micro_batch in micro_batches]
+    return torch.stack([each.denominators for each in terms]).sum(0), terms[0].weights
+
+
+def _factors(accelerator: Accelerator, denominators: Tensor, weights: Tensor) -> Tensor:
+    """[branches]: what a numerator is multiplied with, so that the ranks' average is the gradient of the loss."""
+    factors: Tensor = accelerator.num_processes * weights / accelerator.reduce(denominators)
+    return factors
+
+
+def _scale(model: nn.Module, factor: float) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)

@@ -1,0 +1,278 @@
+"""The training loop, on Hugging Face accelerate: one process, DDP or FSDP, by how it is launched.
+
+The loss of a step is one ratio, sum(numerators) / sum(denominators) over all micro-batches of all ranks, so that a step
+is the same however it was cut up. Gradients are averages over ranks (DDP, FSDP), which the factor `ranks` undoes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch.distributed.tensor import DTensor
+
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.errors import TrainingError
+from sglang_auf.target_facts import TargetFacts
+from sglang_auf.training import provenance, run_directory
+from sglang_auf.training.acceleration import check_launch, make_accelerator
+from sglang_auf.training.batch_maker import BatchMaker
+from sglang_auf.training.checkpoint import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
+from sglang_auf.training.features import find_target
+from sglang_auf.training.held_out import HeldOutAnswers
+from sglang_auf.training.initial_weights import initial_drafter, shape_of
+from sglang_auf.training.logbook import Logbook, training_figures
+from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
+from sglang_auf.training.pooled import pooled_gradient
+from sglang_auf.training.recipe import Recipe, differences, parse_recipe
+from sglang_auf.training.step import TrainingStep
+from sglang_auf.training.stop_signals import stop_signals
+from sglang_auf.training.training_data import Plan, load_data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. signal: the one that stopped it before its last step, None when it is finished."""
+
+    run: Path
+    step: int
+    steps: int
+    best_step: int | None
+    best_tau: float | None
+    signal: int | None
+
+
+def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
+    """Train in directory `out`, going on from its last checkpoint if it has one. fresh: start over.
+
+    Raises the errors of errors.py; whatever happens, checkpoints that were complete stay.
+    """
+    try:
+        accelerator = make_accelerator(recipe, out)
+        try:
+            check_launch(recipe, accelerator)
+            with run_directory.opened(out, fresh) if accelerator.is_main_process else nullcontext():
+                accelerator.wait_for_everyone()
+                return Trainer(recipe, out, accelerator).run()
+        finally:
+            accelerator.end_training()
+            AcceleratorState._reset_state(True)  # another run in this process may have another precision
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"no space left for {out} ({problem})",
+            "free space for logs and checkpoints",
+            "free space and run the same command again: it goes on from the last checkpoint",
+        ) from problem
+
+
+class Trainer:
+    """One run, from its data to its last checkpoint."""
+
+    def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator) -> None:
+        self.recipe, self.out, self.accelerator = recipe, out, accelerator
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        target = find_target(recipe.target, recipe.target_revision)
+        self.facts = TargetFacts.of(target)
+        self.config = shape_of(recipe.drafter, target)
+        self.data = load_data(recipe, target, self.facts.vocab_size)
+        self.plan = Plan(self.data.train, recipe)
+        self.batches = BatchMaker(recipe, target, accelerator.device)
+        self.batches.require([*self.data.train, *self.data.held_out])
+        self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
+
+        drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
+        frozen = self.batches.target
+        step = TrainingStep(drafter, frozen.embedding, frozen.head, recipe.objective)
+        optimisers = make_optimisers(drafter, recipe.optimiser)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self.model, *wrapped = accelerator.prepare(step, *optimisers)
+        # Without loss scaling accelerate's wrapper adds nothing to an optimiser.
+        self.optimisers = [optimiser.optimizer for optimiser in wrapped]
+        self.parameters = list(self.model.parameters())
+
+        self.checkpoints = Checkpoints(out, recipe.keep_last)
+        self.state = RunState(
+            step=0,
+            recipe=recipe.model_dump(mode="json"),
+            data_sha256=self.data.sha256,
+            target_config_hash=self.facts.config_hash,
+            ranks=self.ranks,
+            tokens=0,
+            seconds=0.0,
+        )
+
+    def run(self) -> Outcome:
+        """Train from the last checkpoint, or from the start, to the end or to a signal."""
+        self._resume()
+        start, steps = self.state.step, self.plan.steps
+        if self.accelerator.is_main_process:
+            facts = {"target": asdict(self.facts), "data": self.data.facts, "steps": steps}
+            begun = {"step": start, "ranks": self.ranks, **provenance.of_this_run()}
+            run_directory.describe(self.out, self.recipe, facts, begun)
+        if start >= steps:
+            logger.info("%s is finished: all %d steps are done", self.out, steps)
+            return self._outcome(None)
+        self.logbook = Logbook(self.out, self.accelerator, start, steps)
+        try:
+            with stop_signals() as caught:
+                for index in range(start, steps):
+                    stopped = self._advance(index, caught)
+                    if stopped:
+                        logger.info("signal %d: stopped after step %d, which is saved", stopped, index + 1)
+                        return self._outcome(stopped)
+        finally:
+            self.logbook.close()
+        return self._outcome(None)
+
+    def _advance(self, index: int, caught: list[int]) -> int:
+        """One optimiser step and what is due after it; the signal that stops the run here, or 0."""
+        began = time.monotonic()
+        recipe, train, steps, step = self.recipe, self.data.train, self.plan.steps, index + 1
+        epoch, rows = self.plan.at(index)
+        logs = step % recipe.log_every == 0 or step == steps
+        pooled = pooled_gradient(
+            self.accelerator,
+            self.model,
+            (self.batches.with_anchors([train[row] for row in some], epoch) for some in rows[self.rank :: self.ranks]),
+            len(rows) // self.ranks,
+            branches=2 if recipe.drafter.head == "domino" else 1,
+            progress=index / steps,
+            diagnostics=logs,
+        )
+        rate = schedule(index, steps, recipe.schedule.warmup_ratio)
+        norm = self._optimise(step, rate, pooled.loss, rows)
+        tokens = sum(len(train[row]) for some in rows for row in some)
+        self.state = self.state.model_copy(
+            update={
+                "step": step,
+                "loss": pooled.loss,
+                "tokens": self.state.tokens + tokens,
+                "seconds": self.state.seconds + time.monotonic() - began,
+                "evaluation": None,
+            }
+        )
+        self.logbook.step(pooled.loss, tokens)
+        if logs:
+            figures = training_figures(pooled.metrics, self.config.block_size)
+            lr = recipe.optimiser.lr * rate
+            self.logbook.train(step, {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures})
+        better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
+        stopped = 0 if step == steps else self._agreed(caught)
+        if better or stopped or step % recipe.save_every == 0 or step == steps:
+            self._save()
+        return stopped
+
+    def _optimise(self, step: int, rate: float, loss: float, rows: Sequence[Sequence[int]]) -> float:
+        """Clip and step; the gradient's norm before clipping. Raises TrainingError where loss or norm is not finite."""
+        clipped = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optimiser.clip)
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)  # sharded under FSDP
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            ids = [self.data.train[row].id for some in rows for row in some]
+            kept = self.checkpoints.latest()
+            raise TrainingError(
+                f"step {step}: loss {loss}, gradient norm {norm}, on the conversations {', '.join(ids)}",
+                "finite numbers; the weights were not changed by this step",
+                "look at these conversations, or lower optimiser.lr; "
+                + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet"),
+            )
+        set_learning_rate(self.optimisers, rate)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    def _evaluate(self) -> bool:
+        """Held-out figures of the weights as they are, on the main process; True for the best tau so far."""
+        step = self._whole_step()
+        found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
+        broadcast_object_list(found)
+        figures = found[0]
+        tau, best = figures["tau"], self.state.best_tau
+        better = tau is not None and (best is None or tau > best)
+        update: dict[str, Any] = {"evaluation": figures}
+        if better:
+            update |= {"best_step": self.state.step, "best_tau": tau}
+        self.state = self.state.model_copy(update=update)
+        self.logbook.evaluation(self.state.step, figures, better)
+        return better
+
+    def _whole_step(self) -> TrainingStep:
+        """A TrainingStep with all weights on this device, for use outside the wrapped forward."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            whole: TrainingStep = self.accelerator.unwrap_model(self.model)
+            return whole
+        weights, _ = gather(self.model, ())
+        target = self.batches.target
+        step = TrainingStep(Drafter(self.config), target.embedding, target.head, self.recipe.objective)
+        if self.accelerator.is_main_process:
+            step.drafter.load_state_dict(weights)
+        step.to(self.accelerator.device)
+        return step
+
+    def _agreed(self, caught: list[int]) -> int:
+        """The signal any rank has caught: all stop after the same step."""
+        mine = torch.tensor(max(caught, default=0), device=self.accelerator.device)
+        return int(self.accelerator.gather(mine[None]).max()) if self.ranks > 1 else int(mine)
+
+    def _save(self) -> None:
+        weights, optimiser = gather(self.model, self.optimisers)
+        if self.accelerator.is_main_process:
+            self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        """Go on from the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            self.checkpoints.clean()
+            latest = self.checkpoints.latest()
+            found = [latest and read_state(latest)]
+        broadcast_object_list(found)
+        state = found[0]
+        if state is None:
+            return
+        self._refuse_other_run(state)
+        if state.ranks != self.ranks:
+            logger.warning("saved by %d ranks, resumed by %d: sums are rounded differently", state.ranks, self.ranks)
+        weights: Tensors = {}
+        optimiser: Tensors = {}
+        if self.accelerator.is_main_process:
+            weights, optimiser = read_tensors(self.checkpoints.path(state.step))
+            if state.best_step is not None:  # the process may have been killed between saving and linking
+                self.checkpoints.link_best(state.best_step)
+        restore(self.model, self.optimisers, weights, optimiser, self.ranks)
+        self.state = state.model_copy(update={"recipe": self.state.recipe, "ranks": self.ranks})
+        logger.info("resumed %s after step %d", self.out, state.step)
+
+    def _refuse_other_run(self, state: RunState) -> None:
+        different = differences(self.recipe, parse_recipe(state.recipe, f"of {self.out}"))
+        for name in ("data_sha256", "target_config_hash"):
+            if getattr(state, name) != getattr(self.state, name):
+                different.append(f"{name}: {getattr(self.state, name)} here, {getattr(state, name)} there")
+        if different:
+            raise TrainingError(
+                f"the checkpoint in {self.out} is of another run ({'; '.join(different)})",
+                "the recipe, data and target it was saved with",
+                "take those back, give another --out, or start over with --fresh",
+            )
+
+    def _outcome(self, stopped: int | None) -> Outcome:
+        state = self.state
+        return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)

@@ -1,0 +1,91 @@
+"""A step of 8 micro-batches, and its gradient by any number of ranks. Its functions are called by forks.py too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.pooled import MicroBatch, pooled_gradient
+from sglang_auf.training.step import Batch, TrainingStep, draw_anchors
+from tests.tiny_models import VOCABULARY, target_config
+
+MICRO_BATCHES = 8
+PROGRESS = 0.4
+
+
+def make_step(head: str, objective: str) -> TrainingStep:
+    sizes = {"gru_hidden_dim": 8, "emb_dim": 4} if head == "domino" else {}
+    config = DrafterConfig.for_target(
+        target_config(), num_layers=1, target_layer_ids=[1, 2], block_size=5, mask_token_id=3, head=head, **sizes
+    )  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    drafter = Drafter(config)
+    if head == "domino":  # it starts at zero, where the two branches are alike
+        torch.nn.init.normal_(drafter.embed_proj[2].weight)
+    # A head of few distinct rows: a random drafter is then right often enough for supports to differ.
+    tables = torch.randn(2, VOCABULARY, 64)
+    tables[1, 8:] = -10
+    return TrainingStep(drafter, tables[0], tables[1], ObjectiveSettings(name=objective))
+
+
+def micro_batches() -> list[MicroBatch]:
+    """Very unlike in size, so that a mean of means is far from the ratio of sums."""
+    made: list[MicroBatch] = []
+    for number in range(MICRO_BATCHES):
+        generator = torch.Generator().manual_seed(number)
+        rows, length = 1 + number % 3, 10 + 3 * number
+        input_ids = torch.randint(0, 8, (rows, length), generator=generator)
+        loss_mask = torch.rand(rows, length, generator=generator) < 0.9
+        features = torch.randn(rows, length, 128, generator=generator)
+        batch = Batch(input_ids, loss_mask, torch.full((rows,), length), features, [str(row) for row in range(rows)])
+        seeds = [torch.Generator().manual_seed(100 * number + row) for row in range(rows)]
+        made.append((batch, *draw_anchors(loss_mask, 1 + 2 * number, seeds)))
+    return made
+
+
+def step_gradient(cases: list[tuple[str, str]], out: str) -> None:
+    """Write the gradient of the pooled loss of every (head, objective), the loss, and a metric; rank 0 does."""
+    accelerator = Accelerator()
+    found: dict[str, torch.Tensor] = {}
+    for head, objective in cases:
+        model = accelerator.prepare(make_step(head, objective))
+        mine = micro_batches()[accelerator.process_index :: accelerator.num_processes]
+        pooled = pooled_gradient(
+            accelerator, model, iter(mine), len(mine),
+            branches=2 if head == "domino" else 1, progress=PROGRESS, diagnostics=True,
+        )  # fmt: skip
+        step = accelerator.unwrap_model(model)
+        for name, parameter in step.drafter.named_parameters():
+            assert parameter.grad is not None
+            found[f"{head} {objective} {name}"] = parameter.grad.clone()
+        found[f"{head} {objective} loss"] = torch.tensor(pooled.loss)
+        found[f"{head} {objective} blocks"] = pooled.metrics["blocks"]
+    if accelerator.is_main_process:
+        save_file(found, out)
+    accelerator.end_training()
+    AcceleratorState._reset_state(True)
+
+
+def reference(head: str, objective: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradient and loss with all micro-batches in one graph, straight from the definition."""
+    step = make_step(head, objective)
+    terms = [step(*micro_batch, PROGRESS, False) for micro_batch in micro_batches()]
+    over = torch.stack([each.numerators for each in terms]).sum(0)
+    under = torch.stack([each.denominators for each in terms]).sum(0)
+    loss = (terms[0].weights * over / under).sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in step.drafter.named_parameters()}
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}, loss.item()
+
+
+def gradients_in(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)

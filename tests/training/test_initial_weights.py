@@ -1,0 +1,120 @@
+"""Where a drafter starts: the seed, target layers, an earlier drafter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.errors import ConfigError
+from sglang_auf.training.initial_weights import initial_drafter, shape_of
+from sglang_auf.training.recipe import DrafterSettings
+from tests.tiny_models import write_drafter, write_target
+
+
+def settings(**changes: Any) -> DrafterSettings:
+    tiny = {"num_layers": 2, "target_layer_ids": [1, 2], "block_size": 4, "mask_token_id": 3}
+    return DrafterSettings.model_validate(tiny | changes)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("models") / "target")
+
+
+def start(target: Path, seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
+    chosen = settings(**changes)
+    return dict(initial_drafter(shape_of(chosen, target), chosen, target, seed).state_dict())
+
+
+def test_random_weights_are_the_seeds(target: Path) -> None:
+    first, again, other = start(target), start(target), start(target, seed=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+@pytest.mark.parametrize("layers", [(4, 0), (2, 3)])
+def test_layers_of_the_target(target: Path, layers: Sequence[int]) -> None:
+    """Each into the drafter's layer of its place, with the last norm; what a Llama lacks starts at 1."""
+    found, theirs, random = start(target, init=layers), load_file(target / "model.safetensors"), start(target)
+    for place, layer in enumerate(layers):
+        for name, weight in ((name, weight) for name, weight in theirs.items() if f"layers.{layer}." in name):
+            copied = found[name.replace(f"model.layers.{layer}.", f"layers.{place}.")]
+            assert copied.dtype == torch.float32 and torch.equal(copied, weight.float())
+        for norm in ("q_norm", "k_norm"):
+            assert torch.equal(found[f"layers.{place}.self_attn.{norm}.weight"], torch.ones(16))
+    assert torch.equal(found["norm.weight"], theirs["model.norm.weight"].float())
+    assert torch.equal(found["fc.weight"], random["fc.weight"])
+
+
+def rewritten(target: Path, directory: Path, change: Any) -> Path:
+    """The target with `change` applied to its weights."""
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    directory.mkdir()
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text((target / "config.json").read_text())
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("layers", "change", "complaint"),
+    [
+        ([1, 5], lambda weights: None, "no model.layers.5.input_layernorm.weight"),
+        ([1, 1], lambda weights: None, "[1, 1]"),
+        (
+            [1, 2],
+            lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(100, 64)}),
+            "model.layers.2.mlp.up_proj.weight of shape [100, 64] instead of [128, 64]",
+        ),
+        (
+            [1, 2],
+            lambda weights: weights.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}),
+            "model.layers.1.self_attn.q_proj.bias, which a drafter lacks",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit(target: Path, tmp_path: Path, layers: list[int], change: Any, complaint: str) -> None:
+    other = rewritten(target, tmp_path / "other", change)
+    with pytest.raises(ConfigError) as caught:
+        start(other, init=layers)
+    assert complaint in caught.value.found
+
+
+def test_an_earlier_drafter(target: Path, tmp_path: Path) -> None:
+    earlier = write_drafter(tmp_path / "drafter", block_size=8)  # the block size is in no weight
+    found = start(target, num_layers=1, init_from=str(earlier))
+    stored = load_file(earlier / "model.safetensors")
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name].float()) for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_layers": 2}, "num_hidden_layers 1 instead of 2"),
+        ({"target_layer_ids": [1, 3]}, "target_layer_ids (1, 2) instead of (1, 3)"),
+        ({"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4}, "head dflash instead of domino"),
+    ],
+)
+def test_an_earlier_drafter_of_another_shape(
+    target: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    earlier = write_drafter(tmp_path / "drafter")
+    with pytest.raises(ConfigError) as caught:
+        start(target, **{"num_layers": 1, "init_from": str(earlier), **changes})
+    assert complaint in caught.value.found
+
+
+def test_the_shape_is_the_targets(target: Path) -> None:
+    config = shape_of(settings(), target)
+    content = json.loads((target / "config.json").read_text())
+    assert isinstance(config, DrafterConfig)
+    assert (config.hidden_size, config.vocab_size) == (content["hidden_size"], content["vocab_size"])
+    assert (config.num_hidden_layers, config.target_layer_ids, config.block_size) == (2, (1, 2), 4)

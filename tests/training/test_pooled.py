@@ -1,0 +1,108 @@
+"""The gradient of a step does not depend on how its micro-batches are shared among ranks and accumulation steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from sglang_auf.training.pooled import pooled_gradient
+from tests.training import ranks
+
+CASES = [
+    ("dflash", "full"),
+    ("dflash", "auf"),
+    ("dflash", "auf+decay"),
+    ("domino", "decay"),
+    ("domino", "b-auf"),
+    ("domino", "s-auf+d"),
+    ("domino", "f-auf"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(
+    in_fork: Callable[..., list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Number of ranks -> what step_gradient wrote."""
+    directory = tmp_path_factory.mktemp("gradients")
+    for count in (1, 2):
+        statuses = in_fork(
+            "tests.training.ranks:step_gradient", ranks=count, cases=CASES, out=str(directory / f"{count}")
+        )
+        assert statuses == [0] * count
+    return {count: ranks.gradients_in(directory / f"{count}") for count in (1, 2)}
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(("head", "objective"), CASES)
+def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition(
+    found: dict[int, dict[str, torch.Tensor]], head: str, objective: str
+) -> None:
+    gradients, loss = ranks.reference(head, objective)
+    for count in (1, 2):
+        of_case = {
+            name.removeprefix(f"{head} {objective} "): tensor
+            for name, tensor in found[count].items()
+            if name.startswith(f"{head} {objective} ")
+        }
+        assert float(of_case.pop("loss")) == pytest.approx(loss, rel=1e-5)
+        assert of_case.pop("blocks") == sum(int(valid.sum()) for _, _, valid in ranks.micro_batches())
+        assert of_case.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 0, name
+            torch.testing.assert_close(of_case[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mean_of_means_would_be_another_gradient() -> None:
+    """What the test above would miss if the micro-batches were alike."""
+    step = ranks.make_step("dflash", "auf")
+    for micro_batch in ranks.micro_batches():
+        terms = step(*micro_batch, ranks.PROGRESS, False)
+        (terms.numerators / terms.denominators).sum().div(ranks.MICRO_BATCHES).backward()
+    gradients, _ = ranks.reference("dflash", "auf")
+    wrong = step.drafter.fc.weight.grad
+    assert wrong is not None and not torch.allclose(wrong, gradients["fc.weight"], rtol=0.05)
+
+
+def test_micro_batches_are_made_one_at_a_time(accelerator: Accelerator) -> None:
+    """Their features are what fills the memory: none is asked for before the one before it went backward."""
+    step = ranks.make_step("dflash", "auf")
+    norms: list[float] = []
+
+    def drawn() -> Iterator[ranks.MicroBatch]:
+        for micro_batch in ranks.micro_batches():
+            gradient = step.drafter.fc.weight.grad
+            norms.append(0.0 if gradient is None else float(gradient.norm()))
+            yield micro_batch
+
+    pooled_gradient(accelerator, step, drawn(), 8, branches=1, progress=0.0, diagnostics=False)
+    assert len(norms) == 8 and norms[0] == 0 and all(norms[1:]) and len(set(norms)) == 8
+
+
+@pytest.mark.parametrize(("head", "branches"), [("dflash", 1), ("domino", 2)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_any_label_the_loss_is_nan(accelerator: Accelerator, head: str, branches: int, count: int) -> None:
+    step = ranks.make_step(head, "decay")
+    batch, anchors, valid = ranks.micro_batches()[3]
+    nothing = (batch, anchors, torch.zeros_like(valid))
+    pooled = pooled_gradient(
+        accelerator, step, [nothing] * count, count, branches=branches, progress=0.5, diagnostics=False
+    )
+    assert math.isnan(pooled.loss)
+
+
+def test_metrics_are_gathered_only_when_asked_for(accelerator: Accelerator) -> None:
+    step, mine = ranks.make_step("dflash", "auf"), ranks.micro_batches()[:2]
+    for diagnostics in (False, True):
+        pooled = pooled_gradient(accelerator, step, mine, 2, branches=1, progress=0.0, diagnostics=diagnostics)
+        assert ("common_correct" in pooled.metrics) == bool(pooled.metrics) == diagnostics

@@ -1,0 +1,80 @@
+"""A run's directory: one trainer at a time, nobody else's files, a log without what will be made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sglang_auf.errors import TrainingError
+from sglang_auf.training.recipe import parse_recipe
+from sglang_auf.training.run_directory import describe, forget_after, opened
+from tests.training.runs import tiny_recipe
+
+RECIPE = tiny_recipe("some/target", "answers.jsonl")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def make_run(directory: Path) -> None:
+    with opened(directory, fresh=False):
+        describe(directory, RECIPE, {"steps": 3}, {"step": 0})
+        (directory / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (directory / "best").symlink_to("checkpoints/step-00000001")
+        (directory / "metrics.jsonl").touch()
+
+
+def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(TrainingError, match="another process is training")
+    with opened(tmp_path / "run", fresh=False), refused, opened(tmp_path / "run", fresh=True):
+        pass
+    with opened(tmp_path / "run", fresh=False):
+        pass
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_other_files_are_never_mixed_with_a_run(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(TrainingError, match=r"thesis\.tex"), opened(tmp_path, fresh=fresh):
+        pass
+    assert "thesis.tex" in names(tmp_path)
+
+
+def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(TrainingError, match=r"notes\.txt"), opened(tmp_path / "run", fresh=True):
+        pass
+    assert (tmp_path / "run" / "best").resolve().is_dir()
+    (tmp_path / "run" / "notes.txt").unlink()
+    with opened(tmp_path / "run", fresh=True):
+        assert names(tmp_path / "run") == [".lock"]
+
+
+def test_a_run_may_hold_other_files_while_it_is_resumed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").touch()
+    with opened(tmp_path / "run", fresh=False):
+        assert "notes.txt" in names(tmp_path / "run")
+
+
+def test_every_start_is_written_down(tmp_path: Path) -> None:
+    for step in (0, 4, 9):
+        describe(tmp_path, RECIPE, {"steps": 12}, {"step": step, "command": ["x"]})
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["steps"] == 12 and [start["step"] for start in run["starts"]] == [0, 4, 9]
+    assert parse_recipe(yaml.safe_load((tmp_path / "recipe.yaml").read_text()), "saved") == RECIPE
+    assert names(tmp_path) == ["recipe.yaml", "run.json"]
+
+
+def test_what_was_logged_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 5, "lo')
+    forget_after(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:3]
+    forget_after(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -1,0 +1,372 @@
+"""Runs from beginning to end: exact resume, ranks, signals, the best checkpoint, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from sglang_auf.cli import main
+from sglang_auf.drafter.loading import load_drafter
+from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
+from sglang_auf.training.checkpoint import Checkpoints, read_state, read_tensors
+from sglang_auf.training.held_out import HeldOutAnswers
+from sglang_auf.training.recipe import Recipe, parse_recipe
+from sglang_auf.training.trainer import Trainer, train
+from tests.training.runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
+
+Forks = Callable[..., list[int]]
+TRAIN = "tests.training.runs:train_in_fork"
+STEPS = 6
+DOMINO: dict[str, Any] = {
+    "drafter": {"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4},
+    "objective": {"name": "b-auf"},
+    "optimiser": {"lr": 0.01, "name": "muon", "muon_lr": 0.01},
+    "precision": "bf16",
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As forked runs are: on one thread, since sums of several are rounded in another order."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(models: tuple[str, str], in_fork: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs from the first to the last step in one go."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    for name, sections in (("dflash", {}), ("domino", DOMINO)):
+        recipe = tiny_recipe(*models, **sections).model_dump(mode="json")
+        assert in_fork(TRAIN, recipe=recipe, out=str(directory / name)) == [0]
+    return {name: directory / name for name in ("dflash", "domino")}
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Equal in weights, optimiser state and all that was logged."""
+    ends = [read_tensors(run / "checkpoints" / f"step-{STEPS:08d}") for run in (first, second)]
+    for ours, theirs in zip(*ends, strict=True):
+        assert same_weights(ours, theirs)
+    assert metrics(first) == metrics(second)
+    states = [read_state(run / "checkpoints" / f"step-{STEPS:08d}") for run in (first, second)]
+    ours, theirs = (state.model_dump(exclude={"seconds"}) for state in states)
+    assert ours == theirs
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills", "saved"),
+    [
+        # In a backward pass, while the files of a checkpoint are flushed, before its rename, just after it, before
+        # `best` is linked, before an old checkpoint is removed, and in a backward pass again.
+        ("dflash", (5, 15, 18, 19, 17, 19, 12), [0, 0, 0, 2, 3, 4, 4]),
+        ("domino", (18, 17, 10), [2, 3, 3]),
+    ],
+)
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
+    models: tuple[str, str],
+    in_fork: Forks,
+    unbroken: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    kills: tuple[int, ...],
+    saved: list[int],
+) -> None:
+    recipe = tiny_recipe(*models, **(DOMINO if kind == "domino" else {})).model_dump(mode="json")
+    out = tmp_path / "run"
+    steps = []
+    for kill_at in kills:
+        assert in_fork(TRAIN, recipe=recipe, out=str(out), kill_at=kill_at) == [-signal.SIGKILL]
+        steps.append(max(Checkpoints(out, 1).steps(), default=0))
+    assert steps == saved
+    assert in_fork(TRAIN, recipe=recipe, out=str(out)) == [0]
+    assert_same_run(out, unbroken[kind])
+    assert not list((out / "checkpoints").glob(".*"))
+    starts = json.loads((out / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, *steps]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tiny_recipe(*models), tmp_path / "run"
+    advance = Trainer._advance
+
+    def interrupted(self: Trainer, index: int, caught: list[int]) -> int:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, index, caught)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_advance", interrupted)
+        outcome = train(recipe, out)
+    assert (outcome.step, outcome.steps, outcome.signal) == (3, STEPS, signal.SIGTERM)
+    assert max(Checkpoints(out, 1).steps()) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+    outcome = train(recipe, out)
+    assert (outcome.step, outcome.signal) == (STEPS, None)
+    assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
+
+
+def test_a_finished_run_is_left_as_it_is(models: tuple[str, str], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*models)
+    first = train(recipe, tmp_path / "run")
+    logged = metrics(tmp_path / "run")
+    assert train(recipe, tmp_path / "run") == first
+    assert metrics(tmp_path / "run") == logged
+
+
+def test_a_run_of_another_recipe_is_refused_and_kept(models: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, schedule={"max_steps": 2}), out)
+    with pytest.raises(TrainingError) as caught:
+        train(tiny_recipe(*models, schedule={"max_steps": 3}, optimiser={"lr": 0.02}), out)
+    assert "optimiser.lr: 0.02 here, 0.01 there" in caught.value.found
+    assert "schedule.max_steps: 3 here, 2 there" in caught.value.found
+    assert "--fresh" in caught.value.remedy
+    assert max(Checkpoints(out, 1).steps()) == 2
+
+
+def test_a_run_on_other_data_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    target, data = models
+    changed = tmp_path / "answers.jsonl"
+    changed.write_text(Path(data).read_text())
+    recipe = tiny_recipe(target, str(changed), schedule={"max_steps": 2})
+    train(recipe, tmp_path / "run")
+    moved = changed.rename(tmp_path / "moved.jsonl")
+    assert train(recipe.with_sources([str(moved)]), tmp_path / "run").step == 2
+    moved.write_text(moved.read_text().replace("row-3", "row-33"))
+    with pytest.raises(TrainingError, match="data_sha256"):
+        train(recipe.with_sources([str(moved)]), tmp_path / "run")
+
+
+def test_how_often_is_logged_may_change(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == 3 else 0)
+        train(tiny_recipe(*models, save_every=3, evaluate_every=6, log_every=2), tmp_path / "run")
+    train(tiny_recipe(*models), tmp_path / "run")
+    assert same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken["dflash"], STEPS))
+
+
+def test_fresh_starts_over(models: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, schedule={"max_steps": 2}, seed=1), out)
+    assert train(tiny_recipe(*models, schedule={"max_steps": 1}), out, fresh=True).step == 1
+    assert Checkpoints(out, 1).steps() == [1]
+    assert {row["step"] for row in metrics(out)} == {1}
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 1
+
+
+# --- ranks ---
+
+
+def test_two_ranks_train_as_one_and_resume_exactly(
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*models).model_dump(mode="json")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(whole)) == [0, 0]
+    # Only the second rank is asked to stop, in its third step: it makes two backward passes in each.
+    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(broken), term_at=5) == [0, 0]
+    assert Path(f"{broken}.signal").read_text() == str(int(signal.SIGTERM))
+    assert max(Checkpoints(broken, 1).steps()) == 3
+    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(broken)) == [0, 0]
+    for file in ("model.safetensors", "optimiser/state.safetensors"):
+        place = Path("checkpoints") / f"step-{STEPS:08d}" / file
+        assert (whole / place).read_bytes() == (broken / place).read_bytes()
+    together, alone = (weights_at(run, STEPS) for run in (whole, unbroken["dflash"]))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-4)
+    losses = [[row["loss"] for row in metrics(run)] for run in (whole, unbroken["dflash"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- what a run leaves ---
+
+
+def test_what_is_logged(unbroken: dict[str, Path]) -> None:
+    rows = metrics(unbroken["dflash"])
+    training = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in training] == list(range(1, STEPS + 1))
+    shown = {"loss", "lr", "grad_norm", "epoch", "r_active", "support_accuracy", "common_accuracy"}
+    assert all(row.keys() >= shown | {"alpha_1", "alpha_2", "alpha_3"} for row in training)
+    assert all(1 / 4 <= row["r_active"] <= 3 / 4 and math.isfinite(row["loss"]) for row in training)
+    assert [row["step"] for row in rows if row["kind"] == "held_out"] == [3, 6]
+    assert all(row["tau"] >= 1 for row in rows if row["kind"] == "held_out")
+    assert list((unbroken["dflash"] / "tensorboard").glob("events.*"))
+
+
+def test_what_a_run_was_is_written_beside_it(models: tuple[str, str], unbroken: dict[str, Path]) -> None:
+    run = json.loads((unbroken["dflash"] / "run.json").read_text())
+    assert run["data"]["sources"] == [models[1]] and len(run["data"]["sha256"]) == 64
+    assert run["data"]["train"] + run["data"]["held_out"] == 26 and run["data"]["held_out"] == 4
+    assert run["target"]["vocab_size"] == 64 and run["steps"] == STEPS
+    assert {"git_revision", "versions", "command", "ranks", "step"} <= run["starts"][0].keys()
+    drafter = load_drafter(unbroken["dflash"] / "best")
+    assert drafter.config.target_layer_ids == (1, 3)
+
+
+def test_training_lowers_the_loss(models: tuple[str, str], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*models, schedule={"max_steps": 40}, evaluate_every=40, save_every=40)
+    train(recipe, tmp_path / "run")
+    losses = [row["loss"] for row in metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_tau(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taus = iter([1.25, 2.5, 2.5, None, 1.5])
+    monkeypatch.setattr(HeldOutAnswers, "figures", lambda self, step: {"tau": next(taus), "accuracy": 0.5, "loss": 3.0})
+    recipe = tiny_recipe(*models, schedule={"max_steps": 5}, evaluate_every=1, save_every=5, keep_last=1)
+    outcome = train(recipe, tmp_path / "run")
+    assert (outcome.best_step, outcome.best_tau) == (2, 2.5)
+    assert Checkpoints(tmp_path / "run", 1).steps() == [2, 5]
+    best = read_state(tmp_path / "run" / "best")
+    assert best.step == 2 and best.evaluation == {"tau": 2.5, "accuracy": 0.5, "loss": 3.0}
+    last = read_state(tmp_path / "run" / "checkpoints" / "step-00000005")
+    assert (last.best_step, last.best_tau, last.evaluation and last.evaluation["tau"]) == (2, 2.5, 1.5)
+
+
+def test_arms_see_the_same_batches_and_anchors(models: tuple[str, str], tmp_path: Path) -> None:
+    """What is trained on must not depend on the objective."""
+    counts = []
+    for name in ("full", "auf"):
+        train(tiny_recipe(*models, objective={"name": name}, schedule={"max_steps": 2}), tmp_path / name)
+        counts.append([row["alpha_1"] for row in metrics(tmp_path / name) if row["step"] == 1])
+    assert counts[0] == counts[1]
+
+
+# --- what stops a run ---
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_conversations(tmp_path: Path) -> None:
+    """Rows 3 and 11 are poisoned; which step they come in is the plan's choice."""
+    models = write_models(tmp_path, poisoned=(3, 11))
+    recipe = tiny_recipe(*models, save_every=1, evaluate_every=6, batch={"micro_batches": 1}, keep_last=9)
+    with pytest.raises(TrainingError) as caught:
+        train(recipe, tmp_path / "run")
+    assert "loss nan" in caught.value.found
+    assert any(f"row-{row}" in caught.value.found.replace(",", " ").split() for row in (3, 11))
+    step = int(caught.value.found.split(":")[0].removeprefix("step "))
+    saved = Checkpoints(tmp_path / "run", 9).steps()
+    assert saved == list(range(1, step))
+    for each in saved:
+        assert all(tensor.isfinite().all() for tensor in weights_at(tmp_path / "run", each).values())
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tiny_recipe(*models), tmp_path / "run"
+    write = Checkpoints.write
+
+    def on_a_full_disk(self: Checkpoints, config: Any, weights: Any, optimiser: Any, state: Any) -> Path:
+        lift = limit_file_size(50_000 if state.step == 4 else 2**40)
+        try:
+            return write(self, config, weights, optimiser, state)
+        finally:
+            lift()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", on_a_full_disk)
+        with pytest.raises(TrainingError, match="step 4 could not be written"):
+            train(recipe, out)
+    assert max(Checkpoints(out, 1).steps()) == 3
+    train(recipe, out)
+    assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "complaint"),
+    [
+        ({"data": {"sources": []}}, ConfigError, "without data.sources"),
+        ({"data": {"sources": ["missing.jsonl"]}}, DataError, "missing.jsonl"),
+        ({"data": {"held_out": 26}}, DataError, "0 rows to train on"),
+        ({"data": {"max_length": 6}}, DataError, "no row"),
+        ({"batch": {"micro_batches": 30}}, DataError, "22 rows"),
+        ({"drafter": {"mask_token_id": 64}}, ConfigError, "mask_token_id 64 of 64 tokens"),
+        ({"drafter": {"target_layer_ids": [1, 5]}}, ConfigError, "[1, 5]"),
+        ({"target": "no/such/target"}, TargetError, "no/such/target"),
+        ({"features": "no-cache"}, DataError, "no-cache"),
+        ({"features": "no-cache", "objective": {"name": "auf", "labels": "target"}}, ConfigError, "labels target"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    models: tuple[str, str], tmp_path: Path, sections: dict[str, Any], error: type[AufError], complaint: str
+) -> None:
+    with pytest.raises(error) as caught:
+        train(changed(tiny_recipe(*models), **sections), tmp_path / "run")
+    assert complaint in caught.value.found
+    assert not Checkpoints(tmp_path / "run", 1).steps()
+
+
+# --- settings that change what is computed ---
+
+
+def test_labels_of_the_target_are_another_loss(models: tuple[str, str], tmp_path: Path) -> None:
+    losses = []
+    for labels in ("text", "target"):
+        recipe = tiny_recipe(*models, objective={"name": "full", "labels": labels}, schedule={"max_steps": 1})
+        train(recipe, tmp_path / labels)
+        losses.append(metrics(tmp_path / labels)[0]["loss"])
+    assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+
+
+# --- the command ---
+
+
+def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(json.dumps(without_sources(tiny_recipe(*models))))
+    command = ["train", str(recipe), "--out", str(out), "--data", models[1], "--set", "schedule.max_steps=2"]
+    assert main(command) == 0
+    assert f"{out}: 2 steps; best held-out tau" in capsys.readouterr().out
+    assert main([*command, "--set", "optimiser.lr=0.5"]) == 2
+    assert "optimiser.lr: 0.5 here, 0.01 there" in capsys.readouterr().err
+
+
+def test_the_command_tells_of_a_signal(
+    models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tiny_recipe(*models).model_dump(mode="json")))
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    assert f"stopped after step 1 of {STEPS}" in capsys.readouterr().out
+
+
+def changed(recipe: Recipe, **sections: Any) -> Recipe:
+    content = recipe.model_dump(mode="json")
+    for name, section in sections.items():
+        content[name] = {**content[name], **section} if isinstance(section, dict) else section
+    return parse_recipe(content, "of a test")
+
+
+def without_sources(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.model_dump(mode="json")
+    del content["data"]["sources"]
+    return content
