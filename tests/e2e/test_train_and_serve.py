@@ -111,7 +111,9 @@ def trained(target: Path, answers: list[dict[str, Any]], directory: Path, **draf
     return export_checkpoint(directory / "run", directory / "drafter")
 
 
-@pytest.mark.parametrize("shape", [{}, {"head": "domino", "gru_hidden_dim": 32, "emb_dim": 16}], ids=["dflash", "domino"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"head": "domino", "gru_hidden_dim": 32, "emb_dim": 16}], ids=["dflash", "domino"]
+)
 def test_overfitted_drafter_is_served_as_the_torch_models_decode(
     target: Path, answers: list[dict[str, Any]], tmp_path: Path, shape: dict[str, Any]
 ) -> None:
