@@ -1,4 +1,5 @@
 # make demo   install, prepare the target, and compare the accelerated server with plain decoding
+# make train-demo  answers, training with AUF, export, serving: tau before and after, in minutes
 # make test   every test, end-to-end ones included
 # make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
 # make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed-$(PINS)
 LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
 BIN := $(VENV)/bin
 
-.PHONY: demo test serve bench lint env
+.PHONY: demo train-demo test serve bench lint env
 
 env: $(LINK)
 
@@ -33,6 +34,10 @@ $(STAMP):
 demo: env
 	$(BIN)/sglang-auf prepare smollm2-135m
 	$(BIN)/python -m benchmarks compare --profile smollm2-135m --tasks sample --limit 2 --max-tokens 128 --out runs/demo $(ARGS)
+
+train-demo: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m benchmarks train-demo $(ARGS)
 
 test: env
 	$(BIN)/sglang-auf prepare smollm2-135m

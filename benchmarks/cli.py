@@ -17,7 +17,16 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from benchmarks.config import CompareConfig, IdentityConfig, LosslessConfig, RunConfig, SpeedConfig
+from benchmarks.config import (
+    CompareConfig,
+    IdentityConfig,
+    LosslessConfig,
+    RivalStepsConfig,
+    RunConfig,
+    SpeedConfig,
+    StepConfig,
+    TrainDemoConfig,
+)
 from sglang_auf.errors import AufError, ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -105,6 +114,37 @@ def _speed(options: Options) -> int:
     return 1 if report.failed else 0
 
 
+def _step(options: Options) -> int:
+    from benchmarks.step_markdown import step_markdown
+    from benchmarks.training_step import measure_step
+
+    config = _validated(StepConfig, options)
+    report = measure_step(config)
+    print(_written(report, step_markdown(report), config.out / "step"))
+    return 0
+
+
+def _rival_steps(options: Options) -> int:
+    from benchmarks.rival_steps import measure_rival_steps
+    from benchmarks.step_markdown import rival_steps_markdown
+
+    config = _validated(RivalStepsConfig, options)
+    report = measure_rival_steps(config)
+    print(_written(report, rival_steps_markdown(report), config.out / "rival-steps"))
+    return 1 if any(step.error for step in report.steps) else 0
+
+
+def _train_demo(options: Options) -> int:
+    from benchmarks.table import train_demo_text
+    from benchmarks.train_demo import train_demo
+
+    config = _validated(TrainDemoConfig, options)
+    result = train_demo(config)
+    print(train_demo_text(result))
+    print(f"\nwritten to {config.out}")
+    return 0 if result.passed else 1
+
+
 def _written(report: BaseModel, text: str, stem: Path) -> str:
     """Write STEM.json and STEM.md; returns what to print."""
     stem.with_suffix(".json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -131,6 +171,17 @@ def _parser() -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="table of speeds, DFLASH included", description=SpeedConfig.__doc__)
     _add_fields(speed, SpeedConfig)
     speed.set_defaults(command=_speed)
+    step = commands.add_parser("step", help="time and memory of a training step", description=StepConfig.__doc__)
+    _add_fields(step, StepConfig)
+    step.set_defaults(command=_step)
+    rivals = commands.add_parser(
+        "rival-steps", help="a training step against other packages'", description=RivalStepsConfig.__doc__
+    )
+    _add_fields(rivals, RivalStepsConfig)
+    rivals.set_defaults(command=_rival_steps)
+    demo = commands.add_parser("train-demo", help="train a drafter and serve it", description=TrainDemoConfig.__doc__)
+    _add_fields(demo, TrainDemoConfig)
+    demo.set_defaults(command=_train_demo)
     return parser
 
 

@@ -118,3 +118,45 @@ class LosslessConfig(_Config):
     plain: Path = Field(description="run directory of the plain server of the same target")
     base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
     logit_scale: float = Field(24.0, gt=0, description="size of the target's top logits; sets the near-tie bar")
+
+
+class TrainDemoConfig(_Config):
+    """From prompts to a served drafter: regenerate, train, export, serve, and tau before and after."""
+
+    profile: str = Field("smollm2-135m", description="server profile; its target answers and is trained for")
+    recipe: str = Field("smollm2-135m-demo", description="training recipe, a name or a file")
+    prompts: int = Field(160, ge=8, description="training prompts, made from templates")
+    max_tokens: int = Field(96, ge=8, description="new tokens of one answer at most, trained on and measured")
+    concurrency: int = Field(16, ge=1, description="training answers in flight")
+    limit: int = Field(2, ge=1, description="measured prompts of each bundled sample task")
+    out: Path = Field(Path("runs/train-demo"), description="result directory; what is done in it is not done again")
+
+
+class StepConfig(_Config):
+    """One training step of AUF against `decay`, forward and backward, on synthetic batches: time and peak memory."""
+
+    shapes: Names = Field(("smollm2-135m", "qwen3-8b"), description="comma-separated shapes (tiny is another one)")
+    r_active: float = Field(0.25, gt=0, lt=1, description="share of a block's slots that AUF is to keep, about")
+    rounds: int = Field(5, ge=1, description="steps of each variant, interleaved; medians are reported")
+    table: bool = Field(True, description="also anchors x length, on one row of the first shape")
+    table_anchors: Counts = Field((64, 128, 256, 512), description="comma-separated anchors of that table")
+    table_lengths: Counts = Field((1024, 2048, 3072), description="comma-separated tokens of its row")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu or cuda")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 (autocast, as the trainer has it) or fp32")
+    out: Path = Field(Path("runs/step"), description="result directory; earlier results are replaced")
+
+
+class RivalStepsConfig(_Config):
+    """One DFlash training step of this trainer against other packages', each in a virtual environment of its own."""
+
+    venvs: tuple[str, ...] = Field(
+        (), alias="venv", description="specforge=PATH or speculators=PATH, its environment; may be repeated"
+    )
+    shape: str = Field("smollm2-135m", description="shape of the drafter: smollm2-135m, qwen3-8b or tiny")
+    length: int = Field(1024, ge=16, description="tokens of the one row")
+    anchors: int = Field(128, ge=1, description="blocks in it")
+    r_active: float = Field(0.25, gt=0, lt=1, description="share of a block's slots that AUF is to keep, about")
+    rounds: int = Field(5, ge=1, description="steps of each trainer, interleaved; medians are reported")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu or cuda")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16, as each package trains in it, or fp32")
+    out: Path = Field(Path("runs/rival-steps"), description="result directory; earlier results are replaced")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.compare import Comparison
 from benchmarks.lossless import Losslessness
 from benchmarks.summary import MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
+from benchmarks.train_demo import Served, TrainDemo
 
 NOTE = (
     "tau = (completion tokens - 1) / verify steps; macro: mean over prompts, then over tasks; micro: ratio of sums;\n"
@@ -41,6 +42,30 @@ def comparison_text(result: Comparison) -> str:
     if result.lossless is not None:
         parts.append(lossless_text(result.lossless))
     return "\n\n".join(parts)
+
+
+def train_demo_text(result: TrainDemo) -> str:
+    config = result.config
+    lines = [
+        f"{result.answers} answers of {config.profile} to prompts from templates, {result.answer_tokens:,} tokens; "
+        f"recipe {config.recipe}",
+        f"held-out tau at the best checkpoint, by the trainer's walk: {result.held_out_tau:.3f}",
+        "",
+        "served: the bundled sample tasks, greedy, concurrency 1",
+        _served_line("before", result.before),
+        _served_line("after", result.after),
+        "",
+        "seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in result.seconds.items()),
+        f"loss curve: {result.curves}",
+    ]
+    return "\n".join(lines)
+
+
+def _served_line(name: str, served: Served) -> str:
+    return (
+        f"{name:8} tau {_number(served.tau_macro)} macro, {_number(served.tau_micro)} micro; speed-up "
+        f"{_number(served.speedup)}; {served.identical} of {served.compared} answers are plain decoding's"
+    )
 
 
 def lossless_text(result: Losslessness) -> str:

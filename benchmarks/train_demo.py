@@ -1,0 +1,154 @@
+"""From prompts to a served drafter in one call: answers by the target, training with AUF, export, serving, tau.
+
+Everything runs through the commands a user has: `sglang-auf regenerate`, `train` and `export`, and `python -m server`.
+The amounts are a demonstration's: what comes out shows that the path works, not how good a drafter can be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.compare import compare_servers
+from benchmarks.config import CompareConfig, TrainDemoConfig
+from benchmarks.curves import draw_curves
+from benchmarks.demo_prompts import demo_prompts
+from benchmarks.random_drafter import write_random_drafter
+from benchmarks.servers import serve
+from sglang_auf.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class Served(BaseModel):
+    """A drafter behind the server, next to plain decoding."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tau_macro: float | None
+    tau_micro: float | None
+    speedup: float | None
+    identical: int
+    compared: int
+    passed: bool
+
+
+class TrainDemo(BaseModel):
+    """train-demo.json. Seconds by part; held_out_tau: the best checkpoint's, by the trainer's own walk."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: TrainDemoConfig
+    answers: int
+    answer_tokens: int
+    held_out_tau: float
+    before: Served
+    after: Served
+    seconds: dict[str, float]
+    curves: Path
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Both served losslessly, and training has raised tau."""
+        taus = (self.before.tau_macro, self.after.tau_macro)
+        return self.before.passed and self.after.passed and None not in taus and taus[1] > taus[0]  # type: ignore[operator]
+
+
+def train_demo(config: TrainDemoConfig) -> TrainDemo:
+    """Run all parts under config.out. What an earlier call finished is used again: every part can be resumed."""
+    out = config.out
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    prompts, answers, run, drafter = out / "prompts.jsonl", out / "answers.jsonl", out / "run", out / "drafter"
+    rows = demo_prompts(config.prompts)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    began = time.monotonic()
+    with serve(config.profile, plain=True, log_file=out / "plain-server.log") as server:
+        _command(
+            [
+                *("regenerate", str(prompts), "--base-url", f"{server.base_url}/v1", "--out", str(answers)),
+                *("--max-tokens", str(config.max_tokens), "--concurrency", str(config.concurrency)),
+            ]
+        )
+    seconds["regenerate"] = time.monotonic() - began
+
+    began = time.monotonic()
+    _command(["train", config.recipe, "--data", str(answers), "--out", str(run)])
+    _command(["export", str(run), str(drafter), "--force"])
+    seconds["train and export"] = time.monotonic() - began
+
+    began = time.monotonic()
+    untrained = write_random_drafter(drafter, out / "untrained")
+    before = _served(config, untrained, out / "before")
+    after = _served(config, drafter.resolve(), out / "after")
+    seconds["serve and measure, twice"] = time.monotonic() - began
+
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    result = TrainDemo(
+        config=config,
+        answers=len(written),
+        answer_tokens=sum(len(row.get("response_ids") or ()) for row in written),
+        held_out_tau=max(row["tau"] for row in metrics if row["kind"] == "held_out" and row["tau"] is not None),
+        before=before,
+        after=after,
+        seconds=seconds,
+        curves=draw_curves({"demo": metrics}, out / "curves.png"),
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        command=provenance.command(),
+    )
+    (out / "train-demo.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """One `sglang-auf` command in a process of its own, its output on this terminal."""
+    log.info("sglang-auf %s", " ".join(arguments))
+    ended = subprocess.run([sys.executable, "-m", "sglang_auf.cli", *arguments], check=False, env=dict(os.environ))
+    if ended.returncode:
+        raise TrainingError(
+            f"sglang-auf {arguments[0]} ended with exit code {ended.returncode}",
+            "exit code 0",
+            "see its message above; the same command goes on from what is done",
+        )
+
+
+def _served(config: TrainDemoConfig, drafter: Path, out: Path) -> Served:
+    comparison = compare_servers(
+        CompareConfig.model_validate(
+            {
+                "profile": config.profile,
+                "set": [f"drafter={drafter}"],
+                "tasks": ["sample"],
+                "limit": config.limit,
+                "max_tokens": config.max_tokens,
+                "rounds": 2,
+                "out": out,
+            }
+        )
+    )
+    lossless = comparison.lossless
+    assert lossless is not None
+    return Served(
+        tau_macro=comparison.macro.tau,
+        tau_micro=comparison.micro.tau,
+        speedup=comparison.speedup,
+        identical=lossless.identical,
+        compared=lossless.identical + lossless.near_tie + lossless.fault,
+        passed=comparison.passed,
+    )
