@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.identity import IdentityReport
 from benchmarks.speed import Agreement, SpeedReport
@@ -20,7 +20,7 @@ def identity_markdown(report: IdentityReport) -> str:
         identical = "reference" if row.identical is None else f"{row.identical} of {compared}"
         prompts = f"{row.prompts} ({row.failed} FAILED)" if row.failed else str(row.prompts)
         forks = "-" if row.identical is None else str(len(row.forks))
-        figures = [_number(row.tokens_per_s, 1), _number(row.tau)]
+        figures = [markdown_number(row.tokens_per_s, 1), markdown_number(row.tau)]
         rows.append([row.variant, str(row.concurrency), prompts, identical, forks, *figures])
     asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(config.tasks)}"
     outcome = "passed" if report.passed else "FAILED"
@@ -34,7 +34,7 @@ def identity_markdown(report: IdentityReport) -> str:
             for fork in row.forks
         ),
     ]
-    return "\n\n".join([asked, _table(rows), "\n".join(notes), _origin(report)]) + "\n"
+    return "\n\n".join([asked, markdown_table(rows), "\n".join(notes), markdown_origin(report)]) + "\n"
 
 
 def speed_markdown(report: SpeedReport) -> str:
@@ -43,9 +43,9 @@ def speed_markdown(report: SpeedReport) -> str:
     rows[0] += ["AUF / plain", "AUF / DFLASH", "tau AUF", "tau DFLASH"]
     for level in report.levels:
         prompts = f"{level.prompts} ({level.failed} FAILED)" if level.failed else str(level.prompts)
-        speeds = [_number(level.tokens_per_s[name], 1) for name in NAMES]
+        speeds = [markdown_number(level.tokens_per_s[name], 1) for name in NAMES]
         ratios = [level.auf_over_plain, level.auf_over_dflash, level.tau["auf"], level.tau["dflash"]]
-        rows.append([str(level.concurrency), prompts, *speeds, *map(_number, ratios)])
+        rows.append([str(level.concurrency), prompts, *speeds, *map(markdown_number, ratios)])
     asked = (
         f"{config.profile} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} new "
         f"tokens, {', '.join(report.tasks)}; medians of {config.rounds} interleaved rounds"
@@ -61,28 +61,36 @@ def speed_markdown(report: SpeedReport) -> str:
         lines.append(
             f"- step cost at concurrency 1: AUF {_milliseconds(cost.auf_s)} a verify step, DFLASH "
             f"{_milliseconds(cost.dflash_s)}, plain {_milliseconds(cost.plain_s)} a token; AUF / plain "
-            f"{_number(cost.ratio)}"
+            f"{markdown_number(cost.ratio)}"
         )
-    return "\n\n".join([asked, _table(rows), "\n".join(lines), _origin(report)]) + "\n"
+    return "\n\n".join([asked, markdown_table(rows), "\n".join(lines), markdown_origin(report)]) + "\n"
 
 
 def _same(agreement: Agreement) -> str:
     return f"{agreement.same_tokens} of {agreement.compared}"
 
 
-def _origin(report: IdentityReport | SpeedReport) -> str:
-    machine: dict[str, Any] = report.machine
+class Measured(Protocol):
+    """A report that says where it comes from."""
+
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+
+def markdown_origin(report: Measured) -> str:
+    machine = report.machine
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in report.versions.items())
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
     return f"Machine: {', '.join([where, *machine['gpus']])}.\n{versions}.\nCommand: `{shlex.join(report.command)}`"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *("---:" for _ in rows[0][1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def markdown_number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -1,0 +1,33 @@
+"""This trainer's step, through the same protocol as the others'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.step_shapes import SHAPES
+from benchmarks.step_variants import Bench
+from sglang_auf.training.step import draw_anchors
+
+
+def prepare(job: Job, attention: str) -> MakeStep:
+    bench = Bench(SHAPES[job["shape"]], job["device"], job["precision"])
+
+    def make_step(length: int, anchors: int, number: int) -> Step:
+        size = bench.shape.sized(anchors, length)
+        batch, drawn, valid = bench.batch(size, job["r_active"], seed=number)
+        generator = torch.Generator().manual_seed(number)
+
+        def step() -> Tensor:
+            draw_anchors(batch.loss_mask, anchors, [generator])  # the labels fit `drawn`; the others draw in the step
+            return torch.tensor(bench.run(job["step"], (batch, drawn, valid)).loss)
+
+        bench.drop_gradients()
+        return step
+
+    return make_step
+
+
+if __name__ == "__main__":
+    serve("sglang-auf", ["own"], prepare)

@@ -1,0 +1,78 @@
+"""What `step` and `rival-steps` write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.config import RivalStepsConfig, StepConfig
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Cost(_Model):
+    """One way to make the step. seconds: median of rounds; peak_mib: beyond weights and batch; r_active: kept of B."""
+
+    seconds: float
+    rounds: list[float]
+    peak_mib: float
+    r_active: float
+
+
+class Cell(_Model):
+    """One size of batch. Ratios: AUF to each other way; of time, the median of the rounds' ratios."""
+
+    shape: str
+    rows: int
+    length: int
+    anchors: int
+    costs: dict[str, Cost]
+    time_ratio: dict[str, float]
+    memory_ratio: dict[str, float]
+
+
+class StepReport(_Model):
+    """step.json. cells: one a shape; table: anchors x length on one row of the first shape; threads: torch's."""
+
+    config: StepConfig
+    cells: list[Cell]
+    table: list[Cell]
+    threads: int
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+
+class RivalStep(_Model):
+    """One trainer's step: medians over rounds, or the error it ended with.
+
+    attention: the implementation that ran; refused: the ones tried before it, with their errors. tokens_per_s: of the
+    row. peak_mib: beyond weights and batch, gradients included.
+    """
+
+    trainer: str
+    step: str
+    version: str | None = None
+    torch: str | None = None
+    attention: str | None = None
+    refused: dict[str, str] = {}
+    seconds: float | None = None
+    rounds: list[float] = []
+    tokens_per_s: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+    error: str | None = None
+
+
+class RivalReport(_Model):
+    """rival-steps.json."""
+
+    config: RivalStepsConfig
+    steps: list[RivalStep]
+    threads: int
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]

@@ -1,0 +1,96 @@
+"""Shapes of drafter and batch that `step` and `rival-steps` measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang_auf.drafter.config import DrafterConfig
+
+GAMMAS = {8: 4.0, 16: 7.0}
+"""Decay length in slots by block size: arXiv 2602.06036."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A drafter and the amount of one step: rows of `length` tokens, `anchors` blocks in each."""
+
+    name: str
+    drafter: DrafterConfig
+    rows: int
+    length: int
+    anchors: int
+
+    @property
+    def gamma(self) -> float:
+        return GAMMAS[self.drafter.block_size]
+
+    def sized(self, anchors: int, length: int) -> Shape:
+        """The same drafter on one row."""
+        return replace(self, rows=1, anchors=anchors, length=length)
+
+
+SMOLLM2_135M: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+}
+QWEN3_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+}
+TINY = SMOLLM2_135M | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+}
+
+SHAPES = {
+    # The drafter and the anchors a row of the recipe smollm2-135m-auf; four of its conversations.
+    "smollm2-135m": Shape(
+        "smollm2-135m",
+        DrafterConfig.for_target(
+            SMOLLM2_135M, num_layers=2, target_layer_ids=[7, 20, 28], block_size=8, mask_token_id=3
+        ),
+        rows=4,
+        length=512,
+        anchors=128,
+    ),
+    # The taps, block and head of the recipe qwen3-8b-dflash-auf; one layer and few anchors, so that a CPU can.
+    "qwen3-8b": Shape(
+        "qwen3-8b",
+        DrafterConfig.for_target(
+            QWEN3_8B, num_layers=1, target_layer_ids=[1, 9, 17, 25, 33], block_size=16, mask_token_id=151669
+        ),
+        rows=1,
+        length=256,
+        anchors=64,
+    ),
+    # To try the command.
+    "tiny": Shape(
+        "tiny",
+        DrafterConfig.for_target(TINY, num_layers=1, target_layer_ids=[1, 2], block_size=8, mask_token_id=3),
+        rows=2,
+        length=96,
+        anchors=48,
+    ),
+}

@@ -1,0 +1,172 @@
+"""One training step, forward and backward, in the three ways that are compared, on synthetic batches.
+
+A batch is arranged so that the drafter is right as often as a trained one: each token of the text is, with a set
+probability, the drafter's own argmax at that position. So blocks fail where they would in training. Weights and
+features are random, and no optimiser steps: the same batch costs the same each time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.step_shapes import Shape
+from sglang_auf.drafter.backbone import Drafter
+from sglang_auf.errors import ConfigError
+from sglang_auf.training.head import head_argmax
+from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.step import Batch, Terms, TrainingStep, draw_anchors
+
+AUF, DECAY, DENSE = "auf", "decay", "decay-dense"
+VARIANTS = (AUF, DECAY, DENSE)
+
+DENSE_BLOCKS = 128
+"""Blocks whose logits exist at one time in the usual implementation (SpecForge's objective_chunk_blocks)."""
+
+MASK_LOGIT = 12.0
+"""About the logit of the mask token, which this random drafter predicts in every slot."""
+
+MicroBatch = tuple[Batch, Tensor, Tensor]
+"""A batch, its anchors and which of them count: the arguments of TrainingStep."""
+
+
+class DenseDecay(TrainingStep):
+    """`decay` as it is usually computed: all logits of DENSE_BLOCKS blocks at a time, under activation checkpointing.
+
+    Loss and gradient are those of TrainingStep. The logits are made in the forward pass, and again in the backward.
+    """
+
+    def forward(
+        self, batch: Batch, anchors: Tensor, valid: Tensor, progress: float = 0.0, diagnostics: bool = False
+    ) -> Terms:
+        hidden, tokens, mask = self.blocks(batch, anchors, valid)
+        hidden, labels, mask = hidden[:, 1:], tokens[:, 1:], mask[:, 1:]
+        weights = torch.exp(-torch.arange(mask.shape[1], device=mask.device) / self.settings.gamma) * mask
+        parts = zip(*(each.split(DENSE_BLOCKS) for each in (hidden, labels, weights)), strict=True)
+        numerators, right = zip(*(checkpoint(self._part, *part, use_reentrant=False) for part in parts), strict=True)
+        right_in_all = (torch.cat(right) & mask).sum()
+        metrics = {
+            "blocks": mask.new_tensor(len(mask), dtype=torch.float32),
+            "support": mask.sum(),
+            "right": right_in_all,
+        }
+        one = torch.ones(1, device=mask.device)
+        return Terms(torch.stack(numerators).sum()[None], weights.sum()[None], one, metrics)
+
+    def _part(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        logits = hidden.to(self.head.dtype) @ self.head.T
+        ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        return (ce * weights).sum(), logits.detach().argmax(-1) == labels
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One step. r_active: credited slots of a block / B, of this variant's objective."""
+
+    seconds: float
+    loss: float
+    r_active: float
+
+
+class Bench:
+    """A drafter of random weights, the target's two tables, and the steps that train it.
+
+    As the trainer has it: weights in float32, under autocast where precision is bf16; tables and features in bf16 then.
+    """
+
+    def __init__(self, shape: Shape, device: str, precision: Literal["bf16", "fp32"], seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        config = shape.drafter
+        self.shape, self.device, self.bf16 = shape, device, precision == "bf16"
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        drafter = Drafter(config).to(device)
+        # The state of a mask slot is close to the mask's embedding, so the head's row of that token wins.
+        embedding = torch.randn(config.vocab_size, config.hidden_size, dtype=self.dtype, device=device)
+        head = embedding * (MASK_LOGIT / config.hidden_size)
+        self._steps: dict[str, TrainingStep] = {
+            AUF: TrainingStep(drafter, embedding, head, ObjectiveSettings(name="auf")),
+            DECAY: TrainingStep(drafter, embedding, head, ObjectiveSettings(name="decay", gamma=shape.gamma)),
+            DENSE: DenseDecay(drafter, embedding, head, ObjectiveSettings(name="decay", gamma=shape.gamma)),
+        }
+
+    def batch(self, shape: Shape, r_active: float, seed: int) -> MicroBatch:
+        """A batch of that size whose blocks keep about r_active of their B slots under AUF."""
+        config = shape.drafter
+        chance = chance_right(r_active, config.block_size)
+        generator = torch.Generator().manual_seed(seed)
+        size = (shape.rows, shape.length)
+        text = torch.randint(0, config.vocab_size, size, generator=generator)
+        features = torch.randn(*size, len(config.target_layer_ids) * config.hidden_size, generator=generator)
+        batch = Batch(
+            input_ids=text.to(self.device),
+            loss_mask=torch.ones(size, dtype=torch.bool, device=self.device),
+            lengths=torch.full(size[:1], shape.length, device=self.device),
+            features=features.to(self.device, self.dtype),
+            ids=[f"synthetic/{row}" for row in range(shape.rows)],
+        )
+        anchors, valid = draw_anchors(batch.loss_mask, shape.anchors, [generator] * shape.rows)
+        right = (torch.rand(size, generator=generator) < chance).to(self.device)
+        batch.input_ids = torch.where(right, self._own_tokens(batch, anchors), batch.input_ids)
+        return batch, anchors, valid
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _own_tokens(self, batch: Batch, anchors: Tensor) -> Tensor:
+        """[R, S]: what the drafter predicts at each position that a block covers, elsewhere the text."""
+        step = self._steps[AUF]
+        config = step.drafter.config
+        positions = anchors[..., None] + torch.arange(1, config.block_size, device=anchors.device)
+        masks = torch.full((*anchors.shape, config.block_size), config.mask_token_id, device=anchors.device)
+        masks[..., 0] = batch.input_ids.gather(1, anchors)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            hidden = step.drafter(batch.features, step.embedding[masks], anchors)
+            drafted = head_argmax(hidden[:, :, 1:].flatten(0, 2), step.head, chunk=step.chunk)
+        inside = positions.clamp(max=batch.input_ids.shape[1] - 1).flatten(1)
+        return batch.input_ids.scatter(1, inside, drafted.view_as(inside))
+
+    def run(self, variant: str, micro_batch: MicroBatch) -> Ran:
+        """Forward and backward, gradients from none."""
+        step = self._steps[variant]
+        self.drop_gradients()
+        self._wait()
+        began = time.perf_counter()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            terms = step(*micro_batch)
+        loss = (terms.numerators / terms.denominators).sum()
+        loss.backward()
+        self._wait()
+        seconds = time.perf_counter() - began
+        slots = terms.metrics["blocks"] * self.shape.drafter.block_size
+        return Ran(seconds, float(loss.detach()), float(terms.metrics["support"] / slots))
+
+    def drop_gradients(self) -> None:
+        self._steps[AUF].drafter.zero_grad(set_to_none=True)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def chance_right(r_active: float, block_size: int) -> float:
+    """Chance that a slot is right for AUF to keep r_active of a block's slots: sum of chance**k = r_active * B, k < K.
+
+    Raises ConfigError where no chance gives that: the first slot is always kept, slot 0 never counts.
+    """
+    slots = block_size - 1
+    if not 1 / block_size <= r_active <= slots / block_size:
+        raise ConfigError(
+            f"--r-active {r_active} for blocks of {block_size}",
+            f"{1 / block_size:.3f} to {slots / block_size:.3f}: one slot is always kept, and the anchor is none",
+            "give --r-active such a value",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        kept = sum(middle**slot for slot in range(slots))
+        low, high = (middle, high) if kept < r_active * block_size else (low, middle)
+    return high
