@@ -40,7 +40,7 @@ RIVALS = ("specforge", "speculators")
 
 
 class Ended(Exception):
-    """A driver could not do its part; the message is its error. refused: what attention it tried, and why each failed."""
+    """A driver could not do its part; the message is its error. refused: attention it tried, and why each failed."""
 
     def __init__(self, error: str, refused: dict[str, str] | None = None) -> None:
         super().__init__(error)
