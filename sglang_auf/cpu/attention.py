@@ -5,8 +5,9 @@ keys and one additive mask. A layer is then one gather and one `scaled_dot_produ
 number of requests. Query heads that share a key head are stacked as rows, so keys are read once.
 
 A query's result does not depend on its neighbours: torch's CPU kernel for attention (FlashAttention form, bf16 in,
-float32 scores and sums) gives a row the same bits for any number of rows, any batch and any number of masked keys
-after the last visible one. tests/cpu/test_attention.py holds it to that on the machine it runs on.
+float32 scores and sums) gives a row the same bits in any batch, for any number of rows and of masked keys after the
+last visible one, but for a few shapes that depend on the machine. attention_probe.py finds those, and they are padded
+to others. tests/cpu/test_attention.py holds it to that on the machine it runs on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 
+from sglang_auf.cpu.attention_probe import Shapes, agreeing_shapes
 from sglang_auf.cpu.elementwise import ROTARY_ROWS
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKEND_NAME = "auf_cpu"
-# Head dimensions for which the kernel was seen to keep a row's bits; 80, 112 and 192 are known not to.
-REPEATABLE_HEAD_DIMS = (32, 64, 96, 128, 256)
-# Keys are padded to a multiple of this, so that the kernel meets few distinct lengths.
-KEY_STEP = 64
 # Requests whose keys or rows round up to the same power of two (from here on) share a group.
 SMALLEST_KEY_GROUP = 512
 SMALLEST_ROW_GROUP = 16
@@ -83,11 +81,18 @@ def group_spans(spans: Iterable[Span], heads_per_key: int) -> list[list[Span]]:
 
 
 def plan_group(
-    spans: list[Span], req_to_token: torch.Tensor, dtype: torch.dtype, heads_per_key: int, whole_batch: bool
+    spans: list[Span],
+    req_to_token: torch.Tensor,
+    dtype: torch.dtype,
+    heads_per_key: int,
+    whole_batch: bool,
+    shapes: Shapes,
 ) -> Group:
-    """The group of `spans`. `whole_batch`: the spans are the whole forward, in order."""
+    """The group of `spans`. whole_batch: the spans are the whole forward, in order. shapes: what to pad to."""
     rows = max(span.rows for span in spans)
-    keys = -(-max(span.keys for span in spans) // KEY_STEP) * KEY_STEP
+    if rows > 1:  # a single query is repeated by `attend`, and needs no mask of its own for that
+        rows = max(rows, -(-shapes.rows // heads_per_key))
+    keys = shapes.padded_keys(max(span.keys for span in spans))
     pool_rows = torch.tensor([span.pool_row for span in spans])
     width = req_to_token.shape[1]
     table = req_to_token[pool_rows, : min(keys, width)].long()
@@ -122,15 +127,15 @@ def attend(
     group: Group,
     scaling: float,
     bidirectional: bool,
+    fewest_rows: int,
 ) -> torch.Tensor:
     """Attention of a group. q [requests * rows, heads, head_dim]; pool [slots, 2, key heads, head_dim] -> as q."""
     n, rows = group.requests, group.rows
     kv_heads, head_dim = pool.shape[2], pool.shape[3]
     per_key = q.shape[1] // kv_heads
     stacked = q.view(n, rows, kv_heads, per_key, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    if stacked.shape[2] == 1:
-        # torch's kernel multiplies a single row in another way, which flips a rare last bit.
-        stacked = stacked.repeat(1, 1, 2, 1)
+    if stacked.shape[2] < fewest_rows:
+        stacked = stacked.repeat(1, 1, -(-fewest_rows // stacked.shape[2]), 1)
     kv = pool.index_select(0, group.slots).view(n, group.keys, 2, kv_heads, head_dim)
     out = F.scaled_dot_product_attention(
         stacked,
@@ -153,10 +158,11 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.groups: list[Group] = []
-        if config.head_dim not in REPEATABLE_HEAD_DIMS:
+        self.shapes = agreeing_shapes(config.head_dim)
+        if not self.shapes.repeatable:
             logger.warning(
-                "attention heads of %d dimensions: torch's kernel gives a token other last bits in other batches, so a "
-                "greedy answer may fork from plain decoding where two tokens are nearly tied",
+                "attention heads of %d dimensions: torch's kernel gives a token other last bits in other batches on "
+                "this machine, so a greedy answer may fork from plain decoding where two tokens are nearly tied",
                 config.head_dim,
             )
 
@@ -167,7 +173,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         grouped = group_spans(spans, self.heads_per_key)
         req_to_token = self.req_to_token_pool.req_to_token
         self.groups = [
-            plan_group(members, req_to_token, self.dtype, self.heads_per_key, whole_batch=len(grouped) == 1)
+            plan_group(members, req_to_token, self.dtype, self.heads_per_key, len(grouped) == 1, self.shapes)
             for members in grouped
         ]
 
@@ -220,11 +226,11 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         pool = self.token_to_kv_pool.interleaved(layer.layer_id)
         bidirectional = layer.attn_type == AttentionType.ENCODER_ONLY
         if len(self.groups) == 1 and self.groups[0].tokens is None:
-            return attend(q, pool, self.groups[0], layer.scaling, bidirectional).flatten(1)
+            return attend(q, pool, self.groups[0], layer.scaling, bidirectional, self.shapes.rows).flatten(1)
         out = torch.empty_like(q)
         for group in self.groups:
             queries = q if group.tokens is None else q.index_select(0, group.tokens)
-            result = attend(queries, pool, group, layer.scaling, bidirectional)
+            result = attend(queries, pool, group, layer.scaling, bidirectional, self.shapes.rows)
             if group.tokens is None:
                 out.copy_(result)
             elif group.real is None:
