@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +64,10 @@ class Group:
     full: torch.Tensor | None  # the same for layers that see the whole block; None: as causal
 
 
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
 def _power_of_two(value: int, smallest: int) -> int:
     return max(smallest, 1 << (value - 1).bit_length())
 
@@ -91,7 +96,7 @@ def plan_group(
     """The group of `spans`. whole_batch: the spans are the whole forward, in order. shapes: what to pad to."""
     rows = max(span.rows for span in spans)
     if rows > 1:  # a single query is repeated by `attend`, and needs no mask of its own for that
-        rows = max(rows, -(-shapes.rows // heads_per_key))
+        rows = _ceil(rows, shapes.rows // gcd(shapes.rows, heads_per_key))
     keys = shapes.padded_keys(max(span.keys for span in spans))
     pool_rows = torch.tensor([span.pool_row for span in spans])
     width = req_to_token.shape[1]
@@ -127,15 +132,15 @@ def attend(
     group: Group,
     scaling: float,
     bidirectional: bool,
-    fewest_rows: int,
+    row_multiple: int,
 ) -> torch.Tensor:
     """Attention of a group. q [requests * rows, heads, head_dim]; pool [slots, 2, key heads, head_dim] -> as q."""
     n, rows = group.requests, group.rows
     kv_heads, head_dim = pool.shape[2], pool.shape[3]
     per_key = q.shape[1] // kv_heads
     stacked = q.view(n, rows, kv_heads, per_key, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    if stacked.shape[2] < fewest_rows:
-        stacked = stacked.repeat(1, 1, -(-fewest_rows // stacked.shape[2]), 1)
+    if stacked.shape[2] % row_multiple:  # a single query
+        stacked = stacked.repeat(1, 1, row_multiple // gcd(row_multiple, stacked.shape[2]), 1)
     kv = pool.index_select(0, group.slots).view(n, group.keys, 2, kv_heads, head_dim)
     out = F.scaled_dot_product_attention(
         stacked,

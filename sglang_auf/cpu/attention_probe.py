@@ -1,9 +1,10 @@
 """Shapes in which torch's CPU attention gives a query the same bits: how many rows, and how many keys, it is given.
 
-`scaled_dot_product_attention` takes keys in pieces of 512 and hands both products of a piece to a BLAS, which chooses
-kernel and blocking by the shape: with very few rows it multiplies in another way (seen: one row with AMX, up to three
-with AVX512 alone), and a piece of some lengths is summed in other parts than a full one (seen with AVX512: 193 to 383
-keys). Padding to other shapes changes nothing but these bits. The machine is asked once for each head dim.
+`scaled_dot_product_attention` takes queries in pieces of 32, 64 or 256 rows and keys in pieces of 512, and hands both
+products of two pieces to a BLAS, which chooses kernel and blocking by their shape. Very few rows it multiplies in
+another way (seen: one row with AMX, up to three with AVX512 alone), and a piece of some lengths it sums in other parts
+than a full one (seen with AVX512: 193 to 383 keys). Padding to other shapes changes nothing but these bits. The machine
+is asked once for each head dim.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ PIECE = 512
 KEY_STEP = 64
 """Keys are padded to a multiple of this, so that the kernel meets few distinct lengths."""
 
-FEWEST = (2, 4, 8, 16)
-"""Candidates for the fewest rows. One is never enough."""
+MULTIPLES = (2, 4, 8, 16)
+"""Candidates for what the number of rows must be a multiple of, so that no piece has fewer. One is never enough."""
 
-ROW_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 48, 63, 64, 128, 300)
-"""Rows that are tried: decode, blocks, chunks of prefill."""
+ROW_COUNTS = (2, 4, 6, 8, 12, 16, 24, 34, 36, 48, 64, 72, 80, 128, 194, 196, 200, 208, 300, 770, 772, 776, 784)
+"""Rows that are tried: decode, blocks, chunks of prefill, with a last piece of each candidate's size."""
 
 HEADS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """rows: the fewest from which on a row has the same bits. last_pieces: lengths, ascending up to PIECE, that give
-    the keys of a last piece the bits of a full one. repeatable: whether this holds; else the smallest rows are given.
+    """rows: a row has the same bits in every multiple of so many. last_pieces: lengths, ascending up to PIECE, that
+    give the keys of a last piece the bits of a full one. repeatable: whether this holds of any candidate.
     """
 
     rows: int
@@ -48,7 +49,7 @@ class Shapes:
 @cache
 def agreeing_shapes(head_dim: int) -> Shapes:
     """Of bf16 attention on this machine. Tried on inputs of which nothing but rounding is left in the result."""
-    differing: set[int] = set()
+    differing: set[int] = set()  # row counts
     pieces = []
     for keys in range(KEY_STEP, PIECE + 1, KEY_STEP):
         alike = True
@@ -59,9 +60,9 @@ def agreeing_shapes(head_dim: int) -> Shapes:
             alike &= all(torch.equal(inputs.attend(ROW_COUNTS[-1], more), widest) for more in (PIECE, 2 * PIECE))
         if alike:
             pieces.append(keys)
-    fewest = next((rows for rows in FEWEST if all(other < rows for other in differing)), None)
-    repeatable = fewest is not None and pieces[-1:] == [PIECE]
-    return Shapes(fewest or FEWEST[0], tuple(pieces) if repeatable else (PIECE,), repeatable)
+    multiple = next((some for some in MULTIPLES if all(rows % some for rows in differing)), None)
+    repeatable = multiple is not None and pieces[-1:] == [PIECE]
+    return Shapes(multiple or MULTIPLES[0], tuple(pieces) if repeatable else (PIECE,), repeatable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from sglang_auf.cpu.attention_probe import Shapes, agreeing_shapes
 
 HEAD = 64
 WIDTH = 1200  # of SGLang's table of slots: the longest context
-SLOTS = 9000
+SLOTS = 20_000
 CAUSAL, WHOLE = AttentionType.DECODER, AttentionType.ENCODER_ONLY
 
 
@@ -66,7 +66,7 @@ class Machine:
         self.pool = Pool(self.key_heads, self.head_dim)
         self.free = torch.randperm(SLOTS, generator=self.generator)
         # Columns that are not in use hold the slots of others.
-        table = torch.randint(SLOTS, (40, WIDTH), generator=self.generator, dtype=torch.int32)
+        table = torch.randint(SLOTS, (100, WIDTH), generator=self.generator, dtype=torch.int32)
         self.table = SimpleNamespace(req_to_token=table)
         config = SimpleNamespace(
             dtype=torch.bfloat16,
@@ -278,6 +278,14 @@ def test_a_token_has_the_same_bits_however_it_is_computed(query: int, key: int, 
             end = min(start + chunk, length)
             check(machine.forward(ForwardMode.EXTEND, [(request, start, end)])[0], start, end, f"chunks of {chunk}")
 
+    # Pieces of 32, 64 and 256 rows, of one head or three, with 1, 2, 3 or 4 rows over.
+    for first in (11, 12, 33, 34, 35, 65, 86, 257, 258, 259):
+        if first < length:
+            request = again()
+            machine.forward(ForwardMode.EXTEND, [(request, 0, length - first)])
+            found = machine.forward(ForwardMode.EXTEND, [(request, length - first, length)])[0]
+            check(found, length - first, length, f"a last chunk of {first}")
+
     request = again()
     last = length - 16
     parts = [(request, last, length)] + [(other, 1, len(other.q)) for other in others]
@@ -357,11 +365,11 @@ def test_a_uniform_whole_batch_needs_no_reordering() -> None:
     table = torch.zeros(4, 64, dtype=torch.int32)
     even = [Span(0, 0, 3, 9), Span(1, 3, 3, 5)]
     shapes = Shapes(2, (64, 512), repeatable=True)
-    assert plan_group(even, table, torch.bfloat16, 1, True, shapes).tokens is None
-    part = plan_group(even, table, torch.bfloat16, 1, False, shapes)
+    assert plan_group(even, table, torch.bfloat16, 2, True, shapes).tokens is None
+    part = plan_group(even, table, torch.bfloat16, 2, False, shapes)
     assert part.tokens is not None
     assert (part.tokens.tolist(), part.real) == ([0, 1, 2, 3, 4, 5], None)
-    uneven = plan_group([Span(0, 0, 3, 9), Span(1, 3, 2, 5)], table, torch.bfloat16, 1, True, shapes)
+    uneven = plan_group([Span(0, 0, 3, 9), Span(1, 3, 2, 5)], table, torch.bfloat16, 2, True, shapes)
     assert uneven.tokens is not None
     assert uneven.real is not None
     assert uneven.tokens.tolist() == [0, 1, 2, 3, 4, 4]
@@ -372,10 +380,12 @@ def test_a_group_has_the_rows_and_keys_that_the_kernel_repeats() -> None:
     table = torch.zeros(4, 700, dtype=torch.int32)
     shapes = Shapes(8, (128, 384, 512), repeatable=True)
     blocks = plan_group([Span(0, 0, 2, 130), Span(1, 2, 2, 90)], table, torch.bfloat16, 3, True, shapes)
-    assert (blocks.rows, blocks.keys) == (3, 384), "3 rows of 3 heads make 9"
+    assert (blocks.rows, blocks.keys) == (8, 384), "8 rows of 3 heads make a multiple of 8"
     assert blocks.tokens is not None and blocks.real is not None
-    assert blocks.tokens.tolist() == [0, 1, 1, 2, 3, 3]
-    assert blocks.real.tolist() == [True, True, False] * 2
+    assert blocks.tokens.tolist() == [0, *[1] * 7, 2, *[3] * 7]
+    assert blocks.real.tolist() == [*[True] * 2, *[False] * 6] * 2
+    four_heads = plan_group([Span(0, 0, 2, 130)], table, torch.bfloat16, 4, True, shapes)
+    assert (four_heads.rows, four_heads.tokens) == (2, None)
     decode = plan_group([Span(0, 0, 1, 513)], table, torch.bfloat16, 3, True, shapes)
     assert (decode.rows, decode.keys, decode.tokens) == (1, 640, None)
 

@@ -41,8 +41,10 @@ def test_a_kernel_without_faults_needs_no_padding(monkeypatch: pytest.MonkeyPatc
     assert agreeing_shapes(32) == Shapes(2, ALL_PIECES, repeatable=True)
 
 
-def test_few_rows_that_differ_are_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel(monkeypatch, lambda rows, keys: rows < 4)
+@pytest.mark.parametrize("piece", [1000, 64])
+def test_few_rows_that_differ_are_avoided(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows in all, or in what whole pieces leave over."""
+    kernel(monkeypatch, lambda rows, keys: 0 < rows % piece < 4)
     assert agreeing_shapes(32) == Shapes(4, ALL_PIECES, repeatable=True)
 
 
@@ -52,7 +54,7 @@ def test_lengths_of_a_piece_that_differ_are_avoided(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_kernel_that_differs_for_many_rows_is_not_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel(monkeypatch, lambda rows, keys: rows == 63)
+    kernel(monkeypatch, lambda rows, keys: rows == 128)
     assert not agreeing_shapes(32).repeatable
 
 
