@@ -122,6 +122,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         tokens = _window(batch.input_ids, anchors, width)
         inside = _window(batch.loss_mask, anchors, width)
         inside &= anchors[..., None] + torch.arange(width, device=anchors.device) < batch.lengths[:, None, None]
+        inside = inside.cumprod(-1).bool()  # a block ends with its answer, whatever the next turn holds
         drafted = torch.full_like(tokens, self.drafter.config.mask_token_id)
         drafted[..., 0] = tokens[..., 0]
         hidden = self.drafter(batch.features, self.embedding[drafted], anchors)
@@ -168,7 +169,6 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         """Sums behind r_active, support accuracy, alpha_k and, as a diagnostic, common-mask accuracy."""
         support = (credit > 0) & slots.mask
         right = slots.correct & slots.mask
-        # Serving ends with the answer: what a block holds of a next turn is never drafted from this one.
         prefix = right.cumprod(-1).bool()
         tried = torch.cat([slots.mask[:, :1], prefix[:, :-1] & slots.mask[:, 1:]], dim=1)
         metrics = {

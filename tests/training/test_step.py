@@ -206,7 +206,7 @@ def test_the_gru_reads_the_text_from_the_anchor_on() -> None:
         (0, 8, 3),  # past the end of the row
         (0, 10, 1),
         (1, 4, 3),  # past the end of a turn's answer
-        (1, 6, 2),  # 7, then two tokens of the user, then one of the next answer
+        (1, 6, 1),  # 7; after two tokens of the user the next answer begins, which is never drafted from here
         (1, 10, 1),
     ],
 )
@@ -327,7 +327,7 @@ def plain(setting: Setting) -> Plain:
             position = anchor + drafted
             real = position < int(batch.lengths[row])
             labels.append(int(text[position]) if real else 0)
-            mask.append(real and bool(batch.loss_mask[row, position]))
+            mask.append(real and bool(batch.loss_mask[row, anchor + 1 : position + 1].all()))
             state = hidden[drafted - 1 if domino else drafted]
             logits = setting.head @ state
             base.append(logits)
@@ -545,9 +545,16 @@ def test_counts_are_those_of_a_walk_over_the_blocks(head: str, name: str) -> Non
 
 
 def test_this_settings_counts_are_worth_counting() -> None:
-    """Holes in blocks, and blocks that get far: or the test above would show little."""
+    """Blocks that outlast their answer, one of them into the next, and blocks that get far: else little would show."""
     setting, slots = known("dflash")
-    assert any(valid[0] and not valid[1] and any(valid[2:]) for valid in slots.mask.tolist())
+    ends = [valid[0] and not all(valid) for valid in slots.mask.tolist()]
+    assert any(ends) and not all(ends)
+    rows, places = setting.valid.nonzero(as_tuple=True)
+    windows = [
+        setting.batch.loss_mask[row, anchor + 1 : anchor + BLOCK].tolist()
+        for row, anchor in zip(rows.tolist(), setting.anchors[rows, places].tolist(), strict=True)
+    ]
+    assert any(window[0] and False in window and window[window.index(False) :].count(True) for window in windows)
     accepted = setting.run("auf").metrics["accepted"]
     assert accepted.min() > 0
 
