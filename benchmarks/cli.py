@@ -21,10 +21,12 @@ from benchmarks.config import (
     CompareConfig,
     IdentityConfig,
     LosslessConfig,
+    ReportConfig,
     RivalStepsConfig,
     RunConfig,
     SpeedConfig,
     StepConfig,
+    SweepConfig,
     TrainDemoConfig,
 )
 from sglang_auf.errors import AufError, ConfigError
@@ -114,6 +116,25 @@ def _speed(options: Options) -> int:
     return 1 if report.failed else 0
 
 
+def _sweep(options: Options) -> int:
+    from benchmarks.markdown import sweep_markdown
+    from benchmarks.sweep import measure_sweep
+
+    config = _validated(SweepConfig, options)
+    sweep = measure_sweep(config)
+    print(_written(sweep, sweep_markdown(sweep), config.out / "sweep"))
+    return 1 if sweep.failed else 0
+
+
+def _report(options: Options) -> int:
+    from benchmarks.report import write_report
+
+    config = _validated(ReportConfig, options)
+    page = write_report(config)
+    print(f"written to {page}")
+    return 0
+
+
 def _step(options: Options) -> int:
     from benchmarks.step_markdown import step_markdown
     from benchmarks.training_step import measure_step
@@ -171,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="table of speeds, DFLASH included", description=SpeedConfig.__doc__)
     _add_fields(speed, SpeedConfig)
     speed.set_defaults(command=_speed)
+    sweep = commands.add_parser("sweep", help="speed and latency by concurrency", description=SweepConfig.__doc__)
+    _add_fields(sweep, SweepConfig)
+    sweep.set_defaults(command=_sweep)
+    report = commands.add_parser("report", help="one page of runs that were made", description=ReportConfig.__doc__)
+    _add_fields(report, ReportConfig, positional={"runs"})
+    report.set_defaults(command=_report)
     step = commands.add_parser("step", help="time and memory of a training step", description=StepConfig.__doc__)
     _add_fields(step, StepConfig)
     step.set_defaults(command=_step)
@@ -189,7 +216,8 @@ def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], positio
     """One flag a field; absent flags stay absent, so that defaults live in the model alone."""
     for name, field in model.model_fields.items():
         if name in positional:
-            parser.add_argument(name, metavar=name.upper(), help=field.description)
+            several: Options = {"nargs": "+"} if _takes_several(field.annotation) else {}
+            parser.add_argument(name, metavar=name.upper(), help=field.description, **several)
             continue
         flag = _flag(name, field)
         kind: Options = {"metavar": flag.removeprefix("--").upper()}

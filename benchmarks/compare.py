@@ -159,7 +159,7 @@ def _conclude(config: CompareConfig, auf: Run, plain: Run, slices: Sequence[Sequ
         device=facts.device,
         config=config,
         tasks=tasks,
-        macro=macro(tasks.values()),
+        macro=macro(tasks.values(), ours),
         micro=micro(ours),
         plain=plain_speed,
         auf=auf_speed,

@@ -31,19 +31,24 @@ class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Workload(_Config):
-    """What is asked, and how hard."""
+class Questions(_Config):
+    """What is asked."""
 
     tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
     limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
-    concurrency: int = Field(1, ge=1, description="conversations in flight; a new one starts when one ends")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy; above 0 nothing else shapes sampling")
     max_tokens: int = Field(512, ge=1, description="new tokens of one answer at most")
     seed: int = Field(42, ge=0, lt=2**31, description="each request's sampling seed derives from it (temperature > 0)")
     thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
     data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
-    warmup: int | None = Field(None, ge=0, description="requests asked first, not recorded (default: concurrency)")
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+
+
+class Workload(Questions):
+    """What is asked, and how hard."""
+
+    concurrency: int = Field(1, ge=1, description="conversations in flight; a new one starts when one ends")
+    warmup: int | None = Field(None, ge=0, description="requests asked first, not recorded (default: concurrency)")
 
     @property
     def warmup_requests(self) -> int:
@@ -109,6 +114,26 @@ class SpeedConfig(_Started):
     rounds: int = Field(3, ge=1, description="turns each server gets at each concurrency; medians are reported")
     pool_tokens: int = Field(16384, ge=1, description="KV pool of each of the three servers, in tokens")
     out: Path = Field(Path("runs/speed"), description="result directory; earlier results are replaced")
+
+
+class SweepConfig(Questions):
+    """One server at several concurrencies, and a plain one beside it: speed-up, time to first token, time per token."""
+
+    base_url: ServerUrl = Field(description="the speculating server")
+    plain_url: ServerUrl | None = Field(None, description="a plain server of the same target, for the speed-up")
+    concurrency: Counts = Field((1, 2, 4, 8, 16, 32), description="comma-separated numbers of requests in flight")
+    out: Path = Field(Path("runs/sweep"), description="result directory; levels that are finished in it are kept")
+
+
+class ReportConfig(_Config):
+    """One page of benchmark runs and training runs: tau, alpha_k, accepted lengths, speed-up, training, provenance."""
+
+    runs: tuple[Path, ...] = Field(
+        min_length=1, description="directories of `run` or `sweep`, or of `sglang-auf train`"
+    )
+    paper: bool = Field(False, description="set the figures of arXiv 2607.01893 beside these")
+    title: str = Field("Acceptance of a block drafter", description="the page's title")
+    out: Path = Field(Path("runs/report"), description="directory for report.html, report.md and the pictures")
 
 
 class LosslessConfig(_Config):

@@ -41,9 +41,12 @@ class Session(_Model):
 
 
 class Manifest(_Model):
+    """warnings: conditions of the run that are not those its drafter was trained for."""
+
     config: RunConfig
     server: ServerFacts
     tasks: dict[str, TaskOrigin]
+    warnings: list[str] = Field(default_factory=list)
     sessions: list[Session] = Field(default_factory=list)
 
     @classmethod

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from benchmarks.identity import IdentityReport
 from benchmarks.speed import Agreement, SpeedReport
+from benchmarks.summary import Percentiles, RunSummary
+from benchmarks.sweep import Sweep
 
 NAMES = {"auf": "AUF", "plain": "plain", "dflash": "DFLASH"}
 
@@ -64,6 +66,33 @@ def speed_markdown(report: SpeedReport) -> str:
             f"{markdown_number(cost.ratio)}"
         )
     return "\n\n".join([asked, markdown_table(rows), "\n".join(lines), markdown_origin(report)]) + "\n"
+
+
+def sweep_markdown(sweep: Sweep) -> str:
+    config, first = sweep.config, sweep.levels[0].auf
+    names = ["AUF", "plain"] if config.plain_url else ["AUF"]
+    rows = [["concurrency", "requests", "tau", *(f"{name} tokens/s" for name in names)]]
+    rows[0] += [*(["speed-up"] if config.plain_url else []), *(f"{name} TTFT p50 / p90 / p99 ms" for name in names)]
+    rows[0] += [f"{name} ITL p50 / p90 / p99 ms" for name in names]
+    for level in sweep.levels:
+        runs: list[RunSummary] = [run for run in (level.auf, level.plain) if run is not None]
+        failed = sum(run.throughput.failed for run in runs)
+        requests = f"{level.auf.throughput.requests}" + (f" ({failed} FAILED)" if failed else "")
+        speeds = [markdown_number(run.throughput.tokens_per_s, 1) for run in runs]
+        speedup = [markdown_number(level.speedup)] if config.plain_url else []
+        times = [_milliseconds_of(seconds) for run in runs for seconds in [run.latency.ttft]]
+        times += [_milliseconds_of(seconds) for run in runs for seconds in [run.latency.itl]]
+        rows.append([str(level.concurrency), requests, markdown_number(level.auf.macro.tau), *speeds, *speedup, *times])
+    asked = (
+        f"{first.target} ({first.device}, block {first.block_size}), temperature {config.temperature:g}, at most "
+        f"{config.max_tokens} new tokens, {', '.join(first.tasks)}, streamed"
+    )
+    note = "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together."
+    return "\n\n".join([asked, markdown_table(rows), note, markdown_origin(sweep)]) + "\n"
+
+
+def _milliseconds_of(seconds: Percentiles | None) -> str:
+    return "-" if seconds is None else " / ".join(f"{1000 * value:.0f}" for _, value in seconds)
 
 
 def _same(agreement: Agreement) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.config import RunConfig
 from sglang_auf.errors import ServerError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -52,6 +53,24 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
         raise ServerError(
             f"{base_url}/server_info or /v1/models without {error}", "an SGLang server", "check the URL"
         ) from None
+
+
+def card_warnings(config: RunConfig) -> list[str]:
+    """In what a run differs from the drafter's training: what `sglang_auf` servers say at /v1/auf/card.
+
+    [] where the server has no such route: SGLang's own server, with or without AUF.
+    """
+    try:
+        card = call(config.base_url, "/v1/auf/card")
+    except ServerError:
+        return []
+    trained, longest = card["card"].get("thinking"), card["card"].get("max_length")
+    found = [f"the server warns: {warning}" for warning in card["warnings"]]
+    if trained is not None and config.thinking not in ("server", trained):
+        found.append(f"the drafter was trained with thinking {trained}, and is asked with --thinking {config.thinking}")
+    if longest is not None and config.max_tokens >= longest:
+        found.append(f"answers of up to {config.max_tokens} tokens; the drafter was trained on up to {longest} in all")
+    return found
 
 
 def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[int]) -> tuple[dict[int, float], float]:

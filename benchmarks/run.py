@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.client import FAILURES, ChatClient, Reply
 from benchmarks.config import RunConfig
 from benchmarks.manifest import Manifest
-from benchmarks.native import server_facts
+from benchmarks.native import card_warnings, server_facts
 from benchmarks.records import Key, Record, RecordWriter, latest, mend, read_records
 from benchmarks.tasks import Prompt, Selection
 from sglang_auf.errors import ConfigError, ServerError
@@ -42,6 +42,9 @@ class Run:
         if config.plain != (server.algorithm is None):
             raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
         manifest, path = Manifest.of(config, server, selections), config.out / MANIFEST
+        manifest.warnings = [] if config.plain else card_warnings(config)
+        for warning in manifest.warnings:
+            log.warning("%s", warning)
         records: dict[Key, Record] = {}
         if path.exists():
             if not resume:

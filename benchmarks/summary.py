@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from benchmarks.manifest import Manifest
 from benchmarks.records import Record
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
@@ -26,16 +28,21 @@ class _Model(BaseModel):
 
 
 class TaskSummary(_Model):
-    """tau, tau_verify, alpha: macro. prompts: conversations; requests: turns; without_steps: answered, but no tau."""
+    """tau, tau_verify, alpha: macro. prompts: conversations; requests: turns; without_steps: answered, but no tau.
+
+    Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
+    """
 
     prompts: int
     requests: int
     failed: int
     without_steps: int
     tau: float | None
+    tau_interval: Interval | None = None
     tau_micro: float | None
     tau_verify: float | None
     alpha: list[float | None]
+    alpha_intervals: list[Interval | None] = []
     verify_steps: int
     accepted_histogram: list[int]
     completion_tokens: int
@@ -43,6 +50,7 @@ class TaskSummary(_Model):
 
 class MacroSummary(_Model):
     tau: float | None
+    tau_interval: Interval | None = None
     tau_verify: float | None
 
 
@@ -63,8 +71,29 @@ class Throughput(_Model):
     failed: int
 
 
+class Percentiles(_Model):
+    """Seconds, over answered requests."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Latency(_Model):
+    """ttft: to the first token, of streamed answers. itl: mean time between the tokens of one answer after the first,
+    over its requests: streamed answers of two tokens or more. latency: whole answers. None where no request has any.
+    """
+
+    ttft: Percentiles | None
+    itl: Percentiles | None
+    latency: Percentiles | None
+
+
 class RunSummary(_Model):
-    """summary.json of one run. drafter, block_size and every tau are None for a plain baseline."""
+    """summary.json of one run. drafter, block_size and every tau are None for a plain baseline.
+
+    warnings: in what the run's conditions differ from those the drafter was trained for.
+    """
 
     target: str
     drafter: str | None
@@ -73,10 +102,12 @@ class RunSummary(_Model):
     temperature: float
     max_tokens: int
     sessions: int
+    warnings: list[str] = []
     tasks: dict[str, TaskSummary]
     macro: MacroSummary
     micro: MicroSummary
     throughput: Throughput
+    latency: Latency
 
 
 def summarize_run(manifest: Manifest, records: Sequence[Record]) -> RunSummary:
@@ -90,15 +121,18 @@ def summarize_run(manifest: Manifest, records: Sequence[Record]) -> RunSummary:
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
         sessions=len(manifest.sessions),
+        warnings=manifest.warnings,
         tasks=tasks,
-        macro=macro(tasks.values()),
+        macro=macro(tasks.values(), records),
         micro=micro(records),
         throughput=throughput(records, manifest.config.concurrency),
+        latency=latency(records),
     )
 
 
 def summarize_task(records: Sequence[Record]) -> TaskSummary:
     """Records of one task, one a request."""
+    name = records[0].task if records else ""
     answered = [record for record in records if not record.failed]
     counted = _counted(answered)
     sum_of = total(counted)
@@ -108,9 +142,11 @@ def summarize_task(records: Sequence[Record]) -> TaskSummary:
         failed=len(records) - len(answered),
         without_steps=len(answered) - len(counted),
         tau=macro_tau(counted),
+        tau_interval=task_tau_interval(name, records),
         tau_micro=sum_of.tau,
         tau_verify=_mean(request.tau_verify for request in counted),
         alpha=list(macro_alpha(counted)),
+        alpha_intervals=task_alpha_intervals(name, records),
         verify_steps=sum_of.verify_steps,
         accepted_histogram=list(sum_of.histogram),
         completion_tokens=sum(record.completion_tokens for record in answered),
@@ -122,10 +158,14 @@ def summarize_tasks(records: Sequence[Record]) -> dict[str, TaskSummary]:
     return {name: summarize_task([record for record in records if record.task == name]) for name in names}
 
 
-def macro(tasks: Iterable[TaskSummary]) -> MacroSummary:
-    """Plain mean over the tasks that have a tau."""
+def macro(tasks: Iterable[TaskSummary], records: Iterable[Record] = ()) -> MacroSummary:
+    """Plain mean over the tasks that have a tau. records: of these tasks, for the interval."""
     tasks = list(tasks)
-    return MacroSummary(tau=_mean(task.tau for task in tasks), tau_verify=_mean(task.tau_verify for task in tasks))
+    return MacroSummary(
+        tau=_mean(task.tau for task in tasks),
+        tau_interval=macro_tau_interval(records),
+        tau_verify=_mean(task.tau_verify for task in tasks),
+    )
 
 
 def micro(records: Iterable[Record]) -> MicroSummary:
@@ -150,6 +190,29 @@ def throughput(records: Sequence[Record], concurrency: int) -> Throughput:
         requests=len(records),
         failed=sum(record.failed for record in records),
     )
+
+
+def latency(records: Iterable[Record]) -> Latency:
+    answered = [record for record in records if not record.failed]
+    streamed = [(record, record.ttft_s) for record in answered if record.ttft_s is not None]
+    return Latency(
+        ttft=_percentiles([first for _, first in streamed]),
+        itl=_percentiles(
+            [
+                (record.latency_s - first) / (record.completion_tokens - 1)
+                for record, first in streamed
+                if record.completion_tokens > 1
+            ]
+        ),
+        latency=_percentiles([record.latency_s for record in answered]),
+    )
+
+
+def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    if not seconds:
+        return None
+    p50, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]))
+    return Percentiles(p50=p50, p90=p90, p99=p99)
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.compare import Comparison
+from benchmarks.intervals import Interval
 from benchmarks.lossless import Losslessness
-from benchmarks.summary import MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
+from benchmarks.summary import MacroSummary, MicroSummary, Percentiles, RunSummary, TaskSummary, Throughput
 from benchmarks.train_demo import Served, TrainDemo
 
 NOTE = (
     "tau = (completion tokens - 1) / verify steps; macro: mean over prompts, then over tasks; micro: ratio of sums;\n"
-    "alpha_k = P(k drafts accepted | k - 1 accepted), prompts weighted equally"
+    "alpha_k = P(k drafts accepted | k - 1 accepted), prompts weighted equally; 95 %: by bootstrap over prompts"
 )
 
 
@@ -20,9 +21,12 @@ def run_text(summary: RunSummary) -> str:
     parts = [head, _task_table(summary.tasks)]
     if summary.micro.verify_steps:
         parts += [_tau_line(summary.macro, summary.micro), _alpha_table(summary.tasks, summary.micro), NOTE]
+    parts += [f"warning: {warning}" for warning in summary.warnings]
     if summary.sessions > 1:
         parts.append(f"written in {summary.sessions} sessions: throughput is not that of one uninterrupted run")
-    return "\n\n".join([*parts, _speed_line("throughput", summary.throughput)])
+    lines = [_speed_line("throughput", summary.throughput)]
+    lines += [_latency_line(name, part) for name, part in summary.latency if part is not None]
+    return "\n\n".join([*parts, "\n".join(lines)])
 
 
 def comparison_text(result: Comparison) -> str:
@@ -91,10 +95,11 @@ def _head(target: str, drafter: str | None, block_size: int | None, temperature:
 
 
 def _task_table(tasks: Mapping[str, TaskSummary]) -> str:
-    rows = [["task", "prompts", "requests", "failed", "no step", "tokens", "tau", "micro", "tau_verify"]]
+    rows = [["task", "prompts", "requests", "failed", "no step", "tokens", "tau", "95 %", "micro", "tau_verify"]]
     for name, task in tasks.items():
         counts = [task.prompts, task.requests, task.failed, task.without_steps, task.completion_tokens]
-        rows.append([name, *map(str, counts), *map(_number, (task.tau, task.tau_micro, task.tau_verify))])
+        tau = [_number(task.tau), _interval(task.tau_interval)]
+        rows.append([name, *map(str, counts), *tau, *map(_number, (task.tau_micro, task.tau_verify))])
     return _aligned(rows)
 
 
@@ -106,7 +111,7 @@ def _alpha_table(tasks: Mapping[str, TaskSummary], micro: MicroSummary) -> str:
 
 def _tau_line(macro: MacroSummary, micro: MicroSummary) -> str:
     return (
-        f"tau         macro {_number(macro.tau)}, micro {_number(micro.tau)} "
+        f"tau         macro {_number(macro.tau)} {_interval(macro.tau_interval)}, micro {_number(micro.tau)} "
         f"(tau_verify: macro {_number(macro.tau_verify)}, micro {_number(micro.tau_verify)})"
     )
 
@@ -117,6 +122,15 @@ def _speed_line(name: str, speed: Throughput) -> str:
         f"{name:<11} {_number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
     )
+
+
+def _latency_line(name: str, seconds: Percentiles) -> str:
+    figures = ", ".join(f"{share} {1000 * value:.0f} ms" for share, value in seconds)
+    return f"{name:<11} {figures}"
+
+
+def _interval(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:.2f}..{interval.high:.2f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks import provenance
 from benchmarks.compare import compare_servers
 from benchmarks.config import CompareConfig, TrainDemoConfig
-from benchmarks.curves import draw_curves
 from benchmarks.demo_prompts import demo_prompts
+from benchmarks.figures import png, training_curves
 from benchmarks.random_drafter import write_random_drafter
 from benchmarks.servers import serve
 from sglang_auf.errors import TrainingError
@@ -99,6 +99,8 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
 
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    curves = out / "curves.png"
+    curves.write_bytes(png(training_curves({"demo": metrics})))
     result = TrainDemo(
         config=config,
         answers=len(written),
@@ -107,7 +109,7 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
         before=before,
         after=after,
         seconds=seconds,
-        curves=draw_curves({"demo": metrics}, out / "curves.png"),
+        curves=curves,
         versions=provenance.versions(),
         machine=provenance.machine(),
         command=provenance.command(),

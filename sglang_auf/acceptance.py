@@ -162,20 +162,27 @@ def macro_tau(requests: Iterable[Acceptance]) -> float | None:
     return sum(taus) / len(taus) if taus else None
 
 
+def mean_survival(requests: Iterable[Acceptance]) -> list[float]:
+    """P(A >= k) for k = 0.., histograms normalised per request and then averaged; [] without a verify step."""
+    known = [request for request in requests if request.verify_steps]
+    survival = [0.0] * max((request.block_size for request in known), default=0)
+    for request in known:
+        for k, count in enumerate(reached_at_least(request.histogram)):
+            survival[k] += count / request.verify_steps / len(known)
+    return survival
+
+
+def conditional(survival: Sequence[float]) -> tuple[float | None, ...]:
+    """alpha_1 .. from P(A >= k), k = 0..; None where nothing reached k-1."""
+    return tuple(survival[k] / survival[k - 1] if survival[k - 1] else None for k in range(1, len(survival)))
+
+
 def macro_alpha(requests: Iterable[Acceptance]) -> tuple[float | None, ...]:
     """alpha_k with every request weighted equally: histograms normalised per request, averaged, then the ratio.
 
     This is the reading of the paper's figure 5 that never divides 0 by 0 inside one request.
     """
-    shares: list[float] = []
-    for request in requests:
-        steps = request.verify_steps
-        if not steps:
-            continue
-        survival = [n / steps for n in reached_at_least(request.histogram)]
-        shares += [0.0] * (len(survival) - len(shares))
-        shares = [have + (survival[k] if k < len(survival) else 0.0) for k, have in enumerate(shares)]
-    return tuple(shares[k] / shares[k - 1] if shares[k - 1] else None for k in range(1, len(shares)))
+    return conditional(mean_survival(requests))
 
 
 def cut_tokens(request: Acceptance) -> int:

@@ -273,3 +273,41 @@ def test_warm_up_is_as_wide_as_the_run_and_not_recorded(fake: Start, data_dir: P
     warm = [b for b in server.engine.requests if b["messages"][0]["content"].startswith("Count upwards")]
     assert len(warm) == 3
     assert len(records_of(tmp_path / "run")) == 18
+
+
+CARD = {"card": {"thinking": "off", "max_length": 64}, "warnings": ["the target's chat template is another"]}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], []),
+        (["--thinking", "on"], ["thinking off, and is asked with --thinking on"]),
+        (["--thinking", "server"], []),
+        (["--max-tokens", "64"], ["up to 64 in all"]),
+    ],
+)
+def test_conditions_that_are_not_the_drafters_are_warned_of(
+    more: list[str],
+    expected: list[str],
+    fake: Start,
+    data_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    assert main(flags(fake(card=CARD).url, out, data_dir, *more)) == 0
+    warnings = json.loads((out / "summary.json").read_text())["warnings"]
+    assert warnings[0] == "the server warns: the target's chat template is another"
+    assert len(warnings) == 1 + len(expected)
+    for warning, part in zip(warnings[1:], expected, strict=True):
+        assert part in warning
+        assert warning in caplog.messages
+        assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_a_server_without_a_card_is_warned_of_nothing(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(flags(fake().url, out, data_dir, "--thinking", "on")) == 0
+    assert json.loads((out / "summary.json").read_text())["warnings"] == []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.records import Record
-from benchmarks.summary import busy_seconds, macro, micro, summarize_task, summarize_tasks, throughput
+from benchmarks.summary import busy_seconds, latency, macro, micro, summarize_task, summarize_tasks, throughput
 
 
 def record(prompt_id: str = "a", histogram: tuple[int, ...] = (), tokens: int = 0, **fields: Any) -> Record:
@@ -75,6 +75,19 @@ def test_throughput_counts_overlapping_time_once() -> None:
     speed = throughput(records, concurrency=2)
     assert (speed.seconds, speed.completion_tokens, speed.failed) == (pytest.approx(5.0), 100, 1)
     assert speed.tokens_per_s == pytest.approx(20.0)
+
+
+def test_time_between_tokens_starts_at_the_first_one() -> None:
+    """Ten tokens, the first after 0.5 s and the last after 5 s: 0.5 s from one to the next."""
+    ten, one = record("a", tokens=10, ttft_s=0.5, latency_s=5.0), record("b", tokens=1, ttft_s=0.3, latency_s=0.3)
+    whole, failed = record("c", tokens=10, latency_s=2.0), record("d", error="500", ttft_s=9.0, latency_s=9.0)
+    found = latency([ten, one, whole, failed])
+    assert found.itl is not None and found.ttft is not None and found.latency is not None
+    assert (found.itl.p50, found.itl.p99) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert found.ttft.p50 == pytest.approx(0.4)
+    assert found.latency.p50 == pytest.approx(2.0)
+    assert latency([whole, failed]).ttft is None
+    assert latency([]).latency is None
 
 
 def test_nothing_asked_has_no_speed() -> None:

@@ -1,0 +1,127 @@
+"""Pictures of benchmark and training runs, as matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from benchmarks.intervals import Interval
+from benchmarks.summary import RunSummary
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:
+    """A dot with its 95 % interval for each run and task, the mean over tasks last."""
+    tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
+    figure, axis = _figure(1.5 + 1.1 * (len(tasks) + 1), 3.6)
+    for place, (name, run) in enumerate(runs.items()):
+        shift = (place - (len(runs) - 1) / 2) * 0.6 / max(len(runs), 1)
+        points: list[tuple[float, float, Interval | None]] = []
+        for at, task in enumerate(tasks):
+            found = run.tasks.get(task)
+            if found is not None and found.tau is not None:
+                points.append((at + shift, found.tau, found.tau_interval))
+        if run.macro.tau is not None:
+            points.append((len(tasks) + shift, run.macro.tau, run.macro.tau_interval))
+        if points:
+            below = [tau - interval.low if interval else 0.0 for _, tau, interval in points]
+            above = [interval.high - tau if interval else 0.0 for _, tau, interval in points]
+            places, taus = [at for at, _, _ in points], [tau for _, tau, _ in points]
+            axis.errorbar(places, taus, [below, above], fmt="o", markersize=4, capsize=2, label=name)
+    axis.axvline(len(tasks) - 0.5, color="0.7", linewidth=1)
+    axis.set_xticks(range(len(tasks) + 1), [*tasks, "mean"])
+    axis.set_ylabel("tau")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def alpha_curves(alpha: Mapping[str, Sequence[float | None]]) -> Any:
+    """alpha_k by k: figure 5 of arXiv 2607.01893."""
+    figure, axis = _figure(5, 3.6)
+    for name, values in alpha.items():
+        known = [(k, value) for k, value in enumerate(values, start=1) if value is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), marker="o", markersize=4, label=name)
+    axis.set_xlabel("k")
+    axis.set_ylabel("alpha_k = P(A >= k | A >= k-1)")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def accepted_lengths(runs: Mapping[str, RunSummary]) -> Any:
+    """Share of verify steps by the number of drafts they accepted."""
+    figure, axis = _figure(6, 3.6)
+    width = 0.8 / max(len(runs), 1)
+    for place, (name, run) in enumerate(runs.items()):
+        counts = run.micro.accepted_histogram
+        shares = [count / max(sum(counts), 1) for count in counts]
+        places = [a + (place - (len(runs) - 1) / 2) * width for a in range(len(counts))]
+        axis.bar(places, shares, width=width, label=name)
+    axis.set_xlabel("accepted drafts of a step")
+    axis.set_ylabel("share of steps")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def speedups(points: Mapping[str, Sequence[tuple[int, float]]]) -> Any:
+    """Tokens/s over plain decoding's by concurrency. points: run -> (concurrency, speed-up)."""
+    figure, axis = _figure(5, 3.6)
+    for name, pairs in points.items():
+        axis.plot(*zip(*sorted(pairs), strict=True), marker="o", markersize=4, label=name)
+    axis.axhline(1.0, color="0.6", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted({at for pairs in points.values() for at, _ in pairs}))
+    axis.get_xaxis().set_major_formatter("{x:.0f}")
+    axis.set_xlabel("concurrency")
+    axis.set_ylabel("speed-up over plain decoding")
+    axis.legend(fontsize=8)
+    return figure
+
+
+TRAINING = (
+    ("train", "loss", "training loss (nats a slot)"),
+    ("held_out", "tau", "tau on held-out answers"),
+    ("train", "r_active", "r_active = |support| / B"),
+    ("train", "support_accuracy", "accuracy inside the support"),
+    ("train", "common_accuracy", "accuracy of all valid slots"),
+    ("train", "alpha_1", "alpha_1 in training"),
+)
+
+
+def training_curves(runs: Mapping[str, Rows]) -> Any:
+    """A panel for each of TRAINING. runs: name -> rows of metrics.jsonl, in order of their steps."""
+    figure, axes = _figure(11, 6, rows=2, columns=3)
+    for axis, (kind, name, title) in zip(axes.flat, TRAINING, strict=True):
+        for run, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=run, marker="." if len(points) < 50 else None)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """The picture's bytes; the figure is gone after it."""
+    from matplotlib import pyplot
+
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    pyplot.close(figure)
+    return out.getvalue()
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    if rows * columns == 1:
+        axes.grid(alpha=0.3)
+    return figure, axes

@@ -1,0 +1,130 @@
+"""95 % intervals of tau and alpha_k by bootstrap over prompts: how far a figure would move with other prompts.
+
+Conversations are drawn with replacement inside each task, so both turns of an MT-Bench prompt come and go together,
+and every task keeps its weight. The draws of a task depend on its name and size alone: two runs of the same prompts are
+resampled alike, which is what makes their difference a paired one. What is not in these intervals: other training
+seeds, other machines.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.records import Record
+from sglang_auf.acceptance import reached_at_least
+
+RESAMPLES = 2000
+LEVEL = 0.95
+SEED = 42
+
+Floats = NDArray[np.float64]
+Conversations = dict[str, Floats]
+"""prompt id -> sums over its requests: [requests, tau, survival 0, survival 1, ...]"""
+
+
+class Interval(BaseModel):
+    """low and high: percentiles of the resampled figure that leave (1 - LEVEL) / 2 on either side."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, resampled: Floats) -> Interval:
+        low, high = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+        return cls(low=float(low), high=float(high))
+
+
+def task_tau_interval(task: str, records: Iterable[Record]) -> Interval | None:
+    """Of one task's macro tau; None with fewer than two conversations that have a tau."""
+    resampled = _resampled_tau(task, _conversations(records))
+    return None if resampled is None else Interval.of(resampled)
+
+
+def task_alpha_intervals(task: str, records: Iterable[Record]) -> list[Interval | None]:
+    """Of one task's alpha_1 ..; None where some resample never got so far."""
+    conversations = _conversations(records)
+    drawn = _drawn_sums(task, conversations)
+    if drawn is None:
+        return []
+    survival = drawn[:, 2:]
+    known = [bool((survival[:, k - 1] > 0).all()) for k in range(1, survival.shape[1])]
+    return [
+        Interval.of(survival[:, k] / survival[:, k - 1]) if known[k - 1] else None for k in range(1, survival.shape[1])
+    ]
+
+
+def macro_tau_interval(records: Iterable[Record]) -> Interval | None:
+    """Of the mean over tasks; None where a task has no interval of its own."""
+    means = [_resampled_tau(task, _conversations(of_task)) for task, of_task in by_task(records).items()]
+    known = [mean for mean in means if mean is not None]
+    return Interval.of(np.mean(known, axis=0)) if known and len(known) == len(means) else None
+
+
+def paired_difference(ours: Iterable[Record], theirs: Iterable[Record]) -> dict[str, tuple[float, Interval | None]]:
+    """tau of `ours` - tau of `theirs`, by task and as "macro", over the conversations that have a tau in both."""
+    left, right = by_task(ours), by_task(theirs)
+    differences: dict[str, tuple[float, Floats | None]] = {}
+    for task in (name for name in left if name in right):
+        mine, its = _conversations(left[task]), _conversations(right[task])
+        shared = [prompt for prompt in mine if prompt in its]
+        if not shared:
+            continue
+        mine, its = ({prompt: each[prompt] for prompt in shared} for each in (mine, its))
+        resampled = [_resampled_tau(task, each) for each in (mine, its)]
+        spread = None if resampled[0] is None or resampled[1] is None else resampled[0] - resampled[1]
+        differences[task] = (_tau(mine) - _tau(its), spread)
+    found = {
+        task: (mean, None if spread is None else Interval.of(spread)) for task, (mean, spread) in differences.items()
+    }
+    if differences:
+        spreads = [spread for _, spread in differences.values() if spread is not None]
+        whole = Interval.of(np.mean(spreads, axis=0)) if len(spreads) == len(differences) else None
+        found["macro"] = (float(np.mean([mean for mean, _ in differences.values()])), whole)
+    return found
+
+
+def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
+    tasks: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        tasks[record.task].append(record)
+    return dict(tasks)
+
+
+def _conversations(records: Iterable[Record]) -> Conversations:
+    """Of the requests that have a tau, in the order of their prompt ids."""
+    rows: dict[str, list[Floats]] = defaultdict(list)
+    for record in records:
+        counts = record.acceptance
+        if counts.tau is not None:
+            survival = np.array(reached_at_least(counts.histogram)) / counts.verify_steps
+            rows[record.prompt_id].append(np.concatenate([[1.0, counts.tau], survival]))
+    return {prompt: np.sum(rows[prompt], axis=0) for prompt in sorted(rows)}
+
+
+def _tau(conversations: Mapping[str, Floats]) -> float:
+    requests, taus = np.sum(list(conversations.values()), axis=0)[:2]
+    return float(taus / requests)
+
+
+def _resampled_tau(task: str, conversations: Conversations) -> Floats | None:
+    drawn = _drawn_sums(task, conversations)
+    return None if drawn is None else drawn[:, 1] / drawn[:, 0]
+
+
+def _drawn_sums(task: str, conversations: Conversations) -> Floats | None:
+    """[RESAMPLES, figures]: sums over as many conversations as there are, drawn with replacement."""
+    count = len(conversations)
+    if count < 2:
+        return None
+    rows = np.stack(list(conversations.values()))
+    generator = np.random.default_rng([SEED, zlib.crc32(task.encode())])
+    times = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return times.astype(np.float64) @ rows

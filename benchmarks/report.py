@@ -1,0 +1,290 @@
+"""One page of runs that were made: nothing is measured here, every figure is computed from records on disk.
+
+`report.html` stands alone (pictures inside, no script, nothing fetched); `report.md` has the same beside its pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures, paper
+from benchmarks.config import ReportConfig
+from benchmarks.intervals import Interval, by_task
+from benchmarks.manifest import Manifest
+from benchmarks.markdown import markdown_table
+from benchmarks.records import Record, latest, read_records
+from benchmarks.run import MANIFEST, RECORDS
+from benchmarks.summary import RunSummary, ratio, summarize_run
+from sglang_auf.acceptance import conditional, mean_survival
+from sglang_auf.errors import DataError
+
+METRICS = "metrics.jsonl"
+TEMPLATES = Path(__file__).parent / "templates"
+
+Table = list[list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRun:
+    """A benchmark run as it lies on disk."""
+
+    name: str
+    manifest: Manifest
+    records: list[Record]
+    summary: RunSummary
+
+    @property
+    def plain(self) -> bool:
+        return self.manifest.config.plain
+
+    @property
+    def questions(self) -> tuple[Any, ...]:
+        """Two runs with equal questions may be compared in speed."""
+        config, server = self.manifest.config, self.manifest.server
+        prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
+        return (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, server.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with text, tables and a picture, each of which may be missing."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    picture: bytes | None = None
+    picture_name: str = ""
+
+
+def write_report(config: ReportConfig) -> Path:
+    """The page's path. Raises DataError for a directory that holds no run, or one with no tau to show."""
+    measured, trained = load_runs(config.runs)
+    sections = make_sections(measured, trained, with_paper=config.paper)
+    config.out.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        if section.picture is not None:
+            (config.out / section.picture_name).write_bytes(section.picture)
+    (config.out / "report.md").write_text(_markdown(config.title, sections), encoding="utf-8")
+    page = config.out / "report.html"
+    page.write_text(_html(config.title, sections), encoding="utf-8")
+    return page
+
+
+def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str, list[dict[str, Any]]]]:
+    """Benchmark runs, and the metrics of training runs by name; a sweep stands for its levels."""
+    measured: list[MeasuredRun] = []
+    trained: dict[str, list[dict[str, Any]]] = {}
+    for directory, name in zip(directories, _names(directories), strict=True):
+        levels = sorted(path.parent for path in directory.glob(f"*-c*/{MANIFEST}"))
+        if (directory / MANIFEST).is_file():
+            measured.append(_measured(directory, name))
+        elif (directory / METRICS).is_file():
+            lines = (directory / METRICS).read_text(encoding="utf-8").splitlines()
+            trained[name] = [json.loads(line) for line in lines]
+        elif levels:
+            measured += [_measured(level, f"{name}/{level.name}") for level in levels]
+        else:
+            raise DataError(
+                f"{directory}, with neither {MANIFEST} nor {METRICS} nor levels of a sweep",
+                "directories of `python -m benchmarks run` or `sweep`, or of `sglang-auf train`",
+                "check the path",
+            )
+    return measured, trained
+
+
+def make_sections(
+    measured: Sequence[MeasuredRun], trained: Mapping[str, Sequence[Mapping[str, Any]]], with_paper: bool = False
+) -> list[Section]:
+    speculating = [run for run in measured if not run.plain]
+    summaries = {run.name: run.summary for run in speculating}
+    sections: list[Section] = []
+    if speculating:
+        alpha = {run.name: alpha_over_tasks(run.records) for run in speculating}
+        sections += [
+            Section("Tau", TAU_TEXT, tau_table(summaries), figures.png(figures.tau_by_task(summaries)), "tau.png"),
+            Section("alpha_k", ALPHA_TEXT, _alpha_table(alpha), figures.png(figures.alpha_curves(alpha)), "alpha.png"),
+            Section(
+                "Accepted lengths",
+                "Share of verify steps by the number of drafted tokens they accepted, over all requests.",
+                picture=figures.png(figures.accepted_lengths(summaries)),
+                picture_name="accepted.png",
+            ),
+        ]
+    points = speedup_points(measured)
+    if points:
+        picture = figures.png(figures.speedups(points))
+        sections.append(Section("Speed-up by concurrency", SPEED_TEXT, None, picture, "speedup.png"))
+    if measured:
+        sections.append(Section("Speed", LATENCY_TEXT, _speed_table(measured)))
+    if trained:
+        picture = figures.png(figures.training_curves(trained))
+        sections.append(Section("Training", TRAINING_TEXT, None, picture, "training.png"))
+    if with_paper:
+        sections.append(Section("The paper's figures", paper.LEVEL, _paper_table()))
+    warnings = [f"{run.name}: {warning}" for run in measured for warning in run.manifest.warnings]
+    if warnings:
+        sections.append(Section("Warnings", "\n".join(warnings)))
+    if measured:
+        sections.append(Section("Where the figures come from", "", _origin_table(measured)))
+    return sections
+
+
+TAU_TEXT = (
+    "tau = (completion tokens - 1) / verify steps of a request; of a task, the mean over its requests (each turn of "
+    "MT-Bench is one); mean: tasks equally; micro: ratio of sums over all requests. Intervals: 95 %, bootstrap over "
+    "prompts; other training seeds are not in them."
+)
+ALPHA_TEXT = (
+    "alpha_k = P(at least k drafts accepted, given at least k-1), requests weighted equally inside a task and tasks "
+    "equally."
+)
+SPEED_TEXT = "Tokens/s over those of plain decoding, asked the same prompts at the same concurrency."
+LATENCY_TEXT = (
+    "TTFT: time to the first token. ITL: time between the tokens of one answer after its first, its mean. Both of "
+    "streamed answers, in milliseconds, as median / 90th / 99th percentile."
+)
+TRAINING_TEXT = "From the metrics of each training run, at its logging steps; tau by the trainer's walk."
+
+
+def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
+    """Survival averaged inside each task and then over tasks, then the ratios."""
+    curves = [mean_survival(record.acceptance for record in of_task) for of_task in by_task(records).values()]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return ()
+    longest = max(map(len, curves))
+    padded = [curve + [0.0] * (longest - len(curve)) for curve in curves]
+    return conditional([sum(column) / len(padded) for column in zip(*padded, strict=True)])
+
+
+def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:
+    """drafter and temperature -> (concurrency, speed-up), where a plain run asked the same at the same concurrency."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        concurrency = run.manifest.config.concurrency
+        for other in runs:
+            same = other.questions == run.questions and other.manifest.config.concurrency == concurrency
+            if run.plain or not other.plain or not same:
+                continue
+            faster = ratio(run.summary.throughput.tokens_per_s, other.summary.throughput.tokens_per_s)
+            if faster is not None:
+                server = run.manifest.server
+                name = f"{Path(server.drafter or '').name} ({server.algorithm}, block {server.block_size})"
+                points.setdefault(name, []).append((concurrency, faster))
+                break
+    return points
+
+
+def tau_table(runs: Mapping[str, RunSummary]) -> Table:
+    tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
+    rows = [["run", *tasks, "mean", "micro"]]
+    for name, run in runs.items():
+        of_tasks = [run.tasks.get(task) for task in tasks]
+        cells = [_with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
+        rows.append([name, *cells, _with_interval(run.macro.tau, run.macro.tau_interval), _number(run.micro.tau)])
+    return rows
+
+
+def _alpha_table(alpha: Mapping[str, Sequence[float | None]]) -> Table:
+    longest = max(map(len, alpha.values()), default=0)
+    rows = [["run", *(f"alpha_{k}" for k in range(1, longest + 1))]]
+    for name, values in alpha.items():
+        rows.append([name, *map(_number, values), *["-"] * (longest - len(values))])
+    return rows
+
+
+def _speed_table(runs: Sequence[MeasuredRun]) -> Table:
+    rows = [["run", "concurrency", "requests", "failed", "tokens/s", "TTFT", "ITL"]]
+    for run in runs:
+        speed, latency = run.summary.throughput, run.summary.latency
+        times = [
+            "-" if part is None else " / ".join(f"{1000 * value:.0f}" for _, value in part)
+            for part in (latency.ttft, latency.itl)
+        ]
+        counts = [speed.concurrency, speed.requests, speed.failed]
+        rows.append([run.name, *map(str, counts), _number(speed.tokens_per_s, 1), *times])
+    return rows
+
+
+def _paper_table() -> Table:
+    rows = [["drafter, arm", "T", *paper.TASKS, "mean"]]
+    for head, arms in (("DFlash", paper.DFLASH), ("Domino", paper.DOMINO)):
+        for arm, by_temperature in arms.items():
+            for temperature, row in enumerate(by_temperature):
+                rows.append([f"{head} {arm}", str(temperature), *map(_number, row), _number(paper.mean(row))])
+    return rows
+
+
+def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
+    rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
+    for run in runs:
+        server, config, session = run.manifest.server, run.manifest.config, run.manifest.sessions[-1]
+        what = "plain decoding" if run.plain else f"{server.algorithm}, block {server.block_size}, {server.drafter}"
+        thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
+        rows.append(
+            [
+                run.name,
+                f"{server.model} ({server.device}, {server.dtype}), {what}",
+                f"T={config.temperature:g}, {config.max_tokens} tokens at most, concurrency {config.concurrency}"
+                + thinking
+                + (f", {len(run.manifest.sessions)} sessions" if len(run.manifest.sessions) > 1 else ""),
+                session.started_at,
+                f"{session.machine['cpu']}, {session.machine['cores']} cores, {session.machine['memory_gib']} GiB",
+                ", ".join(f"{name} {version}" for name, version in session.versions.items() if version),
+                shlex.join(session.command),
+            ]
+        )
+    return rows
+
+
+def _measured(directory: Path, name: str) -> MeasuredRun:
+    manifest = Manifest.read(directory / MANIFEST)
+    records = latest(read_records(directory / RECORDS))
+    summary = summarize_run(manifest, records)
+    if not manifest.config.plain and summary.macro.tau is None:
+        raise DataError(f"{directory} without a verify step", "a run of a speculating server", "leave it out")
+    return MeasuredRun(name, manifest, records, summary)
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError("a directory that is named twice", "each run once", "remove the repetition")
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"# {title}"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += [section.text.replace("\n", "  \n")] if section.text else []
+        parts += [markdown_table(section.table)] if section.table else []
+        parts += [f"![{section.title}]({section.picture_name})"] if section.picture else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    pictures = {
+        section.title: base64.b64encode(section.picture).decode() for section in sections if section.picture is not None
+    }
+    return environment.get_template("report.html").render(title=title, sections=sections, pictures=pictures)
+
+
+def _with_interval(value: float | None, interval: Interval | None) -> str:
+    return _number(value) + (f" ({interval.low:.2f}..{interval.high:.2f})" if interval else "")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,103 @@
+"""One server at several concurrencies, next to a plain one: what speculation gives as load grows.
+
+Every level of a server is an ordinary run in a directory of its own; a finished level is not asked again. The two
+servers are asked one after the other, never at once; where they share a machine, an idle one should take no CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.config import Questions, RunConfig, SweepConfig
+from benchmarks.native import flush_cache
+from benchmarks.run import Run
+from benchmarks.summary import RunSummary, ratio, summarize_run
+from benchmarks.tasks import Selection, resolve, select
+from sglang_auf.errors import ConfigError
+
+AUF, PLAIN = "auf", "plain"
+
+
+class SweepLevel(BaseModel):
+    """One concurrency. plain, speedup: None without a plain server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    concurrency: int
+    auf: RunSummary
+    plain: RunSummary | None
+    speedup: float | None
+
+
+class Sweep(BaseModel):
+    """sweep.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: SweepConfig
+    levels: list[SweepLevel]
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+    @property
+    def failed(self) -> int:
+        runs = [run for level in self.levels for run in (level.auf, level.plain) if run is not None]
+        return sum(run.throughput.failed for run in runs)
+
+
+def run_directory(out: Path, name: str, concurrency: int) -> Path:
+    return out / f"{name}-c{concurrency}"
+
+
+def measure_sweep(config: SweepConfig) -> Sweep:
+    """Raises ConfigError when a level has more requests in flight than there are prompts."""
+    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
+    count = sum(len(chosen.prompts) for chosen in selections)
+    levels = sorted(set(config.concurrency))
+    if count < levels[-1]:
+        raise ConfigError(
+            f"{count} prompts and concurrency {levels[-1]}",
+            "at least as many prompts as are to be in flight",
+            "add --tasks, raise --limit, or lower --concurrency",
+        )
+    return Sweep(
+        config=config,
+        levels=[_level(config, level, selections) for level in levels],
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        command=provenance.command(),
+    )
+
+
+def _level(config: SweepConfig, concurrency: int, selections: list[Selection]) -> SweepLevel:
+    auf = _measured(config, config.base_url, AUF, concurrency, selections)
+    plain = config.plain_url and _measured(config, config.plain_url, PLAIN, concurrency, selections)
+    speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain else None)
+    return SweepLevel(concurrency=concurrency, auf=auf, plain=plain or None, speedup=ratio(*speeds))
+
+
+def _measured(
+    config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]
+) -> RunSummary:
+    prompts = [prompt for chosen in selections for prompt in chosen.prompts]
+    run_config = RunConfig(
+        **config.model_dump(include=set(Questions.model_fields)),
+        base_url=base_url,
+        plain=name == PLAIN,
+        concurrency=concurrency,
+        out=run_directory(config.out, name, concurrency),
+    )
+    run = Run.begin(run_config, selections, resume=True)
+    if run.unfinished(prompts):
+        asyncio.run(run.warm_up())
+        run.open()
+        flush_cache(base_url)
+        asyncio.run(run.ask(prompts, f"{name} at {concurrency}"))
+    run.require_tau()
+    return summarize_run(run.manifest, list(run.records.values()))

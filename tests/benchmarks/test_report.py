@@ -1,0 +1,134 @@
+"""Reports of runs asked of the fake server; the page itself is opened in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.report import alpha_over_tasks, load_runs, speedup_points
+from tests.benchmarks.test_intervals import record
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def runs(fake: Start, data_dir: Path, tmp_path: Path) -> Path:
+    """auf and plain, two concurrencies of each, as a sweep leaves them."""
+    auf, plain = fake(), fake(speculative=False)
+    arguments = ["sweep", "--base-url", auf.url, "--plain-url", plain.url, "--out", str(tmp_path / "sweep")]
+    arguments += ["--tasks", "gsm8k,mt_bench", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    assert main([*arguments, "--concurrency", "1,2"]) == 0
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    rows = [{"kind": "train", "step": 10, "loss": 2.0}, {"kind": "held_out", "step": 10, "tau": 1.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_a_report_has_every_section_and_needs_nothing_beside_it(runs: Path, training: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    assert main(["report", str(runs), str(training), "--out", str(out), "--paper", "--title", "A <b> title"]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "A &lt;b&gt; title" in page
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == [
+        "Tau", "alpha_k", "Accepted lengths", "Speed-up by concurrency", "Speed", "Training",
+        "The paper&#39;s figures", "Where the figures come from",
+    ]  # fmt: skip
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "<script" not in page
+    text = (out / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == ["tau.png", "alpha.png", "accepted.png", "speedup.png", "training.png"]
+    assert all((out / picture).is_file() for picture in pictures)
+
+
+def test_a_report_shows_the_figures_of_the_runs_own_summary(runs: Path, tmp_path: Path) -> None:
+    assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    (measured,), _ = load_runs([runs / "auf-c1"])
+    summary = measured.summary
+    interval = summary.macro.tau_interval
+    assert interval is not None
+    assert f"{summary.macro.tau:.2f} ({interval.low:.2f}..{interval.high:.2f})" in text
+    assert f"| {summary.micro.tau:.2f} |" in text
+    for value in alpha_over_tasks(measured.records):
+        assert value is None or f" {value:.2f} |" in text
+
+
+def test_tasks_weigh_equally_in_alpha() -> None:
+    """Task a: 1 of 2 steps accepts. Task b, with three times the requests: all do."""
+    records = [record("p", [1, 1], "a"), *(record(f"q{i}", [0, 3], "b") for i in range(3))]
+    assert alpha_over_tasks(records) == (pytest.approx((0.5 + 1.0) / 2),)
+    assert alpha_over_tasks([]) == ()
+
+
+def test_speedups_compare_runs_of_the_same_questions_alone(runs: Path) -> None:
+    measured, _ = load_runs([runs])
+    points = speedup_points(measured)
+    ((name, found),) = points.items()
+    assert name == "toy (AUF, block 4)"
+    assert sorted(at for at, _ in found) == [1, 2]
+    speeds = {run.name: run.summary.throughput.tokens_per_s for run in measured}
+    assert dict(found)[1] == pytest.approx(speeds["sweep/auf-c1"] / speeds["sweep/plain-c1"])  # type: ignore[operator]
+    others = [run for run in measured if not (run.plain and run.manifest.config.concurrency == 1)]
+    assert [at for at, _ in next(iter(speedup_points(others).values()))] == [2]
+
+
+def test_a_directory_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_run_that_is_named_twice_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(runs / "auf-c1"), str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_the_page(runs: Path, training: Path, tmp_path: Path) -> None:
+    """Pictures are decoded and nothing is wider than the window, on a desktop and on a phone."""
+    assert CHROMIUM is not None
+    out = tmp_path / "report"
+    assert main(["report", str(runs), str(training), "--out", str(out)]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    probe = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify({"
+        "pictures: [...document.images].map(i => i.naturalWidth),"
+        "wide: document.documentElement.scrollWidth - innerWidth}) })</script>"
+    )
+    (out / "probe.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    for size in ("1200,900", "500,800"):
+        shown = subprocess.run(
+            [
+                CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                f"--user-data-dir={tmp_path / size}", f"--window-size={size}", "--dump-dom",
+                (out / "probe.html").as_uri(),
+            ],
+            capture_output=True, text=True, timeout=120, check=True,
+        ).stdout  # fmt: skip
+        title = re.search(r"<title>(.*?)</title>", shown)
+        assert title is not None
+        found = json.loads(title.group(1))
+        assert len(found["pictures"]) == 5
+        assert min(found["pictures"]) > 300
+        assert found["wide"] <= 0

@@ -1,0 +1,60 @@
+"""A sweep over concurrencies of two fake servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cli import main
+
+Start = Callable[..., Any]
+
+
+def flags(url: str, out: Path, data_dir: Path, *more: str) -> list[str]:
+    common = ["--tasks", "gsm8k", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    return ["sweep", "--base-url", url, "--out", str(out), *common, *more]
+
+
+def test_every_level_is_asked_of_both_servers(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auf, plain, out = fake(delay_s=0.02), fake(speculative=False, delay_s=0.02), tmp_path / "sweep"
+    assert main(flags(auf.url, out, data_dir, "--plain-url", plain.url, "--concurrency", "1,3")) == 0
+    for server in (auf, plain):
+        assert set(server.asked().values()) == {2}
+        assert server.engine.most_in_flight == 3
+        assert server.engine.flushed == 2
+    levels = json.loads((out / "sweep.json").read_text())["levels"]
+    assert [level["concurrency"] for level in levels] == [1, 3]
+    for level in levels:
+        speeds = [level[name]["throughput"]["tokens_per_s"] for name in ("auf", "plain")]
+        assert level["speedup"] == pytest.approx(speeds[0] / speeds[1])
+        assert level["plain"]["macro"]["tau"] is None
+        assert level["auf"]["macro"]["tau"] > 1
+        for name in ("ttft", "itl", "latency"):
+            seconds = level["auf"]["latency"][name]
+            assert 0 < seconds["p50"] <= seconds["p90"] <= seconds["p99"]
+    table = capsys.readouterr().out
+    assert "| 3 | 6 |" in table
+
+
+def test_a_finished_level_is_not_asked_again(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "sweep"
+    main(flags(server.url, out, data_dir, "--concurrency", "1"))
+    assert main(flags(server.url, out, data_dir, "--concurrency", "1,2")) == 0
+    assert set(server.asked().values()) == {2}
+    levels = json.loads((out / "sweep.json").read_text())["levels"]
+    assert [level["plain"] for level in levels] == [None, None]
+
+
+def test_more_in_flight_than_there_are_prompts_is_refused(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake()
+    assert main(flags(server.url, tmp_path / "sweep", data_dir, "--concurrency", "1,8")) == 2
+    assert "6 prompts and concurrency 8" in capsys.readouterr().err
+    assert not server.asked()
