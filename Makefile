@@ -1,5 +1,6 @@
 # make demo   install, prepare the target, and compare the accelerated server with plain decoding
 # make train-demo  answers, training with AUF, export, serving: tau before and after, in minutes
+# make study-smoke  two training arms, two seeds, toy size: trained, served, compared, reported, in minutes
 # make test   every test, end-to-end ones included
 # make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
 # make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed-$(PINS)
 LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
 BIN := $(VENV)/bin
 
-.PHONY: demo train-demo test serve bench lint env
+.PHONY: demo train-demo study-smoke test serve bench lint env
 
 env: $(LINK)
 
@@ -38,6 +39,10 @@ demo: env
 train-demo: env
 	$(BIN)/sglang-auf prepare smollm2-135m
 	$(BIN)/python -m benchmarks train-demo $(ARGS)
+
+study-smoke: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m benchmarks study benchmarks/studies/smoke.yaml --out runs/study-smoke $(ARGS)
 
 test: env
 	$(BIN)/sglang-auf prepare smollm2-135m

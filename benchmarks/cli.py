@@ -26,6 +26,7 @@ from benchmarks.config import (
     RunConfig,
     SpeedConfig,
     StepConfig,
+    StudyConfig,
     SweepConfig,
     TrainDemoConfig,
 )
@@ -135,6 +136,20 @@ def _report(options: Options) -> int:
     return 0
 
 
+def _study(options: Options) -> int:
+    from benchmarks.study import run_study
+    from benchmarks.study_report import claims_text, read_results, write_study_report
+
+    config = _validated(StudyConfig, options)
+    if not config.report_only:
+        run_study(config)
+    results = read_results(config.out / "records")
+    page = write_study_report(results, config.out)
+    print(claims_text(results))
+    print(f"\nwritten to {page}")
+    return 0
+
+
 def _step(options: Options) -> int:
     from benchmarks.step_markdown import step_markdown
     from benchmarks.training_step import measure_step
@@ -198,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one page of runs that were made", description=ReportConfig.__doc__)
     _add_fields(report, ReportConfig, positional={"runs"})
     report.set_defaults(command=_report)
+    study = commands.add_parser("study", help="compare training arms over seeds", description=StudyConfig.__doc__)
+    _add_fields(study, StudyConfig, positional={"study"})
+    study.set_defaults(command=_study)
     step = commands.add_parser("step", help="time and memory of a training step", description=StepConfig.__doc__)
     _add_fields(step, StepConfig)
     step.set_defaults(command=_step)

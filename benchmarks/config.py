@@ -136,6 +136,17 @@ class ReportConfig(_Config):
     out: Path = Field(Path("runs/report"), description="directory for report.html, report.md and the pictures")
 
 
+class StudyConfig(_Config):
+    """Arms x seeds of a training study, trained, walked, served and compared; a killed study goes on."""
+
+    study: Path = Field(description="the study as YAML, see benchmarks/studies")
+    data_dir: Path | None = Field(
+        None, description="read <task>.jsonl of the measured tasks, and files the study names, from here"
+    )
+    out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
+    report_only: bool = Field(False, description="only write the report anew, from OUT/records")
+
+
 class LosslessConfig(_Config):
     """Compare a speculating run with a plain one, answer by answer."""
 

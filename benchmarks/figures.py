@@ -37,6 +37,17 @@ def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:
     return figure
 
 
+def tau_by_seed(taus: Mapping[str, Sequence[float]]) -> Any:
+    """A dot for each seed of each arm, and the arm's mean as a bar."""
+    figure, axis = _figure(1.5 + 0.8 * len(taus), 3.6)
+    for place, values in enumerate(taus.values()):
+        axis.plot([place] * len(values), values, "o", markersize=4, color="C0")
+        axis.plot([place - 0.25, place + 0.25], [sum(values) / len(values)] * 2, color="C1")
+    axis.set_xticks(range(len(taus)), list(taus), rotation=30, ha="right")
+    axis.set_ylabel("tau, mean over tasks")
+    return figure
+
+
 def alpha_curves(alpha: Mapping[str, Sequence[float | None]]) -> Any:
     """alpha_k by k: figure 5 of arXiv 2607.01893."""
     figure, axis = _figure(5, 3.6)

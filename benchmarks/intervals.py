@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,27 +68,35 @@ def macro_tau_interval(records: Iterable[Record]) -> Interval | None:
     return Interval.of(np.mean(known, axis=0)) if known and len(known) == len(means) else None
 
 
-def paired_difference(ours: Iterable[Record], theirs: Iterable[Record]) -> dict[str, tuple[float, Interval | None]]:
-    """tau of `ours` - tau of `theirs`, by task and as "macro", over the conversations that have a tau in both."""
-    left, right = by_task(ours), by_task(theirs)
-    differences: dict[str, tuple[float, Floats | None]] = {}
-    for task in (name for name in left if name in right):
-        mine, its = _conversations(left[task]), _conversations(right[task])
-        shared = [prompt for prompt in mine if prompt in its]
-        if not shared:
-            continue
-        mine, its = ({prompt: each[prompt] for prompt in shared} for each in (mine, its))
-        resampled = [_resampled_tau(task, each) for each in (mine, its)]
-        spread = None if resampled[0] is None or resampled[1] is None else resampled[0] - resampled[1]
-        differences[task] = (_tau(mine) - _tau(its), spread)
-    found = {
-        task: (mean, None if spread is None else Interval.of(spread)) for task, (mean, spread) in differences.items()
-    }
-    if differences:
-        spreads = [spread for _, spread in differences.values() if spread is not None]
-        whole = Interval.of(np.mean(spreads, axis=0)) if len(spreads) == len(differences) else None
-        found["macro"] = (float(np.mean([mean for mean, _ in differences.values()])), whole)
-    return found
+def paired_difference(
+    pairs: Sequence[tuple[Sequence[Record], Sequence[Record]]],
+) -> dict[str, tuple[float, Interval | None]]:
+    """tau of the first - tau of the second of each pair, meaned over pairs: by task, and as "macro" over tasks.
+
+    Each pair is compared on the conversations that have a tau in both; the intervals are over prompts. Tasks that a
+    pair lacks are left out.
+    """
+    found: dict[str, list[tuple[float, Floats | None]]] = defaultdict(list)
+    for ours, theirs in pairs:
+        left, right = by_task(ours), by_task(theirs)
+        for task in (name for name in left if name in right):
+            mine, its = _conversations(left[task]), _conversations(right[task])
+            shared = [prompt for prompt in mine if prompt in its]
+            if shared:
+                mine, its = ({prompt: each[prompt] for prompt in shared} for each in (mine, its))
+                resampled = [_resampled_tau(task, each) for each in (mine, its)]
+                spread = None if resampled[0] is None or resampled[1] is None else resampled[0] - resampled[1]
+                found[task].append((_tau(mine) - _tau(its), spread))
+    means = {task: _mean_difference(each) for task, each in found.items() if len(each) == len(pairs)}
+    if means:
+        means["macro"] = _mean_difference(list(means.values()))
+    return {task: (mean, None if spread is None else Interval.of(spread)) for task, (mean, spread) in means.items()}
+
+
+def _mean_difference(parts: Sequence[tuple[float, Floats | None]]) -> tuple[float, Floats | None]:
+    spreads = [spread for _, spread in parts if spread is not None]
+    spread = np.mean(spreads, axis=0) if len(spreads) == len(parts) else None
+    return float(np.mean([mean for mean, _ in parts])), spread
 
 
 def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:

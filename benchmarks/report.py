@@ -1,11 +1,7 @@
-"""One page of runs that were made: nothing is measured here, every figure is computed from records on disk.
-
-`report.html` stands alone (pictures inside, no script, nothing fetched); `report.md` has the same beside its pictures.
-"""
+"""One page of runs that were made: nothing is measured here, every figure is computed from records on disk."""
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +13,7 @@ from benchmarks import figures, paper
 from benchmarks.config import ReportConfig
 from benchmarks.intervals import Interval, by_task
 from benchmarks.manifest import Manifest
-from benchmarks.markdown import markdown_table
+from benchmarks.page import Section, Table, write_page
 from benchmarks.records import Record, latest, read_records
 from benchmarks.run import MANIFEST, RECORDS
 from benchmarks.summary import RunSummary, ratio, summarize_run
@@ -25,9 +21,6 @@ from sglang_auf.acceptance import conditional, mean_survival
 from sglang_auf.errors import DataError
 
 METRICS = "metrics.jsonl"
-TEMPLATES = Path(__file__).parent / "templates"
-
-Table = list[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +44,11 @@ class MeasuredRun:
         return (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, server.target)
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading with text, tables and a picture, each of which may be missing."""
-
-    title: str
-    text: str = ""
-    table: Table | None = None
-    picture: bytes | None = None
-    picture_name: str = ""
-
-
 def write_report(config: ReportConfig) -> Path:
     """The page's path. Raises DataError for a directory that holds no run, or one with no tau to show."""
     measured, trained = load_runs(config.runs)
     sections = make_sections(measured, trained, with_paper=config.paper)
-    config.out.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        if section.picture is not None:
-            (config.out / section.picture_name).write_bytes(section.picture)
-    (config.out / "report.md").write_text(_markdown(config.title, sections), encoding="utf-8")
-    page = config.out / "report.html"
-    page.write_text(_html(config.title, sections), encoding="utf-8")
-    return page
+    return write_page(config.out, "report", config.title, sections)
 
 
 def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str, list[dict[str, Any]]]]:
@@ -131,7 +106,7 @@ def make_sections(
     if warnings:
         sections.append(Section("Warnings", "\n".join(warnings)))
     if measured:
-        sections.append(Section("Where the figures come from", "", _origin_table(measured)))
+        sections.append(Section("Where the figures come from", "", _origin_table(measured), in_words=True))
     return sections
 
 
@@ -260,26 +235,6 @@ def _names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise DataError("a directory that is named twice", "each run once", "remove the repetition")
-
-
-def _markdown(title: str, sections: Sequence[Section]) -> str:
-    parts = [f"# {title}"]
-    for section in sections:
-        parts.append(f"## {section.title}")
-        parts += [section.text.replace("\n", "  \n")] if section.text else []
-        parts += [markdown_table(section.table)] if section.table else []
-        parts += [f"![{section.title}]({section.picture_name})"] if section.picture else []
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(title: str, sections: Sequence[Section]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    pictures = {
-        section.title: base64.b64encode(section.picture).decode() for section in sections if section.picture is not None
-    }
-    return environment.get_template("report.html").render(title=title, sections=sections, pictures=pictures)
 
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:

@@ -119,7 +119,7 @@ def test_a_difference_is_paired_by_prompt() -> None:
     """The same prompts, each better by the same amount: no doubt is left, however much the prompts differ."""
     theirs = [record(f"p{i}", [10, i, 0, 0]) for i in range(12)]
     ours = [r.model_copy(update={"completion_tokens": r.completion_tokens + sum(r.accepted_histogram)}) for r in theirs]
-    difference, interval = paired_difference(ours, theirs)["gsm8k"]
+    difference, interval = paired_difference([(ours, theirs)])["gsm8k"]
     assert difference == pytest.approx(1.0)
     assert interval is not None
     assert interval.high - interval.low < 1e-9
@@ -130,9 +130,18 @@ def test_a_difference_is_paired_by_prompt() -> None:
 def test_a_difference_is_taken_over_shared_prompts_and_all_tasks() -> None:
     ours = [*answers(30, seed=8, lift=0.2), *answers(30, seed=9, task="mbpp", lift=0.2), record("only", [1, 9])]
     theirs = [*answers(30, seed=8), *answers(30, seed=9, task="mbpp"), *answers(3, seed=1, task="alpaca")]
-    found = paired_difference(ours, theirs)
+    found = paired_difference([(ours, theirs)])
     assert list(found) == ["gsm8k", "mbpp", "macro"]
     assert found["macro"][0] == pytest.approx((found["gsm8k"][0] + found["mbpp"][0]) / 2)
     interval = found["macro"][1]
     assert interval is not None and 0 < interval.low < found["macro"][0] < interval.high
-    assert paired_difference(ours, []) == {}
+    assert paired_difference([(ours, [])]) == {}
+
+
+def test_differences_of_several_pairs_are_meaned() -> None:
+    base = answers(20, seed=10)
+    pairs = [(answers(20, seed=11, lift=0.1), base), (answers(20, seed=12, lift=0.3), base)]
+    single = [paired_difference([pair])["gsm8k"] for pair in pairs]
+    mean, interval = paired_difference(pairs)["gsm8k"]
+    assert mean == pytest.approx((single[0][0] + single[1][0]) / 2)
+    assert interval is not None and interval.low < mean < interval.high

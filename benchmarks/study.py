@@ -1,0 +1,298 @@
+"""A study: every arm with every seed is trained, exported, walked over the same answers, and some of them are served.
+
+Seeds are matched: with one seed all arms start from the same weights and see the same batches and anchors in the same
+order (as far as their settings are alike). Everything lies under one directory and nothing finished is done again, so
+that the same command goes on after a kill:
+
+    target/          the plain server's part: answers to train on, answers to the measured prompts
+    arms/ARM-SEED/   the training run and the drafter
+    served/          runs of served drafters, each with the drafter's name and temperature
+    records/         what the report is made of: counts of every answer, training metrics, provenance; no text
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.config import RunConfig, StudyConfig
+from benchmarks.demo_prompts import demo_prompts
+from benchmarks.manifest import Manifest
+from benchmarks.records import Record, latest, read_records
+from benchmarks.run import MANIFEST, RECORDS, Run
+from benchmarks.servers import serve
+from benchmarks.study_config import Study, load_study
+from benchmarks.tasks import resolve, select
+from benchmarks.walked import Walker
+from sglang_auf.errors import ConfigError, TrainingError
+from sglang_auf.training.checkpoint import Checkpoints, read_state
+
+log = logging.getLogger(__name__)
+
+STUDY = "study.yaml"
+WITHOUT_TEXT = {"prompt_ids": None, "output_ids": None, "output_text": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a study keeps what. data_dir: where it finds tasks and files; None: the hub, the working directory."""
+
+    out: Path
+    data_dir: Path | None = None
+
+    @property
+    def records(self) -> Path:
+        return self.out / "records"
+
+    @property
+    def plain(self) -> Path:
+        return self.out / "target" / "plain"
+
+    def answers(self, name: str) -> Path:
+        return self.out / "target" / f"answers-{name}.jsonl"
+
+    def training(self, arm: str, seed: int) -> Path:
+        return self.out / "arms" / f"{arm}-{seed}" / "run"
+
+    def drafter(self, arm: str, seed: int) -> Path:
+        return self.out / "arms" / f"{arm}-{seed}" / "drafter"
+
+    def served(self, arm: str, seed: int, temperature: float) -> Path:
+        return self.out / "served" / served_name(arm, seed, temperature)
+
+
+def served_name(arm: str, seed: int, temperature: float) -> str:
+    return f"{arm}-{seed}-T{temperature:g}"
+
+
+def run_study(config: StudyConfig) -> Study:
+    """Do what is missing of a study. Raises ConfigError where the directory is another study's."""
+    study, places = load_study(config.study), Places(config.out, config.data_dir)
+    places.records.mkdir(parents=True, exist_ok=True)
+    _require_same(config.study, places)
+    _target_part(study, places)
+    for seed in study.seeds:
+        for arm in study.arms:
+            _train(study, places, arm, seed)
+    walker: Walker | None = None
+    for seed in study.seeds:
+        for arm in study.arms:
+            kept = places.records / f"walked-{arm}-{seed}.jsonl.gz"
+            if not kept.is_file():
+                walker = walker or Walker(study.target, latest(read_records(places.plain / RECORDS)))
+                _keep(kept, walker.walk(places.drafter(arm, seed)))
+                log.info("walked %s, seed %d", arm, seed)
+    _served_part(study, places)
+    return study
+
+
+def _require_same(path: Path, places: Places) -> None:
+    """The study's file beside its records: they belong together."""
+    kept = places.records / STUDY
+    if not kept.is_file():
+        shutil.copyfile(path, kept)
+    elif load_study(kept) != load_study(path):
+        raise ConfigError(
+            f"{places.out} holds the records of another study ({kept} and {path} differ)",
+            "the study that was begun there",
+            "give another --out, or take the change back",
+        )
+
+
+# --- the target's part ---
+
+
+def _target_part(study: Study, places: Places) -> None:
+    places.plain.parent.mkdir(parents=True, exist_ok=True)
+    due = [name for name in study.answers if not _answers_ready(study, places, name)]
+    if not due and (places.records / "plain.json").is_file():
+        return
+    log_file = places.out / "target" / "server.log"
+    with serve(study.profile, plain=True, settings=study.server_set, log_file=log_file) as server:
+        for name in due:
+            _regenerate(study, places, name, server.base_url)
+        _ask(study, places, {"base_url": server.base_url, "plain": True, "out": places.plain})
+    _keep(places.records / "plain.jsonl.gz", latest(read_records(places.plain / RECORDS)))
+    _keep_origin(places.records / "plain.json", places.plain / MANIFEST)
+
+
+def _answers_ready(study: Study, places: Places, name: str) -> bool:
+    source = study.answers[name]
+    if source.file is None:
+        return places.answers(name).with_suffix(".done").is_file()
+    given = (places.data_dir or Path()) / source.file
+    if not given.is_file():
+        raise ConfigError(f"answers {name}: no file {given}", "rows with answers", "give --data-dir, or mend the study")
+    if not places.answers(name).exists():
+        places.answers(name).symlink_to(given.resolve())
+    return True
+
+
+def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
+    source, out = study.answers[name], places.answers(name)
+    files = [(places.data_dir or Path()) / prompts for prompts in source.prompts]
+    inputs = [str(file) if file.exists() else name for file, name in zip(files, source.prompts, strict=True)]
+    if source.demo is not None:
+        made = out.with_name(f"prompts-{name}.jsonl")
+        made.write_text("".join(json.dumps(row) + "\n" for row in demo_prompts(source.demo)), encoding="utf-8")
+        inputs = [str(made)]
+    limit = [] if source.limit is None else ["--limit", str(source.limit)]
+    _command(
+        [
+            *("regenerate", *inputs, "--base-url", f"{base_url}/v1", "--out", str(out), *limit),
+            *("--max-tokens", str(source.max_tokens), "--concurrency", str(source.concurrency)),
+        ]
+    )
+    out.with_suffix(".done").touch()
+
+
+# --- drafters ---
+
+
+def _train(study: Study, places: Places, arm: str, seed: int) -> None:
+    drafter, run = places.drafter(arm, seed), places.training(arm, seed)
+    kept = places.records / f"training-{arm}-{seed}.json.gz"
+    if kept.is_file() and drafter.is_dir():
+        return
+    changes = [*study.set, *study.arms[arm].set, f"seed={seed}"]
+    settings = [part for change in changes for part in ("--set", change)]
+    answers = places.answers(study.answers_of(arm))
+    _command(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings])
+    _command(["export", str(run), str(drafter), "--force"])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    latest_checkpoint = Checkpoints(run, keep_last=1).latest()
+    assert latest_checkpoint is not None
+    seconds = read_state(latest_checkpoint).seconds
+    facts["data"].pop("sources", None)
+    for start in facts["starts"]:
+        start.pop("command", None)  # holds paths; `set` and the study's file say the same
+    _write_gz(kept, json.dumps({"set": changes, "metrics": metrics, "run": facts, "seconds": seconds}))
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """One `sglang-auf` command in a process of its own."""
+    log.info("sglang-auf %s", " ".join(arguments))
+    ended = subprocess.run([sys.executable, "-m", "sglang_auf.cli", *arguments], check=False, env=dict(os.environ))
+    if ended.returncode:
+        raise TrainingError(
+            f"sglang-auf {arguments[0]} ended with exit code {ended.returncode}",
+            "exit code 0",
+            "see its message above; the same command goes on from what is done",
+        )
+
+
+# --- serving ---
+
+
+def _served_part(study: Study, places: Places) -> None:
+    served = study.served
+    if served is None:
+        return
+    for seed in served.seeds or study.seeds:
+        for arm in served.arms or tuple(study.arms):
+            due = [t for t in served.temperatures if not _kept_served(places, arm, seed, t).is_file()]
+            if not due:
+                continue
+            with serve(
+                study.profile,
+                plain=False,
+                settings=[*study.server_set, f"drafter={places.drafter(arm, seed).resolve()}"],
+                log_file=places.out / "served" / f"{arm}-{seed}.log",
+            ) as server:
+                for temperature in due:
+                    _serve_one(study, places, arm, seed, temperature, server.base_url)
+
+
+def _serve_one(study: Study, places: Places, arm: str, seed: int, temperature: float, base_url: str) -> None:
+    assert study.served is not None
+    out = places.served(arm, seed, temperature)
+    concurrency = study.served.concurrency
+    _ask(study, places, {"base_url": base_url, "temperature": temperature, "concurrency": concurrency, "out": out})
+    name = served_name(arm, seed, temperature)
+    _keep_origin(places.records / f"served-{name}.json", out / MANIFEST)
+    _keep(_kept_served(places, arm, seed, temperature), latest(read_records(out / RECORDS)))
+
+
+def _kept_served(places: Places, arm: str, seed: int, temperature: float) -> Path:
+    return places.records / f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
+
+
+def _ask(study: Study, places: Places, settings: dict[str, Any]) -> None:
+    """A run on the measured prompts, or what is missing of it. settings: of RunConfig, over those of `measured`.
+
+    Raises TrainingError where requests failed: a study has no holes.
+    """
+    config = RunConfig.model_validate(
+        {**study.measured.model_dump(), "data_dir": places.data_dir, "stream": False, **settings}
+    )
+    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
+    prompts = [prompt for chosen in selections for prompt in chosen.prompts]
+    run = Run.begin(config, selections, resume=True)
+    if run.unfinished(prompts):
+        asyncio.run(run.warm_up())
+        run.open()
+        asyncio.run(run.ask(prompts, config.out.name))
+    run.require_tau()
+    failed = [record for record in run.records.values() if record.failed]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(run.records)} requests failed, the first with {failed[0].error}",
+            "an answer to every prompt",
+            f"look at the server's log beside {config.out}; the same command asks the failed ones again",
+        )
+
+
+# --- records ---
+
+
+def _keep(path: Path, records: Sequence[Record]) -> None:
+    """Counts of every answer, without its text."""
+    _write_gz(path, "".join(record.model_copy(update=WITHOUT_TEXT).model_dump_json() + "\n" for record in records))
+
+
+def _keep_origin(path: Path, manifest_file: Path) -> None:
+    """What was asked of whom, with which versions, without the paths of the machine it was done on."""
+    manifest = Manifest.read(manifest_file)
+    server = manifest.server
+    content = {
+        "server": {
+            **server.model_dump(),
+            "target": Path(server.target).name,
+            "drafter": server.drafter and "/".join(Path(server.drafter).parts[-2:]),
+        },
+        "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "out"}),
+        "tasks": {name: origin.model_dump() for name, origin in manifest.tasks.items()},
+        "sessions": [session.model_dump(exclude={"command"}) for session in manifest.sessions],
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_gz(path: Path, text: str) -> None:
+    """Complete or not there, and the same bytes for the same text."""
+    fresh = path.with_name(path.name + ".tmp")
+    with fresh.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") as packed:
+        packed.write(text.encode())
+    fresh.replace(path)
+
+
+def read_kept(path: Path) -> list[Record]:
+    """What _keep wrote."""
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    return [Record.model_validate_json(line) for line in lines]
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """set, metrics, run and seconds (spent in steps) of one training."""
+    content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return content

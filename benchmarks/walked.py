@@ -1,0 +1,108 @@
+"""Answers of a plain server, walked by a drafter as serving would walk them: tau at T=0 without a server.
+
+A greedy answer does not depend on the drafter, so one run of plain decoding gives the text that every drafter is walked
+over, prompt by prompt. What may differ from a served run: the target's features are transformers' here and SGLang's
+there, equal but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.records import Record
+from sglang_auf.acceptance import Acceptance
+from sglang_auf.drafter.loading import load_drafter
+from sglang_auf.errors import DataError
+from sglang_auf.training.batches import collate, plan_batches
+from sglang_auf.training.conversations import Conversation
+from sglang_auf.training.evaluate import accepted_by_anchor, walk
+from sglang_auf.training.features import OnlineFeatures, find_target
+from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.step import Batch, TrainingStep
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Features of the answers under some taps."""
+
+    source: OnlineFeatures
+    batches: list[tuple[list[Record], Batch]]
+
+
+class Walker:
+    """Walks drafters over the same answers; features are computed once for each set of tapped layers."""
+
+    def __init__(self, target: str, answers: Sequence[Record]) -> None:
+        """answers: of a plain run, greedy. Raises DataError where one has no token ids, or none is long enough."""
+        self._target = find_target(target)
+        self._answers = [record for record in answers if not record.failed and record.completion_tokens > 1]
+        for record in self._answers:
+            if record.prompt_ids is None or record.output_ids is None or record.temperature != 0:
+                raise DataError(
+                    f"the answer to {record.prompt_id} at temperature {record.temperature:g}, with"
+                    f"{'' if record.output_ids else 'out'} token ids",
+                    "greedy answers with their token ids",
+                    "ask an SGLang server with `python -m benchmarks run --plain`",
+                )
+        if not self._answers:
+            raise DataError("no answer of two tokens or more", "answers to walk", "ask the plain server first")
+        self._known: dict[tuple[int, ...], _Known] = {}
+
+    def walk(self, drafter: Path) -> list[Record]:
+        """Records as serving this drafter would give them, without times. Raises CardError for a broken drafter."""
+        model = load_drafter(drafter)
+        known = self._features(model.config.target_layer_ids)
+        settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
+        step = TrainingStep(model, known.source.embedding, known.source.head, settings)
+        block = model.config.block_size
+        walked: list[Record] = []
+        with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16):
+            for records, batch in known.batches:
+                acceptances = walk(batch.loss_mask, accepted_by_anchor(step, batch), block)
+                walked += [_record(record, counts) for record, counts in zip(records, acceptances, strict=True)]
+        place = {record.key: number for number, record in enumerate(self._answers)}
+        return sorted(walked, key=lambda record: place[record.key])
+
+    def _features(self, layers: tuple[int, ...]) -> _Known:
+        if layers not in self._known:
+            source = OnlineFeatures(self._target, layers)
+            self._known[layers] = _Known(source, list(self._batches(source)))
+        return self._known[layers]
+
+    def _batches(self, source: OnlineFeatures) -> Iterator[tuple[list[Record], Batch]]:
+        lengths = [len(_conversation(record)) for record in self._answers]
+        for rows in plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0):
+            records = [self._answers[row] for row in rows]
+            padded = collate([_conversation(record) for record in records])
+            ids = [record.prompt_id for record in records]
+            features = source(ids, padded.input_ids, padded.lengths)
+            yield records, Batch(padded.input_ids, padded.loss_mask, padded.lengths, features, ids)
+
+
+def _conversation(record: Record) -> Conversation:
+    assert record.prompt_ids is not None and record.output_ids is not None
+    mask = [False] * len(record.prompt_ids) + [True] * len(record.output_ids)
+    return Conversation(record.prompt_id, [*record.prompt_ids, *record.output_ids], mask)
+
+
+def _record(answer: Record, counts: Acceptance) -> Record:
+    return Record(
+        task=answer.task,
+        prompt_id=answer.prompt_id,
+        turn=answer.turn,
+        temperature=0.0,
+        finish_reason=answer.finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        verify_steps=counts.verify_steps,
+        accepted_histogram=list(counts.histogram),
+        block_size=counts.block_size,
+        started_at=0.0,
+        latency_s=0.0,
+    )

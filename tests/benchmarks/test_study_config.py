@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.study_config import load_study
+from sglang_auf.errors import ConfigError
+from sglang_auf.training.recipe import load_recipe
+
+STUDIES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies"
+
+BASE: dict[str, Any] = {
+    "title": "t",
+    "profile": "p",
+    "target": "x",
+    "recipe": "r",
+    "seeds": [1, 2],
+    "answers": {"own": {"demo": 8}, "original": {"file": "original.jsonl"}},
+    "arms": {"decay": {}, "auf": {"set": ["objective.name=auf"], "answers": "original"}},
+}
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**BASE, **changes}, sort_keys=False))
+    return file
+
+
+def test_an_arm_without_answers_of_its_own_has_the_first_ones(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path))
+    assert (study.answers_of("decay"), study.answers_of("auf")) == ("own", "original")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"arms": {"a": {}}}, "arms"),
+        ({"arms": {"a": {"answers": "none"}, "b": {}}}, "'none' is none of own, original"),
+        ({"claims": [{"id": "a", "text": "", "arm": "auf", "against": "dpace"}]}, "'dpace' is none of the arms"),
+        ({"claims": [{"id": "a", "text": "", "arm": "auf", "against": "decay"}] * 2}, "'a' is there twice"),
+        ({"seeds": [1, 1]}, "seed is there twice"),
+        ({"served": {"arms": ["x"]}}, "no arm 'x'"),
+        ({"served": {"seeds": [3]}}, "no seed 3"),
+        ({"answers": {"own": {}}}, "one of file, prompts and demo"),
+        ({"answers": {"own": {"demo": 8, "file": "x"}}}, "one of file, prompts and demo"),
+        ({"sedes": [1]}, "sedes"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_study(written(tmp_path, **changes))
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_study(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not YAML"):
+        load_study(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_a_shipped_study_is_a_recipe(path: Path) -> None:
+    study = load_study(path)
+    for arm in study.arms.values():
+        for seed in study.seeds:
+            load_recipe(study.recipe, [*study.set, *arm.set, f"seed={seed}"])

@@ -1,0 +1,152 @@
+"""A study on the tiny target, with the real trainer and real servers: killed, resumed, reported, reported again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import study as study_module
+from benchmarks.cli import main
+from benchmarks.study import read_kept
+from benchmarks.study_report import read_results
+from tests.tiny_models import VOCABULARY, write_target
+
+pytestmark = pytest.mark.e2e
+
+TEMPLATE = "w5 {% for message in messages %}{{ message.content }} w6 {% endfor %}"
+DICE = random.Random(4)
+
+
+def words(count: int) -> str:
+    return " ".join(f"w{DICE.randrange(8, VOCABULARY)}" for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """target/, recipe.yaml, study.yaml, and data/ with prompts to answer and to measure."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("study")
+    target = write_target(place / "target")
+    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(target)
+
+    data = place / "data"
+    data.mkdir()
+    train = [{"id": f"t{i}", "messages": [{"role": "user", "content": words(6)}]} for i in range(24)]
+    tasks = {
+        "gsm8k": [{"id": f"g{i}", "turns": [words(5)]} for i in range(3)],
+        "mt_bench": [{"id": f"m{i}", "turns": [words(4), words(4)]} for i in range(2)],
+    }
+    for name, rows in {"train": train, **tasks}.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    recipe = {
+        "target": str(target),
+        "data": {"max_length": 96, "held_out": 4},
+        "drafter": {"num_layers": 1, "target_layer_ids": [1, 3], "block_size": 4, "mask_token_id": 3},
+        "objective": {"name": "auf"},
+        "optimiser": {"lr": 0.01},
+        "schedule": {"max_steps": 12},
+        "batch": {"batch_tokens": 512, "anchors_per_row": 8},
+        "log_every": 4,
+        "evaluate_every": 12,
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    study = {
+        "title": "Tiny study",
+        "profile": "smollm2-135m",
+        "server_set": [f"target={target}", "server_args.max_total_tokens=4096", "server_args.context_length=256"],
+        "target": str(target),
+        "recipe": str(place / "recipe.yaml"),
+        "seeds": [1, 2],
+        "answers": {"own": {"prompts": ["train.jsonl"], "max_tokens": 24}},
+        "arms": {"decay": {"set": ["objective.name=decay"]}, "auf": {}},
+        "measured": {"tasks": ["gsm8k", "mt_bench"], "limit": 2, "max_tokens": 24},
+        "served": {"arms": ["auf"], "seeds": [2], "temperatures": [0.0]},
+        "claims": [{"id": "a", "text": "AUF is better", "arm": "auf", "against": "decay"}],
+    }
+    (place / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return place
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """The study, interrupted once in the middle of its arms."""
+    out = folder / "out"
+    command = ["study", str(folder / "study.yaml"), "--data-dir", str(folder / "data"), "--out", str(out)]
+    walk, calls = study_module._train, 0
+
+    def interrupted(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        walk(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "_train", interrupted)
+        assert main(command) == 130
+    done = [path.stat().st_mtime_ns for path in sorted(out.glob("arms/*/drafter/model.safetensors"))]
+    assert len(done) == 2
+    assert main(command) == 0
+    again = sorted(out.glob("arms/*/drafter/model.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stat().st_mtime_ns for path in again][:2] == sorted(done)
+    assert len(again) == 4
+    return out
+
+
+def test_a_served_drafter_has_the_counts_of_its_walk(finished: Path) -> None:
+    """The same answers, the same drafter: but for a rounding of the features here and there, the same steps."""
+    results = read_results(finished / "records")
+    served = {record.key: record for record in results.served["auf", 2, 0.0]}
+    walked = {record.key: record for record in results.walked["auf", 2]}
+    assert served.keys() == walked.keys()
+    assert len(served) == 6
+    same = sum(served[key].accepted_histogram == walked[key].accepted_histogram for key in served)
+    assert same >= 5
+    for key, record in served.items():
+        assert record.completion_tokens == walked[key].completion_tokens
+
+
+def test_arms_with_one_seed_saw_the_same_data_in_the_same_order(finished: Path) -> None:
+    """Equal weights at the start, equal anchors and batches: the first loss differs by its credit alone."""
+    results = read_results(finished / "records")
+    for seed in (1, 2):
+        runs = [results.training[arm, seed]["run"] for arm in ("decay", "auf")]
+        assert runs[0]["data"] == runs[1]["data"]
+        assert runs[0]["steps"] == runs[1]["steps"] == 12
+
+
+def test_records_hold_no_text_and_no_paths(finished: Path, folder: Path) -> None:
+    for path in (finished / "records").glob("*.jsonl.gz"):
+        for record in read_kept(path):
+            assert record.output_ids is None and record.prompt_ids is None and not record.output_text
+    plain = (finished / "records" / "plain.json").read_text()
+    assert str(folder.parent) not in plain
+
+
+def test_the_report_is_made_of_the_records_alone(finished: Path, folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    shutil.copytree(finished / "records", elsewhere / "records")
+    assert main(["study", str(folder / "study.yaml"), "--out", str(elsewhere), "--report-only"]) == 0
+    assert (elsewhere / "study.md").read_text() == (finished / "study.md").read_text()
+    assert (elsewhere / "study.html").stat().st_size > 10_000
+
+
+def test_another_study_does_not_continue_this_one(
+    finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = folder / "changed.yaml"
+    changed.write_text((folder / "study.yaml").read_text().replace("Tiny study", "Another study"))
+    assert main(["study", str(changed), "--data-dir", str(folder / "data"), "--out", str(finished)]) == 2
+    assert "another study" in capsys.readouterr().err
