@@ -20,8 +20,8 @@ class ObjectiveSettings(BaseModel):
     """An objective by name, and the constants of those that have any.
 
     gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
-    drafter's confidence. first_error: L2R's extra weight at the first failure. labels: what a slot is compared with,
-    the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of Domino's base
+    drafter's confidence. first_error: extra weight at the first failure, L2R's and auf+focus's. labels: what a slot is
+    compared with, the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of Domino's base
     branch, linear from start to end over the first lambda_ratio of training.
     """
 
@@ -103,6 +103,17 @@ def auf_decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
     return first_failures(slots) * decay(slots, settings)
 
 
+def auf_2(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """Accept until the second failure: one slot more, or a run of them, once the first has been mended. Our own."""
+    return first_failures(slots, 2)
+
+
+def auf_focus(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """AUF's support, and first_error more at its end, where a block stops: L2R's focus inside AUF. Our own."""
+    wrong = ~slots.correct & slots.mask
+    return first_failures(slots) * (1 + settings.first_error * wrong)
+
+
 def dpace(slots: Slots, settings: ObjectiveSettings) -> Tensor:
     """D-PACE, arXiv 2605.18810: sum over m >= i of the product of smoothed confidences of the slots up to m."""
     q = (1 - settings.alpha) * slots.log_q.exp() + settings.alpha
@@ -122,6 +133,8 @@ OBJECTIVES: dict[str, Objective] = {
     "decay": Objective(decay),
     "auf": Objective(auf, failures=1),
     "auf+decay": Objective(auf_decay, failures=1),
+    "auf+focus": Objective(auf_focus, failures=1),
+    "auf-2": Objective(auf_2, failures=2),
     "dpace": Objective(dpace),
     "l2r": Objective(l2r),
 }

@@ -23,12 +23,16 @@ def credits_of_block(
     decay = [math.exp(-slot / gamma) for slot in slots]
     failure = first_failure(correct, valid)
     kept = [failure is None or slot <= failure for slot in slots]
+    failures = [slot for slot in slots if valid[slot] and not correct[slot]]
+    until_second = failures[1] if len(failures) > 1 else len(valid)
     smooth = [(1 - alpha) * value + alpha for value in q]
     credit = {
         "full": lambda slot: 1.0,
         "decay": lambda slot: decay[slot],
         "auf": lambda slot: float(kept[slot]),
         "auf+decay": lambda slot: kept[slot] * decay[slot],
+        "auf+focus": lambda slot: kept[slot] * (1 + first_error * (slot == failure)),
+        "auf-2": lambda slot: float(slot <= until_second),
         "dpace": lambda slot: sum(
             math.prod(smooth[i] for i in range(m + 1) if valid[i]) for m in range(slot, len(valid)) if valid[m]
         ),

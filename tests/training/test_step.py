@@ -352,9 +352,9 @@ def known(head: str) -> tuple[Setting, Plain]:
     return setting, plain(setting)
 
 
-def kept(correct: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Slots up to the first wrong valid one."""
-    return credits("auf", correct, torch.ones(mask.shape), mask).bool()
+def kept(correct: torch.Tensor, mask: torch.Tensor, name: str = "auf") -> torch.Tensor:
+    """Slots up to the first wrong valid one; with name "auf-2" the second."""
+    return credits(name, correct, torch.ones(mask.shape), mask).bool()
 
 
 def branches(name: str, slots: Plain) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -528,7 +528,7 @@ def test_counts_are_those_of_a_walk_over_the_blocks(head: str, name: str) -> Non
             if not correct[k]:
                 break
             accepted[k] += 1
-    until_failure = kept(slots.correct("base"), slots.mask)
+    until_failure = kept(slots.correct("base"), slots.mask, "auf-2" if name == "auf-2" else "auf")
     stops = name not in ("full", "decay", "dpace", "l2r")
     support = until_failure if stops else slots.mask
 
