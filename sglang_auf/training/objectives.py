@@ -21,8 +21,8 @@ class ObjectiveSettings(BaseModel):
 
     gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
     drafter's confidence. first_error: extra weight at the first failure, L2R's and auf+focus's. labels: what a slot is
-    compared with, the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of Domino's base
-    branch, linear from start to end over the first lambda_ratio of training.
+    compared with, the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of
+    Domino's base branch, linear from start to end over the first lambda_ratio of training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
