@@ -20,7 +20,8 @@ class Profile(BaseModel):
     """One server.
 
     target, drafter: directory, hub id, or (target) a name that `sglang-auf prepare` knows. drafter_notice: printed
-    loudly while the profile's own drafter is used. block_size: B; None takes the drafter's. thinking: the chat
+    loudly while the profile's own drafter is used. block_size: B; None takes the drafter's. adaptive_block: draft fewer
+    slots of it where the load makes them dear (sglang_auf/adaptive.py; CPU only). thinking: the chat
     template's mode where it has one. server_args: SGLang's server arguments by their Python names, checked against
     SGLang when the server starts.
     """
@@ -33,6 +34,7 @@ class Profile(BaseModel):
     drafter_revision: str | None = None
     drafter_notice: str | None = None
     block_size: int | None = Field(default=None, ge=2)
+    adaptive_block: bool = False
     device: Literal["cpu", "cuda"]
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
     thinking: Literal["on", "off"] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from sglang_auf import adaptive
 from sglang_auf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,12 @@ def refuse_unsupported(server_args: Any) -> None:
     reasons = [reason for condition, reason in _refusals(server_args) if condition]
     if reasons:
         raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour", "leave them out")
+    if adaptive.asked_for() and server_args.device != "cpu":
+        raise ConfigError(
+            f"{adaptive.SWITCH}=1 (adaptive_block) on {server_args.device}",
+            "one block size where graphs are captured: blocks that follow the load are for the CPU platform",
+            f"unset {adaptive.SWITCH}",
+        )
     if not server_args.speculative_draft_model_path:
         raise ConfigError(
             "no drafter", "a DFlash or Domino drafter", "give --speculative-draft-model-path (a folder or a hub name)"
@@ -133,7 +140,7 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
             a.speculative_num_steps not in (None, 1) or a.speculative_eagle_topk not in (None, 1),
             "--speculative-num-steps / --speculative-eagle-topk: a block is one step and one path",
         ),
-        (bool(a.speculative_adaptive), "--speculative-adaptive: the block size is fixed"),
+        (bool(a.speculative_adaptive), f"--speculative-adaptive: SGLang's for EAGLE; here it is {adaptive.SWITCH}=1"),
         (
             a.speculative_draft_window_size is not None,
             "--speculative-draft-window-size: a drafter attends to the context it was trained on, all of it",

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import sampler_softmax
-from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+from sglang.srt.speculative.dflash_worker_v2 import (
+    DFlashWorkerV2,
+    build_block_pos_offsets,
+    make_draft_block_spec_info,
+)
 
 from sglang_auf import sampler
+from sglang_auf.adaptive import BlockChooser, asked_for
 from sglang_auf.cpu.linear import RowInvariantLinear
+
+# What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
+OF_A_BLOCK = (
+    "_block_pos_offsets",
+    "_draft_block_spec_info",
+    "_draft_block_ids_buf",
+    "_draft_block_positions_buf",
+    "_draft_block_tokens_buf",
+    "_draft_verify_out_cache_loc_buf",
+    "_draft_block_end_buf",
+    "_draft_seq_lens_cpu_buf",
+    "_accept_len_buf",
+    "_commit_lens_bufs",
+    "_bonus_id_bufs",
+    "_out_tokens_bufs",
+    "_new_seq_lens_bufs",
+    "_accept_bonus_buffer_cap",
+)
 
 
 class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
@@ -18,6 +42,48 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     Upstream's own sampling verification ignores min_p and seeds, and without its CUDA kernel verifies greedily
     whatever the temperature (dflash_worker_v2.py `_accept_block`).
     """
+
+    block_size: int
+    _chooser: BlockChooser | None = None
+    _blocks: dict[int, dict[str, Any]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if asked_for():
+            self._chooser = BlockChooser(int(self.block_size))
+            self._blocks = {}
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, with the block that the load suggests where that is asked for."""
+        chooser, mode = self._chooser, batch.forward_mode
+        if chooser is None or not mode.is_decode() or batch.is_extend_in_batch:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        requests = len(batch.seq_lens)
+        block = chooser.choose(requests)
+        self._use_block(block)
+        began = time.perf_counter()
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        accepted = [length - 1 for length in result.accept_lens.tolist()]
+        chooser.observe(requests, block, time.perf_counter() - began, accepted)
+        return result
+
+    def _use_block(self, block: int) -> None:
+        """Draft and verify `block` slots from now on. Whatever upstream keeps for a block size is kept for each."""
+        current = int(self.block_size)
+        if block == current:
+            return
+        self._blocks[current] = {name: getattr(self, name) for name in OF_A_BLOCK}
+        kept = self._blocks.get(block)
+        if kept is None:
+            kept = dict.fromkeys(OF_A_BLOCK) | {
+                "_block_pos_offsets": build_block_pos_offsets(length=block, device=self.device),
+                "_draft_block_spec_info": make_draft_block_spec_info(draft_token_num=block, device=self.device),
+                "_accept_bonus_buffer_cap": 0,
+            }
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.block_size = self.speculative_num_draft_tokens = block
+        self.draft_model.set_block_size(block)
 
     def _accept_block(
         self,

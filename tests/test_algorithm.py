@@ -12,7 +12,7 @@ import pytest
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_spec_algo_conforms
 
-from sglang_auf import algorithm, compat
+from sglang_auf import adaptive, algorithm, compat
 from sglang_auf.algorithm import AufSpecAlgo, create_worker
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.sampler import SAMPLER_NAME
@@ -121,6 +121,19 @@ def test_all_reasons_come_in_one_message() -> None:
 @pytest.mark.parametrize("changes", [{"speculative_num_steps": 1, "speculative_eagle_topk": 1}, {"lora_paths": []}])
 def test_values_that_change_nothing_are_accepted(changes: dict[str, Any]) -> None:
     algorithm.refuse_unsupported(arguments(**changes))
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cuda", True), ("cpu", False)])
+def test_blocks_that_follow_the_load_are_for_the_cpu(
+    device: str, refused: bool, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(adaptive.SWITCH, "1")
+    given = arguments(target, device=device)
+    if refused:
+        with pytest.raises(ConfigError, match=adaptive.SWITCH):
+            AUF.handle_server_args(given)
+    else:
+        AUF.handle_server_args(given)
 
 
 @pytest.mark.parametrize("path", [None, ""])

@@ -81,6 +81,24 @@ def test_auf_equals_plain_decoding(
         assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
 
 
+@pytest.mark.parametrize("head", ["dflash", "domino"])
+def test_an_adaptive_block_changes_no_answer(
+    head: str, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A drafter that is nearly always wrong in company: blocks become small, alone they may grow again."""
+    domino = dict(projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16)
+    arguments = {
+        "model_path": str(tiny_target),
+        "context_length": 256,
+        "speculative_algorithm": "AUF",
+        "speculative_draft_model_path": str(tiny_drafter(8, **(domino if head == "domino" else {}))),
+    }
+    inputs = prompts(24)
+    results = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)], SGLANG_AUF_ADAPTIVE_BLOCK="1")
+    for found in results:
+        assert tokens(found) == tokens(plain[0])
+
+
 @pytest.mark.parametrize("pool", [0, 8])
 def test_domino_equals_plain_decoding(
     pool: int, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
