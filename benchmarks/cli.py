@@ -137,11 +137,13 @@ def _report(options: Options) -> int:
 
 
 def _study(options: Options) -> int:
-    from benchmarks.study import run_study
+    from benchmarks.study import require_same, run_study
     from benchmarks.study_report import claims_text, read_results, write_study_report
 
     config = _validated(StudyConfig, options)
-    if not config.report_only:
+    if config.report_only:
+        require_same(config.study, config.out / "records")
+    else:
         run_study(config)
     results = read_results(config.out / "records")
     page = write_study_report(results, config.out)

@@ -1,9 +1,12 @@
 """95 % intervals of tau and alpha_k by bootstrap over prompts: how far a figure would move with other prompts.
 
 Conversations are drawn with replacement inside each task, so both turns of an MT-Bench prompt come and go together,
-and every task keeps its weight. The draws of a task depend on its name and size alone: two runs of the same prompts are
-resampled alike, which is what makes their difference a paired one. What is not in these intervals: other training
-seeds, other machines.
+and every task keeps its weight. One fewer is drawn than there are, which makes the spread of a mean unbiased (drawing
+all n of them is short by a factor (n-1)/n in its variance). With few prompts an interval is narrow all the same: the
+percentiles of a few values do not reach as far as Student's t would.
+
+The draws of a task depend on its name and size alone: two runs of the same prompts are resampled alike, which is what
+makes their difference a paired one. What is not in these intervals: other training seeds, other machines.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Interval(BaseModel):
 
 
 def task_tau_interval(task: str, records: Iterable[Record]) -> Interval | None:
-    """Of one task's macro tau; None with fewer than two conversations that have a tau."""
+    """Of one task's macro tau; None with fewer than three conversations that have a tau."""
     resampled = _resampled_tau(task, _conversations(records))
     return None if resampled is None else Interval.of(resampled)
 
@@ -128,11 +131,11 @@ def _resampled_tau(task: str, conversations: Conversations) -> Floats | None:
 
 
 def _drawn_sums(task: str, conversations: Conversations) -> Floats | None:
-    """[RESAMPLES, figures]: sums over as many conversations as there are, drawn with replacement."""
+    """[RESAMPLES, figures]: sums over conversations drawn with replacement, one fewer than there are."""
     count = len(conversations)
-    if count < 2:
+    if count < 3:
         return None
     rows = np.stack(list(conversations.values()))
     generator = np.random.default_rng([SEED, zlib.crc32(task.encode())])
-    times = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    times = generator.multinomial(count - 1, np.full(count, 1 / count), size=RESAMPLES)
     return times.astype(np.float64) @ rows

@@ -58,12 +58,14 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
 def card_warnings(config: RunConfig) -> list[str]:
     """In what a run differs from the drafter's training: what `sglang_auf` servers say at /v1/auf/card.
 
-    [] where the server has no such route: SGLang's own server, with or without AUF.
+    [] where the server has no such route: SGLang's own server, with or without AUF. Raises ServerError otherwise.
     """
     try:
         card = call(config.base_url, "/v1/auf/card")
-    except ServerError:
-        return []
+    except ServerError as error:
+        if "status 404" in error.found:
+            return []
+        raise
     trained, longest = card["card"].get("thinking"), card["card"].get("max_length")
     found = [f"the server warns: {warning}" for warning in card["warnings"]]
     if trained is not None and config.thinking not in ("server", trained):

@@ -38,10 +38,12 @@ class MeasuredRun:
 
     @property
     def questions(self) -> tuple[Any, ...]:
-        """Two runs with equal questions may be compared in speed."""
+        """Two runs with equal questions, asked on equal machines, may be compared in speed."""
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
-        return (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, server.target)
+        asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.concurrency)
+        machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
+        return (*asked, server.target, server.device, server.dtype, *sorted(machines))
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -57,11 +59,11 @@ def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str,
     trained: dict[str, list[dict[str, Any]]] = {}
     for directory, name in zip(directories, _names(directories), strict=True):
         levels = sorted(path.parent for path in directory.glob(f"*-c*/{MANIFEST}"))
-        if (directory / MANIFEST).is_file():
-            measured.append(_measured(directory, name))
-        elif (directory / METRICS).is_file():
+        if (directory / METRICS).is_file():  # before run.json, which a training run has too
             lines = (directory / METRICS).read_text(encoding="utf-8").splitlines()
             trained[name] = [json.loads(line) for line in lines]
+        elif (directory / MANIFEST).is_file():
+            measured.append(_measured(directory, name))
         elif levels:
             measured += [_measured(level, f"{name}/{level.name}") for level in levels]
         else:
@@ -139,20 +141,18 @@ def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
 
 
 def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:
-    """drafter and temperature -> (concurrency, speed-up), where a plain run asked the same at the same concurrency."""
+    """drafter and temperature -> (concurrency, speed-up), where a plain run asked the same of the same machine."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
-        concurrency = run.manifest.config.concurrency
-        for other in runs:
-            same = other.questions == run.questions and other.manifest.config.concurrency == concurrency
-            if run.plain or not other.plain or not same:
-                continue
-            faster = ratio(run.summary.throughput.tokens_per_s, other.summary.throughput.tokens_per_s)
-            if faster is not None:
-                server = run.manifest.server
-                name = f"{Path(server.drafter or '').name} ({server.algorithm}, block {server.block_size})"
-                points.setdefault(name, []).append((concurrency, faster))
-                break
+        plain = next((other for other in runs if other.plain and other.questions == run.questions), None)
+        if run.plain or plain is None:
+            continue
+        faster = ratio(run.summary.throughput.tokens_per_s, plain.summary.throughput.tokens_per_s)
+        if faster is not None:
+            server, config = run.manifest.server, run.manifest.config
+            drafter = "/".join(Path(server.drafter or "").parts[-2:])
+            name = f"{drafter} ({server.algorithm}, block {server.block_size}, T={config.temperature:g})"
+            points.setdefault(name, []).append((config.concurrency, faster))
     return points
 
 
@@ -221,6 +221,9 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
 def _measured(directory: Path, name: str) -> MeasuredRun:
     manifest = Manifest.read(directory / MANIFEST)
     records = latest(read_records(directory / RECORDS))
+    asked, due = len({record.key[:2] for record in records}), sum(task.prompts for task in manifest.tasks.values())
+    if asked < due:
+        raise DataError(f"{directory} with {asked} of {due} prompts", "a finished run", "go on with it: run --resume")
     summary = summarize_run(manifest, records)
     if not manifest.config.plain and summary.macro.tau is None:
         raise DataError(f"{directory} without a verify step", "a run of a speculating server", "leave it out")

@@ -16,15 +16,12 @@ import asyncio
 import gzip
 import json
 import logging
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import sglang_auf
 from benchmarks.config import RunConfig, StudyConfig
 from benchmarks.demo_prompts import demo_prompts
 from benchmarks.manifest import Manifest
@@ -58,8 +55,13 @@ class Places:
     def plain(self) -> Path:
         return self.out / "target" / "plain"
 
-    def answers(self, name: str) -> Path:
-        return self.out / "target" / f"answers-{name}.jsonl"
+    def answers(self, study: Study, name: str) -> Path:
+        """Where answers are given, or where the target's are written."""
+        given = study.answers[name].file
+        return self.out / "target" / f"answers-{name}.jsonl" if given is None else self.given(given)
+
+    def given(self, file: Path) -> Path:
+        return (self.data_dir or Path()) / file
 
     def training(self, arm: str, seed: int) -> Path:
         return self.out / "arms" / f"{arm}-{seed}" / "run"
@@ -79,7 +81,7 @@ def run_study(config: StudyConfig) -> Study:
     """Do what is missing of a study. Raises ConfigError where the directory is another study's."""
     study, places = load_study(config.study), Places(config.out, config.data_dir)
     places.records.mkdir(parents=True, exist_ok=True)
-    _require_same(config.study, places)
+    require_same(config.study, places.records)
     _target_part(study, places)
     for seed in study.seeds:
         for arm in study.arms:
@@ -96,14 +98,14 @@ def run_study(config: StudyConfig) -> Study:
     return study
 
 
-def _require_same(path: Path, places: Places) -> None:
-    """The study's file beside its records: they belong together."""
-    kept = places.records / STUDY
+def require_same(path: Path, records: Path) -> None:
+    """The study's file lies beside its records: they belong together. Raises ConfigError for another study's."""
+    kept = records / STUDY
     if not kept.is_file():
-        shutil.copyfile(path, kept)
+        _write(kept, path.read_bytes())
     elif load_study(kept) != load_study(path):
         raise ConfigError(
-            f"{places.out} holds the records of another study ({kept} and {path} differ)",
+            f"{records} are of another study ({kept} and {path} differ)",
             "the study that was begun there",
             "give another --out, or take the change back",
         )
@@ -127,27 +129,24 @@ def _target_part(study: Study, places: Places) -> None:
 
 
 def _answers_ready(study: Study, places: Places, name: str) -> bool:
-    source = study.answers[name]
-    if source.file is None:
-        return places.answers(name).with_suffix(".done").is_file()
-    given = (places.data_dir or Path()) / source.file
-    if not given.is_file():
-        raise ConfigError(f"answers {name}: no file {given}", "rows with answers", "give --data-dir, or mend the study")
-    if not places.answers(name).exists():
-        places.answers(name).symlink_to(given.resolve())
+    file = places.answers(study, name)
+    if study.answers[name].file is None:
+        return file.with_suffix(".done").is_file()
+    if not file.is_file():
+        raise ConfigError(f"answers {name}: no file {file}", "rows with answers", "give --data-dir, or mend the study")
     return True
 
 
 def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
-    source, out = study.answers[name], places.answers(name)
-    files = [(places.data_dir or Path()) / prompts for prompts in source.prompts]
+    source, out = study.answers[name], places.answers(study, name)
+    files = [places.given(Path(prompts)) for prompts in source.prompts]
     inputs = [str(file) if file.exists() else name for file, name in zip(files, source.prompts, strict=True)]
     if source.demo is not None:
         made = out.with_name(f"prompts-{name}.jsonl")
         made.write_text("".join(json.dumps(row) + "\n" for row in demo_prompts(source.demo)), encoding="utf-8")
         inputs = [str(made)]
     limit = [] if source.limit is None else ["--limit", str(source.limit)]
-    _command(
+    sglang_auf(
         [
             *("regenerate", *inputs, "--base-url", f"{base_url}/v1", "--out", str(out), *limit),
             *("--max-tokens", str(source.max_tokens), "--concurrency", str(source.concurrency)),
@@ -166,9 +165,9 @@ def _train(study: Study, places: Places, arm: str, seed: int) -> None:
         return
     changes = [*study.set, *study.arms[arm].set, f"seed={seed}"]
     settings = [part for change in changes for part in ("--set", change)]
-    answers = places.answers(study.answers_of(arm))
-    _command(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings])
-    _command(["export", str(run), str(drafter), "--force"])
+    answers = places.answers(study, study.answers_of(arm))
+    sglang_auf(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings])
+    sglang_auf(["export", str(run), str(drafter), "--force"])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     latest_checkpoint = Checkpoints(run, keep_last=1).latest()
@@ -178,18 +177,6 @@ def _train(study: Study, places: Places, arm: str, seed: int) -> None:
     for start in facts["starts"]:
         start.pop("command", None)  # holds paths; `set` and the study's file say the same
     _write_gz(kept, json.dumps({"set": changes, "metrics": metrics, "run": facts, "seconds": seconds}))
-
-
-def _command(arguments: Sequence[str]) -> None:
-    """One `sglang-auf` command in a process of its own."""
-    log.info("sglang-auf %s", " ".join(arguments))
-    ended = subprocess.run([sys.executable, "-m", "sglang_auf.cli", *arguments], check=False, env=dict(os.environ))
-    if ended.returncode:
-        raise TrainingError(
-            f"sglang-auf {arguments[0]} ended with exit code {ended.returncode}",
-            "exit code 0",
-            "see its message above; the same command goes on from what is done",
-        )
 
 
 # --- serving ---
@@ -275,14 +262,18 @@ def _keep_origin(path: Path, manifest_file: Path) -> None:
         "tasks": {name: origin.model_dump() for name, origin in manifest.tasks.items()},
         "sessions": [session.model_dump(exclude={"command"}) for session in manifest.sessions],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _write_gz(path: Path, text: str) -> None:
-    """Complete or not there, and the same bytes for the same text."""
+    """The same bytes for the same text."""
+    _write(path, gzip.compress(text.encode(), mtime=0))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Complete or not there: what exists is not made again."""
     fresh = path.with_name(path.name + ".tmp")
-    with fresh.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") as packed:
-        packed.write(text.encode())
+    fresh.write_bytes(content)
     fresh.replace(path)
 
 

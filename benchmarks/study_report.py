@@ -1,8 +1,8 @@
 """What a study found, computed from its records alone: figures by arm, and a verdict for each claim.
 
-A claim has two intervals of 95 %. Over seeds: Student's t on the differences of matched seeds, for what another
-training run would give. Over prompts: bootstrap of the mean over seeds, for what other prompts would give. It is held
-to be shown only where both say so.
+A claim about tau has two intervals of 95 %. Over seeds: Student's t on the differences of matched seeds, for what
+another training run would give. Over prompts: bootstrap of the mean over seeds, for what other prompts would give. It
+is held to be shown only where both say so. A claim about accuracy has the first alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.report import alpha_over_tasks
 from benchmarks.study import STUDY, read_kept, read_training, served_name
 from benchmarks.study_config import Claim, Study, load_study
 from benchmarks.summary import TaskSummary, macro, summarize_tasks
+from sglang_auf.errors import ConfigError
 
 Verdict = Literal["yes", "no", "not shown"]
 Run = tuple[str, int]
@@ -52,8 +53,18 @@ class Finding:
 
 
 def read_results(records: Path) -> Results:
-    """Raises ConfigError without a study there; FileNotFoundError where a part of it is not done yet."""
-    study = load_study(records / STUDY)
+    """Raises ConfigError where no study lies, where a part of it is not done yet, or where its arms do not compare."""
+    try:
+        results = _read(records, load_study(records / STUDY))
+    except FileNotFoundError as missing:
+        raise ConfigError(
+            f"no {missing.filename}: the study is not done yet", "the records of every arm", "run it to its end"
+        ) from missing
+    _require_comparable(results)
+    return results
+
+
+def _read(records: Path, study: Study) -> Results:
     runs = [(arm, seed) for arm in study.arms for seed in study.seeds]
     served = {}
     if study.served is not None:
@@ -69,6 +80,28 @@ def read_results(records: Path) -> Results:
         served=served,
         plain=json.loads((records / "plain.json").read_text(encoding="utf-8")),
     )
+
+
+def _require_comparable(results: Results) -> None:
+    """All arms with the same target and steps, and with the same data where the study says so."""
+    study = results.study
+    for arm, seed in results.training:
+        first = next(other for other in study.arms if study.answers_of(other) == study.answers_of(arm))
+        mine, its = results.training[arm, seed]["run"], results.training[first, study.seeds[0]]["run"]
+        different = [
+            name
+            for name, ours, theirs in (
+                ("target", mine["target"], its["target"]),
+                ("data", mine["data"]["sha256"], its["data"]["sha256"]),
+            )
+            if ours != theirs
+        ]
+        if different:
+            raise ConfigError(
+                f"{arm} with seed {seed} was trained with another {' and '.join(different)} than {first}",
+                "arms that differ in nothing but what the study says",
+                "remove its folder and records, and run the study again",
+            )
 
 
 def findings(results: Results) -> list[Finding]:
@@ -119,8 +152,14 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 
 
 def _accuracy(results: Results, arm: str, seed: int) -> float:
-    """Of all slots of the held-out answers, at the end of training."""
-    return float(_last(results.training[arm, seed], "held_out")["accuracy"])
+    """Of all slots of some blocks of the held-out answers (evaluate.py, SAMPLED), by the weights that were exported."""
+    return float(_exported(results.training[arm, seed])["accuracy"])
+
+
+def _exported(training: dict[str, Any]) -> dict[str, Any]:
+    """The held-out figures of the checkpoint that `export` takes: the first one of the best tau."""
+    held_out = [row for row in training["metrics"] if row["kind"] == "held_out"]
+    return max(held_out, key=lambda row: row["tau"])
 
 
 def _last(training: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -163,19 +202,23 @@ def write_study_report(results: Results, out: Path) -> Path:
 
 CLAIMS_TEXT = (
     "Difference of the first arm to the second, mean over matched seeds. Over seeds: Student's t on the seeds' "
-    "differences. Over prompts: bootstrap of their mean. Both 95 %; yes and no only where both agree."
+    "differences. Over prompts: bootstrap of their mean, for tau. Both 95 %; yes and no only where every interval "
+    "lies wholly on the claim's side, or, for equality, inside the margin."
 )
 DIFFERENCES_TEXT = "Difference in tau by task, mean over seeds, with the 95 % interval over prompts."
-ALPHA_TEXT = "Seeds and requests weighted equally inside a task, tasks equally."
+ALPHA_TEXT = (
+    "Seeds and requests weighted equally inside a task, tasks equally. A walk ends with the text, so that the "
+    "last step of an answer counts as one that accepted no further; a server would have looked past it."
+)
 TRAINING_TEXT = (
-    "At the last logging step, mean over seeds. r_active = |support| / B; support and common accuracy: of the slots "
-    "with credit, and of all valid slots of training; held-out accuracy: of all slots of held-out answers; held-out "
-    "tau: by the trainer's walk at the last step."
+    "Mean over seeds. At the last logging step: r_active = |support| / B; support and common accuracy: of the "
+    "slots with credit, and of all valid slots. Of the exported weights: held-out accuracy, of all slots of 16 "
+    "blocks an answer, and held-out tau, by the trainer's walk."
 )
 CURVES_TEXT = "Of the first seed."
 SERVED_TEXT = (
-    "Drafters behind the real server, on the same prompts. At temperature 0 the walk is over the same answers, so the "
-    "two taus are of the same thing; at other temperatures the server samples its own answers."
+    "Drafters behind the real server, on the same prompts. At temperature 0 the walk is over the same answers, so "
+    "the two taus are of the same thing; at other temperatures the server samples its own answers."
 )
 
 
@@ -232,27 +275,22 @@ def _tau_table(study: Study, tasks: dict[Run, dict[str, TaskSummary]]) -> Table:
     return rows
 
 
-TRAINING_FIGURES = (
-    ("train", "r_active"),
-    ("train", "support_accuracy"),
-    ("train", "common_accuracy"),
-    ("held_out", "accuracy"),
-    ("held_out", "tau"),
-)
-
-
 def _training_table(results: Results) -> Table:
     heads = ["r_active", "support accuracy", "common accuracy", "held-out accuracy", "held-out tau"]
     rows = [["arm", *heads, "minutes"]]
     for arm in results.study.arms:
         runs = [results.training[arm, seed] for seed in results.study.seeds]
-        cells = [_spread([_last(run, kind).get(name) for run in runs], 3) for kind, name in TRAINING_FIGURES]
+        ends, exported = [_last(run, "train") for run in runs], [_exported(run) for run in runs]
+        cells = [
+            _spread([end.get(name) for end in ends], 3) for name in ("r_active", "support_accuracy", "common_accuracy")
+        ]
+        cells += [_spread([row[name] for row in exported], 3) for name in ("accuracy", "tau")]
         rows.append([arm, *cells, _spread([run["seconds"] / 60 for run in runs], 1)])
     return rows
 
 
 def _served_table(results: Results) -> Table:
-    rows = [["drafter", "temperature", "requests", "served tau", "walked tau", "served / walked", "same histogram"]]
+    rows = [["drafter", "temperature", "requests", "served tau", "walked tau", "served / walked", "same steps"]]
     for (arm, seed, temperature), records in results.served.items():
         served = macro(summarize_tasks(records).values()).tau
         row = [f"{arm}, seed {seed}", f"{temperature:g}", str(len(records)), _number(served, 3)]
@@ -260,7 +298,7 @@ def _served_table(results: Results) -> Table:
             by_key = {record.key: record for record in results.walked[arm, seed]}
             shared = [(record, by_key[record.key]) for record in records if record.key in by_key]
             walked = macro(summarize_tasks([mine for _, mine in shared]).values()).tau
-            same = sum(theirs.accepted_histogram == mine.accepted_histogram for theirs, mine in shared)
+            same = sum(theirs.verify_steps == mine.verify_steps for theirs, mine in shared)
             both = served / walked if served and walked else None
             row += [_number(walked, 3), _number(both, 4), f"{same} of {len(shared)}"]
         else:
@@ -274,6 +312,7 @@ def _origin_table(results: Results) -> Table:
     (first, *_), server, session = results.training.values(), results.plain["server"], results.plain["sessions"][-1]
     start, machine = first["run"]["starts"][-1], session["machine"]
     versions = {**session["versions"], **start["versions"]}
+    revisions = {str(run["run"]["starts"][-1].get("git_revision")) for run in results.training.values()}
     data = first["run"]["data"]
     return [
         ["what", "how"],
@@ -287,6 +326,7 @@ def _origin_table(results: Results) -> Table:
         ["data", f"{data['train']} conversations and {data['held_out']} held out, {data['answer_tokens']:,} tokens"],
         ["steps", str(first["run"]["steps"])],
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],
+        ["revisions", ", ".join(sorted(revisions))],
         ["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)],
         ["command", "python -m benchmarks study STUDY --out DIR (the report alone: --report-only)"],
     ]

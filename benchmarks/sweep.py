@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import Questions, RunConfig, SweepConfig
+from benchmarks.manifest import Manifest
 from benchmarks.native import flush_cache
 from benchmarks.run import Run
 from benchmarks.summary import RunSummary, ratio, summarize_run
@@ -21,6 +22,9 @@ from benchmarks.tasks import Selection, resolve, select
 from sglang_auf.errors import ConfigError
 
 AUF, PLAIN = "auf", "plain"
+
+
+Measured = tuple[RunSummary, Manifest]
 
 
 class SweepLevel(BaseModel):
@@ -56,7 +60,7 @@ def run_directory(out: Path, name: str, concurrency: int) -> Path:
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:
-    """Raises ConfigError when a level has more requests in flight than there are prompts."""
+    """Raises ConfigError when a level has more requests in flight than there are prompts, or old levels differ."""
     selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
     count = sum(len(chosen.prompts) for chosen in selections)
     levels = sorted(set(config.concurrency))
@@ -66,25 +70,31 @@ def measure_sweep(config: SweepConfig) -> Sweep:
             "at least as many prompts as are to be in flight",
             "add --tasks, raise --limit, or lower --concurrency",
         )
+    urls = {AUF: config.base_url} | ({PLAIN: config.plain_url} if config.plain_url else {})
+    runs = [{name: _measured(config, url, name, level, selections) for name, url in urls.items()} for level in levels]
+    origins = [(session.versions, session.machine) for run in runs for _, m in run.values() for session in m.sessions]
+    if any(origin != origins[0] for origin in origins):
+        raise ConfigError(
+            f"levels in {config.out} that were measured with other versions or on another machine",
+            "levels that compare",
+            "give another --out: levels that are finished are not asked again",
+        )
     return Sweep(
         config=config,
-        levels=[_level(config, level, selections) for level in levels],
-        versions=provenance.versions(),
-        machine=provenance.machine(),
+        levels=[_level(level, run) for level, run in zip(levels, runs, strict=True)],
+        versions=origins[0][0],
+        machine=origins[0][1],
         command=provenance.command(),
     )
 
 
-def _level(config: SweepConfig, concurrency: int, selections: list[Selection]) -> SweepLevel:
-    auf = _measured(config, config.base_url, AUF, concurrency, selections)
-    plain = config.plain_url and _measured(config, config.plain_url, PLAIN, concurrency, selections)
+def _level(concurrency: int, runs: dict[str, Measured]) -> SweepLevel:
+    auf, plain = runs[AUF][0], runs[PLAIN][0] if PLAIN in runs else None
     speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain else None)
-    return SweepLevel(concurrency=concurrency, auf=auf, plain=plain or None, speedup=ratio(*speeds))
+    return SweepLevel(concurrency=concurrency, auf=auf, plain=plain, speedup=ratio(*speeds))
 
 
-def _measured(
-    config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]
-) -> RunSummary:
+def _measured(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> Measured:
     prompts = [prompt for chosen in selections for prompt in chosen.prompts]
     run_config = RunConfig(
         **config.model_dump(include=set(Questions.model_fields)),
@@ -100,4 +110,4 @@ def _measured(
         flush_cache(base_url)
         asyncio.run(run.ask(prompts, f"{name} at {concurrency}"))
     run.require_tau()
-    return summarize_run(run.manifest, list(run.records.values()))
+    return summarize_run(run.manifest, list(run.records.values())), run.manifest

@@ -7,27 +7,20 @@ The amounts are a demonstration's: what comes out shows that the path works, not
 from __future__ import annotations
 
 import json
-import logging
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
+from benchmarks.commands import sglang_auf
 from benchmarks.compare import compare_servers
 from benchmarks.config import CompareConfig, TrainDemoConfig
 from benchmarks.demo_prompts import demo_prompts
 from benchmarks.figures import png, training_curves
 from benchmarks.random_drafter import write_random_drafter
 from benchmarks.servers import serve
-from sglang_auf.errors import TrainingError
-
-log = logging.getLogger(__name__)
 
 
 class Served(BaseModel):
@@ -78,7 +71,7 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
 
     began = time.monotonic()
     with serve(config.profile, plain=True, log_file=out / "plain-server.log") as server:
-        _command(
+        sglang_auf(
             [
                 *("regenerate", str(prompts), "--base-url", f"{server.base_url}/v1", "--out", str(answers)),
                 *("--max-tokens", str(config.max_tokens), "--concurrency", str(config.concurrency)),
@@ -87,8 +80,8 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
     seconds["regenerate"] = time.monotonic() - began
 
     began = time.monotonic()
-    _command(["train", config.recipe, "--data", str(answers), "--out", str(run)])
-    _command(["export", str(run), str(drafter), "--force"])
+    sglang_auf(["train", config.recipe, "--data", str(answers), "--out", str(run)])
+    sglang_auf(["export", str(run), str(drafter), "--force"])
     seconds["train and export"] = time.monotonic() - began
 
     began = time.monotonic()
@@ -116,18 +109,6 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
     )
     (out / "train-demo.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def _command(arguments: Sequence[str]) -> None:
-    """One `sglang-auf` command in a process of its own, its output on this terminal."""
-    log.info("sglang-auf %s", " ".join(arguments))
-    ended = subprocess.run([sys.executable, "-m", "sglang_auf.cli", *arguments], check=False, env=dict(os.environ))
-    if ended.returncode:
-        raise TrainingError(
-            f"sglang-auf {arguments[0]} ended with exit code {ended.returncode}",
-            "exit code 0",
-            "see its message above; the same command goes on from what is done",
-        )
 
 
 def _served(config: TrainDemoConfig, drafter: Path, out: Path) -> Served:

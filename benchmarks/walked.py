@@ -1,8 +1,9 @@
 """Answers of a plain server, walked by a drafter as serving would walk them: tau at T=0 without a server.
 
 A greedy answer does not depend on the drafter, so one run of plain decoding gives the text that every drafter is walked
-over, prompt by prompt. What may differ from a served run: the target's features are transformers' here and SGLang's
-there, equal but for rounding.
+over, prompt by prompt, to the same tau. What may differ from a served run: the target's features are transformers'
+here and SGLang's there, equal but for rounding; and the last step of an answer accepts no further than the text goes,
+where a server counts drafts that it accepted and then cut off.
 """
 
 from __future__ import annotations
@@ -44,22 +45,23 @@ class Walker:
         self._answers = [record for record in answers if not record.failed and record.completion_tokens > 1]
         for record in self._answers:
             if record.prompt_ids is None or record.output_ids is None or record.temperature != 0:
+                known = [name for name in ("prompt_ids", "output_ids") if getattr(record, name) is not None]
                 raise DataError(
-                    f"the answer to {record.prompt_id} at temperature {record.temperature:g}, with"
-                    f"{'' if record.output_ids else 'out'} token ids",
+                    f"the answer to {record.prompt_id} at temperature {record.temperature:g}, with {known or 'no ids'}",
                     "greedy answers with their token ids",
                     "ask an SGLang server with `python -m benchmarks run --plain`",
                 )
         if not self._answers:
             raise DataError("no answer of two tokens or more", "answers to walk", "ask the plain server first")
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._known: dict[tuple[int, ...], _Known] = {}
 
     def walk(self, drafter: Path) -> list[Record]:
-        """Records as serving this drafter would give them, without times. Raises CardError for a broken drafter."""
+        """One record an answer, without times. Raises CardError for a broken drafter."""
         model = load_drafter(drafter)
         known = self._features(model.config.target_layer_ids)
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
-        step = TrainingStep(model, known.source.embedding, known.source.head, settings)
+        step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
         block = model.config.block_size
         walked: list[Record] = []
         with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16):
@@ -71,18 +73,18 @@ class Walker:
 
     def _features(self, layers: tuple[int, ...]) -> _Known:
         if layers not in self._known:
-            source = OnlineFeatures(self._target, layers)
+            source = OnlineFeatures(self._target, layers, device=self._device)
             self._known[layers] = _Known(source, list(self._batches(source)))
         return self._known[layers]
 
     def _batches(self, source: OnlineFeatures) -> Iterator[tuple[list[Record], Batch]]:
-        lengths = [len(_conversation(record)) for record in self._answers]
-        for rows in plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0):
+        sizes = [len(_conversation(record)) for record in self._answers]
+        for rows in plan_batches(sizes, batch_tokens=max(BATCH_TOKENS, *sizes), seed=0, epoch=0):
             records = [self._answers[row] for row in rows]
             padded = collate([_conversation(record) for record in records])
+            input_ids, loss_mask, lengths = (tensor.to(self._device) for tensor in padded)
             ids = [record.prompt_id for record in records]
-            features = source(ids, padded.input_ids, padded.lengths)
-            yield records, Batch(padded.input_ids, padded.loss_mask, padded.lengths, features, ids)
+            yield records, Batch(input_ids, loss_mask, lengths, source(ids, input_ids, lengths), ids)
 
 
 def _conversation(record: Record) -> Conversation:

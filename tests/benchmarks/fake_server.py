@@ -31,7 +31,7 @@ class FakeEngine:
     wobbling: prompts whose answer it changes there when they are asked again.
 
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
-    card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server.
+    card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
     """
 
     speculative: bool = True
@@ -43,7 +43,7 @@ class FakeEngine:
     fields: str = "plugin"
     device: str = "cpu"
     answers_ids: bool = True
-    card: dict[str, Any] | None = None
+    card: dict[str, Any] | str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, Any]] = field(default_factory=list)
     flushed: int = 0
@@ -117,6 +117,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
 
     @app.get("/v1/auf/card")
     def card() -> Response:
+        if engine.card == "broken":
+            return Response(status_code=500)
         return Response(status_code=404) if engine.card is None else JSONResponse(engine.card)
 
     @app.post("/flush_cache")

@@ -34,6 +34,7 @@ def training(tmp_path: Path) -> Path:
     folder = tmp_path / "trained"
     folder.mkdir()
     rows = [{"kind": "train", "step": 10, "loss": 2.0}, {"kind": "held_out", "step": 10, "tau": 1.5}]
+    (folder / "run.json").write_text('{"steps": 10}')  # as a training run has it, too
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -81,12 +82,23 @@ def test_speedups_compare_runs_of_the_same_questions_alone(runs: Path) -> None:
     measured, _ = load_runs([runs])
     points = speedup_points(measured)
     ((name, found),) = points.items()
-    assert name == "toy (AUF, block 4)"
+    assert name == "drafters/toy (AUF, block 4, T=0)"
     assert sorted(at for at, _ in found) == [1, 2]
     speeds = {run.name: run.summary.throughput.tokens_per_s for run in measured}
     assert dict(found)[1] == pytest.approx(speeds["sweep/auf-c1"] / speeds["sweep/plain-c1"])  # type: ignore[operator]
     others = [run for run in measured if not (run.plain and run.manifest.config.concurrency == 1)]
     assert [at for at, _ in next(iter(speedup_points(others).values()))] == [2]
+    for run in measured:
+        if run.plain:
+            run.manifest.sessions[0].machine["cpu"] = "another"
+    assert speedup_points(measured) == {}
+
+
+def test_a_run_that_is_not_finished_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = runs / "auf-c1" / "records.jsonl"
+    records.write_text("".join(line + "\n" for line in records.read_text().splitlines()[:4]))
+    assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 2
+    assert "of 12 prompts" in capsys.readouterr().err
 
 
 def test_a_directory_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -311,3 +311,13 @@ def test_a_server_without_a_card_is_warned_of_nothing(fake: Start, data_dir: Pat
     out = tmp_path / "run"
     assert main(flags(fake().url, out, data_dir, "--thinking", "on")) == 0
     assert json.loads((out / "summary.json").read_text())["warnings"] == []
+
+
+def test_a_card_that_cannot_be_read_stops_the_run(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conditions that nobody could compare must not pass as compared."""
+    server = fake(card=CARD)
+    server.engine.card = "broken"
+    assert main(flags(server.url, tmp_path / "run", data_dir)) == 2
+    assert "/v1/auf/card" in capsys.readouterr().err

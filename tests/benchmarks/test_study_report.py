@@ -85,8 +85,9 @@ def results(lift: float, accuracies: dict[str, list[float]]) -> Results:
             ],
             "seconds": 60.0,
             "run": {
+                "target": {"name": "t"},
                 "starts": [{"versions": {"torch": "x"}}],
-                "data": {"train": 5, "held_out": 2, "answer_tokens": 100},
+                "data": {"sha256": "d", "train": 5, "held_out": 2, "answer_tokens": 100},
                 "steps": 1,
             },
         }

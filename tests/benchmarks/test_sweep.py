@@ -51,6 +51,19 @@ def test_a_finished_level_is_not_asked_again(fake: Start, data_dir: Path, tmp_pa
     assert [level["plain"] for level in levels] == [None, None]
 
 
+def test_levels_of_other_versions_are_not_mixed(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(), tmp_path / "sweep"
+    main(flags(server.url, out, data_dir, "--concurrency", "1"))
+    manifest = out / "auf-c1" / "run.json"
+    content = json.loads(manifest.read_text())
+    content["sessions"][0]["versions"]["sglang"] = "0.0.1"
+    manifest.write_text(json.dumps(content))
+    assert main(flags(server.url, out, data_dir, "--concurrency", "1,2")) == 2
+    assert "other versions" in capsys.readouterr().err
+
+
 def test_more_in_flight_than_there_are_prompts_is_refused(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

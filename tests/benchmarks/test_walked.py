@@ -7,14 +7,30 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.records import Record
 from benchmarks.walked import Walker
 from sglang_auf.acceptance import total
+from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import DataError
 from sglang_auf.training.evaluate import evaluate_drafter
+from sglang_auf.training.features import OnlineFeatures
 from tests.tiny_models import VOCABULARY, write_drafter
 from tests.training.runs import write_models
+
+
+def drafted(drafter: Path, target: str, text: list[int]) -> list[int]:
+    """What the drafter puts after the last token of a text: a block of it."""
+    model = load_drafter(drafter)
+    source = OnlineFeatures(target, model.config.target_layer_ids)
+    ids, anchor = torch.tensor([text]), len(text) - 1
+    block = torch.full((1, 1, model.config.block_size), model.config.mask_token_id)
+    block[..., 0] = text[-1]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = source([], ids, torch.tensor([len(text)]))
+        hidden = model(features, source.embedding[block], torch.tensor([[anchor]]))
+        return [int(token) for token in (hidden[0, 0, 1:].to(source.head.dtype) @ source.head.T).argmax(-1)]
 
 
 def answer(number: int, dice: random.Random, **changes: object) -> Record:
@@ -39,13 +55,26 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def records() -> list[Record]:
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_drafter(tmp_path_factory.mktemp("drafter") / "drafter", block_size=4)
+
+
+@pytest.fixture(scope="module")
+def records(drafter: Path, target: str) -> list[Record]:
+    """Answers that the drafter drafts in part: some of its own tokens after some that are not."""
     dice = random.Random(5)
-    return [answer(number, dice) for number in range(9)]
+    made = []
+    for number in range(9):
+        begun = answer(number, dice)
+        prompt, tokens = begun.prompt_ids or [], (begun.output_ids or [])[:4]
+        for _ in range(4):
+            ours = drafted(drafter, target, prompt + tokens)[: dice.randrange(4)]
+            tokens = [*tokens, *ours, dice.randrange(5, VOCABULARY - 5)]
+        made.append(begun.model_copy(update={"output_ids": tokens, "completion_tokens": len(tokens)}))
+    return made
 
 
-def test_counts_are_the_trainers_walk(target: str, records: list[Record], tmp_path: Path) -> None:
-    drafter = write_drafter(tmp_path / "drafter", block_size=4)
+def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[Record], tmp_path: Path) -> None:
     walked = Walker(target, records).walk(drafter)
     assert [record.key for record in walked] == [record.key for record in records]
     rows = [
@@ -56,31 +85,40 @@ def test_counts_are_the_trainers_walk(target: str, records: list[Record], tmp_pa
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = evaluate_drafter(str(drafter), target, str(data))
     assert total(record.acceptance for record in walked).histogram == expected.histogram
-    for record, given in zip(walked, records, strict=True):
+    assert sum(expected.histogram[1:]) > 15, "else little would show"
+    for record, given, row in zip(walked, records, rows, strict=True):
+        (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+        alone = evaluate_drafter(str(drafter), target, str(tmp_path / "one.jsonl"))
+        assert tuple(record.accepted_histogram) == alone.histogram
         assert record.completion_tokens == given.completion_tokens
-        assert record.acceptance.emitted == given.completion_tokens - 1
         assert record.output_ids is None
 
 
 def test_features_are_shared_by_drafters_with_the_same_taps(
-    target: str, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, drafter: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walker = Walker(target, records)
-    first = walker.walk(write_drafter(tmp_path / "one", block_size=4))
+    first = walker.walk(drafter)
     monkeypatch.setattr(Walker, "_batches", None)
-    assert walker.walk(tmp_path / "one") == first
+    assert walker.walk(drafter) == first
 
 
-def test_answers_that_failed_or_have_one_token_are_left_out(target: str, records: list[Record], tmp_path: Path) -> None:
+def test_answers_that_failed_or_have_one_token_are_left_out(target: str, drafter: Path, records: list[Record]) -> None:
     dice = random.Random(6)
     more = [answer(20, dice, error="500"), answer(21, dice, completion_tokens=1, output_ids=[7])]
-    drafter = write_drafter(tmp_path / "drafter")
     assert [r.key for r in Walker(target, [*records, *more]).walk(drafter)] == [r.key for r in records]
 
 
-@pytest.mark.parametrize("changes", [{"output_ids": None}, {"prompt_ids": None}, {"temperature": 1.0}])
-def test_answers_that_cannot_be_walked_are_refused(target: str, changes: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="p3"):
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"output_ids": None}, r"p3 .*with \['prompt_ids'\]"),
+        ({"prompt_ids": None}, r"p3 .*with \['output_ids'\]"),
+        ({"temperature": 1.0}, "p3 at temperature 1,"),
+    ],
+)
+def test_answers_that_cannot_be_walked_are_refused(target: str, changes: dict[str, object], found: str) -> None:
+    with pytest.raises(DataError, match=found):
         Walker(target, [answer(3, random.Random(1), **changes)])
 
 
