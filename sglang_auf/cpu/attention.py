@@ -64,19 +64,22 @@ class Group:
     full: torch.Tensor | None  # the same for layers that see the whole block; None: as causal
 
 
-def _ceil(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _padded_rows(rows: int, heads_per_key: int, shapes: Shapes) -> int:
+    """Queries of a request as they are computed; a single one is repeated by `attend`, without a mask of its own."""
+    multiple = 1 if rows == 1 else shapes.rows // gcd(shapes.rows, heads_per_key)
+    return -(-rows // multiple) * multiple
 
 
 def _power_of_two(value: int, smallest: int) -> int:
     return max(smallest, 1 << (value - 1).bit_length())
 
 
-def group_spans(spans: Iterable[Span], heads_per_key: int) -> list[list[Span]]:
+def group_spans(spans: Iterable[Span], heads_per_key: int, shapes: Shapes) -> list[list[Span]]:
     """Put spans of similar shape together; the mask of no two or more exceeds MASK_ELEMENTS."""
     by_shape: dict[tuple[int, int], list[Span]] = {}
     for span in spans:
         rows = span.rows if span.rows <= SMALLEST_ROW_GROUP else _power_of_two(span.rows, SMALLEST_ROW_GROUP)
+        rows = _padded_rows(rows, heads_per_key, shapes)
         by_shape.setdefault((rows, _power_of_two(span.keys, SMALLEST_KEY_GROUP)), []).append(span)
     groups = []
     for (rows, keys), members in by_shape.items():
@@ -94,9 +97,7 @@ def plan_group(
     shapes: Shapes,
 ) -> Group:
     """The group of `spans`. whole_batch: the spans are the whole forward, in order. shapes: what to pad to."""
-    rows = max(span.rows for span in spans)
-    if rows > 1:  # a single query is repeated by `attend`, and needs no mask of its own for that
-        rows = _ceil(rows, shapes.rows // gcd(shapes.rows, heads_per_key))
+    rows = _padded_rows(max(span.rows for span in spans), heads_per_key, shapes)
     keys = shapes.padded_keys(max(span.keys for span in spans))
     pool_rows = torch.tensor([span.pool_row for span in spans])
     width = req_to_token.shape[1]
@@ -175,7 +176,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         """Plan one forward: slots and masks for all layers."""
         ROTARY_ROWS.begin_forward()
         spans = list(self._spans(forward_batch))
-        grouped = group_spans(spans, self.heads_per_key)
+        grouped = group_spans(spans, self.heads_per_key, self.shapes)
         req_to_token = self.req_to_token_pool.req_to_token
         self.groups = [
             plan_group(members, req_to_token, self.dtype, self.heads_per_key, len(grouped) == 1, self.shapes)

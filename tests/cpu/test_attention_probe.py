@@ -58,6 +58,19 @@ def test_a_kernel_that_differs_for_many_rows_is_not_repeatable(monkeypatch: pyte
     assert not agreeing_shapes(32).repeatable
 
 
+def test_a_kernel_that_differs_in_a_batch_is_not_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(q: Any, k: Any, v: Any, attn_mask: Any, scale: float) -> torch.Tensor:
+        return exact(q, k, v, attn_mask, scale) + (0.5 if len(q) > 1 else 0.0)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    assert not agreeing_shapes(32).repeatable
+
+
+def test_rows_that_differ_at_lengths_that_are_not_used_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel(monkeypatch, lambda rows, keys: 192 < keys < 384 and rows != 128)
+    assert agreeing_shapes(32) == Shapes(2, (64, 128, 192, 384, 448, 512), repeatable=True)
+
+
 def test_rows_that_differ_among_themselves_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def attention(q: Any, k: Any, v: Any, attn_mask: Any, scale: float) -> torch.Tensor:
         result = exact(q, k, v, attn_mask, scale)
