@@ -55,6 +55,17 @@ def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return found.clamp_(max=weights.shape[1] - 1)
 
 
+def _largest(probabilities: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of each row, descending, and their tokens; of equal ones the lower token comes first.
+
+    topk alone orders equal ones as it likes, and bf16 logits are often equal: a filter that ends among them would keep
+    other tokens than `filtered` does.
+    """
+    token = probabilities.topk(count, dim=-1).indices.sort(dim=-1).values
+    largest, order = probabilities.gather(1, token).sort(dim=-1, descending=True, stable=True)
+    return largest, token.gather(1, order)
+
+
 def _kept(descending: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:
     """Which of the columns, in descending order of probability, the filters keep: a prefix of each row."""
     rank = torch.arange(descending.shape[1], device=descending.device)
@@ -87,9 +98,10 @@ def sample(
     for rows in filtered.nonzero().flatten().split(ROWS):
         pool = min(POOL, vocabulary)
         while rows.numel():
-            largest, token = probabilities[rows].topk(pool, dim=-1)
+            largest, token = _largest(probabilities[rows], pool)
             keep = _kept(largest, top_ks[rows], top_ps[rows], min_ps[rows])
-            done = ~keep[:, -1] | (top_ks[rows] <= pool) | (pool == vocabulary)
+            # As likely as the last of the pool: one that is not in it may come before, or be kept too.
+            done = ~(keep & (largest == largest[:, -1:])).any(dim=-1) | (pool == vocabulary)
             at = _invert(largest * keep, uniform[rows])
             drawn[rows[done]] = token.gather(1, at[:, None]).squeeze(1)[done]
             rows, pool = rows[~done], vocabulary

@@ -344,3 +344,19 @@ def test_filtered_keeps_what_sample_can_draw() -> None:
                 expected[token] = row[token]
             before += row[token]
         assert result == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pool", [4, 8, 64])
+@pytest.mark.parametrize("filters", [Filters(top_k=4), Filters(top_k=7), Filters(top_p=0.5)], ids=["4", "7", "top_p"])
+def test_of_equally_likely_tokens_the_lower_ones_are_kept(
+    filters: Filters, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in bf16, where logits are often equal; ties reach over the end of the filter and of the pool."""
+    monkeypatch.setattr(sampling, "POOL", pool)
+    levels = torch.randint(3, (64,), generator=torch.Generator().manual_seed(2)).float()
+    probabilities = torch.softmax(levels, dim=0).repeat(DRAWS, 1)
+    uniform = (torch.arange(DRAWS) + 0.5) / DRAWS
+    drawn = sampling.sample(probabilities, *filters.rows(DRAWS), uniform.double())
+    kept = filtered(probabilities[0], filters) > 0
+    assert sorted(set(drawn.tolist())) == kept.nonzero()[0].tolist()
+    assert torch.equal(sampling.filtered(probabilities[:1], *filters.rows(1))[0] > 0, torch.from_numpy(kept))
