@@ -80,7 +80,6 @@ def served_name(arm: str, seed: int, temperature: float) -> str:
 def run_study(config: StudyConfig) -> Study:
     """Do what is missing of a study. Raises ConfigError where the directory is another study's."""
     study, places = load_study(config.study), Places(config.out, config.data_dir)
-    places.records.mkdir(parents=True, exist_ok=True)
     require_same(config.study, places.records)
     _target_part(study, places)
     for seed in study.seeds:
@@ -100,10 +99,11 @@ def run_study(config: StudyConfig) -> Study:
 
 def require_same(path: Path, records: Path) -> None:
     """The study's file lies beside its records: they belong together. Raises ConfigError for another study's."""
-    kept = records / STUDY
+    kept, study = records / STUDY, load_study(path)
     if not kept.is_file():
+        records.mkdir(parents=True, exist_ok=True)
         _write(kept, path.read_bytes())
-    elif load_study(kept) != load_study(path):
+    elif load_study(kept) != study:
         raise ConfigError(
             f"{records} are of another study ({kept} and {path} differ)",
             "the study that was begun there",

@@ -83,7 +83,7 @@ def _read(records: Path, study: Study) -> Results:
 
 
 def _require_comparable(results: Results) -> None:
-    """All arms with the same target and steps, and with the same data where the study says so."""
+    """All arms with the same target, and with the same data where the study says so."""
     study = results.study
     for arm, seed in results.training:
         first = next(other for other in study.arms if study.answers_of(other) == study.answers_of(arm))

@@ -94,6 +94,6 @@ class BlockChooser:
     def seconds(self, requests: int, block: int) -> float:
         """Expected duration of a step."""
         assert self._normal is not None
-        # The ridge keeps a cost that was never varied where it was.
+        # What the steps do not tell apart, the fading prior does, and the smallest solution after it.
         costs = np.linalg.lstsq(self._normal, self._moment, rcond=1e-9)[0].clip(min=0.0)
         return max(float(costs @ [1.0, requests, requests * block]), 1e-6)
