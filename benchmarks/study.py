@@ -4,7 +4,7 @@ Seeds are matched: with one seed all arms start from the same weights and see th
 order (as far as their settings are alike). Everything lies under one directory and nothing finished is done again, so
 that the same command goes on after a kill:
 
-    target/          the plain server's part: answers to train on, answers to the measured prompts
+    target/          the plain server's part: answers to train on, answers to the measured prompts; features
     arms/ARM-SEED/   the training run and the drafter
     served/          runs of served drafters, each with the drafter's name and temperature
     records/         what the report is made of: counts of every answer, training metrics, provenance; no text
@@ -33,6 +33,7 @@ from benchmarks.tasks import resolve, select
 from benchmarks.walked import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpoint import Checkpoints, read_state
+from sglang_auf.training.recipe import load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class Places:
         """Where answers are given, or where the target's are written."""
         given = study.answers[name].file
         return self.out / "target" / f"answers-{name}.jsonl" if given is None else self.given(given)
+
+    def features(self, name: str) -> Path:
+        """Of the answers of this name, where the study caches them."""
+        return self.out / "target" / f"features-{name}"
 
     def given(self, file: Path) -> Path:
         return (self.data_dir or Path()) / file
@@ -166,6 +171,8 @@ def _train(study: Study, places: Places, arm: str, seed: int) -> None:
     changes = [*study.set, *study.arms[arm].set, f"seed={seed}"]
     settings = [part for change in changes for part in ("--set", change)]
     answers = places.answers(study, study.answers_of(arm))
+    if study.cache_features:
+        settings += ["--set", f"features={_cached_features(study, places, study.answers_of(arm))}"]
     sglang_auf(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings])
     sglang_auf(["export", str(run), str(drafter), "--force"])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -177,6 +184,24 @@ def _train(study: Study, places: Places, arm: str, seed: int) -> None:
     for start in facts["starts"]:
         start.pop("command", None)  # holds paths; `set` and the study's file say the same
     _write_gz(kept, json.dumps({"set": changes, "metrics": metrics, "run": facts, "seconds": seconds}))
+
+
+def _cached_features(study: Study, places: Places, name: str) -> Path:
+    """The cache for the study's recipe, made if it is not there. An arm that taps other layers is refused by it."""
+    cache, recipe = places.features(name), load_recipe(study.recipe, study.set)
+    done = cache.with_suffix(".done")
+    if not done.is_file():
+        data, layers = recipe.data, ",".join(map(str, recipe.drafter.target_layer_ids))
+        thinking = ["--thinking", data.thinking] if data.thinking else []
+        sglang_auf(
+            [
+                *("features", "--data", str(places.answers(study, name)), "--target", study.target),
+                *("--layers", layers, "--max-length", str(data.max_length), "--overlong", data.overlong),
+                *("--out", str(cache), *thinking),
+            ]
+        )
+        done.touch()
+    return cache
 
 
 # --- serving ---

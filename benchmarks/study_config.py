@@ -19,7 +19,8 @@ class Answers(_Settings):
     """Answers that arms may be trained on. Exactly one of the three says where they come from.
 
     file: training rows that exist. prompts: files or hub data sets that the target answers, greedily, up to
-    max_tokens. demo: so many prompts from templates, likewise. Relative files lie in --data-dir.
+    max_tokens. demo: so many prompts from templates, likewise. limit: so many of each of `prompts`. Relative files lie
+    in --data-dir.
     """
 
     file: Path | None = None
@@ -80,7 +81,8 @@ class Claim(_Settings):
 class Study(_Settings):
     """profile, server_set: server profile of the target, with --set changes. target: the same one, for the trainer.
 
-    recipe, set: what all arms share, with changes. seeds: for every arm. claims: compared over the seeds.
+    recipe, set: what all arms share, with changes. cache_features: the target's features of the answers are computed
+    once, for all arms. seeds: for every arm. claims: compared over the seeds.
     """
 
     title: str
@@ -89,6 +91,7 @@ class Study(_Settings):
     target: str
     recipe: str
     set: tuple[str, ...] = ()
+    cache_features: bool = False
     seeds: tuple[int, ...] = Field(min_length=1)
     answers: dict[str, Answers] = Field(min_length=1)
     arms: dict[str, Arm] = Field(min_length=2)

@@ -112,7 +112,7 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", metavar="T", help="0 is greedy (default: 0.0)")
     parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
     parser.add_argument("--max-tokens", metavar="N", help="new tokens of one answer at most (default: 2048)")
-    parser.add_argument("--limit", metavar="N", help="so many rows, from the first")
+    parser.add_argument("--limit", metavar="N", help="so many rows of each input, from its first")
     parser.add_argument(
         "--thinking", choices=["server", "on", "off"], help="template switch, or as is (default: server)"
     )

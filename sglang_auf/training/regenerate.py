@@ -34,7 +34,8 @@ GIVE_UP_AFTER = 16
 
 class RegenerateSettings(BaseModel):
     """inputs: prompt files or data sets (rows.py). model None: the only one the server has. thinking: "server" leaves
-    the template as it is. limit: so many rows, from the first. timeout_s: of one answer. retries: of one request."""
+    the template as it is. limit: so many rows of each input, from its first. timeout_s: of one answer. retries: of
+    one request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -91,12 +92,12 @@ class Prompts:
 
 
 def read_prompts(inputs: Sequence[str], *, split: str = "train", limit: int | None = None) -> Prompts:
-    """The first `limit` rows, those that cannot be asked among them. Raises DataError if none can be asked."""
+    """The first `limit` rows of each input, those that cannot be asked among them. Raises DataError if none can be asked."""
     digest = hashlib.sha256()
     prompts: list[Prompt] = []
     faults: list[tuple[str, str]] = []
-    for count, row in enumerate(read_rows(inputs, digest, split=split)):
-        if limit is not None and count >= limit:
+    for row in read_rows(inputs, digest, split=split):
+        if limit is not None and row.position >= limit:
             continue  # read on for the digest, so that a later run may raise the limit
         try:
             if row.fault:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,12 +39,16 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. place: where it was read ("file.jsonl:17"). fault: why it cannot be used; its fields are empty then."""
+    """One row. place: where it was read ("file.jsonl:17"). fault: why it cannot be used; its fields are empty then.
+
+    position: among the rows of its source, from 0.
+    """
 
     place: str
     id: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    position: int = 0
 
     @property
     def name(self) -> str:
@@ -60,12 +64,12 @@ def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str =
     """
     seen: set[str] = set()
     for source in [sources] if isinstance(sources, str | Path) else sources:
-        for number, place, value in _values(source, digest, split):
+        for position, (number, place, value) in enumerate(_values(source, digest, split)):
             row = _row(place, f"{Path(source).stem}/{number}", value)
             if row.fault is None and row.id in seen:
                 row = Row(place, row.id, fault="an id for the second time")
             seen.add(row.id)
-            yield row
+            yield replace(row, position=position)
 
 
 def messages_of(fields: Mapping[str, Any]) -> list[Message]:

@@ -70,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "server_set": [f"target={target}", "server_args.max_total_tokens=4096", "server_args.context_length=256"],
         "target": str(target),
         "recipe": str(place / "recipe.yaml"),
+        "cache_features": True,
         "seeds": [1, 2],
         "answers": {"own": {"prompts": ["train.jsonl"], "max_tokens": 24}},
         "arms": {"decay": {"set": ["objective.name=decay"]}, "auf": {}},

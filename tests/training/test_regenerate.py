@@ -302,6 +302,15 @@ def test_raised_limit_continues_the_file(serve: Serve, prompts: Prompts) -> None
     assert server.asked() == dict.fromkeys("01234", 1)
 
 
+def test_the_limit_holds_for_each_input(serve: Serve, prompts: Prompts, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"turns": [f"other {i}"]}) + "\n" for i in range(3)))
+    server, file = serve(), prompts(*map(str, range(5)))
+    run = settings(server, file, limit=2)
+    assert regenerate(run.model_copy(update={"inputs": (*run.inputs, str(other))})) == 4
+    assert set(server.asked()) == {"0", "1", "other 0", "other 1"}
+
+
 def test_failed_rows_are_named_and_the_others_kept(serve: Serve, prompts: Prompts) -> None:
     server = serve()
     run = settings(server, prompts("one", "two ABORT", "three", "four REFUSE"))
