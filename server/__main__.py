@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from server.profile import default_profile, load_profile, profile_names
 from sglang_auf.errors import AufError
+
+
+KEY_VARIABLE = "SGLANG_AUF_API_KEY"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +35,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (default: the profile's, 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the profile's)")
     parser.add_argument("--plain", action="store_true", help="serve the same target without the drafter")
-    parser.add_argument("--api-key", metavar="KEY", help="ask for this bearer token on every route")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get(KEY_VARIABLE) or None,
+        help=f"ask for this bearer token on every route (default: ${KEY_VARIABLE}, which `ps` does not show)",
+    )
     return parser.parse_args(arguments)
 
 

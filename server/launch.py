@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
 from server.gate import Gate
+from server.guard import Guard
 from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+MAX_BODY = 16 * 2**20
+"""Bytes of a request: some hundred times the longest prompt. Headers are bounded by the HTTP parser (h11: 64 KiB)."""
 
 
 def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
@@ -41,17 +45,24 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     drafter = served.speculation.checked.path if served.speculation else None
     if profile.adaptive_block and not plain:
         os.environ[adaptive.SWITCH] = "1"  # read by the scheduler, a child of this process
-    run(build_server_args(sglang_arguments(profile, target, drafter, api_key)), served, api_key)
+    server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
+    run(server_args, served, api_key, management=profile.management)
 
 
-def run(server_args: ServerArgs, served: Served, api_key: str | None) -> None:
-    """Launch SGLang's server in this process and return when it has drained after SIGTERM, all children gone."""
+def run(server_args: ServerArgs, served: Served, api_key: str | None, *, management: bool = False) -> None:
+    """Launch SGLang's server in this process and return when it has drained after SIGTERM, all children gone.
+
+    management: open SGLang's management routes too (guard.py).
+    """
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils import kill_process_tree
 
     start = Start(server_args, served, api_key)
     http_server.app.include_router(auf_router(served))
     http_server.app.add_middleware(Gate, closed_because=closed_because, probe_token=start.token)
+    if not management:
+        http_server.app.add_middleware(Guard)
+    http_server.app.max_body_size = MAX_BODY
     signal.signal(signal.SIGTERM, _stopped_while_starting)
     try:
         http_server.launch_server(

@@ -6,6 +6,7 @@ import errno
 import logging
 import socket
 
+from server import redaction
 from server.arguments import ALGORITHM
 from server.profile import Profile
 from server.routes import Served, Speculation
@@ -32,6 +33,7 @@ SEAMS = (
         ),
     ),
     Seam(f"{_HTTP}:app", "server.launch"),
+    Seam(f"{_HTTP}:app.max_body_size", "server.launch"),
     Seam(f"{_HTTP}:get_global_state", "server.launch", ()),
     Seam("sglang.srt.entrypoints.engine:init_tokenizer_manager", "server.launch"),
     Seam("sglang.srt.managers.tokenizer_manager:ServerStatus.Starting", "server.launch"),
@@ -43,6 +45,7 @@ SEAMS = (
     Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", "server.preflight"),
     Seam("sglang.srt.plugins:load_plugins", "server.preflight", ()),
     Seam("sglang.srt.server_args:ServerArgs.resolve_once", "server.arguments", ("self",)),
+    Seam(redaction.CONFIGURATION, "server.redaction", ("self",)),
     Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
     Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.from_string", "server.preflight", ("name",)),
     Seam("sglang.srt.utils:kill_process_tree", "server.launch"),
@@ -115,6 +118,7 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
             "the CPU platform of this plugin" if device == "cpu" else "SGLang's CUDA platform",
             "export SGLANG_PLATFORM=auf_cpu" if device == "cpu" else "unset SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE",
         )
+    redaction.install()
     load_plugins()
     if not needs_algorithm:
         return

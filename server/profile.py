@@ -21,9 +21,9 @@ class Profile(BaseModel):
 
     target, drafter: directory, hub id, or (target) a name that `sglang-auf prepare` knows. drafter_notice: printed
     loudly while the profile's own drafter is used. block_size: B; None takes the drafter's. adaptive_block: draft fewer
-    slots of it where the load makes them dear (sglang_auf/adaptive.py; CPU only). thinking: the chat
-    template's mode where it has one. server_args: SGLang's server arguments by their Python names, checked against
-    SGLang when the server starts.
+    slots of it where the load makes them dear (sglang_auf/adaptive.py; CPU only). thinking: the chat template's mode
+    where it has one. management: open SGLang's routes that change weights, write files and pause the engine (guard.py).
+    server_args: SGLang's server arguments by their Python names, checked against SGLang when the server starts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +38,7 @@ class Profile(BaseModel):
     device: Literal["cpu", "cuda"]
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
     thinking: Literal["on", "off"] | None = None
+    management: bool = False
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=30000, ge=1, le=65535)
     served_model_name: str = Field(min_length=1)

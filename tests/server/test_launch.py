@@ -10,13 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import engine, http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from server import launch
-from server.launch import Start, closed_because, run
+from server.launch import MAX_BODY, Start, closed_because, run
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import Served
@@ -89,6 +89,35 @@ def test_routes_and_gate_are_in_place_before_the_port_opens(sglang: Sglang) -> N
 
     sglang.run(look)
     assert replies == [404, 503], "the plain server's 404, and the gate of a server that is starting"
+
+
+@pytest.mark.parametrize(("management", "status"), [(False, 404), (True, 200)])
+def test_management_routes_are_opened_by_the_profile_alone(management: bool, status: int, sglang: Sglang) -> None:
+    @sglang.app.post("/update_weights_from_disk")
+    async def answer() -> None: ...
+
+    def look(**_: Any) -> None:
+        assert TestClient(sglang.app).post("/update_weights_from_disk").status_code == status
+        sglang.drained()
+
+    sglang.behaviour = look
+    run(SERVER_ARGS, SERVED, None, management=management)
+
+
+def test_the_size_of_a_request_is_bounded(sglang: Sglang) -> None:
+    @sglang.app.put("/auf/length")
+    async def length(request: Request) -> int:
+        return len(await request.body())
+
+    def look(**_: Any) -> None:
+        client = TestClient(sglang.app)
+        assert client.put("/auf/length", content=b"x" * MAX_BODY).json() == MAX_BODY
+        undeclared = (b"x" * 2**20 for _ in range(MAX_BODY // 2**20 + 1))
+        for content in (b"x" * (MAX_BODY + 1), undeclared):
+            assert client.put("/auf/length", content=content).status_code == 413
+        sglang.drained()
+
+    sglang.run(look)
 
 
 def test_failed_probe_stops_the_server_by_sigterm_and_is_what_the_user_reads(
@@ -231,7 +260,7 @@ def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(launch, name, step(name))
     monkeypatch.setattr(launch, "build_server_args", lambda arguments: arguments)
     launched: list[Any] = []
-    monkeypatch.setattr(launch, "run", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(launch, "run", lambda *arguments, **_: launched.append(arguments))
     profile = Profile.model_validate({"target": "smollm2-135m", "device": "cpu", "served_model_name": "small"})
     launch.serve(profile, plain=True, api_key="secret")
     assert done == steps

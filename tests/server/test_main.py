@@ -51,6 +51,15 @@ def test_defaults_are_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serve.options == {"plain": False, "api_key": None}
 
 
+def test_the_key_comes_from_the_environment_unless_a_flag_gives_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Serve(monkeypatch)
+    monkeypatch.setenv("SGLANG_AUF_API_KEY", "from the environment")
+    assert main(["--profile", "smollm2-135m"]) == 0
+    assert serve.options["api_key"] == "from the environment"
+    assert main(["--profile", "smollm2-135m", "--api-key", "flag"]) == 0
+    assert serve.options["api_key"] == "flag"
+
+
 def test_user_error_is_said_once_and_exits_2(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     Serve(monkeypatch, ServerError("port 1 is in use", "a free port", "another --port"))
     assert main(["--profile", "smollm2-135m"]) == 2
