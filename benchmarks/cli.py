@@ -24,6 +24,7 @@ from benchmarks.config import (
     ReportConfig,
     RivalStepsConfig,
     RunConfig,
+    SoakConfig,
     SpeedConfig,
     StepConfig,
     StudyConfig,
@@ -152,6 +153,16 @@ def _study(options: Options) -> int:
     return 0
 
 
+def _soak(options: Options) -> int:
+    from benchmarks.markdown import soak_markdown
+    from benchmarks.soak import soak
+
+    config = _validated(SoakConfig, options)
+    report = soak(config)
+    print(_written(report, soak_markdown(report), config.out / "soak"))
+    return 0 if report.passed else 1
+
+
 def _step(options: Options) -> int:
     from benchmarks.step_markdown import step_markdown
     from benchmarks.training_step import measure_step
@@ -218,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="compare training arms over seeds", description=StudyConfig.__doc__)
     _add_fields(study, StudyConfig, positional={"study"})
     study.set_defaults(command=_study)
+    soaking = commands.add_parser("soak", help="mixed load for minutes, nothing wrong", description=SoakConfig.__doc__)
+    _add_fields(soaking, SoakConfig)
+    soaking.set_defaults(command=_soak)
     step = commands.add_parser("step", help="time and memory of a training step", description=StepConfig.__doc__)
     _add_fields(step, StepConfig)
     step.set_defaults(command=_step)

@@ -147,6 +147,24 @@ class StudyConfig(_Config):
     report_only: bool = Field(False, description="only write the report anew, from OUT/records")
 
 
+class SoakConfig(_Config):
+    """Mixed load on a server for minutes, checked against plain decoding; memory, files and KV slots are watched."""
+
+    profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field(
+        ("server_args.max_running_requests=8", "server_args.max_total_tokens=4096", "server_args.context_length=2048"),
+        alias="set",
+        description="key=value for both servers; may be repeated. A small pool has requests wait and be retracted",
+    )
+    minutes: float = Field(30.0, gt=0, description="how long the load lasts")
+    clients: int = Field(12, ge=1, description="requests in flight")
+    questions: int = Field(24, ge=1, description="different prompts; plain decoding answers each three times first")
+    seed: int = Field(0, ge=0, description="of what is drawn: kinds of request and prompts")
+    sample_s: float = Field(5.0, gt=0, description="seconds between two looks at the server")
+    timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+    out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
+
+
 class LosslessConfig(_Config):
     """Compare a speculating run with a plain one, answer by answer."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from benchmarks.identity import IdentityReport
+from benchmarks.soak import SoakReport
 from benchmarks.speed import Agreement, SpeedReport
 from benchmarks.summary import Percentiles, RunSummary
 from benchmarks.sweep import Sweep
@@ -93,6 +94,33 @@ def sweep_markdown(sweep: Sweep) -> str:
         "decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
     )
     return "\n\n".join([asked, markdown_table(rows), note, markdown_origin(sweep)]) + "\n"
+
+
+def soak_markdown(report: SoakReport) -> str:
+    config, total = report.config, report.acceptance["total"]
+    rows = [["", "idle before", "idle after", "under load, at most"]]
+    for name, unit, what in (
+        ("memory_mib", "MiB", "resident memory"),
+        ("files", "", "open files"),
+        ("kv_tokens", "", "KV slots in use"),
+        ("running", "", "running requests"),
+        ("waiting", "", "waiting requests"),
+    ):
+        most = max(getattr(sample, name) for sample in report.samples)
+        figures = [getattr(report.before, name), getattr(report.after, name), most]
+        rows.append([what, *(f"{figure:.0f} {unit}".strip() for figure in figures)])
+    asked = (
+        f"{config.profile}, {config.minutes:g} minutes, {config.clients} clients: {sum(report.asked.values())} "
+        f"requests ({', '.join(f'{count} {kind}' for kind, count in sorted(report.asked.items()))})"
+    )
+    faults = ", ".join(f"{count} {what}" for what, count in report.faults.items()) or "no wrong answer, no server error"
+    notes = [
+        f"Soak {'passed' if report.passed else 'FAILED'}: {faults}; {'; '.join(report.leaks) or 'nothing leaked'}.",
+        f"Memory in the last fifth of the time against 20 to 40 % of it: {report.growth:+.1%}. Tau of "
+        f"{total['requests']} answers with a verify step: {markdown_number(total['tau'])}.",
+        *(f"- {fault}" for fault in report.named),
+    ]
+    return "\n\n".join([asked, markdown_table(rows), "\n".join(notes), markdown_origin(report)]) + "\n"
 
 
 def _milliseconds_of(seconds: Percentiles | None) -> str:

@@ -45,7 +45,7 @@ class Server:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in _family(self.process):
+        for process in family(self.process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
@@ -125,15 +125,15 @@ def free_port() -> int:
 
 def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
     """SIGTERM and time to drain, then SIGKILL to whatever is left of the family and of its process group."""
-    family = _family(process)
-    for member in family:
+    members = family(process)
+    for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGCONT)  # a paused process would never see the SIGTERM
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(drain_s)
-    for member in family:
+    for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     with contextlib.suppress(ProcessLookupError):
@@ -141,7 +141,7 @@ def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
     process.wait()
 
 
-def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The server's process and all its descendants; empty when it has ended."""
     try:
         leader = psutil.Process(process.pid)

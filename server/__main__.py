@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from server.profile import default_profile, load_profile, profile_names
 from sglang_auf.errors import AufError
 
-
 KEY_VARIABLE = "SGLANG_AUF_API_KEY"
 
 

@@ -1,5 +1,7 @@
-"""Keys stay out of logs and replies: SGLang prints its whole configuration when it starts, and GET /server_info sends it
-to whoever holds any key."""
+"""Keys stay out of logs and replies.
+
+SGLang prints its whole configuration when it starts, and GET /server_info sends it to whoever holds any key.
+"""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Prompts:
 
 
 def read_prompts(inputs: Sequence[str], *, split: str = "train", limit: int | None = None) -> Prompts:
-    """The first `limit` rows of each input, those that cannot be asked among them. Raises DataError if none can be asked."""
+    """The first `limit` rows of each input, unusable ones among them. Raises DataError if all are unusable."""
     digest = hashlib.sha256()
     prompts: list[Prompt] = []
     faults: list[tuple[str, str]] = []

@@ -1,0 +1,201 @@
+"""A server under mixed load for minutes: no wrong answer, no server error, nothing leaked.
+
+Plain decoding answers the questions first. Then clients send the AUF server every kind of request (soak_requests.py),
+good and bad, finished and abandoned, while memory, open files and KV slots of the server are sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import openai
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.config import SoakConfig
+from benchmarks.native import api_key, call, flush_cache, server_facts
+from benchmarks.servers import Server, family, serve
+from benchmarks.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
+from sglang_auf.errors import ServerError
+
+NAMED = 20
+IDLE_S = 120.0
+GROWTH = 0.05
+"""Share by which resident memory may be larger at the end than after the first part, see `SoakReport.growth`."""
+
+
+class Sample(BaseModel):
+    """seconds since the load began; memory_mib: resident, of all processes of the server; kv_tokens: slots in use."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: float
+    memory_mib: float
+    files: int
+    kv_tokens: int
+    running: int
+    waiting: int
+
+
+class SoakReport(BaseModel):
+    """soak.json. wrong, server_errors, broken: the first of each, in words; faults counts them all by those names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: SoakConfig
+    asked: dict[str, int]
+    faults: dict[str, int]
+    named: list[str]
+    acceptance: dict[str, Any]
+    before: Sample
+    after: Sample
+    samples: list[Sample]
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+    @property
+    def growth(self) -> float:
+        """Median memory in the last fifth against that from 20 to 40 % of the time, as a share; pools fill before."""
+        end = self.samples[-1].seconds
+        early = [sample.memory_mib for sample in self.samples if 0.2 * end <= sample.seconds <= 0.4 * end]
+        late = [sample.memory_mib for sample in self.samples if sample.seconds >= 0.8 * end]
+        return median(late) / median(early) - 1
+
+    @property
+    def leaks(self) -> list[str]:
+        found = []
+        if self.after.kv_tokens != self.before.kv_tokens:
+            found.append(f"{self.after.kv_tokens} KV slots in use when idle, {self.before.kv_tokens} before")
+        if self.growth > GROWTH:
+            found.append(f"memory grew by {self.growth:.1%}")
+        if self.after.files > self.before.files:
+            found.append(f"{self.after.files} files open when idle, {self.before.files} before")
+        return found
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults and not self.leaks
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened so far. faults: by what kind of fault; named: the first ones."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
+
+    def fault(self, what: str, kind: str, error: Exception) -> None:
+        self.faults[what] += 1
+        if len(self.named) < NAMED:
+            self.named.append(f"{what}, {kind}: {error!r}"[:600])
+
+
+def soak(config: SoakConfig) -> SoakReport:
+    """Raises ServerError when a server does not start or ends by itself."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    with serve(config.profile, plain=True, settings=config.settings, log_file=config.out / "plain.log") as plain:
+        known = asyncio.run(_references(plain.base_url, config))
+    log_file = config.out / "server.log"
+    with serve(config.profile, plain=False, settings=config.settings, log_file=log_file) as server:
+        return asyncio.run(_soak(server, known, config))
+
+
+async def _references(base_url: str, config: SoakConfig) -> list[Question]:
+    sender = Sender(base_url, server_facts(base_url).model, api_key(), config.timeout_s)
+    return [await sender.reference(question) for question in questions(config.questions)]
+
+
+async def _soak(server: Server, known: list[Question], config: SoakConfig) -> SoakReport:
+    sender = Sender(server.base_url, server_facts(server.base_url).model, api_key(), config.timeout_s)
+    tally, samples = Tally(), []
+    draws = random.Random(config.seed)
+    for kind in KINDS:  # what is loaded or opened on first use is there before the first count
+        await _send(kind, sender, draws.choice(known), Tally())
+    before = await _idle(server)
+    began = time.monotonic()
+    clients = [asyncio.create_task(_client(sender, known, draws, tally, began, config)) for _ in range(config.clients)]
+    while time.monotonic() - began < config.minutes * 60:
+        await asyncio.sleep(config.sample_s)
+        samples.append(await asyncio.to_thread(_sample, server, began))
+    await asyncio.gather(*clients)
+    await sender.client.close()
+    after = await _idle(server)
+    return SoakReport(
+        config=config,
+        asked=dict(tally.asked),
+        faults=dict(tally.faults),
+        named=tally.named,
+        acceptance=await asyncio.to_thread(call, server.base_url, "/v1/auf/acceptance"),
+        before=before,
+        after=after,
+        samples=samples,
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        command=provenance.command(),
+    )
+
+
+async def _client(
+    sender: Sender, known: list[Question], draws: random.Random, tally: Tally, began: float, config: SoakConfig
+) -> None:
+    """One client: a request, and the next when it has ended."""
+    while time.monotonic() - began < config.minutes * 60:
+        [kind] = draws.choices(list(KINDS), list(KINDS.values()))
+        await _send(kind, sender, draws.choice(known), tally)
+
+
+async def _send(kind: Any, sender: Sender, question: Question, tally: Tally) -> None:
+    tally.asked[kind.__name__] += 1
+    try:
+        await kind(sender, question)
+    except Wrong as error:
+        tally.fault("wrong answers", kind.__name__, error)
+    except openai.APIStatusError as error:
+        tally.fault("server errors" if error.status_code >= 500 else "refusals", kind.__name__, error)
+    except BROKEN as error:
+        tally.fault("broken connections", kind.__name__, error)
+
+
+async def _idle(server: Server) -> Sample:
+    """The server with nothing to do and no cached prefix. Raises ServerError where it never gets there."""
+    deadline = time.monotonic() + IDLE_S
+    while True:
+        sample = await asyncio.to_thread(_sample, server, time.monotonic())
+        if sample.running == sample.waiting == 0:
+            await asyncio.to_thread(flush_cache, server.base_url)
+            return await asyncio.to_thread(_sample, server, time.monotonic())
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"{sample.running} requests running and {sample.waiting} waiting {IDLE_S:.0f} s after the last client",
+                "none: every client has its answer or has left",
+                "look into the server's log",
+            )
+        await asyncio.sleep(1)
+
+
+def _sample(server: Server, began: float) -> Sample:
+    [load] = call(server.base_url, "/v1/loads")["loads"]
+    memory, files = 0, 0
+    for process in family(server.process):
+        try:
+            memory += process.memory_info().rss
+            files += process.num_fds()
+        except psutil.NoSuchProcess:
+            continue
+    return Sample(
+        seconds=time.monotonic() - began,
+        memory_mib=memory / 2**20,
+        files=files,
+        kv_tokens=load["num_used_tokens"],
+        running=load["num_running_reqs"],
+        waiting=load["num_waiting_reqs"],
+    )

@@ -1,0 +1,197 @@
+"""The kinds of request that a soak sends, each checked against what plain decoding answered before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+
+from benchmarks.demo_prompts import demo_prompts
+
+LENGTHS = (8, 40, 160)
+"""New tokens of an answer, in turn: short ones leave while long ones stay, so that batches never settle."""
+
+GRAMMAR = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "answer",
+        "schema": {
+            "type": "object",
+            "properties": {"item": {"type": "string", "maxLength": 24}, "count": {"type": "integer", "maximum": 99}},
+            "required": ["item", "count"],
+            "additionalProperties": False,
+        },
+    },
+}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 40}}
+LEFT_AFTER = 3
+ABANDONED_S = 0.3
+
+
+class Wrong(Exception):
+    """An answer that is not what it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, the new tokens asked for, and plain decoding's texts: greedy, with the seed, under the grammar."""
+
+    prompt: str
+    max_tokens: int
+    seed: int
+    greedy: str = ""
+    seeded: str = ""
+    constrained: str = ""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        message = {"role": "user", "content": self.prompt}
+        return {"messages": [message], "max_tokens": self.max_tokens, "temperature": 0}
+
+
+def questions(count: int) -> list[Question]:
+    rows = demo_prompts(count)
+    prompts = [str(row["turns"][0]) for row in rows]  # type: ignore[index]
+    return [Question(prompt, LENGTHS[number % 3], seed=number) for number, prompt in enumerate(prompts)]
+
+
+class Sender:
+    """Asks one server under the name `model`. Nothing is retried."""
+
+    def __init__(self, base_url: str, model: str, key: str, timeout_s: float) -> None:
+        # A client of its own for each request would open a connection each; one for all is what programs have.
+        self.client = openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key=key, max_retries=0, timeout=timeout_s)
+        self.model = model
+
+    async def chat(self, question: Question, **changes: Any) -> Any:
+        return await self.client.chat.completions.create(model=self.model, **(question.asked | changes))
+
+    async def reference(self, question: Question) -> Question:
+        """The question with the texts of this server, which decodes plainly."""
+        texts = [
+            (await self.chat(question, **changes)).choices[0].message.content or ""
+            for changes in ({}, SAMPLED | {"seed": question.seed}, {"response_format": GRAMMAR})
+        ]
+        return Question(question.prompt, question.max_tokens, question.seed, *texts)
+
+
+async def whole(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question)
+    _same(reply.choices[0].message.content, question.greedy)
+
+
+async def streamed(sender: Sender, question: Question) -> None:
+    text = ""
+    async for chunk in await sender.chat(question, stream=True):
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    _same(text, question.greedy)
+
+
+async def choices(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question, n=3)
+    if len(reply.choices) != 3:
+        raise Wrong(f"{len(reply.choices)} choices for n = 3")
+    for choice in reply.choices:
+        _same(choice.message.content, question.greedy)
+
+
+async def logprobs(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question, logprobs=True, top_logprobs=2)
+    _same(reply.choices[0].message.content, question.greedy)
+    given = len(reply.choices[0].logprobs.content)
+    if given != reply.usage.completion_tokens:
+        raise Wrong(f"log-probabilities of {given} tokens for {reply.usage.completion_tokens}")
+
+
+async def grammar(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question, response_format=GRAMMAR)
+    _same(reply.choices[0].message.content, question.constrained)
+    if reply.choices[0].finish_reason == "stop":
+        json.loads(reply.choices[0].message.content)
+
+
+async def seeded(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question, **(SAMPLED | {"seed": question.seed}))
+    _same(reply.choices[0].message.content, question.seeded)
+
+
+async def sampled(sender: Sender, question: Question) -> None:
+    reply = await sender.chat(question, temperature=1.0)
+    if reply.usage.completion_tokens < 1:
+        raise Wrong("an answer without a token")
+
+
+async def left(sender: Sender, question: Question) -> None:
+    """A client that closes its stream in the middle."""
+    stream = await sender.chat(question, stream=True)
+    read = 0
+    async for _ in stream:
+        read += 1
+        if read == LEFT_AFTER:
+            break
+    await stream.close()
+
+
+async def abandoned(sender: Sender, question: Question) -> None:
+    """A client whose patience ends before the answer does."""
+    try:
+        await sender.chat(question, timeout=ABANDONED_S)
+    except openai.APITimeoutError:
+        return
+
+
+BAD: tuple[dict[str, Any], ...] = (
+    {"max_tokens": -1},
+    {"max_tokens": 10**7},
+    {"temperature": -3},
+    {"top_p": 7},
+    {"n": 0},
+    {"messages": []},
+    {"messages": [{"role": "user"}]},
+    {"model": "none of this name"},
+    {"frequency_penalty": 1.0},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
+    {"extra_body": {"min_tokens": 3}},
+    {"extra_body": {"regex": "("}},
+)
+REFUSALS = (400, 404, 422)
+
+
+async def bad(sender: Sender, question: Question) -> None:
+    """Must be refused as the client's fault, with a reason. Which one: by the question, so that all have their turn."""
+    changes = BAD[question.seed % len(BAD)]
+    try:
+        await sender.chat(question, **changes)
+    except openai.APIStatusError as refusal:
+        if refusal.status_code in REFUSALS and refusal.message:
+            return
+        raise
+    raise Wrong(f"an answer to a request with {changes}")
+
+
+Kind = Callable[[Sender, Question], Awaitable[None]]
+KINDS: dict[Kind, int] = {
+    whole: 4,
+    streamed: 4,
+    choices: 1,
+    logprobs: 1,
+    grammar: 1,
+    seeded: 2,
+    sampled: 2,
+    left: 2,
+    abandoned: 1,
+    bad: 2,
+}
+"""Each kind and how often it is drawn."""
+
+BROKEN = (openai.APIConnectionError, httpx.HTTPError)
+"""What a request ends in when the server is gone or hangs up; a timeout too."""
+
+
+def _same(text: str | None, reference: str) -> None:
+    if text != reference:
+        raise Wrong(f"{text!r} for {reference!r}")
