@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from benchmarks.config import (
     CompareConfig,
+    FailoverConfig,
     IdentityConfig,
     LosslessConfig,
     ReportConfig,
@@ -163,6 +164,16 @@ def _soak(options: Options) -> int:
     return 0 if report.passed else 1
 
 
+def _failover(options: Options) -> int:
+    from benchmarks.failover import measure_failover
+    from benchmarks.markdown import failover_markdown
+
+    config = _validated(FailoverConfig, options)
+    report = measure_failover(config)
+    print(_written(report, failover_markdown(report), config.out / "failover"))
+    return 0 if report.passed else 1
+
+
 def _step(options: Options) -> int:
     from benchmarks.step_markdown import step_markdown
     from benchmarks.training_step import measure_step
@@ -232,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     soaking = commands.add_parser("soak", help="mixed load for minutes, nothing wrong", description=SoakConfig.__doc__)
     _add_fields(soaking, SoakConfig)
     soaking.set_defaults(command=_soak)
+    failover = commands.add_parser(
+        "failover", help="a server killed behind the router, nothing lost", description=FailoverConfig.__doc__
+    )
+    _add_fields(failover, FailoverConfig)
+    failover.set_defaults(command=_failover)
     step = commands.add_parser("step", help="time and memory of a training step", description=StepConfig.__doc__)
     _add_fields(step, StepConfig)
     step.set_defaults(command=_step)

@@ -165,6 +165,23 @@ class SoakConfig(_Config):
     out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
 
 
+class FailoverConfig(_Config):
+    """Two servers behind SGLang's router; one is killed under load, and clients that retry must lose nothing."""
+
+    profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field(
+        ("server_args.max_total_tokens=4096", "server_args.context_length=2048"),
+        alias="set",
+        description="key=value for both servers; may be repeated",
+    )
+    requests: int = Field(48, ge=6, description="different prompts, asked with both servers up, and during the kill")
+    clients: int = Field(6, ge=1, description="requests in flight")
+    max_tokens: int = Field(64, ge=2, description="new tokens of one answer")
+    retries: int = Field(8, ge=0, description="of one request, by the openai client, with its pauses")
+    timeout_s: float = Field(300.0, gt=0, description="seconds one request may take")
+    out: Path = Field(Path("runs/failover"), description="directory of failover.json, failover.md and the logs")
+
+
 class LosslessConfig(_Config):
     """Compare a speculating run with a plain one, answer by answer."""
 

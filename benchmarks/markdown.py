@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from benchmarks.failover import FailoverReport
 from benchmarks.identity import IdentityReport
 from benchmarks.soak import SoakReport
 from benchmarks.speed import Agreement, SpeedReport
@@ -94,6 +95,26 @@ def sweep_markdown(sweep: Sweep) -> str:
         "decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
     )
     return "\n\n".join([asked, markdown_table(rows), note, markdown_origin(sweep)]) + "\n"
+
+
+def failover_markdown(report: FailoverReport) -> str:
+    config = report.config
+    rows = [["", "requests", "sent", "retried", "lost", "wrong", "verify steps", "emitted tokens"]]
+    for name, load in (("both servers up", report.both), ("one killed", report.killed)):
+        figures = [load.asked, load.sent, load.retried, load.lost, load.wrong, load.verify_steps, load.emitted]
+        rows.append([name, *map(str, figures)])
+    asked = (
+        f"{config.profile}, two servers behind sglang-router, {config.clients} clients, {config.max_tokens} tokens an "
+        f"answer, the openai client with {config.retries} retries; one server killed after {report.answered_before} of "
+        f"{report.killed.asked} answers"
+    )
+    shares = " and ".join(f"{server['verify_steps']} verify steps" for server in report.totals)
+    notes = [
+        f"Failover {'passed' if report.passed else 'FAILED'}. The servers' totals in the first part, {shares}, "
+        f"{'add up to' if report.adds_up else 'DO NOT ADD UP TO'} what the replies say.",
+        *(f"- {what}" for what in report.both.named + report.killed.named),
+    ]
+    return "\n\n".join([asked, markdown_table(rows), "\n".join(notes), markdown_origin(report)]) + "\n"
 
 
 def soak_markdown(report: SoakReport) -> str:

@@ -129,6 +129,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         server_args.attention_backend = ATTENTION_BACKEND
         server_args.page_size = 1
         server_args.dtype = "bfloat16"
+        server_args.sleep_on_idle = True  # an idle scheduler would keep a core busy that others here could use
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
         if server_args.max_running_requests is None:

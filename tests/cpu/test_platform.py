@@ -196,6 +196,7 @@ def test_defaults_are_filled_in() -> None:
     assert given.disable_cuda_graph is True
     assert (given.attention_backend, given.page_size, given.dtype) == ("auf_cpu", 1, "bfloat16")
     assert given.chunked_prefill_size == platform.CHUNKED_PREFILL_TOKENS
+    assert given.sleep_on_idle is True
     assert given.max_running_requests == platform.MAX_RUNNING_REQUESTS
 
 

@@ -1,0 +1,183 @@
+"""Two servers behind SGLang's router; one is killed under load. Clients that retry must lose nothing.
+
+First the same questions with both servers up: what the replies report of verify steps must add up to the totals of the
+two servers. Then again, and in the middle of it one server and all its processes are killed outright.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import openai
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.config import FailoverConfig
+from benchmarks.demo_prompts import demo_prompts
+from benchmarks.native import api_key, call, server_facts
+from benchmarks.servers import Server, launch, serve
+from sglang_auf.errors import ConfigError
+
+ROUTER = "sglang_router"
+COUNTED = ("verify_steps", "emitted")
+
+
+class Load(BaseModel):
+    """What became of the requests of one part. sent: HTTP requests, retries included."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    asked: int
+    sent: int
+    lost: int
+    wrong: int
+    verify_steps: int
+    emitted: int
+    named: list[str]
+
+    @property
+    def retried(self) -> int:
+        return self.sent - self.asked
+
+
+class FailoverReport(BaseModel):
+    """failover.json. totals: of the two servers after the first part, by COUNTED."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: FailoverConfig
+    both: Load
+    totals: list[dict[str, int]]
+    killed: Load
+    answered_before: int
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+    @property
+    def adds_up(self) -> bool:
+        return all(sum(server[name] for server in self.totals) == getattr(self.both, name) for name in COUNTED)
+
+    @property
+    def passed(self) -> bool:
+        faults = [load.lost + load.wrong for load in (self.both, self.killed)]
+        return not any(faults) and self.adds_up and all(server["verify_steps"] for server in self.totals)
+
+
+def measure_failover(config: FailoverConfig) -> FailoverReport:
+    """Raises ConfigError without the router's package, ServerError when a server or the router does not come up."""
+    if importlib.util.find_spec(ROUTER) is None:
+        raise ConfigError("no package sglang-router", "SGLang's router", "pip install -c constraints.txt sglang-router")
+    config.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as running:
+        servers = [
+            running.enter_context(
+                serve(config.profile, plain=False, settings=config.settings, log_file=config.out / f"server-{name}.log")
+            )
+            for name in "ab"
+        ]
+        urls = [server.base_url for server in servers]
+        # In turns, so that both have work. The client retries, not the router: an answer that broke off is asked again
+        # as a whole either way, and the client sees how often.
+        options = ["--policy", "round_robin", "--disable-retries", "--health-check-interval-secs", "2"]
+        program = ["-m", f"{ROUTER}.launch_router", "--worker-urls", *urls, *options]
+        router = running.enter_context(launch(program, log_file=config.out / "router.log"))
+        return asyncio.run(_measure(config, servers, router))
+
+
+async def _measure(config: FailoverConfig, servers: Sequence[Server], router: Server) -> FailoverReport:
+    prompts = [str(row["turns"][0]) for row in demo_prompts(config.requests)]  # type: ignore[index]
+    model = server_facts(servers[0].base_url).model
+    references: dict[str, str] = {}
+    before = [_totals(server) for server in servers]
+    clients = _Clients(router.base_url, model, config)
+    both = await clients.ask(prompts, references)
+    totals = [
+        {name: after[name] - first[name] for name in COUNTED}
+        for after, first in zip(map(_totals, servers), before, strict=True)
+    ]
+    kill_after = config.requests // 3
+
+    async def kill() -> int:
+        while clients.answered < kill_after:
+            await asyncio.sleep(0.05)
+        answered = clients.answered
+        servers[0].kill()
+        return answered
+
+    killed, answered = await asyncio.gather(clients.ask(prompts, references), kill())
+    return FailoverReport(
+        config=config,
+        both=both,
+        totals=totals,
+        killed=killed,
+        answered_before=answered,
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        command=provenance.command(),
+    )
+
+
+def _totals(server: Server) -> dict[str, int]:
+    total = call(server.base_url, "/v1/auf/acceptance")["total"]
+    return {name: total[name] for name in COUNTED}
+
+
+class _Clients:
+    """Several clients at one URL, who ask again when a server breaks off or is not there."""
+
+    def __init__(self, base_url: str, model: str, config: FailoverConfig) -> None:
+        self.base_url, self.model, self.config = base_url, model, config
+        self.answered = 0
+        self._sent = 0
+
+    async def ask(self, prompts: Sequence[str], references: dict[str, str]) -> Load:
+        """All prompts once. references: greedy answers by prompt, filled by the first call and compared with later."""
+        self.answered = self._sent = 0
+        free = asyncio.Semaphore(self.config.clients)
+        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]})
+        async with openai.AsyncOpenAI(
+            base_url=f"{self.base_url}/v1",
+            api_key=api_key(),
+            max_retries=self.config.retries,
+            timeout=self.config.timeout_s,
+            http_client=http_client,
+        ) as client:
+            replies = await asyncio.gather(*(self._one(client, free, prompt) for prompt in prompts))
+        load = Load(asked=len(prompts), sent=self._sent, lost=0, wrong=0, verify_steps=0, emitted=0, named=[])
+        for prompt, reply in zip(prompts, replies, strict=True):
+            if isinstance(reply, Exception):
+                load.lost += 1
+                load.named.append(repr(reply)[:300])
+                continue
+            text = reply.choices[0].message.content
+            if references.setdefault(prompt, text) != text:
+                load.wrong += 1
+                load.named.append(f"{text!r} for {references[prompt]!r}")
+            details = reply.sglext["spec_tokens_details"]
+            load.verify_steps += details["verify_steps"]
+            load.emitted += reply.usage.completion_tokens - 1
+        return load
+
+    async def _count(self, request: httpx.Request) -> None:
+        self._sent += 1
+
+    async def _one(self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, prompt: str) -> Any:
+        async with free:
+            try:
+                reply = await client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    max_tokens=self.config.max_tokens,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+            except openai.APIError as error:
+                return error
+        self.answered += 1
+        return reply
