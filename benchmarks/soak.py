@@ -111,7 +111,7 @@ def soak(config: SoakConfig) -> SoakReport:
 
 async def _references(base_url: str, config: SoakConfig) -> list[Question]:
     sender = Sender(base_url, server_facts(base_url).model, api_key(), config.timeout_s)
-    return [await sender.reference(question) for question in questions(config.questions)]
+    return await asyncio.gather(*map(sender.reference, questions(config.questions)))
 
 
 async def _soak(server: Server, known: list[Question], config: SoakConfig) -> SoakReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +88,7 @@ def load_profile(
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name} holds no mapping", "a YAML mapping", "mend the file")
     for key in ("target", "drafter"):
-        if (local := CHECKOUT / str(content.get(key))).is_dir():
+        if os.path.isdir(local := CHECKOUT / str(content.get(key))):
             content[key] = str(local)
     for override in overrides:
         _apply(override, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ def find_model(name: str, patterns: Sequence[str], error: type[AufError], revisi
     Of a hub repository only the files that match `patterns` are fetched. Raises `error` when there is neither.
     """
     local = Path(name).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # pathlib's raises OSError where the name is too long for a file
         return local
-    if local.exists():
+    if os.path.exists(local):
         raise error(f"{local} is a file", "a directory with config.json", "give the directory that holds the model")
     if not HUB_ID.fullmatch(name):
         raise error(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -213,7 +214,7 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _find(path_or_name: str) -> Path:
     for path in (Path(path_or_name).expanduser(), RECIPES / f"{path_or_name}.yaml"):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     near = difflib.get_close_matches(path_or_name, recipe_names(), n=1)
     raise ConfigError(

@@ -1,0 +1,158 @@
+"""What a soak calls a fault and a leak, and what each kind of request is checked for."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from benchmarks.config import SoakConfig
+from benchmarks.markdown import soak_markdown
+from benchmarks.soak import Sample, SoakReport, Tally, _send
+from benchmarks.soak_requests import (
+    BAD,
+    KINDS,
+    Question,
+    Wrong,
+    bad,
+    choices,
+    grammar,
+    logprobs,
+    questions,
+    seeded,
+    streamed,
+    whole,
+)
+
+QUESTION = Question("Why?", 8, 3, greedy="So.", seeded="Thus.", constrained='{"item": "x", "count": 1}')
+
+
+def sample(seconds: float, memory_mib: float = 1000.0, **changes: int) -> Sample:
+    return Sample(
+        seconds=seconds, memory_mib=memory_mib, **({"files": 50, "kv_tokens": 1, "running": 0, "waiting": 0} | changes)
+    )
+
+
+def report(memory: list[float], before: Sample, after: Sample, faults: dict[str, int] | None = None) -> SoakReport:
+    """Samples are a minute apart."""
+    return SoakReport(
+        config=SoakConfig(),
+        asked={"whole": 3},
+        faults=faults or {},
+        named=["what it was"] if faults else [],
+        acceptance={"total": {"requests": 3, "tau": 1.5}},
+        before=before,
+        after=after,
+        samples=[sample(60.0 * (minute + 1), mib) for minute, mib in enumerate(memory)],
+        versions={},
+        machine={"cpu": "a", "cores": 2, "memory_gib": 1, "gpus": []},
+        command=["soak"],
+    )
+
+
+def test_growth_leaves_out_the_time_in_which_pools_fill() -> None:
+    memory = [500, 800, 1000, 1000, 1000, 1010, 1010, 1020, 1030, 1030.0]
+    assert report(memory, sample(0), sample(0)).growth == pytest.approx(0.03)
+    assert report(memory, sample(0), sample(0)).passed
+
+
+@pytest.mark.parametrize(
+    ("memory", "after", "said"),
+    [
+        ([1000.0] * 8 + [1100, 1100], sample(0), "memory grew by 10.0%"),
+        ([1000.0] * 10, sample(0, kv_tokens=9), "9 KV slots in use when idle, 1 before"),
+        ([1000.0] * 10, sample(0, files=51), "51 files open when idle, 50 before"),
+    ],
+)
+def test_a_leak_is_named_and_fails(memory: list[float], after: Sample, said: str) -> None:
+    found = report(memory, sample(0), after)
+    assert found.leaks == [said]
+    assert not found.passed
+    assert said in soak_markdown(found)
+
+
+def test_a_fault_fails_and_is_shown() -> None:
+    found = report([1000.0] * 10, sample(0), sample(0), {"wrong answers": 2})
+    assert not found.passed
+    assert "2 wrong answers" in soak_markdown(found)
+    assert "what it was" in soak_markdown(found)
+
+
+class Answering:
+    """A sender whose server gives one text to everything."""
+
+    def __init__(self, text: str, count: int = 1, tokens: int = 4) -> None:
+        self.text, self.count, self.tokens = text, count, tokens
+
+    async def chat(self, question: Question, **changes: Any) -> Any:
+        if changes.get("stream"):
+            return self._stream()
+        content = SimpleNamespace(content=[None] * 4)
+        choice = SimpleNamespace(
+            message=SimpleNamespace(content=self.text), finish_reason="stop", logprobs=content, index=0
+        )
+        return SimpleNamespace(choices=[choice] * self.count, usage=SimpleNamespace(completion_tokens=self.tokens))
+
+    async def _stream(self) -> Any:
+        for letter in self.text:
+            yield SimpleNamespace(choices=[SimpleNamespace(delta=SimpleNamespace(content=letter))])
+        yield SimpleNamespace(choices=[])
+
+
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [
+        (whole, Answering("So.")),
+        (streamed, Answering("So.")),
+        (choices, Answering("So.", count=3)),
+        (logprobs, Answering("So.")),
+        (seeded, Answering("Thus.")),
+        (grammar, Answering(QUESTION.constrained)),
+    ],
+)
+def test_an_answer_that_is_not_plain_decodings_is_wrong(kind: Any, right: Answering) -> None:
+    asyncio.run(kind(right, QUESTION))
+    with pytest.raises(Wrong):
+        asyncio.run(kind(Answering(right.text + "?", right.count), QUESTION))
+
+
+def test_missing_choices_and_logprobs_are_wrong() -> None:
+    with pytest.raises(Wrong, match="2 choices"):
+        asyncio.run(choices(Answering("So.", count=2), QUESTION))
+    with pytest.raises(Wrong, match="4 tokens for 5"):
+        asyncio.run(logprobs(Answering("So.", tokens=5), QUESTION))
+
+
+class Refusing:
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    async def chat(self, *_: Any, **__: Any) -> Any:
+        reply = httpx.Response(self.status, request=httpx.Request("POST", "http://server"))
+        raise openai.APIStatusError("no such thing", response=reply, body=None)
+
+
+def test_a_bad_request_must_be_refused_as_the_clients_fault() -> None:
+    asyncio.run(bad(Refusing(400), QUESTION))  # type: ignore[arg-type]
+    with pytest.raises(Wrong):
+        asyncio.run(bad(Answering("So."), QUESTION))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("status", "fault"), [(500, "server errors"), (503, "server errors"), (401, "refusals")])
+def test_faults_are_counted_by_kind(status: int, fault: str) -> None:
+    tally = Tally()
+    asyncio.run(_send(bad, Refusing(status), QUESTION, tally))  # type: ignore[arg-type]
+    assert tally.faults == {fault: 1}
+    assert tally.asked == {"bad": 1}
+    assert "no such thing" in tally.named[0]
+
+
+def test_every_bad_request_has_its_turn() -> None:
+    seeds = {question.seed % len(BAD) for question in questions(SoakConfig().questions)}
+    assert seeds == set(range(len(BAD)))
+    assert len({question.max_tokens for question in questions(6)}) == 3
+    assert len(KINDS) == 10
