@@ -31,11 +31,12 @@ CHECKOUT = DOCKERFILE.parent.parent
 START_SECONDS = 900
 STOP_SECONDS = 60
 
-SUITES = (
-    (r"^debian:bookworm-", "bookworm", "http://deb.debian.org/debian", "main"),
-    (r"^nvidia/cuda:.*-ubuntu24\.04$", "noble", "http://archive.ubuntu.com/ubuntu", "main,universe"),
-)
-"""A pattern of base images, and the suite, mirror and components that debootstrap makes the like of it from."""
+SUITES = {
+    r"debian:bookworm-.*": ("bookworm", "http://deb.debian.org/debian", "main", "sid"),
+    r"nvidia/cuda:.*-ubuntu24\.04": ("noble", "http://archive.ubuntu.com/ubuntu", "main,universe", "gutsy"),
+}
+"""Base images, and what debootstrap makes the like of them from: suite, mirror, components, and its script for the family
+of suites, since it may be older than the suite."""
 
 
 class Root:
@@ -59,14 +60,16 @@ class Root:
         """A host command that runs `words` in the root as process 1, in mounts that go away with it."""
         root = shlex.quote(str(self.path))
         environment = {"HOME": self._home()} | self.environment
-        mounts = (
-            f"mount -t proc proc {root}/proc && mount --rbind /dev {root}/dev && mount --make-rprivate {root}/dev"
-            f" && mount -t tmpfs -o size=64m tmpfs {root}/dev/shm"
-        )
+        mounts = [
+            f"mount -t proc proc {root}/proc",
+            f"mount --rbind /sys {root}/sys",
+            f"mount --rbind /dev {root}/dev",
+            f"mount -t tmpfs -o size=64m tmpfs {root}/dev/shm",
+        ]
         enter = ["chroot", f"--userspec={self.user}", str(self.path), "env", "-i"]
         enter += [f"{key}={value}" for key, value in environment.items()]
         enter += ["sh", "-c", 'cd "$0" && exec "$@"', self.directory, *words]
-        script = f"{mounts} && exec {shlex.join(enter)}"
+        script = " && ".join([*mounts, f"exec {shlex.join(enter)}"])
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
 
 
@@ -87,14 +90,22 @@ def copies(instructions: Sequence[Instruction]) -> list[Copy]:
 
 
 def _bootstrap(image: str, path: Path, overlay: Path | None) -> None:
-    for pattern, suite, mirror, components in SUITES:
-        if re.match(pattern, image):
-            break
-    else:
+    known = [made_from for pattern, made_from in SUITES.items() if re.fullmatch(pattern, image)]
+    if not known:
         raise ValueError(f"base image {image}: no Debian or Ubuntu suite is known for it; add it to SUITES")
+    suite, mirror, components, script = known[0]
+    scripts = Path("/usr/share/debootstrap/scripts")
     _say(f"{path.name}: {suite} in place of {image}")
     subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--components={components}", suite, str(path), mirror],
+        [
+            "debootstrap",
+            "--variant=minbase",
+            f"--components={components}",
+            suite,
+            str(path),
+            mirror,
+            str(scripts / script),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )

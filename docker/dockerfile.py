@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
-KNOWN = frozenset(
-    "ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL RUN STOPSIGNAL USER VOLUME WORKDIR".split()
-)
+KNOWN = {
+    "ARG",
+    "CMD",
+    "COPY",
+    "ENTRYPOINT",
+    "ENV",
+    "EXPOSE",
+    "FROM",
+    "HEALTHCHECK",
+    "LABEL",
+    "RUN",
+    "STOPSIGNAL",
+    "USER",
+}
+KNOWN |= {"VOLUME", "WORKDIR"}
 
 
 @dataclass(frozen=True, slots=True)
