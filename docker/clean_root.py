@@ -35,8 +35,8 @@ SUITES = {
     r"debian:bookworm-.*": ("bookworm", "http://deb.debian.org/debian", "main", "sid"),
     r"nvidia/cuda:.*-ubuntu24\.04": ("noble", "http://archive.ubuntu.com/ubuntu", "main,universe", "gutsy"),
 }
-"""Base images, and what debootstrap makes the like of them from: suite, mirror, components, script. The script stands for
-a family of suites: debootstrap may be older than the suite itself."""
+"""Base images, and what debootstrap makes the like of them from: suite, mirror, components, script. The script is
+one for a family of suites: debootstrap may be older than the suite itself."""
 
 
 class Root:
