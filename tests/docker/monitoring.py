@@ -1,0 +1,43 @@
+"""The PromQL that docker/ ships, and the metric names in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from tests.docker.conftest import ROOT
+
+PROMETHEUS = ROOT / "docker/prometheus"
+DASHBOARD = ROOT / "docker/grafana/dashboards/auf.json"
+OPERATORS = {"and", "bool", "by", "ignoring", "on", "or", "unless", "without"}
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(DASHBOARD.read_text())
+    return found
+
+
+def dashboard_queries() -> list[tuple[str, str]]:
+    """(panel / legend, expression) with Grafana's variables at their widest."""
+    return [
+        (
+            f"{panel['title']} / {target['legendFormat']}",
+            target["expr"].replace("$model", ".*").replace("$window", "1m"),
+        )
+        for panel in dashboard()["panels"]
+        for target in panel["targets"]
+    ]
+
+
+def alert_queries() -> list[tuple[str, str]]:
+    rules = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())
+    return [(rule["alert"], rule["expr"]) for group in rules["groups"] for rule in group["rules"]]
+
+
+def metric_names(expression: str) -> set[str]:
+    """The names that select series: what is left without selectors, ranges, groupings, functions and operators."""
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|without|on|ignoring)\s*\([^)]*\)", " ", expression)
+    return {name for name in re.findall(r"(?<![\w:.])[a-zA-Z_][\w:]*(?!\s*\(|[\w:])", bare) if name not in OPERATORS}
