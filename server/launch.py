@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
 from server.gate import Gate
+from server.live_page import put_in_front
+from server.load import load_router
 from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
@@ -51,6 +53,8 @@ def run(server_args: ServerArgs, served: Served, api_key: str | None) -> None:
 
     start = Start(server_args, served, api_key)
     http_server.app.include_router(auf_router(served))
+    http_server.app.include_router(load_router(served.model, closed_because))
+    put_in_front(http_server.app)
     http_server.app.add_middleware(Gate, closed_because=closed_because, probe_token=start.token)
     signal.signal(signal.SIGTERM, _stopped_while_starting)
     try:
@@ -111,6 +115,7 @@ class Start:
             else "no drafter (plain decoding)"
         )
         logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
+        logger.info("live page: %s/auf", self.url)
 
 
 def closed_because() -> str | None:
