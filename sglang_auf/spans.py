@@ -130,10 +130,10 @@ async def _stream(original: Any, serving: Any, **arguments: Any) -> AsyncIterato
     async for chunk in original(serving, **arguments):
         yield chunk
     meta_info = arguments["content"]["meta_info"]
-    reply, finished = _reply.get(), meta_info["finish_reason"] is not None
-    if reply is None:
+    reply, finished = _reply.get() or {}, meta_info["finish_reason"] is not None
+    spans = reply.pop(meta_info["id"], None) if finished else reply.get(meta_info["id"])
+    if spans is None:
         return
-    spans = reply.pop(meta_info["id"]) if finished else reply[meta_info["id"]]
     tokenizer = serving.tokenizer_manager.tokenizer
 
     def decode(tokens: list[int]) -> str:

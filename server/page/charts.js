@@ -35,16 +35,23 @@ export function drawLines(box, samples, lines, { from, gapMs, spanMs }) {
 /** Draw one bar a value. values: numbers from 0 to `highest`, or null where there is none; written: what stands above. */
 export function drawBars(box, values, { highest, names, written }) {
   const height = 140, top = 20, bottom = 20;
-  const width = widthOf(box), place = width / values.length;
+  const width = widthOf(box), place = width / values.length, narrow = place < 30;
   const parts = [shape("line", { class: "grid", x1: 0, x2: width, y1: height - bottom, y2: height - bottom })];
   values.forEach((value, i) => {
     const size = value === null || !highest ? 0 : Math.max(value && 1, (value / highest) * (height - top - bottom));
     const y = height - bottom - size;
     parts.push(shape("rect", { x: i * place + place * 0.15, width: place * 0.7, y, height: size, rx: 2 }));
-    parts.push(label(written[i], (i + 0.5) * place, y - 5, "middle", "value"), label(names[i], (i + 0.5) * place, height - 4, "middle"));
+    const middle = (i + 0.5) * place;
+    parts.push(label(short(written[i], narrow), middle, y - 5, "middle", "value"), label(names[i], middle, height - 4, "middle"));
   });
   draw(box, width, height, names.map((name, i) => `${name}: ${written[i]}`).join(", "), parts);
+  box.classList.toggle("narrow", narrow);
 }
+
+/** What fits above a bar: 12K for 12345, and .35 for 0.35 above a narrow one. */
+const compact = new Intl.NumberFormat("en", { notation: "compact" });
+const short = (text, narrow) =>
+  typeof text === "number" ? compact.format(text) : narrow ? text.replace(/^0\./, ".") : text;
 
 function draw(box, width, height, words, parts) {
   const image = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words });

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import engine, http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.utils.auth import add_api_key_middleware
 
 from server import launch
 from server.launch import Start, closed_because, run
@@ -89,6 +90,18 @@ def test_routes_and_gate_are_in_place_before_the_port_opens(sglang: Sglang) -> N
 
     sglang.run(look)
     assert replies == [404, 503], "the plain server's 404, and the gate of a server that is starting"
+
+
+def test_the_page_needs_no_key_and_what_it_asks_does(sglang: Sglang) -> None:
+    replies: list[int] = []
+
+    def look(**_: Any) -> None:
+        add_api_key_middleware(sglang.app, api_key="secret", admin_api_key=None)
+        replies.extend(TestClient(sglang.app).get(path).status_code for path in ("/auf", "/v1/auf/load"))
+        sglang.drained()
+
+    sglang.run(look)
+    assert replies == [200, 401]
 
 
 def test_failed_probe_stops_the_server_by_sigterm_and_is_what_the_user_reads(
