@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
 from server.gate import Gate
-from server.guard import Guard
+from server.guard import Guard, ReadableKey, put_in_front
+from server.live_page import LivePage
+from server.load import load_router
 from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
@@ -59,6 +61,9 @@ def run(server_args: ServerArgs, served: Served, api_key: str | None, *, managem
 
     start = Start(server_args, served, api_key)
     http_server.app.include_router(auf_router(served))
+    http_server.app.include_router(load_router(served.model, closed_because))
+    put_in_front(http_server.app, ReadableKey)
+    put_in_front(http_server.app, LivePage)
     http_server.app.add_middleware(Gate, closed_because=closed_because, probe_token=start.token)
     if not management:
         http_server.app.add_middleware(Guard)
@@ -122,6 +127,7 @@ class Start:
             else "no drafter (plain decoding)"
         )
         logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
+        logger.info("live page: %s/auf", self.url)
 
 
 def closed_because() -> str | None:

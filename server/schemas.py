@@ -53,3 +53,17 @@ class CardReply(Reply):
     unknown: list[str]
     warnings: list[str]
     target: TargetFacts
+
+
+class LoadReply(Reply):
+    """GET /v1/auf/load."""
+
+    model: str
+    started: float = Field(description="when this server began, in seconds since 1970; counts begin there too")
+    closed_because: str | None = Field(description="why requests for tokens get 503 right now; null: they do not")
+    running: int = Field(description="requests being answered")
+    queued: int = Field(description="requests that wait for room")
+    generated_tokens: int = Field(
+        description="tokens made since the start, those of running streams included; of an answer that is not "
+        "streamed, SGLang hands them over when it ends, or 50 at a time"
+    )

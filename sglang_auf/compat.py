@@ -144,6 +144,30 @@ SEAMS: tuple[Seam, ...] = (
     *(Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "replies") for name in (*_WIDENED, *_EMBEDDING, *_STREAMED)),
     Seam(f"{_MANAGER}._calculate_spec_decoding_metrics", "totals", ("self", "meta_info", "recv_obj", "i")),
     Seam(f"{_MANAGER}.init_metric_collector_watchdog", "totals", ("self",)),
+    *(
+        Seam(f"{_SRT}.managers.io_struct:BatchStrOutput.{name}", "spans")
+        for name in ("rids", "output_ids", "spec_verify_ct", "spec_num_correct_drafts")
+    ),
+    Seam(f"{_MANAGER}._handle_batch_output", "spans", ("self", "recv_obj")),
+    Seam(
+        f"{_OPENAI}.serving_chat:OpenAIServingChat._generate_stream_content",
+        "spans",
+        (
+            "self",
+            "content",
+            "index",
+            "request",
+            "created",
+            "stream_offsets",
+            "reasoning_parser_dict",
+            "parser_dict",
+            "has_tool_calls",
+            "choice_logprobs",
+            "finish_reason_type",
+            "continuous_usage_stats",
+            *(f"{kind}_tokens" for kind in ("prompt", "reasoning", "completion")),
+        ),
+    ),
     Seam(f"{_SRT}.runtime_context:get_spec", "totals", ()),
     # The CPU platform.
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),

@@ -55,12 +55,13 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import replies, requests, sampler, totals
+    from sglang_auf import replies, requests, sampler, spans, totals
     from sglang_auf.algorithm import AufSpecAlgo, create_worker
 
     replies.install()
     requests.install()
     sampler.install()
+    spans.install()
     totals.install()
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":

@@ -30,6 +30,7 @@ PREFIX_PREFILL = {"type": "length", "length": 0}
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 FINISH = f"{_MANAGER}._calculate_spec_decoding_metrics"
+RECEIVE = f"{_MANAGER}._handle_batch_output"
 START_METRICS = f"{_MANAGER}.init_metric_collector_watchdog"
 
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
@@ -53,6 +54,8 @@ class AcceptanceTotals:
         self._tau_sum = 0.0
         self._without_verify = 0
         self._window: deque[Acceptance] = deque(maxlen=window)
+        self.generated = 0
+        """Tokens handed over by the scheduler so far, of unfinished answers too, whatever the algorithm."""
 
     def add(self, acceptance: Acceptance) -> None:
         """Count one finished request; the empty Acceptance is a request without a verify step."""
@@ -158,5 +161,12 @@ def install() -> None:
         for counters in metrics:
             counters.add(acceptance)
 
+    def count_tokens(manager: Any, output: Any) -> None:
+        for rid, tokens in zip(output.rids, getattr(output, "output_ids", ()), strict=False):  # embeddings have none
+            state = manager.rid_to_state.get(rid)
+            if state is not None and state.obj.log_metrics:
+                TOTALS.generated += len(tokens)
+
+    HookRegistry.register(RECEIVE.replace(":", "."), count_tokens, HookType.BEFORE)
     HookRegistry.register(START_METRICS.replace(":", "."), start_metrics, HookType.AFTER)
     HookRegistry.register(FINISH.replace(":", "."), count, HookType.AFTER)

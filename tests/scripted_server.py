@@ -9,7 +9,8 @@ in a process of its own, so that the hooks reach no other test. A prompt is a sc
     "think 2 5"             2 of the tokens are reasoning
 
 It starts as an AUF server; POST /algorithm?name=DFLASH turns it into one of SGLang's own algorithm, and POST
-/algorithm into one that decodes plainly. GET /totals prints the totals of this process.
+/algorithm into one that decodes plainly. GET /totals prints the totals of this process, GET /spans for how
+many choices it keeps spans.
 
 Run: scripted_server.py DIRECTORY PORT
 """
@@ -176,11 +177,15 @@ def configure(algorithm: str | None) -> None:
 
 
 def add_test_routes(app: Any) -> None:
-    from sglang_auf import totals
+    from sglang_auf import spans, totals
+
+    @app.get("/spans")  # type: ignore[untyped-decorator]
+    async def choices_with_spans() -> int:
+        return len(spans._running)
 
     @app.get("/totals")  # type: ignore[untyped-decorator]
     async def snapshot() -> dict[str, Any]:
-        return totals.TOTALS.snapshot()
+        return totals.TOTALS.snapshot() | {"generated": totals.TOTALS.generated}
 
     @app.post("/algorithm")  # type: ignore[untyped-decorator]
     async def set_algorithm(name: str | None = None) -> None:
@@ -191,10 +196,10 @@ def install_plugin() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import compat, replies, totals
+    from sglang_auf import compat, replies, spans, totals
 
     compat.check_seams(compat.REGISTRATION_SEAMS)
-    for install in (replies.install, totals.install, replies.install, totals.install):  # twice is once
+    for install in (replies.install, spans.install, totals.install) * 2:  # twice is once
         install()
     HookRegistry.apply_hooks()
     # The name only: the worker behind it belongs to the scheduler, which is a script here.

@@ -184,3 +184,17 @@ def test_a_server_without_auf_counts_nothing(served: Served, algorithm: str | No
     served.client.post("/algorithm", params={"name": algorithm} if algorithm else {}).raise_for_status()
     served.post("/v1/completions", model="scripted", prompt=SCRIPT, max_tokens=100)
     assert served.grew() == NOTHING
+
+
+@pytest.mark.parametrize("algorithm", ["AUF", "DFLASH", None])
+def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, algorithm: str | None) -> None:
+    def generated() -> int:
+        return int(served.client.get("/totals").raise_for_status().json()["generated"])
+
+    served.client.post("/algorithm", params={"name": algorithm} if algorithm else {}).raise_for_status()
+    before = generated()
+    for stream in (True, False):
+        served.post("/v1/completions", model="scripted", prompt=SCRIPT, max_tokens=100, stream=stream)
+    assert generated() - before == 2 * 12
+    served.post("/generate", text=SCRIPT, log_metrics=False, sampling_params={"max_new_tokens": 100})
+    assert generated() - before == 2 * 12

@@ -45,9 +45,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(module_and_arguments: list[str], log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`python -m ... --port P` in a process group of its own, until GET /health answers 200; killed at the end."""
-    port = free_port()
+def running(
+    module_and_arguments: list[str], log: Path, port: int | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`python -m ... --port P` in a process group of its own, until GET /health answers 200; killed at the end.
+
+    port: a free one if None.
+    """
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import engine, http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.utils.auth import add_api_key_middleware
 
 from server import launch
 from server.launch import MAX_BODY, Start, closed_because, run
@@ -118,6 +119,18 @@ def test_the_size_of_a_request_is_bounded(sglang: Sglang) -> None:
         sglang.drained()
 
     sglang.run(look)
+
+
+def test_the_page_needs_no_key_and_what_it_asks_does(sglang: Sglang) -> None:
+    replies: list[int] = []
+
+    def look(**_: Any) -> None:
+        add_api_key_middleware(sglang.app, api_key="secret", admin_api_key=None)
+        replies.extend(TestClient(sglang.app).get(path).status_code for path in ("/auf", "/v1/auf/load"))
+        sglang.drained()
+
+    sglang.run(look)
+    assert replies == [200, 401]
 
 
 def test_failed_probe_stops_the_server_by_sigterm_and_is_what_the_user_reads(

@@ -1,0 +1,157 @@
+// The live page: asks the server every second, shows what it says, and says what is wrong when it does not.
+
+import * as answer from "./answer.js";
+import { get, key, Refused, useKey } from "./api.js";
+import { drawBars, drawLines } from "./charts.js";
+import * as samples from "./samples.js";
+
+const EVERY_MS = 1000;
+const SLOWEST_MS = 10_000;
+const element = (id) => document.getElementById(id);
+const server = { model: "", drafts: true, started: null };
+
+let timer = 0;
+let failures = 0;
+let asking = false;
+let lastAnswer = new Date();
+
+async function poll() {
+  clearTimeout(timer);
+  if (asking || document.hidden || !element("key-form").hidden) return;
+  asking = true;
+  try {
+    const load = await get("v1/auf/load");
+    if (load.started !== server.started) await meet(load);
+    const acceptance = server.drafts ? await get("v1/auf/acceptance") : null;
+    samples.add(Date.now(), load, acceptance);
+    show(load, acceptance);
+    failures = 0;
+    lastAnswer = new Date();
+    if (load.closed_because) say(`No answers right now: ${load.closed_because}`, "bad");
+    else say("Live", "live");
+  } catch (error) {
+    failures += 1;
+    if (error instanceof Refused && error.status === 401) askForKey();
+    else if (error instanceof Refused) say(`The server says: ${error.message}; retrying`, "bad");
+    else say(`No answer since ${lastAnswer.toLocaleTimeString("en-GB")}; retrying`, "bad");
+  } finally {
+    asking = false;
+    timer = setTimeout(poll, Math.min(EVERY_MS * 2 ** failures, SLOWEST_MS));
+  }
+}
+
+/** A server that this page has not seen yet: the first, or one that was started anew. */
+async function meet(load) {
+  server.model = load.model;
+  element("model").textContent = load.model;
+  try {
+    showCard(await get("v1/auf/card"));
+    server.drafts = true;
+  } catch (error) {
+    if (!(error instanceof Refused && error.status === 404)) throw error;
+    server.drafts = false;
+  }
+  document.body.classList.toggle("plain", !server.drafts);
+  element("plain").hidden = server.drafts;
+  server.started = load.started;
+}
+
+function show(load, acceptance) {
+  element("dashboard").hidden = false;
+  put("running", load.running);
+  put("queued", load.queued);
+  put("rate", figure(samples.last().rate, 1));
+  drawLines(element("rate-chart"), samples.all(), [{ field: "rate", className: "first", label: "tokens/s" }], {
+    from: 0,
+    ...samples.KEEPS,
+  });
+  if (!acceptance) return;
+  const { window, total } = acceptance;
+  put("window-size", window.size);
+  put("tau-window", figure(window.tau, 2));
+  put("tau-total", figure(total.tau, 2));
+  const lines = [
+    { field: "tau", className: "first", label: `last ${window.size} requests` },
+    { field: "tauTotal", className: "second", label: "since start" },
+  ];
+  drawLines(element("tau-chart"), samples.all(), lines, { from: 1, ...samples.KEEPS });
+  // Of the last requests, as the headline is; before the first, the axis with nothing on it.
+  const slots = acceptance.block_size;
+  const alpha = window.alpha.length ? window.alpha : Array(slots - 1).fill(null);
+  const histogram = window.accepted_histogram.length ? window.accepted_histogram : Array(slots).fill(0);
+  drawBars(element("alpha-chart"), alpha, {
+    highest: 1,
+    names: alpha.map((_, i) => i + 1),
+    written: alpha.map((value) => figure(value, 2)),
+  });
+  drawBars(element("accepted-chart"), histogram, {
+    highest: Math.max(...histogram),
+    names: histogram.map((_, i) => i),
+    written: histogram,
+  });
+}
+
+function showCard({ drafter, block_size, card, unknown, warnings, target }) {
+  const { format, derived, block_size: trained, tau, ...others } = card;
+  const fields = { drafter, target: target.name, block: `${block_size} as served, ${trained} as trained` };
+  if (tau) fields.tau = `${figure(tau.value, 2)} (${tau.kind}: ${tau.on})`;
+  if (derived) fields.card = "none; this was read off the drafter's configuration";
+  for (const [name, value] of Object.entries(others)) if (value !== null) fields[name.replaceAll("_", " ")] = value;
+  element("card-fields").replaceChildren(
+    ...Object.entries(fields).flatMap(([name, value]) => [textIn("dt", name), textIn("dd", written(value))]),
+  );
+  element("warnings").replaceChildren(...warnings.map((warning) => textIn("li", `Warning: ${warning}`)));
+  const names = unknown.map((name) => name.replaceAll("_", " ")).join(", ");
+  put("unknown-fields", unknown.length ? `Not known, as nobody wrote it down: ${names}.` : "");
+}
+
+function askForKey() {
+  const refused = key() !== null;
+  server.started = null;
+  element("dashboard").hidden = true;
+  element("key-form").hidden = false;
+  put("key-reason", refused ? "The key was refused." : "This server asks for its API key.");
+  element("key-reason").dataset.state = refused ? "bad" : "";
+  say(refused ? "The key was refused" : "Waiting for the key", refused ? "bad" : "waiting");
+  element("key").value = "";
+  element("key").focus();
+}
+
+element("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const typed = element("key").value;
+  useKey(typed);
+  // Nothing else can be in an HTTP header, so no server has such a key.
+  if (!/^[\x21-\x7e]+$/.test(typed)) return askForKey();
+  element("key-form").hidden = true;
+  say("Connecting", "waiting");
+  poll();
+});
+
+const put = (id, text) => {
+  if (element(id).textContent !== String(text)) element(id).textContent = text;
+};
+const figure = (value, digits) => (value == null ? "–" : value.toFixed(digits));
+
+/** A field of the card. Of a hash, enough to compare. */
+function written(value) {
+  if (Array.isArray(value)) return value.join(", ");
+  if (typeof value === "object") return JSON.stringify(value);
+  return /^[0-9a-f]{40,}$/.test(value) ? `${value.slice(0, 12)}…` : value;
+}
+
+function textIn(name, text) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  return made;
+}
+
+/** Said once, and not again every second to those who listen to it. */
+function say(text, state) {
+  put("status", text);
+  element("status").dataset.state = state;
+}
+
+document.addEventListener("visibilitychange", () => document.hidden || poll());
+answer.start(() => server, askForKey);
+poll();

@@ -1,0 +1,152 @@
+"""Which tokens of a streamed chat answer were drafted, for clients that ask.
+
+A streamed /v1/chat/completions with the header `x-auf-spans: 1` gains chunks of ours beside SGLang's, with no choices,
+as in SGLang's own sglext chunk:
+
+    "sglext": {"spans": {"index": 0, "tokens": [["The", false], [" sky", true], [" is", false]]}}
+
+index: the choice. tokens: the answer's next tokens with their text, each one true if it was drafted and accepted,
+false if it is the target's own, null where that is not known. Every token of `completion_tokens` comes exactly once,
+the one that ends the answer included (its text is empty, as is that of a token in the middle of a character). The
+texts join to the answer; only a stop string that SGLang trims is still in them.
+
+The scheduler reports after every verify step, and the tokens of one report are its accepted drafts followed by one of
+the target's own, so the counts of each report say which is which. They are read where reports arrive in the server
+process: later SGLang may join several into one chunk. Unknown are only the tokens of several steps in one report,
+which happens while the text might be the beginning of a stop string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+from sglang_auf.totals import serves_auf
+
+HEADER = "x-auf-spans"
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+_OPENAI = "sglang.srt.entrypoints.openai"
+HANDLE_REQUEST = f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request"
+SEND = f"{_MANAGER}._send_one_request"
+RECEIVE = f"{_MANAGER}._handle_batch_output"
+STREAM = f"{_OPENAI}.serving_chat:OpenAIServingChat._generate_stream_content"
+
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer's decode ends with where the bytes of a character are not all there yet."""
+
+
+class Spans:
+    """The tokens of one choice so far, and which of them were drafted."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._drafted: list[bool | None] = []
+        self._verify_steps = self._accepted = 0
+        # decode([_context:_read]) has been given out; tokens up to _taken have, some perhaps with their text to come.
+        self._context = self._read = self._taken = 0
+
+    def add(self, tokens: Sequence[int], verify_steps: int, accepted: int) -> None:
+        """One report of the scheduler: its new tokens, and the choice's counts up to and including them."""
+        steps, self._verify_steps = verify_steps - self._verify_steps, verify_steps
+        confirmed, self._accepted = accepted - self._accepted, accepted
+        self._tokens += tokens
+        if confirmed == 0:  # prefill's token, or steps that accepted nothing
+            self._drafted += [False] * len(tokens)
+        elif steps == 1 and len(tokens) <= confirmed + 1:  # fewer where a stop cut the step off
+            self._drafted += [place < confirmed for place in range(len(tokens))]
+        else:
+            self._drafted += [None] * len(tokens)
+
+    def take(self, decode: Callable[[list[int]], str], finished: bool) -> list[tuple[str, bool | None]]:
+        """(text, drafted) of the tokens added since the last call. finished: no more will come."""
+        first, self._taken = self._taken, len(self._tokens)
+        return [
+            (self._text_up_to(end, decode, finished and end == self._taken), self._drafted[end - 1])
+            for end in range(first + 1, self._taken + 1)
+        ]
+
+    def _text_up_to(self, end: int, decode: Callable[[list[int]], str], finished: bool) -> str:
+        """What the tokens before `end` add to the text given out. Decoded with those before them, as spaces depend
+        on the neighbour."""
+        given = decode(self._tokens[self._context : self._read])
+        text = decode(self._tokens[self._context : end])
+        if text.endswith(CUT_CHARACTER) and not finished:
+            return ""
+        self._context, self._read = self._read, end
+        return text[len(given) :]
+
+
+# The choices of the reply being made, by request id; None where nobody asked. It alone keeps them alive, so that they
+# end with the reply even if its client has left. About the tasks that see it, see replies.py.
+_reply: ContextVar[dict[str, Spans] | None] = ContextVar("auf_spans", default=None)
+_running: WeakValueDictionary[str, Spans] = WeakValueDictionary()
+
+
+@cache  # once per process, however often it is called
+def install() -> None:
+    """Register the hooks; SGLang applies them after the last plugin."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(HANDLE_REQUEST.replace(":", "."), _begin_reply, HookType.BEFORE)
+    HookRegistry.register(SEND.replace(":", "."), _begin_choice, HookType.BEFORE)
+    HookRegistry.register(RECEIVE.replace(":", "."), _receive, HookType.BEFORE)
+    HookRegistry.register(STREAM.replace(":", "."), _stream, HookType.AROUND)
+
+
+def _begin_reply(serving: Any, request: Any, raw_request: Any) -> None:
+    """Before `OpenAIServingBase.handle_request`."""
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    if not isinstance(request, ChatCompletionRequest) or not request.stream or raw_request is None:
+        return
+    if raw_request.headers.get(HEADER) == "1" and serves_auf():
+        _reply.set({})
+
+
+def _begin_choice(manager: Any, tokenized: Any) -> None:
+    """Before `TokenizerManager._send_one_request`, in the task of the request."""
+    reply = _reply.get()
+    if reply is not None:
+        reply[tokenized.rid] = _running[tokenized.rid] = Spans()
+
+
+def _receive(manager: Any, output: Any) -> None:
+    """Before `TokenizerManager._handle_batch_output`, in the task that reads from the scheduler."""
+    if not _running:
+        return
+    for i, rid in enumerate(output.rids):
+        spans = _running.get(rid)
+        if spans is not None:
+            spans.add(output.output_ids[i], output.spec_verify_ct[i], output.spec_num_correct_drafts[i])
+
+
+async def _stream(original: Any, serving: Any, **arguments: Any) -> AsyncIterator[str]:
+    """Around `OpenAIServingChat._generate_stream_content`, which writes what one chunk of one choice becomes."""
+    async for chunk in original(serving, **arguments):
+        yield chunk
+    meta_info = arguments["content"]["meta_info"]
+    reply, finished = _reply.get() or {}, meta_info["finish_reason"] is not None
+    spans = reply.pop(meta_info["id"], None) if finished else reply.get(meta_info["id"])
+    if spans is None:
+        return
+    tokenizer = serving.tokenizer_manager.tokenizer
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    tokens = spans.take(decode, finished)
+    if tokens:
+        chunk = {
+            "id": meta_info["id"],
+            "object": "chat.completion.chunk",
+            "created": arguments["created"],
+            "model": arguments["request"].model,
+            "choices": [],
+            "sglext": {"spans": {"index": arguments["index"], "tokens": tokens}},
+        }
+        yield f"data: {json.dumps(chunk)}\n\n"
