@@ -4,6 +4,9 @@
 # make test   every test, end-to-end ones included
 # make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
 # make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
+# make soak   mixed load on a server for MINUTES (30), checked against plain decoding; nothing wrong, nothing leaked
+# make fuzz   card, recipe, profile and JSONL parsing on INPUTS (25,000) inputs a test
+# make audit  known vulnerabilities of the pinned packages, asked of PyPI
 # make lint   ruff and mypy
 #
 # The environment is .venv, or where VENV= says. It is made once and reused while the pins are the same.
@@ -11,13 +14,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= smollm2-135m
+MINUTES ?= 30
+INPUTS ?= 25000
 PINS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(PINS)
 # One environment may serve several checkouts in turn: the package is linked anew when the checkout is another one.
 LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
 BIN := $(VENV)/bin
 
-.PHONY: demo train-demo study-smoke test serve bench lint env
+.PHONY: demo train-demo study-smoke test serve bench soak fuzz audit lint env
 
 env: $(LINK)
 
@@ -53,6 +58,19 @@ serve: env
 
 bench: env
 	$(BIN)/python -m benchmarks run --base-url http://127.0.0.1:30000 $(ARGS)
+
+soak: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m benchmarks soak --minutes $(MINUTES) $(ARGS)
+
+fuzz: env
+	AUF_FUZZ=$(INPUTS) $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+# An environment of its own: the tool's dependencies are none of ours.
+audit:
+	$(PYTHON) -m venv --clear .audit
+	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lint: env
 	$(BIN)/ruff check .

@@ -10,21 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
-KNOWN = {
-    "ARG",
-    "CMD",
-    "COPY",
-    "ENTRYPOINT",
-    "ENV",
-    "EXPOSE",
-    "FROM",
-    "HEALTHCHECK",
-    "LABEL",
-    "RUN",
-    "STOPSIGNAL",
-    "USER",
-}
-KNOWN |= {"VOLUME", "WORKDIR"}
+KNOWN = frozenset(
+    {
+        *("ARG", "FROM", "RUN", "COPY", "ENV", "WORKDIR", "USER", "VOLUME", "EXPOSE", "LABEL"),
+        *("ENTRYPOINT", "CMD", "HEALTHCHECK", "STOPSIGNAL"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf import adaptive
 from sglang_auf.errors import ConfigError
+from sglang_auf.model_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             block_size=_requested_block(server_args),
             context_length=server_args.context_length,
         )
+        if server_args.trust_remote_code:
+            refuse_code_of_drafter(checked.path)
         for warning in checked.warnings:
             logger.warning("drafter: %s", warning)
         server_args.speculative_draft_model_path = str(checked.path)
@@ -122,6 +126,17 @@ def refuse_unsupported(server_args: Any) -> None:
         )
 
 
+def refuse_code_of_drafter(path: Path) -> None:
+    """--trust-remote-code is about the target; SGLang would read the drafter's configuration with it too."""
+    code = read_json(path / "config.json", ConfigError).get("auto_map") or {}
+    if "AutoConfig" in code:
+        raise ConfigError(
+            f"--trust-remote-code, and {path / 'config.json'} names code of its own ({code['AutoConfig']})",
+            "a drafter that is weights and configuration: no code of a drafter is ever run",
+            "take AutoConfig out of the drafter's auto_map, or leave out --trust-remote-code",
+        )
+
+
 def _refusals(a: Any) -> list[tuple[bool, str]]:
     """(is it set, why it cannot be honoured). SGLang compares the algorithm's name at these places and would skip
     DFLASH's own handling for "AUF" (sglang_auf.compat lists the release this was read from)."""
@@ -150,6 +165,10 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         (
             bool(a.enable_deterministic_inference),
             "--enable-deterministic-inference: its sampler is not ours; a request's seed is honoured without it",
+        ),
+        (
+            bool(a.enable_custom_logit_processor),
+            "--enable-custom-logit-processor: requests would carry pickled code, which verification does not apply",
         ),
         (bool(a.enable_dp_attention) and a.device == "cpu", "--enable-dp-attention: not on the CPU platform"),
     ]

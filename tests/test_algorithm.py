@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +49,8 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "disaggregation_mode": "null",
         "enable_deterministic_inference": False,
         "enable_dp_attention": False,
+        "enable_custom_logit_processor": False,
+        "trust_remote_code": False,
         "sampling_backend": None,
         "max_running_requests": None,
         "disable_overlap_schedule": False,
@@ -77,6 +81,24 @@ def test_the_arguments_read_and_written_are_sglangs(target: Path) -> None:
 
 # --- refusals ---
 
+
+def test_trusted_code_is_the_targets_and_not_the_drafters(
+    target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """auto_map of AutoModel alone, as public drafters have it, is read by nobody; of AutoConfig it would be run."""
+    drafter = tmp_path_factory.mktemp("code") / "drafter"
+    shutil.copytree(SHIPPED, drafter)
+    config = json.loads((drafter / "config.json").read_text())
+    for auto_map in ({"AutoModel": "dflash.Model"}, {"AutoConfig": "evil.Config"}):
+        (drafter / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+        given = arguments(target, speculative_draft_model_path=str(drafter), trust_remote_code=True)
+        if "AutoConfig" in auto_map:
+            with pytest.raises(ConfigError, match=r"evil\.Config"):
+                AUF.handle_server_args(given)
+        else:
+            AUF.handle_server_args(given)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"pp_size": 2}, "--pp-size 2"),
     "tokenizer workers": ({"tokenizer_worker_num": 4}, "--tokenizer-worker-num 4"),
@@ -90,6 +112,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"speculative_draft_window_size": 512}, "--speculative-draft-window-size"),
     "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory"),
     "disaggregation": ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+    "pickled code": ({"enable_custom_logit_processor": True}, "--enable-custom-logit-processor"),
     "deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
     "dp attention on a CPU": ({"enable_dp_attention": True, "device": "cpu"}, "--enable-dp-attention"),
 }

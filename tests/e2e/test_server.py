@@ -195,6 +195,27 @@ def test_added_routes_want_the_key(path: str, server: Server) -> None:
         assert refused.value.code == 401
 
 
+def test_secrets_are_neither_logged_nor_shown(server: Server) -> None:
+    """The flag was given on the command line, which `ps` shows; SGLang's log and routes must not."""
+    info = server.get("/server_info")
+    assert info["api_key"] == "***"
+    assert KEY not in json.dumps(info)
+    assert f"'{KEY}'" not in server.log.read_text(errors="replace")
+
+
+def test_management_routes_and_long_requests_are_refused(server: Server) -> None:
+    for path in ("/update_weights_from_disk", "/start_profile", "/load_lora_adapter"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.get(path)
+        assert refused.value.code == 404
+    with pytest.raises(openai.APIStatusError) as too_long:
+        server.chat(messages=[{"role": "user", "content": "x" * 17 * 2**20}])
+    assert too_long.value.status_code == 413
+    with pytest.raises(urllib.error.HTTPError) as unreadable:
+        server.get("/v1/models", key="k\xe9y")
+    assert unreadable.value.code == 401
+
+
 def test_a_port_in_use_is_refused_before_anything_loads(server: Server) -> None:
     port = server.url.rsplit(":", 1)[1]
     done = subprocess.run(
