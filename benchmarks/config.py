@@ -152,7 +152,7 @@ class SoakConfig(_Config):
 
     profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field(
-        ("server_args.max_running_requests=8", "server_args.max_total_tokens=4096", "server_args.context_length=2048"),
+        ("server_args.max_running_requests=8", "server_args.max_total_tokens=1024", "server_args.context_length=1024"),
         alias="set",
         description="key=value for both servers; may be repeated. A small pool has requests wait and be retracted",
     )

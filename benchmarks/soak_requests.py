@@ -68,7 +68,7 @@ class Sender:
         self.model = model
 
     async def chat(self, question: Question, **changes: Any) -> Any:
-        return await self.client.chat.completions.create(model=self.model, **(question.asked | changes))
+        return await self.client.chat.completions.create(**({"model": self.model} | question.asked | changes))
 
     async def reference(self, question: Question) -> Question:
         """The question with the texts of this server, which decodes plainly."""
