@@ -111,7 +111,9 @@ def soak(config: SoakConfig) -> SoakReport:
 
 async def _references(base_url: str, config: SoakConfig) -> list[Question]:
     sender = Sender(base_url, server_facts(base_url).model, api_key(), config.timeout_s)
-    return await asyncio.gather(*map(sender.reference, questions(config.questions)))
+    found = await asyncio.gather(*map(sender.reference, questions(config.questions)))
+    await sender.client.close()
+    return found
 
 
 async def _soak(server: Server, known: list[Question], config: SoakConfig) -> SoakReport:
