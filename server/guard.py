@@ -20,6 +20,7 @@ CLIENTS = frozenset(
         *("/parse_function_call", "/separate_reasoning", "/invocations", "/vertex_generate", "/ping"),
         *("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/flush_cache"),
         *("", "/docs", "/openapi.json", "/auf"),
+        "/freeze_gc",  # SGLang asks its own server for this when it has started; it takes nothing from a request
     }
 )
 CLIENTS_UNDER = ("/v1/", "/api/", "/health", "/ready", "/metrics", "/auf/")

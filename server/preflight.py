@@ -6,7 +6,6 @@ import errno
 import logging
 import socket
 
-from server import redaction
 from server.arguments import ALGORITHM
 from server.profile import Profile
 from server.routes import Served, Speculation
@@ -45,7 +44,6 @@ SEAMS = (
     Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", "server.preflight"),
     Seam("sglang.srt.plugins:load_plugins", "server.preflight", ()),
     Seam("sglang.srt.server_args:ServerArgs.resolve_once", "server.arguments", ("self",)),
-    Seam(redaction.CONFIGURATION, "server.redaction", ("self",)),
     Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
     Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.from_string", "server.preflight", ("name",)),
     Seam("sglang.srt.utils:kill_process_tree", "server.launch"),
@@ -118,7 +116,6 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
             "the CPU platform of this plugin" if device == "cpu" else "SGLang's CUDA platform",
             "export SGLANG_PLATFORM=auf_cpu" if device == "cpu" else "unset SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE",
         )
-    redaction.install()
     load_plugins()
     if not needs_algorithm:
         return

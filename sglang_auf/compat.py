@@ -169,6 +169,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     Seam(f"{_SRT}.runtime_context:get_spec", "totals", ()),
+    Seam(f"{_SRT}.server_args:ServerArgs.resolved_dict", "redaction", ("self",)),
     # The CPU platform.
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),

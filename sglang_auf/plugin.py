@@ -55,9 +55,10 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import replies, requests, sampler, spans, totals
+    from sglang_auf import redaction, replies, requests, sampler, spans, totals
     from sglang_auf.algorithm import AufSpecAlgo, create_worker
 
+    redaction.install()
     replies.install()
     requests.install()
     sampler.install()

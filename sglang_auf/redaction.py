@@ -1,6 +1,7 @@
 """Keys stay out of logs and replies.
 
-SGLang prints its whole configuration when it starts, and GET /server_info sends it to whoever holds any key.
+SGLang prints its whole configuration when it starts, and GET /server_info sends it to whoever holds any key: once as
+the server process has it and once as the scheduler has it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ CONFIGURATION = "sglang.srt.server_args:ServerArgs.resolved_dict"
 
 @cache  # once per process, however often it is called
 def install() -> None:
-    """Register the hook; SGLang applies it with those of the plugins, so call this before `load_plugins`."""
+    """Register the hook; SGLang applies it after the last plugin."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(CONFIGURATION.replace(":", "."), redacted, HookType.AFTER)
