@@ -140,3 +140,8 @@ def test_sglang_loads_all_of_it() -> None:
         "unapplied": [],
         "refuses": True,
     }
+
+
+def test_the_platform_can_be_imported_before_sglang() -> None:
+    done = subprocess.run([sys.executable, "-c", "import sglang_auf.cpu.platform"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
