@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 def _split_commas(value: Any) -> Any:
@@ -160,9 +160,19 @@ class SoakConfig(_Config):
     clients: int = Field(12, ge=1, description="requests in flight")
     questions: int = Field(24, ge=1, description="different prompts; plain decoding answers each three times first")
     seed: int = Field(0, ge=0, description="of what is drawn: kinds of request and prompts")
-    sample_s: float = Field(5.0, gt=0, description="seconds between two looks at the server")
+    sample_s: float = Field(
+        5.0, gt=0, description="seconds between two looks at the server, a tenth of minutes at most"
+    )
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
     out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
+
+    @field_validator("sample_s")
+    @classmethod
+    def _often_enough(cls, value: float, info: ValidationInfo) -> float:
+        """Growth is read off the samples' first and last fifths, which must not be empty."""
+        if value > info.data.get("minutes", value) * 6:
+            raise ValueError("must be a tenth of the time that the load lasts at most")
+        return value
 
 
 class FailoverConfig(_Config):

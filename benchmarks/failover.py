@@ -21,7 +21,7 @@ from benchmarks.config import FailoverConfig
 from benchmarks.demo_prompts import demo_prompts
 from benchmarks.native import api_key, call, server_facts
 from benchmarks.servers import Server, launch, serve
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, ServerError
 
 ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
@@ -110,7 +110,16 @@ async def _measure(config: FailoverConfig, servers: Sequence[Server], router: Se
         servers[0].kill()
         return answered
 
-    killed, answered = await asyncio.gather(clients.ask(prompts, references), kill())
+    killing = asyncio.create_task(kill())
+    killed = await clients.ask(prompts, references)
+    if not killing.done():  # so few were answered that the load has ended first
+        killing.cancel()
+        raise ServerError(
+            f"{killed.lost} of {killed.asked} requests lost with both servers up: {'; '.join(killed.named[:1])}",
+            f"{kill_after} answers before a server is killed",
+            f"look at the logs in {config.out}",
+        )
+    answered = killing.result()
     return FailoverReport(
         config=config,
         both=both,

@@ -45,7 +45,7 @@ class Sample(BaseModel):
 
 
 class SoakReport(BaseModel):
-    """soak.json. wrong, server_errors, broken: the first of each, in words; faults counts them all by those names."""
+    """soak.json. asked: requests by kind. faults: how many of each; named: the first ones, in words."""
 
     model_config = ConfigDict(extra="forbid")
 

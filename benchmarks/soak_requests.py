@@ -111,7 +111,10 @@ async def grammar(sender: Sender, question: Question) -> None:
     reply = await sender.chat(question, response_format=GRAMMAR)
     _same(reply.choices[0].message.content, question.constrained)
     if reply.choices[0].finish_reason == "stop":
-        json.loads(reply.choices[0].message.content)
+        try:
+            json.loads(reply.choices[0].message.content)
+        except ValueError as error:
+            raise Wrong(f"no JSON under a grammar ({error})") from error
 
 
 async def seeded(sender: Sender, question: Question) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.config import SoakConfig
 from benchmarks.markdown import soak_markdown
@@ -149,6 +150,14 @@ def test_faults_are_counted_by_kind(status: int, fault: str) -> None:
     assert tally.faults == {fault: 1}
     assert tally.asked == {"bad": 1}
     assert "no such thing" in tally.named[0]
+
+
+def test_too_few_samples_for_a_verdict_are_refused_before_the_load() -> None:
+    with pytest.raises(ValidationError, match="a tenth"):
+        SoakConfig(minutes=0.1, sample_s=1)
+    with pytest.raises(ValidationError, match="a tenth"):
+        SoakConfig(minutes=0.1)
+    SoakConfig(minutes=0.5, sample_s=3)
 
 
 def test_every_bad_request_has_its_turn() -> None:
