@@ -161,7 +161,7 @@ class SoakConfig(_Config):
     questions: int = Field(24, ge=1, description="different prompts; plain decoding answers each three times first")
     seed: int = Field(0, ge=0, description="of what is drawn: kinds of request and prompts")
     sample_s: float = Field(
-        5.0, gt=0, description="seconds between two looks at the server, a tenth of minutes at most"
+        5.0, gt=0, validate_default=True, description="seconds between looks at the server, a tenth of the time at most"
     )
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
     out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
