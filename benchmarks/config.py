@@ -144,6 +144,7 @@ class StudyConfig(_Config):
         None, description="read <task>.jsonl of the measured tasks, and files the study names, from here"
     )
     out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
+    jobs: int = Field(1, ge=1, description="trainings at a time, sharing the cores of one CPU")
     report_only: bool = Field(False, description="only write the report anew, from OUT/records")
 
 

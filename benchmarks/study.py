@@ -16,7 +16,9 @@ import asyncio
 import gzip
 import json
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +89,7 @@ def run_study(config: StudyConfig) -> Study:
     study, places = load_study(config.study), Places(config.out, config.data_dir)
     require_same(config.study, places.records)
     _target_part(study, places)
-    for seed in study.seeds:
-        for arm in study.arms:
-            _train(study, places, arm, seed)
+    _train_all(study, places, config.jobs)
     walker: Walker | None = None
     for seed in study.seeds:
         for arm in study.arms:
@@ -163,7 +163,22 @@ def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
 # --- drafters ---
 
 
-def _train(study: Study, places: Places, arm: str, seed: int) -> None:
+def _train_all(study: Study, places: Places, jobs: int) -> None:
+    """jobs trainings at a time, each with its share of the cores: on a CPU that is more than one with all of them."""
+    for name in sorted({study.answers_of(arm) for arm in study.arms}) if study.cache_features else ():
+        _cached_features(study, places, name)
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    with ThreadPoolExecutor(jobs) as pool:
+        due = [pool.submit(_train, study, places, arm, seed, threads) for seed in study.seeds for arm in study.arms]
+        try:
+            for one in due:
+                one.result()
+        except BaseException:  # what runs is waited for, what has not begun is not
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train(study: Study, places: Places, arm: str, seed: int, threads: int | None) -> None:
     drafter, run = places.drafter(arm, seed), places.training(arm, seed)
     kept = places.records / f"training-{arm}-{seed}.json.gz"
     if kept.is_file() and drafter.is_dir():
@@ -173,8 +188,8 @@ def _train(study: Study, places: Places, arm: str, seed: int) -> None:
     answers = places.answers(study, study.answers_of(arm))
     if study.cache_features:
         settings += ["--set", f"features={_cached_features(study, places, study.answers_of(arm))}"]
-    sglang_auf(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings])
-    sglang_auf(["export", str(run), str(drafter), "--force"])
+    sglang_auf(["train", study.recipe, "--data", str(answers), "--out", str(run), *settings], threads)
+    sglang_auf(["export", str(run), str(drafter), "--force"], threads)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     latest_checkpoint = Checkpoints(run, keep_last=1).latest()

@@ -145,14 +145,17 @@ def _waves(mask: Tensor, correct: Tensor, failures: int | None) -> Iterator[Tens
 def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [n], argmax == label [n], and d loss / d hidden [n, H] of some rows."""
     logits = hidden.to(head.dtype) @ head.T
-    right = logits.argmax(-1) == labels
     label = labels[:, None]
+    # argmax over a vocabulary in bf16 is slow on a CPU; the maximum is not, and few labels reach it while training.
+    right = logits.gather(1, label)[:, 0] == logits.amax(-1)
+    reached = right.nonzero()[:, 0]
+    right[reached] = logits[reached].argmax(-1) == labels[reached]  # of equal logits the first is drafted
     # float32 where that costs little; on a CPU bf16 passes over the vocabulary are what can be afforded. The loss is
     # then exact to 0.4 % of the label's probability, its gradient to what the bf16 product below keeps anyway.
     logits = logits.float() if logits.device.type != "cpu" else logits
     q = logits.softmax(-1)
     ce = -q.gather(1, label).float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, 0]
-    q.scatter_add_(1, label, q.new_full((len(label), 1), -1.0))
+    q[torch.arange(len(label), device=q.device), labels] -= 1.0  # scatter_add_ would copy q whole
     return ce, right, q.to(head.dtype) @ head
 
 
