@@ -17,6 +17,7 @@ import gzip
 import json
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,13 +169,23 @@ def _train_all(study: Study, places: Places, jobs: int) -> None:
     for name in sorted({study.answers_of(arm) for arm in study.arms}) if study.cache_features else ():
         _cached_features(study, places, name)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    stopped = threading.Event()
+
+    def train(arm: str, seed: int) -> None:
+        try:
+            if not stopped.is_set():
+                _train(study, places, arm, seed, threads)
+        except BaseException:
+            stopped.set()  # what runs beside it is waited for, what has not begun is not begun
+            raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        due = [pool.submit(_train, study, places, arm, seed, threads) for seed in study.seeds for arm in study.arms]
+        due = [pool.submit(train, arm, seed) for seed in study.seeds for arm in study.arms]
         try:
             for one in due:
                 one.result()
-        except BaseException:  # what runs is waited for, what has not begun is not
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            stopped.set()
             raise
 
 
