@@ -46,7 +46,9 @@ class SglExt(BaseModel):
 
 @dataclass(slots=True)
 class Reply:
-    """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation. Times in seconds."""
+    """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation. proposed: drafts, where
+    the server says it. Times in seconds.
+    """
 
     text: str = ""
     finish_reason: str | None = None
@@ -55,6 +57,7 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
+    proposed: int | None = None
     ttft_s: float | None = None
 
     @property
@@ -155,6 +158,7 @@ def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
         reply.output_ids = extension.output_ids[0]
     if extension.spec_tokens_details is not None:
         reply.histogram = histogram_of(extension.spec_tokens_details)
+        reply.proposed = extension.spec_tokens_details.get("proposed")
 
 
 def histogram_of(details: dict[str, Any]) -> list[int]:

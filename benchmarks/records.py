@@ -37,6 +37,7 @@ class Record(BaseModel):
     completion_tokens: int = 0
     verify_steps: int = 0
     accepted_histogram: list[int] = []
+    proposed: int | None = None
     block_size: int | None = None
     started_at: float
     ttft_s: float | None = None
@@ -56,7 +57,7 @@ class Record(BaseModel):
         """The empty sum for a failed request and for one without a verify step."""
         if self.failed:
             return Acceptance()
-        return Acceptance.of_request(self.accepted_histogram, self.completion_tokens)
+        return Acceptance.of_request(self.accepted_histogram, self.completion_tokens, self.proposed)
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

@@ -177,6 +177,7 @@ class Run:
             completion_tokens=reply.completion_tokens,
             verify_steps=reply.verify_steps,
             accepted_histogram=reply.histogram,
+            proposed=reply.proposed,
             block_size=len(reply.histogram) or None,
             started_at=started_at,
             ttft_s=reply.ttft_s,

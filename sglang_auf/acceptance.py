@@ -9,6 +9,8 @@ All figures derive from counts:
     tau               emitted / verify_steps                      (headline)
     tau_verify        1 + accepted / verify_steps                 (what verification accepted, before any cut)
     alpha_k           P(A >= k | A >= k-1), k = 1..B-1            (Spec-AUF, arXiv 2607.01893, section on alpha_k)
+    proposed          drafted tokens: B-1 a verify step; fewer where the block followed the load (adaptive.py), and
+                      alpha_k is then not known, as the histogram does not say who was asked for a k-th draft
 
 Pure arithmetic on integers: neither torch nor SGLang is imported here.
 """
@@ -27,27 +29,32 @@ class Acceptance:
     histogram: tuple[int, ...] = ()
     emitted: int = 0
     requests: int = 0
+    unasked: int = 0
+    """Drafts that shorter blocks than B left out; `proposed` is the rest."""
 
     def __post_init__(self) -> None:
-        if any(count < 0 for count in self.histogram) or self.emitted < 0 or self.requests < 0:
+        if any(count < 0 for count in (*self.histogram, self.emitted, self.requests, self.unasked, self.rejected)):
             raise ValueError(f"counts must not be negative: {self}")
 
     @classmethod
-    def of_request(cls, histogram: Sequence[int], completion_tokens: int) -> Acceptance:
+    def of_request(cls, histogram: Sequence[int], completion_tokens: int, proposed: int | None = None) -> Acceptance:
         """One finished request. `histogram[a]` counts steps with a accepted drafts, a = 0..B-1; its length is B.
 
-        A request without a verify step (one token, or no speculation) has no tau: it gives the empty sum.
+        proposed: drafted tokens, where blocks were shorter than B. A request without a verify step (one token, or no
+        speculation) has no tau: it gives the empty sum.
         """
         if sum(histogram) == 0:
             return cls()
-        return cls(tuple(histogram), max(completion_tokens - 1, 0), 1)
+        most = sum(histogram) * (len(histogram) - 1)
+        unasked = 0 if proposed is None else most - proposed
+        return cls(tuple(histogram), max(completion_tokens - 1, 0), 1, unasked)
 
     @classmethod
     def from_meta_info(cls, meta_info: Mapping[str, Any]) -> Acceptance:
         """One request from SGLang's `meta_info` (tokenizer_manager.py, `spec_correct_drafts_histogram`).
 
         SGLang grows its histogram only up to the longest acceptance seen; it is padded to the block size, which
-        SGLang gives as proposed drafts per verify step.
+        SGLang gives as proposed drafts per verify step. Blocks that were shorter are in `spec_cap_lens_histogram`.
         """
         steps = int(meta_info.get("spec_verify_ct") or 0)
         if steps == 0:
@@ -55,7 +62,9 @@ class Acceptance:
         histogram = [int(count) for count in meta_info["spec_correct_drafts_histogram"]]
         block = int(meta_info["spec_num_proposed_drafts"]) // steps + 1
         histogram += [0] * (block - len(histogram))
-        return cls.of_request(histogram, int(meta_info["completion_tokens"]))
+        shorter = enumerate(meta_info.get("spec_cap_lens_histogram") or ())
+        unasked = sum((block - length) * int(count) for length, count in shorter)
+        return cls.of_request(histogram, int(meta_info["completion_tokens"]), steps * (block - 1) - unasked)
 
     def __add__(self, other: Acceptance) -> Acceptance:
         """Sum of requests that share a block size; of different ones, `proposed` and `alpha` would mean nothing."""
@@ -69,6 +78,7 @@ class Acceptance:
             histogram,
             self.emitted + other.emitted,
             self.requests + other.requests,
+            self.unasked + other.unasked,
         )
 
     @property
@@ -87,7 +97,7 @@ class Acceptance:
 
     @property
     def proposed(self) -> int:
-        return self.verify_steps * (self.block_size - 1) if self.histogram else 0
+        return self.verify_steps * (self.block_size - 1) - self.unasked if self.histogram else 0
 
     @property
     def rejected(self) -> int:
@@ -105,7 +115,9 @@ class Acceptance:
 
     @property
     def alpha(self) -> tuple[float | None, ...]:
-        """alpha_1 .. alpha_{B-1}; None where no step reached k-1."""
+        """alpha_1 .. alpha_{B-1}; None where no step reached k-1, and all of them where blocks were shorter than B."""
+        if self.unasked:
+            return (None,) * (self.block_size - 1)
         reached = reached_at_least(self.histogram)
         return tuple(reached[k] / reached[k - 1] if reached[k - 1] else None for k in range(1, len(reached)))
 
@@ -163,8 +175,8 @@ def macro_tau(requests: Iterable[Acceptance]) -> float | None:
 
 
 def mean_survival(requests: Iterable[Acceptance]) -> list[float]:
-    """P(A >= k) for k = 0.., histograms normalised per request and then averaged; [] without a verify step."""
-    known = [request for request in requests if request.verify_steps]
+    """P(A >= k) for k = 0.., histograms normalised per request and then averaged; [] without such steps of B slots."""
+    known = [request for request in requests if request.verify_steps and not request.unasked]
     survival = [0.0] * max((request.block_size for request in known), default=0)
     for request in known:
         for k, count in enumerate(reached_at_least(request.histogram)):

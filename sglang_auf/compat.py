@@ -118,6 +118,7 @@ SEAMS: tuple[Seam, ...] = (
             "target_predict",
         ),
     ),
+    Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "worker"),
     Seam(f"{_WORKER}._validate_phase1_sampling_support", "worker", ("self", "batch")),
     Seam(
         f"{_WORKER}.forward_batch_generation",

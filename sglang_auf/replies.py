@@ -5,8 +5,8 @@ What a reply of /v1/chat/completions and /v1/completions gains, when and only wh
     usage.completion_tokens_details   accepted_prediction_tokens, rejected_prediction_tokens: drafted tokens that
                                       verification accepted (before a stop cut any off) and the rest of those
                                       drafted, summed over the choices
-    sglext.spec_tokens_details        tau, tau_verify, verify_steps, accepted_histogram, alpha (acceptance.py) beside
-                                      SGLang's own spec_* figures; a list, one entry a choice, when n > 1
+    sglext.spec_tokens_details        tau, tau_verify, verify_steps, proposed, accepted_histogram, alpha (acceptance.py)
+                                      beside SGLang's own spec_* figures; a list, one entry a choice, when n > 1
 
 In a stream, sglext has a chunk of its own near the end (`choices` is empty, as in the usage chunk), and usage has
 its details where the client asked for usage (`stream_options.include_usage`).
@@ -28,7 +28,7 @@ from sglang_auf.acceptance import Acceptance, total
 from sglang_auf.totals import serves_auf
 
 FLAG = "return_spec_tokens_details"
-FIGURES = ("tau", "tau_verify", "verify_steps", "accepted_histogram", "alpha")
+FIGURES = ("tau", "tau_verify", "verify_steps", "proposed", "accepted_histogram", "alpha")
 
 _OPENAI = "sglang.srt.entrypoints.openai"
 HANDLE_REQUEST = f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request"

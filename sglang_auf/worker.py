@@ -65,6 +65,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         result = super().forward_batch_generation(batch, *args, **kwargs)
         accepted = [length - 1 for length in result.accept_lens.tolist()]
         chooser.observe(requests, block, time.perf_counter() - began, accepted)
+        # SGLang carries this to the reply's counts, as it does for DSPARK (batch_result_processor.py).
+        result.cap_lens = torch.full((requests,), block, dtype=torch.int32, device=result.accept_lens.device)
         return result
 
     def _use_block(self, block: int) -> None:

@@ -128,6 +128,26 @@ def test_sglangs_meta_info_gives_the_same_counts(request: Played) -> None:
     assert Acceptance.from_meta_info(request.meta_info) == request.acceptance
 
 
+@given(played(min_steps=1), st.data())
+def test_drafts_that_a_shorter_block_left_out_are_not_rejected(request: Played, data: st.DataObject) -> None:
+    blocks = [data.draw(st.integers(accepted + 1, request.block)) for accepted in request.steps]
+    counts = [blocks.count(length) for length in range(max(blocks) + 1)]
+    acceptance = Acceptance.from_meta_info({**request.meta_info, "spec_cap_lens_histogram": counts})
+    assert acceptance.proposed == sum(length - 1 for length in blocks)
+    assert acceptance.rejected == acceptance.proposed - sum(request.steps)
+    assert (acceptance.tau, acceptance.histogram) == (request.acceptance.tau, request.acceptance.histogram)
+    varied = any(length < request.block for length in blocks)
+    assert acceptance.alpha == ((None,) * (request.block - 1) if varied else request.acceptance.alpha)
+    if varied:
+        assert macro_alpha([acceptance, request.acceptance]) == macro_alpha([request.acceptance])
+    assert (acceptance + request.acceptance).proposed == acceptance.proposed + request.acceptance.proposed
+
+
+def test_more_accepted_than_drafted_is_refused() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        Acceptance.of_request([0, 0, 2], 7, proposed=3)
+
+
 @given(played())
 def test_a_request_without_a_verify_step_has_no_tau(request: Played) -> None:
     acceptance = request.acceptance

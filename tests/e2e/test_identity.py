@@ -97,6 +97,10 @@ def test_an_adaptive_block_changes_no_answer(
     results = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)], SGLANG_AUF_ADAPTIVE_BLOCK="1")
     for found in results:
         assert tokens(found) == tokens(plain[0])
+        for answer in found:
+            counts = answer["meta"]["spec_cap_lens_histogram"]
+            assert sum(counts) == answer["meta"]["spec_verify_ct"], "what each step drafted is told"
+    assert any(sum(answer["meta"]["spec_cap_lens_histogram"][:8]) for found in results for answer in found)
 
 
 @pytest.mark.parametrize("pool", [0, 8])
