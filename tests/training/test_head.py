@@ -218,6 +218,17 @@ def test_slots_say_who_was_right_and_nothing_of_what_was_not_computed() -> None:
     assert not stopped.log_q[~seen].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_what_is_drafted(dtype: torch.dtype) -> None:
+    """Ties are common in bf16: a label behind an equal one is wrong, as argmax has it when serving."""
+    head = torch.zeros(VOCABULARY, HIDDEN, dtype=dtype)
+    head[4] = head[9] = 1.0
+    hidden = torch.ones(1, 3, HIDDEN)
+    labels = torch.tensor([[4, 9, 5]])
+    loss = head_loss(hidden, head, labels, torch.ones(1, 3, dtype=torch.bool), failures=None, chunk=2)
+    assert loss.slots.correct.tolist() == [[True, False, False]]
+
+
 def test_hidden_alone_gets_a_gradient() -> None:
     case = make_case()
     head = case.head.clone().requires_grad_()
