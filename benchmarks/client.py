@@ -159,6 +159,10 @@ def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
     if extension.spec_tokens_details is not None:
         reply.histogram = histogram_of(extension.spec_tokens_details)
         reply.proposed = extension.spec_tokens_details.get("proposed")
+        try:
+            Acceptance.of_request(reply.histogram, reply.completion_tokens, reply.proposed)
+        except (TypeError, ValueError) as error:
+            raise ReplyError(f"spec_tokens_details counts {reply.proposed!r} proposed drafts: {error}") from None
 
 
 def histogram_of(details: dict[str, Any]) -> list[int]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
-from benchmarks.client import ChatClient, Reply, ReplyError, histogram_of
+from benchmarks.client import ChatClient, Reply, ReplyError, _extend, histogram_of
 from benchmarks.config import Workload
 
 MESSAGES = [{"role": "user", "content": "sum 1"}]
@@ -85,6 +86,16 @@ def test_a_stream_that_breaks_off_is_no_answer(fake: Callable[..., Any]) -> None
 def test_counts_that_do_not_add_up_are_refused(details: dict[str, Any], problem: str) -> None:
     with pytest.raises(ReplyError, match=problem):
         histogram_of(details)
+
+
+@pytest.mark.parametrize("proposed", [0, 99, "many"])
+def test_proposed_drafts_that_cannot_be_are_refused(proposed: object) -> None:
+    """One step that accepted two of three drafts."""
+    details = {"verify_steps": 1, "accepted_histogram": [0, 0, 1, 0], "proposed": proposed}
+    part = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
+    part.sglext = {"spec_tokens_details": details}
+    with pytest.raises(ReplyError, match="proposed"):
+        _extend(Reply(), part)
 
 
 def test_sglangs_short_histogram_is_padded_to_the_block() -> None:
