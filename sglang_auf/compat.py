@@ -256,6 +256,7 @@ SEAMS: tuple[Seam, ...] = (
         "cpu.elementwise",
         ("self", "positions", "query", "key", "offsets", "fused_set_kv_buffer_arg"),
     ),
+    Seam(f"{_SRT}.layers.activation:SiluAndMul.forward_native", "cpu.elementwise", ("self", "x")),
     Seam(f"{_SRT}.layers.linear:LinearBase", "cpu.linear"),
     Seam(f"{_SRT}.layers.vocab_parallel_embedding:VocabParallelEmbedding", "cpu.linear"),
     Seam(f"{_UNQUANT}:UnquantizedLinearMethod.apply", "cpu.linear", ("self", "layer", "x", "bias")),

@@ -10,6 +10,7 @@ import psutil
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_auf.cpu import kernels
 from sglang_auf.errors import TargetError
 from sglang_auf.model_files import read_json
 
@@ -23,7 +24,7 @@ WEIGHT_COPIES = 2
 
 
 class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
-    """SGLang's pool with K and V of a slot side by side, so that a layer gathers both at once.
+    """SGLang's pool with K and V of a slot side by side, so that a layer's store and its reads stay close.
 
     Each layer is one tensor [slots, 2, key heads, head_dim]; `k_buffer` and `v_buffer` are views of it.
     """
@@ -49,8 +50,7 @@ class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
         return self._layers[layer_id - self.start_layer]
 
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
-        self.k_buffer[layer_idx][loc] = cache_k
-        self.v_buffer[layer_idx][loc] = cache_v
+        kernels.store(cache_k.flatten(1), cache_v.flatten(1), self._layers[layer_idx], loc.long())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,16 @@
-"""RMSNorm and rotary embedding against float64 and against SGLang's native forms; rows stay independent."""
+"""RMSNorm, rotary embedding and SwiGLU against float64 and against SGLang's native forms; rows stay independent."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from sglang.kernels.fused_op import BaseFusedOp
+from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from sglang_auf.cpu import elementwise
-from sglang_auf.cpu.elementwise import ROTARY_ROWS, rms_norm_forward, rotary_forward
+from sglang_auf.cpu.elementwise import rms_norm_forward, rotary_forward, silu_and_mul_forward
 from sglang_auf.cpu.platform import AufCpuPlatform
 
 HEADS, KEY_HEADS, HEAD = 9, 3, 64
@@ -113,8 +114,6 @@ def rotary_of(neox: bool = True, dim: int = HEAD, base: int = 100_000) -> Rotary
 
 @pytest.fixture
 def rotary() -> RotaryEmbedding:
-    """At the start of a forward."""
-    ROTARY_ROWS.begin_forward()
     return rotary_of()
 
 
@@ -163,7 +162,6 @@ def test_views_of_one_projection_and_separate_tensors_give_the_same_bits(rotary:
     positions = torch.arange(5) * 11
     q, k, v = projection(5)
     kept = q.clone(), k.clone(), v.clone()
-    assert elementwise._one_view(q, k) is not None
     fused = rotary_forward(rotary, positions, q, k)
     separate = rotary_forward(rotary, positions, q.clone(), k.clone())
     by_head = rotary_forward(rotary, positions, q.clone().view(5, HEADS, HEAD), k.clone().view(5, KEY_HEADS, HEAD))
@@ -171,19 +169,6 @@ def test_views_of_one_projection_and_separate_tensors_give_the_same_bits(rotary:
         assert torch.equal(first, second)
         assert torch.equal(first, third.flatten(1))
     assert all(torch.equal(now, then) for now, then in zip((q, k, v), kept, strict=True))
-
-
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_what_does_not_lie_side_by_side_is_not_taken_for_one(tokens: int) -> None:
-    q, k, v = projection(tokens)
-    assert elementwise._one_view(q, k) is not None
-    assert elementwise._one_view(q, v) is None
-    assert elementwise._one_view(k, q) is None
-    assert elementwise._one_view(q.clone(), k.clone()) is None
-    assert elementwise._one_view(q, k.clone()) is None
-    both = torch.empty(2 * tokens * HEAD)  # two contiguous tensors, one right behind the other in memory
-    first, second = both[: tokens * HEAD].view(tokens, HEAD), both[tokens * HEAD :].view(tokens, HEAD)
-    assert elementwise._one_view(first, second) is None
 
 
 def test_a_rotated_row_has_the_same_bits_in_any_company(rotary: RotaryEmbedding) -> None:
@@ -196,28 +181,18 @@ def test_a_rotated_row_has_the_same_bits_in_any_company(rotary: RotaryEmbedding)
             assert torch.equal(whole[part], some)
 
 
-def test_layers_of_a_forward_share_the_rows_and_the_next_forward_reads_them_anew(rotary: RotaryEmbedding) -> None:
+def test_positions_that_are_written_anew_and_another_table_are_read_anew(rotary: RotaryEmbedding) -> None:
+    """SGLang reuses the buffer of a block's positions; the drafter rotates by a table of its own."""
     positions = torch.tensor([3, 50])
     q, k, _ = projection(2)
     first = rotary_forward(rotary, positions, q, k)
-    assert ROTARY_ROWS.of(rotary, positions)[0] is ROTARY_ROWS.of(rotary, positions)[0], "gathered once a forward"
-    positions.copy_(torch.tensor([900, 901]))  # SGLang reuses the buffer of a block's positions
-    ROTARY_ROWS.begin_forward()
+    positions.copy_(torch.tensor([900, 901]))
     second = rotary_forward(rotary, positions, q, k)
     expected = rotary_forward(rotary, torch.tensor([900, 901]), q, k)
+    other = rotary_forward(rotary_of(base=10_000), positions, q, k)
     assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
     assert not torch.equal(first[0], second[0])
-
-
-def test_rows_belong_to_their_positions_and_their_rotary_embedding(rotary: RotaryEmbedding) -> None:
-    """The drafter rotates other positions by another table within one step."""
-    other = rotary_of(base=10_000)
-    positions, others = torch.tensor([3, 50]), torch.tensor([4, 51])
-    expected = [[table.cos_sin_cache[p][:, : HEAD // 2] for p in (positions, others)] for table in (rotary, other)]
-    for _ in range(2):
-        for table, rows in zip((rotary, other), expected, strict=True):
-            for p, cos in zip((positions, others), rows, strict=True):
-                assert torch.equal(ROTARY_ROWS.of(table, p)[0].squeeze(1), cos.float())
+    assert not torch.equal(other[0], second[0])
 
 
 @pytest.mark.parametrize("kind", [{"neox": False}, {"dim": 32}])
@@ -241,6 +216,24 @@ def test_offsets_are_left_to_sglang(rotary: RotaryEmbedding) -> None:
     assert all(torch.equal(a, b) for a, b in zip(shifted, theirs, strict=True))
 
 
+# --- SwiGLU ---
+
+
+@pytest.mark.parametrize("rows", [1, 9, 200])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_silu_and_mul_is_the_exact_one_rounded(rows: int, scale: float) -> None:
+    x = (normal(rows, 300) * scale).bfloat16()
+    exact = torch.nn.functional.silu(x[:, :150].double()) * x[:, 150:].double()
+    found = silu_and_mul_forward(SiluAndMul(), x)
+    assert close(found, exact)
+    assert (found.double() - SiluAndMul().forward_native(x).double()).abs().max() <= exact.abs().max() * 2.0**-6
+
+
+def test_other_forms_of_silu_and_mul_are_sglangs_own() -> None:
+    for x in (normal(3, 8), normal(2, 3, 8).bfloat16()):
+        assert torch.equal(silu_and_mul_forward(SiluAndMul(), x), SiluAndMul().forward_native(x))
+
+
 # --- registration ---
 
 
@@ -250,6 +243,7 @@ def test_our_platform_dispatches_to_these_forms_and_no_other_does(monkeypatch: p
     norm, rotary = norm_of(64), rotary_of()
     monkeypatch.setattr("sglang.kernels.fused_op._oot_dispatch_key", lambda: elementwise.DISPATCH_KEY)
     assert norm._resolve_forward_method().__func__ is rms_norm_forward
+    assert SiluAndMul()._resolve_forward_method().__func__ is silu_and_mul_forward
     assert rotary._resolve_forward_method().__func__ is rotary_forward
     special = type("Special", (RotaryEmbedding,), {})(HEAD, HEAD, 64, 10_000, True, torch.bfloat16)
     assert special._resolve_forward_method().__func__ is RotaryEmbedding.forward_native

@@ -1,0 +1,635 @@
+"""The small operations of a transformer layer as compiled row kernels, bf16 in memory and float32 in between.
+
+At one row of a small model the call of a torch operation costs more than its arithmetic, and a layer has dozens. A
+kernel here is one Python function over addresses, compiled by numba once a machine and called through ctypes. It walks
+over tasks (rows, or queries that share keys); no task reads what another writes, and each is computed by the same
+instructions in any company, so a row has the same bits alone, in a block and in a batch.
+
+Tasks are shared out between the threads of torch's own OpenMP pool: a second pool would contend for the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
+
+# Elements that are worth a second thread.
+WORTH_A_THREAD = 16_384
+# Keys, and queries of one request, that are attended to together: their float32 copies fit the first-level cache.
+KEYS_AT_ONCE = 64
+QUERIES_AT_ONCE = 16
+# Sums may be taken in the order that suits the vector unit: it is the same for each row. NaN and infinity are kept.
+FAST = {"reassoc", "contract", "nsz"}
+
+# --- memory, for the compiler: an address (int64) and an index in elements ---
+
+
+def _place(builder: Any, kind: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+_WORD, _HALF, _SINGLE, _LONG = ir.IntType(32), ir.IntType(16), ir.FloatType(), ir.IntType(64)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bf16(typing: Any, address: Any, index: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.zext(builder.load(_place(builder, _HALF, *args), align=2), _WORD)
+        return builder.bitcast(builder.shl(bits, _WORD(16)), _SINGLE)
+
+    return types.float32(types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _set_bf16(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Rounds to nearest, ties to even; NaN stays NaN."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, index, value = args
+        bits = builder.bitcast(value, _WORD)
+        odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, _WORD(0x7FFF))), _WORD(16))
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _WORD(0x7FC0), rounded)
+        builder.store(builder.trunc(rounded, _HALF), _place(builder, _HALF, address, index), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy_bf16(typing: Any, target: Any, source: Any, index: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, source, index = args
+        value = builder.load(_place(builder, _HALF, source, index), align=2)
+        builder.store(value, _place(builder, _HALF, target, index), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _f32(typing: Any, address: Any, index: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_place(builder, _SINGLE, *args), align=4)
+
+    return types.float32(types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _set_f32(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _place(builder, _SINGLE, args[0], args[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _i64(typing: Any, address: Any, index: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_place(builder, _LONG, *args), align=8)
+
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _i32(typing: Any, address: Any, index: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(_place(builder, _WORD, *args), align=4), _LONG)
+
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _take(typing: Any, address: Any, index: Any, count: Any) -> Any:
+    """Add count to an int64 that all threads share; what it was before."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _place(builder, _LONG, args[0], args[1]), args[2], "monotonic")
+
+    return types.int64(types.int64, types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_f32(typing: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], _WORD), _SINGLE)
+
+    return types.float32(types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _nearest(typing: Any, value: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [_SINGLE]), args)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _power_of_two(typing: Any, exponent: Any) -> Any:
+    """2 to a whole float32 from -126 to 127, by its bits."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = builder.fptosi(args[0], _WORD)
+        return builder.bitcast(builder.shl(builder.add(whole, _WORD(127)), _WORD(23)), _SINGLE)
+
+    return types.float32(types.float32), build
+
+
+# --- arithmetic; every constant is a float32, or numba would compute in float64 ---
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_LOWEST, _HIGHEST = np.float32(-87), np.float32(88)
+_LOG2_E = np.float32(math.log2(math.e))
+_LN_2_HIGH = np.float32(0.693359375)  # few bits: its product with a small whole number is exact
+_LN_2_LOW = np.float32(math.log(2) - 0.693359375)
+_C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
+
+
+@njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    """e^x within 3 units of float32's last place; x is taken into [-87, 88]."""
+    x = min(max(x, _LOWEST), _HIGHEST)
+    n = _nearest(x * _LOG2_E)
+    r = x - n * _LN_2_HIGH - n * _LN_2_LOW
+    series = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    return series * _power_of_two(n)
+
+
+# --- the call ---
+
+# What every kernel's arguments begin with: the next task, how many there are, how many a thread takes at a time, and
+# the next thread's number.
+_NEXT, _TASKS, _GRAIN, _THREAD, _OWN = 0, 1, 2, 3, 4
+
+
+@cache
+def _parallel() -> Any:
+    """GOMP_parallel of the OpenMP library that torch has loaded; None where torch has another kind of pool."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    try:
+        # Looked up through torch: dlsym searches a library's dependencies, and this is torch's, whatever its file.
+        found = ctypes.CDLL(str(libraries[0])).GOMP_parallel
+    except (IndexError, OSError, AttributeError):
+        logger.warning("torch has no GNU OpenMP pool here: norms, rotations and attention run on one thread")
+        return None
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return found
+
+
+class Kernel:
+    """A compiled function of one address: that of its int64 arguments."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self.function = function
+
+    @cached_property
+    def _compiled(self) -> Any:
+        options = {"fastmath": FAST, "error_model": "numpy"}
+        try:
+            return cfunc("void(int64)", cache=True, **options)(self.function)
+        except RuntimeError as error:  # neither the package's directory nor the user's cache can be written to
+            logger.info("%s is compiled anew in each process: %s", self.function.__name__, error)
+            return cfunc("void(int64)", **options)(self.function)
+
+    @cached_property
+    def _call(self) -> Any:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
+
+    def __call__(self, tasks: int, threads: int, grain: int, *values: int) -> None:
+        """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time; values: the kernel's own."""
+        arguments = (ctypes.c_int64 * (_OWN + len(values)))(0, tasks, grain, 0, *values)
+        if threads > 1 and (parallel := _parallel()) is not None:
+            parallel(self._compiled.address, arguments, threads, 0)
+        else:
+            self._call(arguments)
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements > WORTH_A_THREAD else 1
+
+
+def _rows(kernel: Kernel, rows: int, elements: int, *values: int) -> None:
+    threads = _threads(elements)
+    kernel(rows, threads, -(-rows // threads), *values)
+
+
+def _float_bits(value: float) -> int:
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
+def _row_stride(x: torch.Tensor) -> int:
+    """Of a bf16 matrix whose rows are contiguous; AssertionError for anything else, whose memory would be misread."""
+    assert x.dtype == torch.bfloat16 and x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] == 1), (x.dtype, x.stride())
+    stride: int = x.stride(0)
+    return stride
+
+
+# --- RMSNorm ---
+
+
+@Kernel
+def _rms_norm(args):  # type: ignore[no-untyped-def]
+    x, x_stride, residual, residual_stride = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    total, out, weight, features = _i64(args, 8), _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    per_feature, epsilon = _as_f32(_i64(args, 12)), _as_f32(_i64(args, 13))
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            source, target = x + 2 * row * x_stride, out + 2 * row * features
+            if residual != 0:
+                other, summed = residual + 2 * row * residual_stride, total + 2 * row * features
+                for i in range(features):
+                    _set_bf16(summed, i, _bf16(source, i) + _bf16(other, i))
+                source = summed
+            square = _ZERO
+            for i in range(features):
+                value = _bf16(source, i)
+                square += value * value
+            scale = _ONE / np.sqrt(square * per_feature + epsilon)
+            for i in range(features):
+                _set_bf16(target, i, _bf16(source, i) * scale * _bf16(weight, i))
+        first = _take(args, _NEXT, grain)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, x + residual) of bf16 [rows, features]; without a residual the second is x itself."""
+    rows, features = x.shape
+    out = torch.empty(rows, features, dtype=torch.bfloat16)
+    total = x if residual is None else torch.empty_like(out)
+    assert weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.numel() == features
+    assert residual is None or residual.shape == x.shape
+    _rows(
+        _rms_norm,
+        rows,
+        rows * features,
+        x.data_ptr(),
+        _row_stride(x),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else _row_stride(residual),
+        total.data_ptr(),
+        out.data_ptr(),
+        weight.data_ptr(),
+        features,
+        _float_bits(1 / features),
+        _float_bits(epsilon),
+    )
+    return out, total
+
+
+# --- SwiGLU ---
+
+
+@Kernel
+def _silu_and_mul(args):  # type: ignore[no-untyped-def]
+    x, stride, out, features = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            gate, target = x + 2 * row * stride, out + 2 * row * features
+            up = gate + 2 * features
+            for i in range(features):
+                value = _bf16(gate, i)
+                _set_bf16(target, i, value / (_ONE + _exp(-value)) * _bf16(up, i))
+        first = _take(args, _NEXT, grain)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(x[:, :half]) * x[:, half:] of bf16 [rows, 2 * half]."""
+    rows, features = x.shape[0], x.shape[1] // 2
+    out = torch.empty(rows, features, dtype=torch.bfloat16)
+    _rows(_silu_and_mul, rows, x.numel(), x.data_ptr(), _row_stride(x), out.data_ptr(), features)
+    return out
+
+
+# --- rotary embedding ---
+
+
+@Kernel
+def _rotate(args):  # type: ignore[no-untyped-def]
+    q, q_stride, q_heads = _i64(args, 4), _i64(args, 5), _i64(args, 6)
+    k, k_stride, k_heads = _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    out, head_size, table, positions = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
+    half = head_size // 2
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            cosine = table + 4 * head_size * _i64(positions, row)
+            sine = cosine + 4 * half
+            for head in range(q_heads + k_heads):
+                if head < q_heads:
+                    source = q + 2 * (row * q_stride + head * head_size)
+                else:
+                    source = k + 2 * (row * k_stride + (head - q_heads) * head_size)
+                target = out + 2 * (row * (q_heads + k_heads) + head) * head_size
+                for i in range(half):
+                    a, b = _bf16(source, i), _bf16(source, half + i)
+                    c, s = _f32(cosine, i), _f32(sine, i)
+                    _set_bf16(target, i, a * c - b * s)
+                    _set_bf16(target, half + i, b * c + a * s)
+        first = _take(args, _NEXT, grain)
+
+
+def rotate(
+    q: torch.Tensor, k: torch.Tensor, head_size: int, table: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k, bf16 [tokens, heads * head_size], turned by half-split pairs.
+
+    table: float32 [positions, head_size], cosines before sines. positions: int64 [tokens], within the table.
+    """
+    rows, width = q.shape[0], q.shape[1] + k.shape[1]
+    assert table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_size
+    assert positions.dtype == torch.int64 and positions.is_contiguous() and positions.shape == (rows,)
+    assert k.shape[0] == rows and q.shape[1] % head_size == 0 and k.shape[1] % head_size == 0
+    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    _rows(
+        _rotate,
+        rows,
+        rows * width,
+        q.data_ptr(),
+        _row_stride(q),
+        q.shape[1] // head_size,
+        k.data_ptr(),
+        _row_stride(k),
+        k.shape[1] // head_size,
+        out.data_ptr(),
+        head_size,
+        table.data_ptr(),
+        positions.data_ptr(),
+    )
+    return out[:, : q.shape[1]], out[:, q.shape[1] :]
+
+
+# --- keys and values into the pool ---
+
+
+@Kernel
+def _store(args):  # type: ignore[no-untyped-def]
+    k, k_stride, v, v_stride = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    pool, slots, width = _i64(args, 8), _i64(args, 9), _i64(args, 10)
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            key, value = k + 2 * row * k_stride, v + 2 * row * v_stride
+            target = pool + 4 * width * _i64(slots, row)
+            for i in range(width):
+                _copy_bf16(target, key, i)
+            for i in range(width):
+                _copy_bf16(target + 2 * width, value, i)
+        first = _take(args, _NEXT, grain)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write bf16 k and v [tokens, key heads * head_dim] to pool [slots, 2, key heads, head_dim]. slots: int64 [tokens].
+
+    A slot that is in the list twice ends with either row's values.
+    """
+    rows, width = k.shape
+    assert pool.dtype == torch.bfloat16 and pool.is_contiguous() and pool[0].numel() == 2 * width and v.shape == k.shape
+    assert slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (rows,)
+    _rows(
+        _store,
+        rows,
+        2 * rows * width,
+        k.data_ptr(),
+        _row_stride(k),
+        v.data_ptr(),
+        _row_stride(v),
+        pool.data_ptr(),
+        slots.data_ptr(),
+        width,
+    )
+
+
+# --- attention over the pool ---
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _dots(q: Any, keys: Any, scores: Any, count: Any, head_dim: Any) -> Any:
+    """scores[j] = q . keys[j]; all float32."""
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        key = keys + 4 * j * head_dim
+        a = b = c = d = _ZERO
+        for i in range(head_dim):
+            value = _f32(q, i)
+            a += value * _f32(key, i)
+            b += value * _f32(key, head_dim + i)
+            c += value * _f32(key, 2 * head_dim + i)
+            d += value * _f32(key, 3 * head_dim + i)
+        _set_f32(scores, j, a)
+        _set_f32(scores, j + 1, b)
+        _set_f32(scores, j + 2, c)
+        _set_f32(scores, j + 3, d)
+    for j in range(whole, count):
+        key = keys + 4 * j * head_dim
+        a = _ZERO
+        for i in range(head_dim):
+            a += _f32(q, i) * _f32(key, i)
+        _set_f32(scores, j, a)
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _weigh(weights: Any, values: Any, out: Any, count: Any, head_dim: Any) -> Any:
+    """out += sum of weights[j] * values[j]; all float32."""
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        value = values + 4 * j * head_dim
+        a, b, c, d = _f32(weights, j), _f32(weights, j + 1), _f32(weights, j + 2), _f32(weights, j + 3)
+        for i in range(head_dim):
+            near = a * _f32(value, i) + b * _f32(value, head_dim + i)
+            far = c * _f32(value, 2 * head_dim + i) + d * _f32(value, 3 * head_dim + i)
+            _set_f32(out, i, _f32(out, i) + (near + far))
+    for j in range(whole, count):
+        value = values + 4 * j * head_dim
+        a = _f32(weights, j)
+        for i in range(head_dim):
+            _set_f32(out, i, _f32(out, i) + a * _f32(value, i))
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _softmax(scores: Any, count: Any) -> Any:
+    """scores -> e^(score - largest), in place; their sum."""
+    largest = _f32(scores, 0)
+    for j in range(1, count):
+        largest = max(largest, _f32(scores, j))
+    total = _ZERO
+    for j in range(count):
+        weight = _exp(_f32(scores, j) - largest)
+        _set_f32(scores, j, weight)
+        total += weight
+    return total
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _gather(pool: Any, slots: Any, start: Any, count: Any, slot_width: Any, head_dim: Any, target: Any) -> Any:
+    """Float32 copies of one head of `count` slots. pool: the address of that head in slot 0."""
+    for j in range(count):
+        source = pool + 2 * slot_width * _i32(slots, start + j)
+        for i in range(head_dim):
+            _set_f32(target, j * head_dim + i, _bf16(source, i))
+
+
+# Of a task of attention.
+_FIELDS = 5
+
+
+@Kernel
+def _attend(args):  # type: ignore[no-untyped-def]
+    q, q_stride, out, pool = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    table, key_heads, per_key, head_dim = _i64(args, 8), _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    scale, whole_block, longest = _as_f32(_i64(args, 12)), _i64(args, 13), _i64(args, 14)
+    scratch = _i64(args, 15) + 4 * _i64(args, 16) * _take(args, _THREAD, 1)
+    most = QUERIES_AT_ONCE * per_key
+    copies = scratch
+    queries = copies + 4 * KEYS_AT_ONCE * head_dim
+    sums = queries + 4 * most * head_dim
+    totals = sums + 4 * most * head_dim
+    scores = totals + 4 * most
+    slot_width = 2 * key_heads * head_dim
+    tasks = _i64(args, _TASKS)
+    unit = _take(args, _NEXT, 1)
+    while unit < tasks:
+        task, head = table + 8 * _FIELDS * (unit // key_heads), unit % key_heads
+        slots, first, tokens, seen, keys = _i64(task, 0), _i64(task, 1), _i64(task, 2), _i64(task, 3), _i64(task, 4)
+        rows = tokens * per_key
+        if whole_block == 0:
+            keys = seen + tokens - 1  # what its last query sees
+        for row in range(rows):
+            token, query_head = first + row // per_key, head * per_key + row % per_key
+            source = q + 2 * (token * q_stride + query_head * head_dim)
+            for i in range(head_dim):
+                _set_f32(queries, row * head_dim + i, _bf16(source, i) * scale)
+                _set_f32(sums, row * head_dim + i, _ZERO)
+        for start in range(0, keys, KEYS_AT_ONCE):
+            count = min(KEYS_AT_ONCE, keys - start)
+            _gather(pool + 2 * head * head_dim, slots, start, count, slot_width, head_dim, copies)
+            for row in range(rows):
+                visible = keys if whole_block != 0 else seen + row // per_key
+                _dots(
+                    queries + 4 * row * head_dim,
+                    copies,
+                    scores + 4 * (row * longest + start),
+                    max(0, min(count, visible - start)),
+                    head_dim,
+                )
+        for row in range(rows):
+            visible = keys if whole_block != 0 else seen + row // per_key
+            _set_f32(totals, row, _softmax(scores + 4 * row * longest, visible))
+        for start in range(0, keys, KEYS_AT_ONCE):
+            count = min(KEYS_AT_ONCE, keys - start)
+            _gather(pool + 2 * (key_heads + head) * head_dim, slots, start, count, slot_width, head_dim, copies)
+            for row in range(rows):
+                visible = keys if whole_block != 0 else seen + row // per_key
+                _weigh(
+                    scores + 4 * (row * longest + start),
+                    copies,
+                    sums + 4 * row * head_dim,
+                    max(0, min(count, visible - start)),
+                    head_dim,
+                )
+        for row in range(rows):
+            token, query_head = first + row // per_key, head * per_key + row % per_key
+            target = out + 2 * (token * key_heads * per_key + query_head) * head_dim
+            share = _ONE / _f32(totals, row)
+            for i in range(head_dim):
+                _set_bf16(target, i, _f32(sums, row * head_dim + i) * share)
+        unit = _take(args, _NEXT, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTasks:
+    """A forward, as `attend` reads it: rows of [slots' address, first query, queries, keys the first sees, keys]."""
+
+    table: np.ndarray[Any, Any]
+    longest: int  # keys of the longest request
+    keys: int  # keys read, over all tasks
+
+    @classmethod
+    def of(cls, spans: Iterable[tuple[int, int, int, int]], slots: torch.Tensor) -> AttentionTasks:
+        """spans: (row of slots, first query, queries, keys) a request; the queries are the last of its keys.
+
+        slots: int32 [rows, longest context], the pool slot of each key; it is read while `attend` runs.
+        """
+        assert slots.dtype == torch.int32 and slots.stride(1) == 1
+        base, step = slots.data_ptr(), 4 * slots.stride(0)
+        rows = [
+            (base + step * row, first + done, min(QUERIES_AT_ONCE, queries - done), keys - queries + done + 1, keys)
+            for row, first, queries, keys in spans
+            for done in range(0, queries, QUERIES_AT_ONCE)
+        ]
+        table = np.array(rows, dtype=np.int64).reshape(-1, _FIELDS)
+        return cls(table, max((row[-1] for row in rows), default=0), sum(row[-1] for row in rows))
+
+
+class _Scratch:
+    """Memory for the threads of `attend`, as large as the largest call so far needed."""
+
+    def __init__(self) -> None:
+        self.memory: torch.Tensor | None = None
+
+    def address(self, floats: int) -> int:
+        if self.memory is None or self.memory.numel() < floats:
+            self.memory = torch.empty(floats + floats // 4, dtype=torch.float32)  # contexts grow token by token
+        address: int = self.memory.data_ptr()
+        return address
+
+
+_SCRATCH = _Scratch()
+
+
+def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: float, whole_block: bool) -> torch.Tensor:
+    """softmax(q K^T scale) V of bf16 q [tokens, heads * head_dim] over pool [slots, 2, key heads, head_dim].
+
+    A query sees the keys up to itself; whole_block: all keys of its request. Query heads are split evenly over key
+    heads. Returns [tokens, heads * head_dim].
+    """
+    key_heads, head_dim = pool.shape[2], pool.shape[3]
+    per_key = q.shape[1] // (key_heads * head_dim)
+    assert pool.dtype == torch.bfloat16 and pool.is_contiguous() and q.shape[1] == per_key * key_heads * head_dim
+    out = torch.empty(q.shape, dtype=torch.bfloat16)
+    rows = QUERIES_AT_ONCE * per_key
+    size = KEYS_AT_ONCE * head_dim + 2 * rows * head_dim + rows + rows * tasks.longest
+    threads = _threads(tasks.keys * per_key * key_heads * head_dim)
+    _attend(
+        len(tasks.table) * key_heads,
+        threads,
+        1,
+        q.data_ptr(),
+        _row_stride(q),
+        out.data_ptr(),
+        pool.data_ptr(),
+        tasks.table.ctypes.data,
+        key_heads,
+        per_key,
+        head_dim,
+        _float_bits(scale),
+        int(whole_block),
+        tasks.longest,
+        _SCRATCH.address(threads * size),
+        size,
+    )
+    return out

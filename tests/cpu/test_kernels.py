@@ -1,0 +1,194 @@
+"""The kernels' own rules: numbers, memory they are handed, threads, and what happens without the pool or the cache.
+
+What they compute is tested through the operators they stand in for: test_elementwise.py, test_attention.py and
+test_memory.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_auf.cpu import kernels
+from sglang_auf.cpu.kernels import AttentionTasks, attend, rms_norm, rotate, silu_and_mul, store
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y, rounded to bf16 by a kernel."""
+    return rms_norm(x, torch.ones(x.shape[1], dtype=torch.bfloat16), 1e-5, y)[1]
+
+
+# --- numbers ---
+
+
+def test_every_bf16_is_read_and_written_as_it_is() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, -1)
+    numbers = bits.view(torch.bfloat16)
+    found = added(numbers, torch.full_like(numbers, -0.0))
+    nan = numbers.isnan()
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(found.view(torch.int16)[~nan], bits[~nan])
+
+
+@given(st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=1, max_size=40))
+def test_sums_are_rounded_as_torch_rounds_them(pairs: list[tuple[float, float]]) -> None:
+    x, y = torch.tensor(pairs, dtype=torch.float32).bfloat16().T.unsqueeze(1).contiguous()
+    torch.testing.assert_close(added(x, y), x + y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_exponential_is_exact_to_a_few_units_and_saturates() -> None:
+    """Through silu(x) * 1 = x / (1 + e^-x), all finite bf16 of either sign."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16)
+    x = x[x.isfinite() & (x.abs() < 1e30)].view(1, -1)
+    found = silu_and_mul(torch.cat([x, torch.ones_like(x)], dim=1)).double()
+    exact = torch.nn.functional.silu(x.double())
+    # Below -88 the gate is e^-88 instead of less: nothing that a bf16 sum of features would notice. 2e-40: subnormals.
+    assert ((found - exact).abs() <= exact.abs() * (2.0**-8 + 1e-6) + x.double().abs() * 2e-38 + 2e-40).all()
+
+
+# --- memory ---
+
+
+def test_rows_need_not_lie_next_to_each_other() -> None:
+    wide = normal(5, 40)
+    x, y = wide[:, 3:19], wide[:, 20:36]
+    weight = normal(16, seed=1)
+    for ours, theirs in zip(
+        rms_norm(x, weight, 1e-5, y), rms_norm(x.contiguous(), weight, 1e-5, y.contiguous()), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(silu_and_mul(x), silu_and_mul(x.contiguous()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: rms_norm(normal(4, 8).float(), normal(8), 1e-5),
+        lambda: rms_norm(normal(8, 4).T, normal(8), 1e-5),
+        lambda: rms_norm(normal(4, 8), normal(4), 1e-5),
+        lambda: rms_norm(normal(4, 8), normal(8), 1e-5, normal(3, 8)),
+        lambda: silu_and_mul(normal(8, 4).T),
+        lambda: rotate(normal(2, 8), normal(2, 8), 8, torch.zeros(9, 8).bfloat16(), torch.tensor([1, 2])),
+        lambda: rotate(normal(2, 8), normal(2, 8), 8, torch.zeros(9, 8), torch.tensor([1])),
+        lambda: rotate(normal(2, 8), normal(2, 8), 8, torch.zeros(9, 8), torch.tensor([1, 2], dtype=torch.int32)),
+        lambda: store(normal(2, 8), normal(2, 8), torch.zeros(9, 2, 2, 8).bfloat16(), torch.tensor([1, 2])),
+        lambda: store(normal(2, 8), normal(2, 8), torch.zeros(9, 2, 1, 8).bfloat16(), torch.tensor([1])),
+        lambda: attend(
+            normal(2, 8),
+            torch.zeros(9, 2, 3, 4).bfloat16(),
+            AttentionTasks.of([(0, 0, 2, 2)], torch.zeros(1, 4, dtype=torch.int32)),
+            1.0,
+            False,
+        ),
+        lambda: AttentionTasks.of([(0, 0, 1, 1)], torch.zeros(1, 4, dtype=torch.int64)),
+    ],
+)
+def test_memory_of_another_form_is_not_read(wrong) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(AssertionError):
+        wrong()
+
+
+def test_no_rows_are_no_work() -> None:
+    assert rms_norm(normal(0, 8), normal(8), 1e-5)[0].shape == (0, 8)
+    assert silu_and_mul(normal(0, 8)).shape == (0, 4)
+    nothing = AttentionTasks.of([], torch.zeros(1, 4, dtype=torch.int32))
+    assert attend(normal(0, 8), torch.zeros(9, 2, 1, 8).bfloat16(), nothing, 1.0, False).shape == (0, 8)
+
+
+def test_store_writes_the_slots_it_is_given_and_no_others() -> None:
+    pool = torch.full((10, 2, 3, 4), 7.0).bfloat16()
+    k, v = normal(3, 12), normal(3, 12, seed=1)
+    store(k, v, pool, torch.tensor([8, 0, 5]))
+    assert torch.equal(pool[[8, 0, 5], 0].flatten(1), k)
+    assert torch.equal(pool[[8, 0, 5], 1].flatten(1), v)
+    assert (pool[[1, 2, 3, 4, 6, 7, 9]] == 7).all()
+
+
+def test_scratch_memory_grows_and_is_kept() -> None:
+    scratch = kernels._Scratch()
+    first = scratch.address(100)
+    assert scratch.address(90) == first
+    scratch.address(1000)
+    assert scratch.memory is not None
+    kept = scratch.memory.numel()
+    scratch.address(1000)
+    assert kept >= 1000 and scratch.memory.numel() == kept
+
+
+# --- threads ---
+
+
+def results() -> list[torch.Tensor]:
+    """Of every kernel, at sizes that are worth several threads."""
+    x, weight = normal(300, 576), normal(576, seed=1)
+    pool, slots = normal(700, 2, 3, 64), torch.randperm(700, generator=torch.Generator().manual_seed(3)).int()
+    tasks = AttentionTasks.of([(0, 0, 250, 600), (0, 250, 1, 31), (0, 251, 49, 333)], slots.view(1, -1))
+    table = torch.randn(900, 64, generator=torch.Generator().manual_seed(4))
+    return [
+        *rms_norm(x, weight, 1e-5, normal(300, 576, seed=2)),
+        silu_and_mul(x),
+        *rotate(x, normal(300, 192), 64, table, torch.arange(300) * 3 % 900),
+        attend(x, pool, tasks, 0.125, False),
+        attend(x, pool, tasks, 0.125, True),
+    ]
+
+
+def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    alone = results()
+    for count in (2, 3, 5):
+        torch.set_num_threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
+    monkeypatch.setattr(kernels, "_parallel", lambda: None)  # a torch with another pool
+    assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
+
+
+def test_the_threads_are_those_of_torchs_pool() -> None:
+    """A second OpenMP library in the process would keep threads of its own spinning."""
+    assert kernels._parallel() is not None
+    results()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(loaded) == 1
+
+
+# --- compilation ---
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_kernels_compile_where_nothing_can_be_cached(cached: bool, tmp_path: Path) -> None:
+    program = f"""
+import numba.core.caching, torch
+if not {cached}:
+    numba.core.caching.CacheImpl._locator_classes = []
+from sglang_auf.cpu.kernels import silu_and_mul
+print(silu_and_mul(torch.ones(1, 4).bfloat16()).tolist())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.strip() == "[[0.73046875, 0.73046875]]", ran.stderr
+    assert any(tmp_path.rglob("*.nbi")) is cached
