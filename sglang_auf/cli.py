@@ -7,9 +7,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from sglang_auf import __version__
 from sglang_auf.errors import AufError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Settings = TypeVar("Settings", bound="BaseModel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(convert, "directory, hub id or prepared target to check it against (default: the one it names)")
     convert.set_defaults(run=_convert)
 
+    _add_prompts(commands.add_parser("prompts", help="let a server's model write the prompts of training data as well"))
     _add_regenerate(commands.add_parser("regenerate", help="let a server's model answer the prompts of training data"))
     return parser
 
@@ -99,6 +106,23 @@ def _add_output(parser: argparse.ArgumentParser, target_help: str) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument("--target", metavar="TARGET", help=target_help)
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Flags that are not given stay absent: their defaults live in PromptSettings."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target: its chat template")
+    parser.add_argument("--base-url", metavar="URL", required=True, help="a server with OpenAI's completions route")
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
+    parser.add_argument("--count", metavar="N", required=True, help="prompts in FILE in the end")
+    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
+    parser.add_argument("--concurrency", metavar="N", help="requests in flight (default: 64)")
+    parser.add_argument("--temperature", metavar="T", help="of the prompts (default: 1.0)")
+    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
+    parser.add_argument("--max-tokens", metavar="N", help="of one prompt; longer ones are not kept (default: 256)")
+    parser.add_argument("--timeout-s", metavar="S", help="seconds one prompt may take (default: 3600.0)")
+    parser.add_argument("--retries", metavar="N", help="of one request, with growing pauses (default: 6)")
+    parser.set_defaults(run=_prompts)
 
 
 def _add_regenerate(parser: argparse.ArgumentParser) -> None:
@@ -227,21 +251,40 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _regenerate(options: argparse.Namespace) -> int:
-    from pydantic import ValidationError
+def _prompts(options: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
 
+    from sglang_auf.training.features import find_target
+    from sglang_auf.training.prompts import PromptSettings, write_prompts
+
+    settings = _settings(PromptSettings, options)
+    outcomes = write_prompts(settings, AutoTokenizer.from_pretrained(find_target(settings.target)))
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{outcome:14} {count:8}")
+    print(f"{settings.count} prompts in {settings.out}")
+    return 0
+
+
+def _regenerate(options: argparse.Namespace) -> int:
     from sglang_auf.training.regenerate import RegenerateSettings, regenerate
 
+    settings = _settings(RegenerateSettings, options)
+    print(f"{regenerate(settings)} rows in {settings.out}")
+    return 0
+
+
+def _settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
+    """The flags of a command that asks a server. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    logging.getLogger("openai").setLevel(logging.WARNING)  # one line for every request that is tried again otherwise
     values = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     try:
-        settings = RegenerateSettings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         flag = "--" + str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"{flag} {problem['input']}", problem["msg"], f"give {flag} another value") from None
-    logging.getLogger("openai").setLevel(logging.WARNING)  # one line for every request that is tried again otherwise
-    print(f"{regenerate(settings)} rows in {settings.out}")
-    return 0
 
 
 if __name__ == "__main__":

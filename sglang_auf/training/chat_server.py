@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import openai
+from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -84,7 +86,7 @@ class ChatServer:
             timeout=httpx.Timeout(timeout_s, connect=30.0, pool=None),
             http_client=openai.DefaultAsyncHttpxClient(limits=limits),
         )
-        self._options = {"temperature": temperature, "top_p": 1.0, "max_tokens": max_tokens}
+        self._options: dict[str, Any] = {"temperature": temperature, "top_p": 1.0, "max_tokens": max_tokens}
         self._wanted = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
         self._extras: dict[str, Any] = dict(EXTRAS)
 
@@ -111,8 +113,23 @@ class ChatServer:
     async def answer(self, model: str, messages: Sequence[Message], seed: int) -> Answer:
         """Raises AnswerError, or ServerError where no question would get an answer."""
         question: dict[str, Any] = {"model": model, "messages": messages, "seed": seed, **self._options}
-        try:
+        with self._faults():
             return _read(await self._ask(question))
+
+    async def go_on(self, model: str, ids: Sequence[int], seed: int) -> Answer:
+        """What the model says after `ids`, without a template; raises as `answer` does."""
+        with self._faults():
+            reply = await self._client.completions.create(model=model, prompt=list(ids), seed=seed, **self._options)
+            if not isinstance(reply, Completion) or not reply.choices:
+                raise AnswerError("the reply is no completion", server=True)
+            choice = reply.choices[0]
+            tokens = reply.usage.completion_tokens if reply.usage else 0
+            return Answer(choice.text, None, choice.finish_reason, None, None, tokens)
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise self._unusable(error) from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:

@@ -49,6 +49,15 @@ class ChatTemplate:
         """The same for a conversation up to the beginning of its next answer, as a server gets it."""
         return self._locate(self._prompt(messages), messages, _answers(messages))
 
+    def user_opening(self) -> list[int]:
+        """Token ids of a conversation up to where its first user would begin to speak. Raises BadRow."""
+        said = "MARK"
+        text = self._render([{"role": "user", "content": said}])
+        opening, *rest = text.split(said)
+        if len(rest) != 1 or not opening:
+            raise BadRow("the chat template writes nothing before what a user says, or changes it")
+        return self._tokens([opening])[0]
+
     def _locate(self, text: str, messages: Sequence[Message], answers: Sequence[int]) -> tuple[list[int], list[Span]]:
         for message in messages:
             if message["role"] != "assistant" and message["content"].strip() not in text:

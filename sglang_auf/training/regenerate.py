@@ -141,7 +141,7 @@ async def _regenerate(settings: RegenerateSettings, prompts: Prompts) -> int:
         )
         with AnswerFile(settings.out, manifest) as file:
             todo = [prompt for prompt in prompts.prompts if prompt.id not in file.done]
-            with _Progress(len(prompts.prompts), len(prompts.prompts) - len(todo)) as progress:
+            with Progress(len(prompts.prompts), len(prompts.prompts) - len(todo)) as progress:
                 run = _Run(server, model, settings.seed, file, progress)
                 await run.ask(todo, settings.concurrency)
             _require_all(run.failed, prompts.unusable, settings.out)
@@ -154,7 +154,7 @@ _MANIFESTED = {"temperature", "max_tokens", "seed", "thinking"}
 class _Run:
     """Workers that share what is to do, what failed, and how many rows in a row the server has failed."""
 
-    def __init__(self, server: ChatServer, model: str, seed: int, file: AnswerFile, progress: _Progress) -> None:
+    def __init__(self, server: ChatServer, model: str, seed: int, file: AnswerFile, progress: Progress) -> None:
         self.failed: dict[str, str] = {}
         self._server = server
         self._model = model
@@ -199,7 +199,7 @@ class _Run:
         answers: list[Answer] = []
         for turn, said in enumerate(prompt.turns):
             messages += said
-            answer = await self._server.answer(self._model, messages, _seed(self._seed, prompt.id, turn))
+            answer = await self._server.answer(self._model, messages, seed_of(self._seed, prompt.id, turn))
             answers.append(answer)
             messages = [*messages, {"role": "assistant", "content": answer.text}]
             self._progress.tokens(answer.tokens)
@@ -214,7 +214,7 @@ class _Run:
         return row
 
 
-class _Progress:
+class Progress:
     """A bar of rows with tokens a second and the time left; tokens of turns whose row is not finished count."""
 
     def __init__(self, rows: int, done: int) -> None:
@@ -222,7 +222,7 @@ class _Progress:
         self._tokens = 0
         self._started = time.monotonic()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,7 +237,7 @@ class _Progress:
         self._bar.update()
 
 
-def _seed(seed: int, id: str, turn: int) -> int:
+def seed_of(seed: int, id: str, turn: int) -> int:
     """A stream of its own for every request, the same one in a resumed run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{id}/{turn}".encode()).digest()[:4]) >> 1
 

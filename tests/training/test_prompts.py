@@ -1,0 +1,156 @@
+"""Prompts that the target writes: what is asked, what is kept, what a kill leaves, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from sglang_auf import cli
+from sglang_auf.errors import DataError, ServerError
+from sglang_auf.training.prompts import USELESS_IN_A_ROW, PromptSettings, write_prompts
+from sglang_auf.training.regenerate import GIVE_UP_AFTER, read_prompts
+from tests.training.toy_tokenizer import toy_tokenizer
+
+
+@dataclass
+class Server:
+    """A completions route. says: (text, finish_reason) of the n-th request, or None for a 400."""
+
+    says: Callable[[int], tuple[str, str] | None]
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    async def reply(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        said = self.says(len(self.requests) - 1)
+        if said is None:
+            return JSONResponse({"message": "no such thing"}, 400)
+        choice = {"index": 0, "text": said[0], "finish_reason": said[1], "logprobs": None}
+        usage = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+        body = {"id": "x", "object": "text_completion", "created": 0, "model": "toy", "choices": [choice]}
+        return JSONResponse(body | {"usage": usage})
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(says: Callable[[int], tuple[str, str] | None]) -> Server:
+        server = Server(says)
+        app = FastAPI()
+        app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": "toy"}]})
+        app.post("/v1/completions")(server.reply)
+        runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        started.append((runner, thread))
+        while not runner.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        server.url = f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}"
+        return server
+
+    yield start
+    for runner, thread in started:
+        runner.should_exit = True
+        thread.join()
+
+
+def settings(server: Server, tmp_path: Path, **more: Any) -> PromptSettings:
+    values = {"target": "toy", "out": tmp_path / "prompts.jsonl", "base_url": server.url, "count": 6, "concurrency": 2}
+    return PromptSettings.model_validate(values | more)
+
+
+def texts(file: Path) -> list[str]:
+    return [json.loads(line)["turns"][0] for line in file.read_text().splitlines()]
+
+
+def test_the_model_is_given_the_template_up_to_the_user_and_what_it_says_is_a_prompt(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server, tokenizer = serve(lambda n: (f" question {n}\n", "stop")), toy_tokenizer()
+    wanted = settings(server, tmp_path)
+    assert write_prompts(wanted, tokenizer)["kept"] == 6
+    assert sorted(texts(wanted.out)) == [f"question {n}" for n in range(6)]
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    opening = tokenizer(rendered[: rendered.index("question")], add_special_tokens=False)["input_ids"]
+    assert opening
+    assert all(request["prompt"] == opening for request in server.requests)
+    assert all((request["temperature"], request["max_tokens"]) == (1.0, 256) for request in server.requests)
+    seeds = {request["seed"] for request in server.requests}
+    assert len(seeds) == len(server.requests) >= 6, "each has a stream of its own"
+    assert len(read_prompts([str(wanted.out)]).prompts) == 6, "what regenerate reads"
+
+
+def test_what_is_cut_off_empty_or_there_already_is_not_kept_and_is_counted(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    said = [("once", "stop"), ("once", "stop"), ("long", "length"), (" \n", "stop"), ("twice", "stop")]
+    wanted = settings(serve(lambda n: said[n]), tmp_path, count=2, concurrency=1)
+    assert write_prompts(wanted, toy_tokenizer()) == {"kept": 2, "there already": 1, "cut off": 1, "empty": 1}
+    assert texts(wanted.out) == ["once", "twice"]
+
+
+def test_a_later_run_goes_on_with_new_seeds_and_knows_what_is_there(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(lambda n: (["a", "b", "a", "c"][n], "stop"))
+    write_prompts(settings(server, tmp_path, count=2, concurrency=1), toy_tokenizer())
+    outcomes = write_prompts(settings(server, tmp_path, count=3, concurrency=1), toy_tokenizer())
+    assert outcomes == {"there already": 1, "kept": 1}
+    assert texts(tmp_path / "prompts.jsonl") == ["a", "b", "c"]
+    assert len({request["seed"] for request in server.requests}) == 4
+    assert write_prompts(settings(server, tmp_path, count=3), toy_tokenizer()) == {}
+    assert len(server.requests) == 4, "a file that has them all asks nothing"
+
+
+def test_a_file_made_otherwise_is_not_continued(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(lambda n: (f"{n}", "stop"))
+    write_prompts(settings(server, tmp_path), toy_tokenizer())
+    with pytest.raises(DataError, match=r"temperature was 1\.0 and is 0\.5"):
+        write_prompts(settings(server, tmp_path, count=9, temperature=0.5), toy_tokenizer())
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "mine/1", "turns": ["x"]}\n')
+    with pytest.raises(DataError, match="other rows"):
+        write_prompts(settings(server, tmp_path), toy_tokenizer())
+
+
+def test_a_model_that_does_not_write_prompts_is_given_up(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(lambda n: ("first", "stop") if n == 0 else ("and on and on", "length"))
+    with pytest.raises(DataError, match=f"{USELESS_IN_A_ROW} texts in a row of no use .* cut off"):
+        write_prompts(settings(server, tmp_path), toy_tokenizer())
+    assert texts(tmp_path / "prompts.jsonl") == ["first"]
+
+
+def test_a_server_that_refuses_is_given_up_and_what_is_there_is_kept(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(lambda n: ("first", "stop") if n == 0 else None)
+    with pytest.raises(ServerError, match=f"{GIVE_UP_AFTER} requests in a row failed.* refused with status 400"):
+        write_prompts(settings(server, tmp_path, concurrency=1), toy_tokenizer())
+    assert texts(tmp_path / "prompts.jsonl") == ["first"]
+
+
+def test_a_template_without_a_place_for_the_user_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    for template in ("{{ messages[0].content }}", "always the same"):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match="chat template"):
+            write_prompts(settings(serve(lambda n: None), tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--count", "0"), ("--temperature", "0"), ("--base-url", "nowhere")])
+def test_impossible_flags_name_themselves(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"--base-url": "http://127.0.0.1:1", "--out": "prompts.jsonl", "--count": "3"} | {flag: value}
+    assert cli.main(["prompts", "toy", *(part for pair in flags.items() for part in pair)]) == 2
+    assert f"{flag} {value}" in capsys.readouterr().err
