@@ -1,8 +1,8 @@
 """The CPU attention backend: decode, extend, target verify (causal) and draft block (bidirectional) in one form.
 
 A forward is planned once: for each request, where its queries lie in the batch and its keys in the pool. A layer is
-then one call of the attention kernel (kernels.py), which reads keys and values where they lie; nothing is padded,
-masked or gathered, and a query's result depends on nothing but its own keys.
+then one call of the attention kernel (kernels.py), which walks over the keys that a query sees and no others: nothing
+is padded or masked, and a query's result depends on nothing but its own keys.
 """
 
 from __future__ import annotations

@@ -30,12 +30,13 @@ def rms_norm_forward(
         or self.cast_x_before_out_mul
         or self.override_orig_dtype is not None
         or not x.dtype == self.weight.dtype == torch.bfloat16
+        or (residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape))
     ):
         return self.forward_native(x, residual, post_residual_addition)
     shape = x.shape
-    if x.dim() != 2:
-        x = x.reshape(-1, shape[-1])
-        residual = None if residual is None else residual.reshape(x.shape)
+    if not kernels.is_rows(x) or not (residual is None or kernels.is_rows(residual)):
+        x = x.reshape(-1, shape[-1]).contiguous()
+        residual = None if residual is None else residual.reshape(x.shape).contiguous()
     normed, total = kernels.rms_norm(x, self.weight, self.variance_epsilon, residual)
     if len(shape) != 2:
         normed, total = normed.view(shape), total.view(shape)
@@ -60,20 +61,25 @@ def rotary_forward(
         or not self.is_neox_style
         or self.rotary_dim != self.head_size
         or table.dtype != torch.float32
-        or query.dtype != torch.bfloat16
+        or not query.dtype == key.dtype == torch.bfloat16
     ):
         return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)  # type: ignore[no-any-return]
-    rotated = kernels.rotate(query.flatten(1), key.flatten(1), self.head_size, table, positions.flatten())
-    if query.dim() == 2:
-        return rotated
-    return rotated[0].view(query.shape), rotated[1].view(key.shape)
+    places = positions.flatten().long().contiguous()
+    rotated = kernels.rotate(_rows(query), _rows(key), self.head_size, table, places)
+    return rotated[0].unflatten(1, query.shape[1:]), rotated[1].unflatten(1, key.shape[1:])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, ...] as [tokens, features], each row contiguous."""
+    x = x.flatten(1)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def silu_and_mul_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """SiluAndMul.forward: silu of the first half of x's features times the second half."""
     from sglang_auf.cpu import kernels
 
-    if x.dim() != 2 or x.dtype != torch.bfloat16:
+    if not kernels.is_rows(x):
         native: torch.Tensor = self.forward_native(x)
         return native
     return kernels.silu_and_mul(x)

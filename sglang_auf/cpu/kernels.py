@@ -108,6 +108,15 @@ def _i64(typing: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _set_i64(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _place(builder, _LONG, args[0], args[1]), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _i32(typing: Any, address: Any, index: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(builder.load(_place(builder, _WORD, *args), align=4), _LONG)
@@ -174,9 +183,9 @@ def _exp(x: Any) -> Any:
 
 # --- the call ---
 
-# What every kernel's arguments begin with: the next task, how many there are, how many a thread takes at a time, and
-# the next thread's number.
-_NEXT, _TASKS, _GRAIN, _THREAD, _OWN = 0, 1, 2, 3, 4
+# What every kernel's arguments begin with: the next task, how many there are, how many a thread takes at a time, the
+# next thread's number, and whether an index was met that lies outside its table.
+_NEXT, _TASKS, _GRAIN, _THREAD, _FAULT, _OWN = 0, 1, 2, 3, 4, 5
 
 
 @cache
@@ -204,21 +213,30 @@ class Kernel:
         options = {"fastmath": FAST, "error_model": "numpy"}
         try:
             return cfunc("void(int64)", cache=True, **options)(self.function)
-        except RuntimeError as error:  # neither the package's directory nor the user's cache can be written to
-            logger.info("%s is compiled anew in each process: %s", self.function.__name__, error)
+        except Exception as error:  # no place to write to, a full disk, or a file that a crash has torn
+            logger.warning("numba's cache is of no use, %s is compiled anew: %r", self.function.__name__, error)
             return cfunc("void(int64)", **options)(self.function)
+
+    def prepare(self) -> None:
+        """Compile it now, and not in the middle of the first request."""
+        _ = self._call
 
     @cached_property
     def _call(self) -> Any:
         return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
 
     def __call__(self, tasks: int, threads: int, grain: int, *values: int) -> None:
-        """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time; values: the kernel's own."""
-        arguments = (ctypes.c_int64 * (_OWN + len(values)))(0, tasks, grain, 0, *values)
+        """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time; values: the kernel's own.
+
+        Raises IndexError for a position or slot outside its table; what belongs to it is not computed or written.
+        """
+        arguments = (ctypes.c_int64 * (_OWN + len(values)))(0, tasks, grain, 0, 0, *values)
         if threads > 1 and (parallel := _parallel()) is not None:
             parallel(self._compiled.address, arguments, threads, 0)
         else:
             self._call(arguments)
+        if arguments[_FAULT]:
+            raise IndexError(f"{self.function.__name__[1:]}: a position or slot outside its table")
 
 
 def _threads(elements: int) -> int:
@@ -230,16 +248,36 @@ def _rows(kernel: Kernel, rows: int, elements: int, *values: int) -> None:
     kernel(rows, threads, -(-rows // threads), *values)
 
 
+@cache  # of few values, at every call
 def _float_bits(value: float) -> int:
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return bits
 
 
+def _require(holds: bool, what: str) -> None:
+    """ValueError where memory would be misread."""
+    if not holds:
+        raise ValueError(f"not {what}")
+
+
+def is_rows(x: torch.Tensor) -> bool:
+    """Whether x is what the kernels call rows: a bf16 matrix, each row of which is contiguous."""
+    return bool(x.dtype == torch.bfloat16 and x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] <= 1))
+
+
 def _row_stride(x: torch.Tensor) -> int:
-    """Of a bf16 matrix whose rows are contiguous; AssertionError for anything else, whose memory would be misread."""
-    assert x.dtype == torch.bfloat16 and x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] == 1), (x.dtype, x.stride())
+    if not is_rows(x):
+        raise ValueError(f"not bf16 rows: {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}")
     stride: int = x.stride(0)
     return stride
+
+
+def _is_index(x: torch.Tensor, rows: int) -> bool:
+    return bool(x.dtype == torch.int64 and x.is_contiguous() and x.shape == (rows,))
+
+
+def _is_pool(x: torch.Tensor) -> bool:
+    return bool(x.dtype == torch.bfloat16 and x.dim() == 4 and x.is_contiguous())
 
 
 # --- RMSNorm ---
@@ -247,9 +285,9 @@ def _row_stride(x: torch.Tensor) -> int:
 
 @Kernel
 def _rms_norm(args):  # type: ignore[no-untyped-def]
-    x, x_stride, residual, residual_stride = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
-    total, out, weight, features = _i64(args, 8), _i64(args, 9), _i64(args, 10), _i64(args, 11)
-    per_feature, epsilon = _as_f32(_i64(args, 12)), _as_f32(_i64(args, 13))
+    x, x_stride, residual, residual_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    total, out, weight, features = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
+    per_feature, epsilon = _as_f32(_i64(args, 13)), _as_f32(_i64(args, 14))
     tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -277,8 +315,8 @@ def rms_norm(
     rows, features = x.shape
     out = torch.empty(rows, features, dtype=torch.bfloat16)
     total = x if residual is None else torch.empty_like(out)
-    assert weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.numel() == features
-    assert residual is None or residual.shape == x.shape
+    _require(weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.numel() == features, "its weight")
+    _require(residual is None or residual.shape == x.shape, "its residual")
     _rows(
         _rms_norm,
         rows,
@@ -302,7 +340,7 @@ def rms_norm(
 
 @Kernel
 def _silu_and_mul(args):  # type: ignore[no-untyped-def]
-    x, stride, out, features = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    x, stride, out, features = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
     tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -328,15 +366,19 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 @Kernel
 def _rotate(args):  # type: ignore[no-untyped-def]
-    q, q_stride, q_heads = _i64(args, 4), _i64(args, 5), _i64(args, 6)
-    k, k_stride, k_heads = _i64(args, 7), _i64(args, 8), _i64(args, 9)
-    out, head_size, table, positions = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
-    half = head_size // 2
+    q, q_stride, q_heads = _i64(args, 5), _i64(args, 6), _i64(args, 7)
+    k, k_stride, k_heads = _i64(args, 8), _i64(args, 9), _i64(args, 10)
+    out, head_size, table, positions = _i64(args, 11), _i64(args, 12), _i64(args, 13), _i64(args, 14)
+    half, limit = head_size // 2, _i64(args, 15)
     tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
-            cosine = table + 4 * head_size * _i64(positions, row)
+            position = _i64(positions, row)
+            if position < 0 or position >= limit:
+                _set_i64(args, _FAULT, 1)
+                continue
+            cosine = table + 4 * head_size * position
             sine = cosine + 4 * half
             for head in range(q_heads + k_heads):
                 if head < q_heads:
@@ -357,12 +399,13 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k, bf16 [tokens, heads * head_size], turned by half-split pairs.
 
-    table: float32 [positions, head_size], cosines before sines. positions: int64 [tokens], within the table.
+    table: float32 [positions, head_size], cosines before sines. positions: int64 [tokens]. Raises IndexError for one
+    outside the table.
     """
     rows, width = q.shape[0], q.shape[1] + k.shape[1]
-    assert table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_size
-    assert positions.dtype == torch.int64 and positions.is_contiguous() and positions.shape == (rows,)
-    assert k.shape[0] == rows and q.shape[1] % head_size == 0 and k.shape[1] % head_size == 0
+    _require(table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_size, "its table")
+    _require(_is_index(positions, rows), "a position for each row")
+    _require(k.shape[0] == rows and q.shape[1] % head_size == 0 and k.shape[1] % head_size == 0, "whole heads")
     out = torch.empty(rows, width, dtype=torch.bfloat16)
     _rows(
         _rotate,
@@ -378,6 +421,7 @@ def rotate(
         head_size,
         table.data_ptr(),
         positions.data_ptr(),
+        table.shape[0],
     )
     return out[:, : q.shape[1]], out[:, q.shape[1] :]
 
@@ -387,14 +431,17 @@ def rotate(
 
 @Kernel
 def _store(args):  # type: ignore[no-untyped-def]
-    k, k_stride, v, v_stride = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
-    pool, slots, width = _i64(args, 8), _i64(args, 9), _i64(args, 10)
+    k, k_stride, v, v_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    pool, slots, width, limit = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
     tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
-            key, value = k + 2 * row * k_stride, v + 2 * row * v_stride
-            target = pool + 4 * width * _i64(slots, row)
+            key, value, slot = k + 2 * row * k_stride, v + 2 * row * v_stride, _i64(slots, row)
+            if slot < 0 or slot >= limit:
+                _set_i64(args, _FAULT, 1)
+                continue
+            target = pool + 4 * width * slot
             for i in range(width):
                 _copy_bf16(target, key, i)
             for i in range(width):
@@ -405,11 +452,11 @@ def _store(args):  # type: ignore[no-untyped-def]
 def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Write bf16 k and v [tokens, key heads * head_dim] to pool [slots, 2, key heads, head_dim]. slots: int64 [tokens].
 
-    A slot that is in the list twice ends with either row's values.
+    A slot that is in the list twice ends with either row's values; IndexError for one outside the pool.
     """
     rows, width = k.shape
-    assert pool.dtype == torch.bfloat16 and pool.is_contiguous() and pool[0].numel() == 2 * width and v.shape == k.shape
-    assert slots.dtype == torch.int64 and slots.is_contiguous() and slots.shape == (rows,)
+    _require(_is_pool(pool) and 2 * width == pool.stride(0) and v.shape == k.shape, "k and v of the pool's heads")
+    _require(_is_index(slots, rows), "a slot for each row")
     _rows(
         _store,
         rows,
@@ -421,6 +468,7 @@ def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Ten
         pool.data_ptr(),
         slots.data_ptr(),
         width,
+        pool.shape[0],
     )
 
 
@@ -485,12 +533,16 @@ def _softmax(scores: Any, count: Any) -> Any:
 
 
 @njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _gather(pool: Any, slots: Any, start: Any, count: Any, slot_width: Any, head_dim: Any, target: Any) -> Any:
+def _gather(args: Any, pool: Any, limit: Any, slots: Any, count: Any, slot_width: Any, head_dim: Any, out: Any) -> Any:
     """Float32 copies of one head of `count` slots. pool: the address of that head in slot 0."""
     for j in range(count):
-        source = pool + 2 * slot_width * _i32(slots, start + j)
+        slot = _i32(slots, j)
+        if slot < 0 or slot >= limit:
+            _set_i64(args, _FAULT, 1)
+            slot = 0
+        source = pool + 2 * slot_width * slot
         for i in range(head_dim):
-            _set_f32(target, j * head_dim + i, _bf16(source, i))
+            _set_f32(out, j * head_dim + i, _bf16(source, i))
 
 
 # Of a task of attention.
@@ -499,13 +551,12 @@ _FIELDS = 5
 
 @Kernel
 def _attend(args):  # type: ignore[no-untyped-def]
-    q, q_stride, out, pool = _i64(args, 4), _i64(args, 5), _i64(args, 6), _i64(args, 7)
-    table, key_heads, per_key, head_dim = _i64(args, 8), _i64(args, 9), _i64(args, 10), _i64(args, 11)
-    scale, whole_block, longest = _as_f32(_i64(args, 12)), _i64(args, 13), _i64(args, 14)
-    scratch = _i64(args, 15) + 4 * _i64(args, 16) * _take(args, _THREAD, 1)
-    most = QUERIES_AT_ONCE * per_key
-    copies = scratch
-    queries = copies + 4 * KEYS_AT_ONCE * head_dim
+    q, q_stride, out, pool, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    table, key_heads, per_key, head_dim = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
+    scale, whole_block, longest, most = _as_f32(_i64(args, 14)), _i64(args, 15), _i64(args, 16), _i64(args, 17)
+    at_once, scratch, scratch_size = _i64(args, 18), _i64(args, 19), _i64(args, 20)
+    copies = scratch + 4 * scratch_size * _take(args, _THREAD, 1)
+    queries = copies + 4 * at_once * head_dim
     sums = queries + 4 * most * head_dim
     totals = sums + 4 * most * head_dim
     scores = totals + 4 * most
@@ -524,9 +575,9 @@ def _attend(args):  # type: ignore[no-untyped-def]
             for i in range(head_dim):
                 _set_f32(queries, row * head_dim + i, _bf16(source, i) * scale)
                 _set_f32(sums, row * head_dim + i, _ZERO)
-        for start in range(0, keys, KEYS_AT_ONCE):
-            count = min(KEYS_AT_ONCE, keys - start)
-            _gather(pool + 2 * head * head_dim, slots, start, count, slot_width, head_dim, copies)
+        for start in range(0, keys, at_once):
+            count = min(at_once, keys - start)
+            _gather(args, pool + 2 * head * head_dim, limit, slots + 4 * start, count, slot_width, head_dim, copies)
             for row in range(rows):
                 visible = keys if whole_block != 0 else seen + row // per_key
                 _dots(
@@ -539,9 +590,10 @@ def _attend(args):  # type: ignore[no-untyped-def]
         for row in range(rows):
             visible = keys if whole_block != 0 else seen + row // per_key
             _set_f32(totals, row, _softmax(scores + 4 * row * longest, visible))
-        for start in range(0, keys, KEYS_AT_ONCE):
-            count = min(KEYS_AT_ONCE, keys - start)
-            _gather(pool + 2 * (key_heads + head) * head_dim, slots, start, count, slot_width, head_dim, copies)
+        values = pool + 2 * (key_heads + head) * head_dim
+        for start in range(0, keys, at_once):
+            count = min(at_once, keys - start)
+            _gather(args, values, limit, slots + 4 * start, count, slot_width, head_dim, copies)
             for row in range(rows):
                 visible = keys if whole_block != 0 else seen + row // per_key
                 _weigh(
@@ -565,6 +617,9 @@ class AttentionTasks:
     """A forward, as `attend` reads it: rows of [slots' address, first query, queries, keys the first sees, keys]."""
 
     table: np.ndarray[Any, Any]
+    slots: torch.Tensor  # the addresses lead into it
+    tokens: int  # of the whole batch
+    queries: int  # of the largest task
     longest: int  # keys of the longest request
     keys: int  # keys read, over all tasks
 
@@ -572,17 +627,28 @@ class AttentionTasks:
     def of(cls, spans: Iterable[tuple[int, int, int, int]], slots: torch.Tensor) -> AttentionTasks:
         """spans: (row of slots, first query, queries, keys) a request; the queries are the last of its keys.
 
-        slots: int32 [rows, longest context], the pool slot of each key; it is read while `attend` runs.
+        slots: int32 [rows, longest context], the pool slot of each key, read when `attend` runs. Raises ValueError for
+        a span outside it.
         """
-        assert slots.dtype == torch.int32 and slots.stride(1) == 1
+        _require(slots.dtype == torch.int32 and slots.dim() == 2 and slots.stride(1) == 1, "an int32 table of slots")
         base, step = slots.data_ptr(), 4 * slots.stride(0)
-        rows = [
-            (base + step * row, first + done, min(QUERIES_AT_ONCE, queries - done), keys - queries + done + 1, keys)
-            for row, first, queries, keys in spans
-            for done in range(0, queries, QUERIES_AT_ONCE)
-        ]
-        table = np.array(rows, dtype=np.int64).reshape(-1, _FIELDS)
-        return cls(table, max((row[-1] for row in rows), default=0), sum(row[-1] for row in rows))
+        rows: list[tuple[int, int, int, int, int]] = []
+        tokens = 0
+        for row, first, queries, keys in spans:
+            if not (0 <= row < slots.shape[0] and 0 <= queries <= keys <= slots.shape[1] and first == tokens):
+                raise ValueError(f"row {row}, queries {first} + {queries}, {keys} keys, table {tuple(slots.shape)}")
+            tokens += queries
+            for done in range(0, queries, QUERIES_AT_ONCE):
+                some = min(QUERIES_AT_ONCE, queries - done)
+                rows.append((base + step * row, first + done, some, keys - queries + done + 1, keys))
+        return cls(
+            np.array(rows, dtype=np.int64).reshape(-1, _FIELDS),
+            slots,
+            tokens,
+            max((row[2] for row in rows), default=0),
+            max((row[4] for row in rows), default=0),
+            sum(row[4] for row in rows),
+        )
 
 
 class _Scratch:
@@ -593,6 +659,7 @@ class _Scratch:
 
     def address(self, floats: int) -> int:
         if self.memory is None or self.memory.numel() < floats:
+            self.memory = None  # before there is more: the old is not needed any longer
             self.memory = torch.empty(floats + floats // 4, dtype=torch.float32)  # contexts grow token by token
         address: int = self.memory.data_ptr()
         return address
@@ -605,23 +672,27 @@ def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: fl
     """softmax(q K^T scale) V of bf16 q [tokens, heads * head_dim] over pool [slots, 2, key heads, head_dim].
 
     A query sees the keys up to itself; whole_block: all keys of its request. Query heads are split evenly over key
-    heads. Returns [tokens, heads * head_dim].
+    heads. Returns [tokens, heads * head_dim]. Raises IndexError for a slot outside the pool. One call at a time in a
+    process, as SGLang's schedulers make them: scratch memory is shared.
     """
+    _require(_is_pool(pool), "a pool of bf16 keys and values")
     key_heads, head_dim = pool.shape[2], pool.shape[3]
     per_key = q.shape[1] // (key_heads * head_dim)
-    assert pool.dtype == torch.bfloat16 and pool.is_contiguous() and q.shape[1] == per_key * key_heads * head_dim
+    _require(q.shape == (tasks.tokens, per_key * key_heads * head_dim), "the queries of the planned forward")
     out = torch.empty(q.shape, dtype=torch.bfloat16)
-    rows = QUERIES_AT_ONCE * per_key
-    size = KEYS_AT_ONCE * head_dim + 2 * rows * head_dim + rows + rows * tasks.longest
-    threads = _threads(tasks.keys * per_key * key_heads * head_dim)
+    units = len(tasks.table) * key_heads
+    threads = min(units, _threads(tasks.keys * per_key * key_heads * head_dim))
+    most = tasks.queries * per_key
+    size = KEYS_AT_ONCE * head_dim + 2 * most * head_dim + most + most * tasks.longest
     _attend(
-        len(tasks.table) * key_heads,
+        units,
         threads,
         1,
         q.data_ptr(),
         _row_stride(q),
         out.data_ptr(),
         pool.data_ptr(),
+        pool.shape[0],
         tasks.table.ctypes.data,
         key_heads,
         per_key,
@@ -629,7 +700,18 @@ def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: fl
         _float_bits(scale),
         int(whole_block),
         tasks.longest,
+        most,
+        KEYS_AT_ONCE,
         _SCRATCH.address(threads * size),
         size,
     )
     return out
+
+
+KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend)
+
+
+def prepare() -> None:
+    """Compile all kernels, or load them from numba's cache: seconds the first time on a machine."""
+    for kernel in KERNELS:
+        kernel.prepare()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -192,4 +192,12 @@ def install(model: torch.nn.Module) -> int:
         if (is_linear or is_head) and module.weight.dtype == torch.bfloat16:
             module.quant_method = RowInvariantLinear(module.weight.data)
             installed += 1
+        elif type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_plain(module):
+            # What fuses the tapped features of a DFlash drafter (models/dflash.py) is torch's own.
+            module.forward = partial(RowInvariantLinear(module.weight.data).apply, module)
+            installed += 1
     return installed
+
+
+def _is_plain(module: torch.nn.Linear) -> bool:
+    return module.bias is None and module.weight.dtype == torch.bfloat16

@@ -10,7 +10,6 @@ import psutil
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_auf.cpu import kernels
 from sglang_auf.errors import TargetError
 from sglang_auf.model_files import read_json
 
@@ -50,7 +49,9 @@ class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
         return self._layers[layer_id - self.start_layer]
 
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
-        kernels.store(cache_k.flatten(1), cache_v.flatten(1), self._layers[layer_idx], loc.long())
+        from sglang_auf.cpu import kernels  # with numba: for the scheduler alone
+
+        kernels.store(cache_k.flatten(1), cache_v.flatten(1), self._layers[layer_idx], loc.long().contiguous())
 
 
 @dataclass(frozen=True, slots=True)

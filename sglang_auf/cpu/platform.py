@@ -141,8 +141,10 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         _cpu_tensors_need_no_stream()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        from sglang_auf.cpu import kernels
         from sglang_auf.cpu.linear import install
 
+        kernels.prepare()
         install(model)
         for module in model.modules():
             # models/dflash.py: this path is a Triton kernel that checks no device.

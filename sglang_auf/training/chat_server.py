@@ -116,15 +116,20 @@ class ChatServer:
         with self._faults():
             return _read(await self._ask(question))
 
-    async def go_on(self, model: str, ids: Sequence[int], seed: int) -> Answer:
-        """What the model says after `ids`, without a template; raises as `answer` does."""
+    async def go_on(self, model: str, ids: Sequence[int], end: int | None, seed: int) -> Answer:
+        """What the model says after `ids`, without a template, to its own end or to token `end`; raises as `answer`."""
+        more = None if end is None else {"stop_token_ids": [end]}  # a field of SGLang's and vLLM's
         with self._faults():
-            reply = await self._client.completions.create(model=model, prompt=list(ids), seed=seed, **self._options)
-            if not isinstance(reply, Completion) or not reply.choices:
-                raise AnswerError("the reply is no completion", server=True)
-            choice = reply.choices[0]
-            tokens = reply.usage.completion_tokens if reply.usage else 0
-            return Answer(choice.text, None, choice.finish_reason, None, None, tokens)
+            reply = await self._client.completions.create(
+                model=model, prompt=list(ids), seed=seed, extra_body=more, **self._options
+            )
+        if not isinstance(reply, Completion) or not reply.choices:
+            raise AnswerError("the reply is no completion", server=True)
+        choice = reply.choices[0]
+        if choice.finish_reason not in FINISHED:
+            raise AnswerError(f"the text ended with finish_reason {choice.finish_reason!r}", server=True)
+        tokens = reply.usage.completion_tokens if reply.usage else 0
+        return Answer(choice.text, None, choice.finish_reason, None, None, tokens)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

@@ -49,14 +49,14 @@ class ChatTemplate:
         """The same for a conversation up to the beginning of its next answer, as a server gets it."""
         return self._locate(self._prompt(messages), messages, _answers(messages))
 
-    def user_opening(self) -> list[int]:
-        """Token ids of a conversation up to where its first user would begin to speak. Raises BadRow."""
-        said = "MARK"
-        text = self._render([{"role": "user", "content": said}])
-        opening, *rest = text.split(said)
-        if len(rest) != 1 or not opening:
-            raise BadRow("the chat template writes nothing before what a user says, or changes it")
-        return self._tokens([opening])[0]
+    def user_turn(self) -> tuple[list[int], int]:
+        """Token ids of a conversation up to where its first user would begin to speak, and the token after. BadRow."""
+        said = "q7zxv"  # in no template
+        opening, *rest = self._render([{"role": "user", "content": said}]).split(said)
+        if len(rest) != 1 or not opening or not rest[0]:
+            raise BadRow("the chat template does not write what a user says between something and something")
+        ids, after = self._tokens([opening, rest[0]])
+        return ids, after[0]
 
     def _locate(self, text: str, messages: Sequence[Message], answers: Sequence[int]) -> tuple[list[int], list[Span]]:
         for message in messages:

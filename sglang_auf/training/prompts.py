@@ -64,16 +64,17 @@ def write_prompts(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) 
     text; the rows in the file are kept, and the same command goes on with them.
     """
     try:
-        opening = ChatTemplate(tokenizer, thinking=None).user_opening()
+        opening, end = ChatTemplate(tokenizer, thinking=None).user_turn()
     except BadRow as fault:
         raise DataError(
             str(fault), "a chat template with a place for what a user says", "give prompts of your own"
         ) from (fault)
     with logging_redirect_tqdm():
-        return asyncio.run(_write(settings, opening))
+        return asyncio.run(_write(settings, opening, None if end == tokenizer.eos_token_id else end))
 
 
-async def _write(settings: PromptSettings, opening: list[int]) -> Counter[str]:
+async def _write(settings: PromptSettings, opening: list[int], end: int | None) -> Counter[str]:
+    """end: the token that ends a user's turn, where the model does not stop at it by itself."""
     async with ChatServer(
         settings.base_url,
         concurrency=settings.concurrency,
@@ -93,7 +94,7 @@ async def _write(settings: PromptSettings, opening: list[int]) -> Counter[str]:
         )
         with AnswerFile(settings.out, manifest) as file:
             with Progress(settings.count, len(file.done)) as progress:
-                run = _Run(server, model, opening, settings, file, progress)
+                run = _Run(server, model, opening, end, settings, file, progress)
                 await run.ask()
             return run.outcomes
 
@@ -126,12 +127,13 @@ class _Run:
         server: ChatServer,
         model: str,
         opening: list[int],
+        end: int | None,
         settings: PromptSettings,
         file: AnswerFile,
         progress: Progress,
     ) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._server, self._model, self._opening = server, model, opening
+        self._server, self._model, self._opening, self._end = server, model, opening, end
         self._settings, self._file, self._progress = settings, file, progress
         try:
             before = [_Id.read(id) for id in file.done]
@@ -159,10 +161,9 @@ class _Run:
 
     async def _work(self) -> None:
         for number in self._missing():
+            seed = seed_of(self._settings.seed, "prompt", number)
             try:
-                found = await self._server.go_on(
-                    self._model, self._opening, seed_of(self._settings.seed, "prompt", number)
-                )
+                found = await self._server.go_on(self._model, self._opening, self._end, seed)
             except AnswerError as error:
                 self.outcomes["failed"] += 1
                 self._faults += 1
@@ -181,8 +182,9 @@ class _Run:
     def _keep(self, number: int, text: str, finish_reason: str) -> None:
         id = _Id.of(number, text)
         if len(self._file.done) >= self._settings.count:
-            outcome = "one too many"
-        elif finish_reason != "stop":
+            self.outcomes["one too many"] += 1
+            return
+        if finish_reason != "stop":
             outcome = "cut off"
         elif not text:
             outcome = "empty"

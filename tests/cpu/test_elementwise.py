@@ -94,6 +94,15 @@ def test_rms_norm_with_a_third_summand_is_sglangs_own() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_rows_that_are_not_contiguous_and_residuals_of_another_kind() -> None:
+    norm, x = norm_of(64), normal(5, 64).bfloat16()
+    across = x.T.contiguous().T
+    assert torch.equal(normed(norm, across), normed(norm, x))
+    for residual in (normal(5, 64), normal(64).bfloat16()):
+        for ours, theirs in zip(rms_norm_forward(norm, x, residual), norm.forward_native(x, residual), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_a_normed_row_has_the_same_bits_in_any_company() -> None:
     norm, x = norm_of(576), normal(300, 576).bfloat16()
     together = normed(norm, x)
@@ -171,6 +180,20 @@ def test_views_of_one_projection_and_separate_tensors_give_the_same_bits(rotary:
     assert all(torch.equal(now, then) for now, then in zip((q, k, v), kept, strict=True))
 
 
+def test_positions_and_heads_in_other_forms(rotary: RotaryEmbedding) -> None:
+    positions = torch.arange(5) * 11
+    q, k, _ = projection(5)
+    expected = rotary_forward(rotary, positions, q, k)
+    strided = (torch.arange(10) * 11).view(5, 2).T.contiguous().T.flatten()[::2] // 2
+    for other in (positions.int(), strided):
+        assert all(torch.equal(a, b) for a, b in zip(rotary_forward(rotary, other, q, k), expected, strict=True))
+    mixed = rotary_forward(rotary, positions, q, k.unflatten(1, (KEY_HEADS, HEAD)))
+    assert mixed[1].shape == (5, KEY_HEADS, HEAD)
+    assert torch.equal(mixed[1].flatten(1), expected[1])
+    across = rotary_forward(rotary, positions, q.T.contiguous().T, k.T.contiguous().T)
+    assert all(torch.equal(a, b) for a, b in zip(across, expected, strict=True))
+
+
 def test_a_rotated_row_has_the_same_bits_in_any_company(rotary: RotaryEmbedding) -> None:
     positions = torch.randint(0, 4096, (200,), generator=torch.Generator().manual_seed(0))
     q, k, _ = projection(200)
@@ -230,7 +253,7 @@ def test_silu_and_mul_is_the_exact_one_rounded(rows: int, scale: float) -> None:
 
 
 def test_other_forms_of_silu_and_mul_are_sglangs_own() -> None:
-    for x in (normal(3, 8), normal(2, 3, 8).bfloat16()):
+    for x in (normal(3, 8), normal(2, 3, 8).bfloat16(), normal(8, 4).bfloat16().T):
         assert torch.equal(silu_and_mul_forward(SiluAndMul(), x), SiluAndMul().forward_native(x))
 
 

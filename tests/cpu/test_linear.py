@@ -278,6 +278,22 @@ def test_bf16_layers_and_the_head_of_a_model_are_replaced_and_nothing_else(monke
     assert linear.install(model) == 0, "a second time there is nothing left to replace"
 
 
+def test_torchs_own_linear_layers_are_row_invariant_too() -> None:
+    """The fusion of a drafter's tapped features is one."""
+    fusion = torch.nn.Linear(96, 64, bias=False).bfloat16().requires_grad_(False)
+    others = [torch.nn.Linear(96, 64).bfloat16(), torch.nn.Linear(96, 64, bias=False)]
+    model = torch.nn.ModuleList([fusion, *others])
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = fusion(x)
+    assert linear.install(model) == 1
+    together = fusion(x)
+    assert (together.float() - before.float()).abs().max() <= 0.02
+    assert torch.equal(fusion(x.view(4, 10, 96)), together.view(4, 10, 64))
+    for count in (1, 2, 7, 33):
+        assert torch.equal(fusion(x[:count]), together[:count])
+    assert linear.install(model) == 0
+
+
 def test_a_tied_head_is_replaced_once() -> None:
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding

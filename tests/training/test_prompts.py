@@ -101,6 +101,29 @@ def test_what_is_cut_off_empty_or_there_already_is_not_kept_and_is_counted(
     assert texts(wanted.out) == ["once", "twice"]
 
 
+def test_a_file_that_is_full_is_the_end_whatever_is_still_in_flight(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    concurrency = USELESS_IN_A_ROW + 60
+    outcomes = write_prompts(
+        settings(serve(lambda n: (f"{n}", "stop")), tmp_path, count=concurrency + 1, concurrency=concurrency),
+        toy_tokenizer(),
+    )
+    assert outcomes["kept"] == concurrency + 1 == len(texts(tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("own_end", [True, False])
+def test_a_text_ends_with_the_users_turn_also_where_the_model_would_go_on(
+    own_end: bool, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server, tokenizer = serve(lambda n: (f"{n}", "stop")), toy_tokenizer()
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    end = tokenizer(rendered.split("question")[1], add_special_tokens=False)["input_ids"][0]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end if own_end else end + 1)
+    write_prompts(settings(server, tmp_path), tokenizer)
+    assert all(request.get("stop_token_ids") == (None if own_end else [end]) for request in server.requests)
+
+
 def test_a_later_run_goes_on_with_new_seeds_and_knows_what_is_there(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -139,6 +162,13 @@ def test_a_server_that_refuses_is_given_up_and_what_is_there_is_kept(
     with pytest.raises(ServerError, match=f"{GIVE_UP_AFTER} requests in a row failed.* refused with status 400"):
         write_prompts(settings(server, tmp_path, concurrency=1), toy_tokenizer())
     assert texts(tmp_path / "prompts.jsonl") == ["first"]
+
+
+def test_a_text_that_the_server_gave_up_is_a_failure_of_the_server(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    with pytest.raises(ServerError, match="finish_reason 'abort'"):
+        write_prompts(settings(serve(lambda n: ("half a", "abort")), tmp_path), toy_tokenizer())
 
 
 def test_a_template_without_a_place_for_the_user_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
