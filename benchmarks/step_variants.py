@@ -60,7 +60,7 @@ class DenseDecay(TrainingStep):
         return Terms(torch.stack(numerators).sum()[None], weights.sum()[None], one, metrics)
 
     def _part(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        logits = hidden.to(self.head.dtype) @ self.head.T
+        logits = F.linear(hidden.to(self.head.dtype), self.head)
         ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         return (ce * weights).sum(), logits.detach().argmax(-1) == labels
 
