@@ -7,7 +7,8 @@ follows from two things that a worker sees at every step:
     tau(b)      = 1 + sum_{k<b} prod_{i<=k} alpha_i         from the drafts accepted lately (acceptance.py)
     seconds(n, b) = base + per_request n + per_slot n b     least squares over the steps of late
 
-A block size changes no answer, whatever it is, so the choice is free to follow the clock. Pure arithmetic: no torch.
+A block size changes no answer, whatever it is, so the choice is free to follow the clock. A block of one is plain
+decoding: the drafter is not asked, and only kept up to date. Pure arithmetic: no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import numpy as np
 SWITCH = "SGLANG_AUF_ADAPTIVE_BLOCK"
 """Environment variable: set to 1, the block of a step follows the load, up to the block size that was asked for."""
 
-SMALLEST = 2
-"""Of blocks: the anchor and one draft."""
+SMALLEST = 1
+"""Of blocks: the anchor and no draft."""
 
 FORGET = 0.98
 """What a step weighs one step later, in costs and in acceptance: about the last 50 steps count."""
@@ -43,12 +44,12 @@ def asked_for() -> bool:
 
 
 class BlockChooser:
-    """Chooses the block of the next step, SMALLEST .. `largest`, from the steps it was told of."""
+    """Chooses the block of the next step, `smallest` .. `largest`, from the steps it was told of."""
 
-    def __init__(self, largest: int) -> None:
-        if largest < SMALLEST:
-            raise ValueError(f"a block of {largest}, where {SMALLEST} is the smallest")
-        self.largest = largest
+    def __init__(self, largest: int, smallest: int = SMALLEST) -> None:
+        if not SMALLEST <= smallest < largest:
+            raise ValueError(f"blocks of {smallest} to {largest}, where there is nothing to choose")
+        self.largest, self.smallest = largest, smallest
         self._steps = 0
         self._tried = np.full(largest - 1, TRIED)
         self._right = np.full(largest - 1, TRIED / 2)
@@ -59,11 +60,11 @@ class BlockChooser:
         """The block of a step of so many requests."""
         if self._normal is None:
             return self.largest
-        rates = [self.tau(block) / self.seconds(requests, block) for block in range(SMALLEST, self.largest + 1)]
-        best = SMALLEST + int(np.argmax(rates))
+        rates = [self.tau(block) / self.seconds(requests, block) for block in range(self.smallest, self.largest + 1)]
+        best = self.smallest + int(np.argmax(rates))
         if self._steps % EXPLORE_EVERY == 0:
             up = (self._steps // EXPLORE_EVERY) % 2 == 0
-            return min(max(best + (1 if up else -1), SMALLEST), self.largest)
+            return min(max(best + (1 if up else -1), self.smallest), self.largest)
         return best
 
     def observe(self, requests: int, block: int, seconds: float, accepted: Sequence[int]) -> None:

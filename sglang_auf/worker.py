@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sglang.srt.speculative.dflash_worker_v2 import (
 )
 
 from sglang_auf import sampler
-from sglang_auf.adaptive import BlockChooser, asked_for
+from sglang_auf.adaptive import SMALLEST, BlockChooser, asked_for
 from sglang_auf.cpu.linear import RowInvariantLinear
 
 # What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
@@ -36,6 +37,21 @@ OF_A_BLOCK = (
 )
 
 
+class _Undrafted:
+    """In place of the drafter's model runner in a step that drafts nothing: its pass would be thrown away."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def forward(self, forward_batch: Any) -> Any:
+        # Hidden states of the anchors [requests, hidden]. Drafts are read off the places behind, and there are none.
+        output = SimpleNamespace(hidden_states=forward_batch.input_embeds)
+        return SimpleNamespace(logits_output=output, can_run_graph=False)
+
+
 class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     """Drafts, verifies and commits as DFLASH does; draws the target's token at every slot with the request's seed.
 
@@ -44,13 +60,15 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     """
 
     block_size: int
+    draft_model_runner: Any
     _chooser: BlockChooser | None = None
     _blocks: dict[int, dict[str, Any]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if asked_for():
-            self._chooser = BlockChooser(int(self.block_size))
+            # Domino's head starts from a first draft.
+            self._chooser = BlockChooser(int(self.block_size), smallest=2 if self._is_domino else SMALLEST)
             self._blocks = {}
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +80,13 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         block = chooser.choose(requests)
         self._use_block(block)
         began = time.perf_counter()
-        result = super().forward_batch_generation(batch, *args, **kwargs)
+        drafter = self.draft_model_runner
+        try:
+            if block == 1:
+                self.draft_model_runner = _Undrafted(drafter)
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+        finally:
+            self.draft_model_runner = drafter
         accepted = [length - 1 for length in result.accept_lens.tolist()]
         chooser.observe(requests, block, time.perf_counter() - began, accepted)
         # SGLang carries this to the reply's counts, as it does for DSPARK (batch_result_processor.py).

@@ -84,7 +84,8 @@ def test_a_useless_drafter_gets_the_smallest_block_and_a_perfect_one_the_largest
 def test_every_block_lies_in_range_and_neighbours_are_tried() -> None:
     world = World(0.5, base=0.01, per_request=0.001, per_slot=0.001)
     chosen = world.run(BlockChooser(3), lambda step: 1 + step % 20, 300)
-    assert set(chosen) == {2, 3}
+    assert set(chosen) == {1, 2, 3}
+    assert set(world.run(BlockChooser(3, smallest=2), lambda step: 1 + step % 20, 300)) == {2, 3}
 
 
 def test_alpha_is_that_of_late() -> None:
@@ -109,6 +110,15 @@ def test_what_was_not_drafted_says_nothing_of_later_slots() -> None:
     assert chooser.alpha(1) == pytest.approx(0.75, abs=0.02)
 
 
-def test_a_block_without_a_draft_is_refused() -> None:
-    with pytest.raises(ValueError, match="a block of 1"):
-        BlockChooser(1)
+def test_a_drafter_that_gets_better_is_found_again_from_plain_decoding() -> None:
+    world = World(0.0, base=0.03, per_request=0.0, per_slot=0.001)
+    chooser = BlockChooser(LARGEST)
+    assert typical(world.run(chooser, lambda _: 8, 200)[100:]) < 1.1
+    world.alpha = 0.9
+    assert typical(world.run(chooser, lambda _: 8, 1500)[-100:]) > 4
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 3), (4, 0)])
+def test_blocks_that_leave_no_choice_are_refused(blocks: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="nothing to choose"):
+        BlockChooser(*blocks)
