@@ -142,43 +142,39 @@ def _as_f32(typing: Any, bits: Any) -> Any:
     return types.float32(types.int64), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _nearest(typing: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic("llvm.rint", [_SINGLE]), args)
-
-    return types.float32(types.float32), build
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _power_of_two(typing: Any, exponent: Any) -> Any:
-    """2 to a whole float32 from -126 to 127, by its bits."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole = builder.fptosi(args[0], _WORD)
-        return builder.bitcast(builder.shl(builder.add(whole, _WORD(127)), _WORD(23)), _SINGLE)
-
-    return types.float32(types.float32), build
-
-
 # --- arithmetic; every constant is a float32, or numba would compute in float64 ---
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_LOWEST, _HIGHEST = np.float32(-87), np.float32(88)
-_LOG2_E = np.float32(math.log2(math.e))
-_LN_2_HIGH = np.float32(0.693359375)  # few bits: its product with a small whole number is exact
-_LN_2_LOW = np.float32(math.log(2) - 0.693359375)
-_C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
 
 
-@njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
-    """e^x within 3 units of float32's last place; x is taken into [-87, 88]."""
-    x = min(max(x, _LOWEST), _HIGHEST)
-    n = _nearest(x * _LOG2_E)
-    r = x - n * _LN_2_HIGH - n * _LN_2_LOW
-    series = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
-    return series * _power_of_two(n)
+@intrinsic  # type: ignore[untyped-decorator]
+def _exp(typing: Any, value: Any) -> Any:
+    """e^x within 3 units of float32's last place; x is taken into [-87, 88].
+
+    Every multiplication and addition is fused by name: what a compiler may contract, it contracts as it likes, and may
+    not do alike in a loop's vectors and in its remainder.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def constant(number: float) -> Any:
+            return ir.Constant(_SINGLE, float(np.float32(number)))
+
+        def call(name: str, *values: Any) -> Any:
+            kind = ir.FunctionType(_SINGLE, [_SINGLE] * len(values))
+            return builder.call(builder.module.declare_intrinsic(name, [_SINGLE], kind), values)
+
+        x = call("llvm.minnum", call("llvm.maxnum", args[0], constant(-87)), constant(88))
+        n = call("llvm.rint", builder.fmul(x, constant(math.log2(math.e))))
+        minus_n = builder.fneg(n)
+        high = 0.693359375  # of ln 2, few bits: its product with a small whole number is exact
+        r = call("llvm.fma", minus_n, constant(math.log(2) - high), call("llvm.fma", minus_n, constant(high), x))
+        series = constant(1 / math.factorial(6))
+        for power in range(5, -1, -1):
+            series = call("llvm.fma", series, r, constant(1 / math.factorial(power)))
+        exponent = builder.add(builder.fptosi(n, _WORD), _WORD(127))
+        return builder.fmul(series, builder.bitcast(builder.shl(exponent, _WORD(23)), _SINGLE))
+
+    return types.float32(types.float32), build
 
 
 # --- the call ---
@@ -474,8 +470,11 @@ def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Ten
 
 # --- attention over the pool ---
 
+# The parts are put into the kernel before it is compiled. Left to be calls, a process that has compiled them would link
+# to their own code and one that has read the kernel from the cache to the kernel's copy, which rounds another way.
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _dots(q: Any, keys: Any, scores: Any, count: Any, head_dim: Any) -> Any:
     """scores[j] = q . keys[j]; all float32."""
     whole = count - count % 4
@@ -500,7 +499,7 @@ def _dots(q: Any, keys: Any, scores: Any, count: Any, head_dim: Any) -> Any:
         _set_f32(scores, j, a)
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _weigh(weights: Any, values: Any, out: Any, count: Any, head_dim: Any) -> Any:
     """out += sum of weights[j] * values[j]; all float32."""
     whole = count - count % 4
@@ -518,7 +517,7 @@ def _weigh(weights: Any, values: Any, out: Any, count: Any, head_dim: Any) -> An
             _set_f32(out, i, _f32(out, i) + a * _f32(value, i))
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, count: Any) -> Any:
     """scores -> e^(score - largest), in place; their sum."""
     largest = _f32(scores, 0)
@@ -532,7 +531,7 @@ def _softmax(scores: Any, count: Any) -> Any:
     return total
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _gather(args: Any, pool: Any, limit: Any, slots: Any, count: Any, slot_width: Any, head_dim: Any, out: Any) -> Any:
     """Float32 copies of one head of `count` slots. pool: the address of that head in slot 0."""
     for j in range(count):

@@ -255,6 +255,26 @@ def test_kernels_compile_where_nothing_can_be_cached(before: str, cached: bool, 
     assert ("compiled anew" in ran.stderr) is not cached
 
 
+SUMS = """
+from sglang_auf.cpu.kernels import AttentionTasks, attend, prepare
+import torch
+prepare()
+torch.manual_seed(5)
+for _ in range(40):
+    keys = int(torch.randint(60, 400, (1,)))
+    pool, slots = (torch.randn(700, 2, 3, 64) * 2).bfloat16(), torch.randperm(700).int().view(1, -1)
+    q = (torch.randn(keys, 576) * 3).bfloat16()
+    print(attend(q, pool, AttentionTasks.of([(0, 0, keys, keys)], slots), 0.125, False).float().sum(1).tolist())
+"""
+
+
+def test_a_process_that_compiles_and_one_that_reads_the_cache_give_the_same_bits(tmp_path: Path) -> None:
+    """Or the first server on a machine would answer otherwise than the second."""
+    first, second = compiled(tmp_path, SUMS), compiled(tmp_path, SUMS)
+    assert len(first.stdout) > 100_000, first.stderr
+    assert first.stdout == second.stdout
+
+
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_a_cache_that_a_crash_has_torn_is_not_used(kind: str, tmp_path: Path) -> None:
     assert right(compiled(tmp_path))

@@ -101,7 +101,9 @@ def test_an_adaptive_block_changes_no_answer(
         for answer in found:
             counts = answer["meta"]["spec_cap_lens_histogram"]
             assert sum(counts) == answer["meta"]["spec_verify_ct"], "what each step drafted is told"
-    steps = [sum(kind) for kind in zip_longest(*(a["meta"]["spec_cap_lens_histogram"] for a in results[0]), fillvalue=0)]
+    steps = [
+        sum(kind) for kind in zip_longest(*(a["meta"]["spec_cap_lens_histogram"] for a in results[0]), fillvalue=0)
+    ]
     undrafted, drafted_one, whole = steps[1], steps[2], steps[8]
     assert drafted_one > 0 and whole > 0
     assert undrafted > drafted_one if head == "dflash" else undrafted == 0
