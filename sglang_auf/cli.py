@@ -115,13 +115,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-url", metavar="URL", required=True, help="a server with OpenAI's completions route")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
     parser.add_argument("--count", metavar="N", required=True, help="prompts in FILE in the end")
-    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
-    parser.add_argument("--concurrency", metavar="N", help="requests in flight (default: 64)")
     parser.add_argument("--temperature", metavar="T", help="of the prompts (default: 1.0)")
-    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
     parser.add_argument("--max-tokens", metavar="N", help="of one prompt; longer ones are not kept (default: 256)")
-    parser.add_argument("--timeout-s", metavar="S", help="seconds one prompt may take (default: 3600.0)")
-    parser.add_argument("--retries", metavar="N", help="of one request, with growing pauses (default: 6)")
+    _add_asking(parser)
     parser.set_defaults(run=_prompts)
 
 
@@ -131,19 +127,23 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSONL or JSON file, folder, or hub data set")
     parser.add_argument("--base-url", metavar="URL", required=True, help="any OpenAI-compatible server or router")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
-    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
-    parser.add_argument("--concurrency", metavar="N", help="conversations in flight (default: 64)")
     parser.add_argument("--temperature", metavar="T", help="0 is greedy (default: 0.0)")
-    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
     parser.add_argument("--max-tokens", metavar="N", help="new tokens of one answer at most (default: 2048)")
     parser.add_argument("--limit", metavar="N", help="so many rows of each input, from its first")
     parser.add_argument(
         "--thinking", choices=["server", "on", "off"], help="template switch, or as is (default: server)"
     )
     parser.add_argument("--split", metavar="NAME", help="of a folder or hub data set (default: train)")
+    _add_asking(parser)
+    parser.set_defaults(run=_regenerate)
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
+    parser.add_argument("--concurrency", metavar="N", help="conversations in flight (default: 64)")
+    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
     parser.add_argument("--timeout-s", metavar="S", help="seconds one answer may take (default: 3600.0)")
     parser.add_argument("--retries", metavar="N", help="of one request, with growing pauses (default: 6)")
-    parser.set_defaults(run=_regenerate)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -258,10 +258,10 @@ def _prompts(options: argparse.Namespace) -> int:
     from sglang_auf.training.prompts import PromptSettings, write_prompts
 
     settings = _settings(PromptSettings, options)
-    outcomes = write_prompts(settings, AutoTokenizer.from_pretrained(find_target(settings.target)))
+    rows, outcomes = write_prompts(settings, AutoTokenizer.from_pretrained(find_target(settings.target)))
     for outcome, count in sorted(outcomes.items()):
         print(f"{outcome:14} {count:8}")
-    print(f"{settings.count} prompts in {settings.out}")
+    print(f"{rows} prompts in {settings.out}")
     return 0
 
 

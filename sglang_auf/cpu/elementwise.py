@@ -1,7 +1,8 @@
 """SGLang's norms, rotations and gates on a CPU, as row kernels (kernels.py) in place of chains of torch operations.
 
 Registered per operator class through `BaseFusedOp.register_oot_forward` (sglang/kernels/fused_op.py). What a kernel
-does not cover stays SGLang's own native form. No input is written to.
+does not cover stays SGLang's own native form. No input is written to. The kernels come with numba and are imported when
+they are called: these forms are registered in every process, and only a scheduler computes.
 """
 
 from __future__ import annotations

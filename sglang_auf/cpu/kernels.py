@@ -6,6 +6,9 @@ over tasks (rows, or queries that share keys); no task reads what another writes
 instructions in any company, so a row has the same bits alone, in a block and in a batch.
 
 Tasks are shared out between the threads of torch's own OpenMP pool: a second pool would contend for the same cores.
+
+Every function here raises ValueError for a tensor that is not what it says, since its memory would be misread. All of
+it is one file, since numba's cache looks for changes in no other than a kernel's own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
@@ -46,82 +50,53 @@ def _place(builder: Any, kind: Any, address: Any, index: Any) -> Any:
 _WORD, _HALF, _SINGLE, _LONG = ir.IntType(32), ir.IntType(16), ir.FloatType(), ir.IntType(64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _bf16(typing: Any, address: Any, index: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.zext(builder.load(_place(builder, _HALF, *args), align=2), _WORD)
-        return builder.bitcast(builder.shl(bits, _WORD(16)), _SINGLE)
+def _reader(kind: Any, result: Any, align: int, convert: Callable[[Any, Any], Any] | None = None) -> Any:
+    """read(address, index): an element of LLVM's `kind` as numba's `result`."""
 
-    return types.float32(types.int64, types.int64), build
+    @intrinsic  # type: ignore[untyped-decorator]
+    def read(typing: Any, address: Any, index: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            found = builder.load(_place(builder, kind, *args), align=align)
+            return found if convert is None else convert(builder, found)
 
+        return result(types.int64, types.int64), build
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _set_bf16(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Rounds to nearest, ties to even; NaN stays NaN."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, index, value = args
-        bits = builder.bitcast(value, _WORD)
-        odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, _WORD(0x7FFF))), _WORD(16))
-        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _WORD(0x7FC0), rounded)
-        builder.store(builder.trunc(rounded, _HALF), _place(builder, _HALF, address, index), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), build
+    return read
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _copy_bf16(typing: Any, target: Any, source: Any, index: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        target, source, index = args
-        value = builder.load(_place(builder, _HALF, source, index), align=2)
-        builder.store(value, _place(builder, _HALF, target, index), align=2)
-        return context.get_dummy_value()
+def _writer(kind: Any, given: Any, align: int, convert: Callable[[Any, Any], Any] | None = None) -> Any:
+    """write(address, index, value): numba's `given` as an element of LLVM's `kind`."""
 
-    return types.void(types.int64, types.int64, types.int64), build
+    @intrinsic  # type: ignore[untyped-decorator]
+    def write(typing: Any, address: Any, index: Any, value: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = args[2] if convert is None else convert(builder, args[2])
+            builder.store(value, _place(builder, kind, *args[:2]), align=align)
+            return context.get_dummy_value()
 
+        return types.void(types.int64, types.int64, given), build
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _f32(typing: Any, address: Any, index: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_place(builder, _SINGLE, *args), align=4)
-
-    return types.float32(types.int64, types.int64), build
+    return write
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _set_f32(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _place(builder, _SINGLE, args[0], args[1]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), build
+def _widened(builder: Any, half: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(half, _WORD), _WORD(16)), _SINGLE)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _i64(typing: Any, address: Any, index: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_place(builder, _LONG, *args), align=8)
-
-    return types.int64(types.int64, types.int64), build
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _set_i64(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _place(builder, _LONG, args[0], args[1]), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), build
+def _rounded(builder: Any, single: Any) -> Any:
+    """To nearest, ties to even; NaN stays NaN."""
+    bits = builder.bitcast(single, _WORD)
+    odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _WORD(0x7FFF))), _WORD(16))
+    rounded = builder.select(builder.fcmp_unordered("uno", single, single), _WORD(0x7FC0), rounded)
+    return builder.trunc(rounded, _HALF)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _i32(typing: Any, address: Any, index: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(_place(builder, _WORD, *args), align=4), _LONG)
-
-    return types.int64(types.int64, types.int64), build
+_bf16, _set_bf16 = _reader(_HALF, types.float32, 2, _widened), _writer(_HALF, types.float32, 2, _rounded)
+_u16, _set_u16 = _reader(_HALF, types.uint16, 2), _writer(_HALF, types.uint16, 2)
+_f32, _set_f32 = _reader(_SINGLE, types.float32, 4), _writer(_SINGLE, types.float32, 4)
+_i64, _set_i64 = _reader(_LONG, types.int64, 8), _writer(_LONG, types.int64, 8)
+_i32 = _reader(_WORD, types.int64, 4, lambda builder, word: builder.sext(word, _LONG))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -149,9 +124,9 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _exp(typing: Any, value: Any) -> Any:
-    """e^x within 3 units of float32's last place; x is taken into [-87, 88].
+    """e^x within 3 units of float32's last place; x is taken into [-87, 88], and NaN stays NaN.
 
-    Every multiplication and addition is fused by name: what a compiler may contract, it contracts as it likes, and may
+    Multiplications with an addition are fused by name: what a compiler may contract, it contracts as it likes, and may
     not do alike in a loop's vectors and in its remainder.
     """
 
@@ -172,7 +147,10 @@ def _exp(typing: Any, value: Any) -> Any:
         for power in range(5, -1, -1):
             series = call("llvm.fma", series, r, constant(1 / math.factorial(power)))
         exponent = builder.add(builder.fptosi(n, _WORD), _WORD(127))
-        return builder.fmul(series, builder.bitcast(builder.shl(exponent, _WORD(23)), _SINGLE))
+        power_of_two = builder.bitcast(builder.shl(exponent, _WORD(23)), _SINGLE)
+        # minnum and maxnum answer with the bound for NaN.
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.select(is_nan, args[0], builder.fmul(series, power_of_two))
 
     return types.float32(types.float32), build
 
@@ -209,6 +187,8 @@ class Kernel:
         options = {"fastmath": FAST, "error_model": "numpy"}
         try:
             return cfunc("void(int64)", cache=True, **options)(self.function)
+        except NumbaError:  # a fault of the function, not of the cache
+            raise
         except Exception as error:  # no place to write to, a full disk, or a file that a crash has torn
             logger.warning("numba's cache is of no use, %s is compiled anew: %r", self.function.__name__, error)
             return cfunc("void(int64)", **options)(self.function)
@@ -307,7 +287,10 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normed, x + residual) of bf16 [rows, features]; without a residual the second is x itself."""
+    """(x / sqrt(mean of squares + epsilon) * weight, x): of bf16 [rows, features], over each row.
+
+    With a residual of the same shape, x + residual takes x's place in both. weight: bf16 [features].
+    """
     rows, features = x.shape
     out = torch.empty(rows, features, dtype=torch.bfloat16)
     total = x if residual is None else torch.empty_like(out)
@@ -439,9 +422,9 @@ def _store(args):  # type: ignore[no-untyped-def]
                 continue
             target = pool + 4 * width * slot
             for i in range(width):
-                _copy_bf16(target, key, i)
+                _set_u16(target, i, _u16(key, i))
             for i in range(width):
-                _copy_bf16(target + 2 * width, value, i)
+                _set_u16(target + 2 * width, i, _u16(value, i))
         first = _take(args, _NEXT, grain)
 
 
@@ -474,8 +457,8 @@ def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Ten
 # to their own code and one that has read the kernel from the cache to the kernel's copy, which rounds another way.
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _dots(q: Any, keys: Any, scores: Any, count: Any, head_dim: Any) -> Any:
+@njit(inline="always")
+def _dots(q, keys, scores, count, head_dim):  # type: ignore[no-untyped-def]
     """scores[j] = q . keys[j]; all float32."""
     whole = count - count % 4
     for j in range(0, whole, 4):
@@ -499,8 +482,8 @@ def _dots(q: Any, keys: Any, scores: Any, count: Any, head_dim: Any) -> Any:
         _set_f32(scores, j, a)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _weigh(weights: Any, values: Any, out: Any, count: Any, head_dim: Any) -> Any:
+@njit(inline="always")
+def _weigh(weights, values, out, count, head_dim):  # type: ignore[no-untyped-def]
     """out += sum of weights[j] * values[j]; all float32."""
     whole = count - count % 4
     for j in range(0, whole, 4):
@@ -517,8 +500,8 @@ def _weigh(weights: Any, values: Any, out: Any, count: Any, head_dim: Any) -> An
             _set_f32(out, i, _f32(out, i) + a * _f32(value, i))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _softmax(scores: Any, count: Any) -> Any:
+@njit(inline="always")
+def _softmax(scores, count):  # type: ignore[no-untyped-def]
     """scores -> e^(score - largest), in place; their sum."""
     largest = _f32(scores, 0)
     for j in range(1, count):
@@ -531,8 +514,8 @@ def _softmax(scores: Any, count: Any) -> Any:
     return total
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _gather(args: Any, pool: Any, limit: Any, slots: Any, count: Any, slot_width: Any, head_dim: Any, out: Any) -> Any:
+@njit(inline="always")
+def _gather(args, pool, limit, slots, count, slot_width, head_dim, out):  # type: ignore[no-untyped-def]
     """Float32 copies of one head of `count` slots. pool: the address of that head in slot 0."""
     for j in range(count):
         slot = _i32(slots, j)
@@ -542,6 +525,26 @@ def _gather(args: Any, pool: Any, limit: Any, slots: Any, count: Any, slot_width
         source = pool + 2 * slot_width * slot
         for i in range(head_dim):
             _set_f32(out, j * head_dim + i, _bf16(source, i))
+
+
+@njit(inline="always")
+def _begin(q, stride, rows, per_key, head, head_dim, scale, queries, sums):  # type: ignore[no-untyped-def]
+    """The scaled queries of a task in float32, and zero sums. A row is a token and one of its heads on a key head."""
+    for row in range(rows):
+        source = q + 2 * (row // per_key * stride + (head * per_key + row % per_key) * head_dim)
+        for i in range(head_dim):
+            _set_f32(queries, row * head_dim + i, _bf16(source, i) * scale)
+            _set_f32(sums, row * head_dim + i, _ZERO)
+
+
+@njit(inline="always")
+def _finish(sums, totals, rows, per_key, head, head_dim, out, width):  # type: ignore[no-untyped-def]
+    """sums / totals, rounded, to the rows' places in out."""
+    for row in range(rows):
+        target = out + 2 * (row // per_key * width + (head * per_key + row % per_key) * head_dim)
+        share = _ONE / _f32(totals, row)
+        for i in range(head_dim):
+            _set_bf16(target, i, _f32(sums, row * head_dim + i) * share)
 
 
 # Of a task of attention.
@@ -559,55 +562,34 @@ def _attend(args):  # type: ignore[no-untyped-def]
     sums = queries + 4 * most * head_dim
     totals = sums + 4 * most * head_dim
     scores = totals + 4 * most
-    slot_width = 2 * key_heads * head_dim
+    slot_width, width = 2 * key_heads * head_dim, key_heads * per_key * head_dim
     tasks = _i64(args, _TASKS)
     unit = _take(args, _NEXT, 1)
     while unit < tasks:
         task, head = table + 8 * _FIELDS * (unit // key_heads), unit % key_heads
         slots, first, tokens, seen, keys = _i64(task, 0), _i64(task, 1), _i64(task, 2), _i64(task, 3), _i64(task, 4)
-        rows = tokens * per_key
-        if whole_block == 0:
-            keys = seen + tokens - 1  # what its last query sees
-        for row in range(rows):
-            token, query_head = first + row // per_key, head * per_key + row % per_key
-            source = q + 2 * (token * q_stride + query_head * head_dim)
-            for i in range(head_dim):
-                _set_f32(queries, row * head_dim + i, _bf16(source, i) * scale)
-                _set_f32(sums, row * head_dim + i, _ZERO)
+        rows, more = tokens * per_key, 1  # keys that a token sees more than the one before it
+        if whole_block != 0:
+            seen, more = keys, 0
+        keys = seen + more * (tokens - 1)  # what the last one sees
+        _begin(q + 2 * first * q_stride, q_stride, rows, per_key, head, head_dim, scale, queries, sums)
+        source = pool + 2 * head * head_dim
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
-            _gather(args, pool + 2 * head * head_dim, limit, slots + 4 * start, count, slot_width, head_dim, copies)
+            _gather(args, source, limit, slots + 4 * start, count, slot_width, head_dim, copies)
             for row in range(rows):
-                visible = keys if whole_block != 0 else seen + row // per_key
-                _dots(
-                    queries + 4 * row * head_dim,
-                    copies,
-                    scores + 4 * (row * longest + start),
-                    max(0, min(count, visible - start)),
-                    head_dim,
-                )
+                visible = max(0, min(count, seen + more * (row // per_key) - start))
+                _dots(queries + 4 * row * head_dim, copies, scores + 4 * (row * longest + start), visible, head_dim)
         for row in range(rows):
-            visible = keys if whole_block != 0 else seen + row // per_key
-            _set_f32(totals, row, _softmax(scores + 4 * row * longest, visible))
-        values = pool + 2 * (key_heads + head) * head_dim
+            _set_f32(totals, row, _softmax(scores + 4 * row * longest, seen + more * (row // per_key)))
+        source = pool + 2 * (key_heads + head) * head_dim
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
-            _gather(args, values, limit, slots + 4 * start, count, slot_width, head_dim, copies)
+            _gather(args, source, limit, slots + 4 * start, count, slot_width, head_dim, copies)
             for row in range(rows):
-                visible = keys if whole_block != 0 else seen + row // per_key
-                _weigh(
-                    scores + 4 * (row * longest + start),
-                    copies,
-                    sums + 4 * row * head_dim,
-                    max(0, min(count, visible - start)),
-                    head_dim,
-                )
-        for row in range(rows):
-            token, query_head = first + row // per_key, head * per_key + row % per_key
-            target = out + 2 * (token * key_heads * per_key + query_head) * head_dim
-            share = _ONE / _f32(totals, row)
-            for i in range(head_dim):
-                _set_bf16(target, i, _f32(sums, row * head_dim + i) * share)
+                visible = max(0, min(count, seen + more * (row // per_key) - start))
+                _weigh(scores + 4 * (row * longest + start), copies, sums + 4 * row * head_dim, visible, head_dim)
+        _finish(sums, totals, rows, per_key, head, head_dim, out + 2 * first * width, width)
         unit = _take(args, _NEXT, 1)
 
 

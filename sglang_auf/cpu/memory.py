@@ -23,7 +23,7 @@ WEIGHT_COPIES = 2
 
 
 class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
-    """SGLang's pool with K and V of a slot side by side, so that a layer's store and its reads stay close.
+    """SGLang's pool with K and V of a slot side by side: one address of a layer finds both (kernels.py).
 
     Each layer is one tensor [slots, 2, key heads, head_dim]; `k_buffer` and `v_buffer` are views of it.
     """

@@ -26,7 +26,7 @@ from sglang_auf.errors import DataError, ServerError
 from sglang_auf.training.answer_file import AnswerFile, Manifest
 from sglang_auf.training.chat_server import AnswerError, ChatServer
 from sglang_auf.training.chat_template import ChatTemplate
-from sglang_auf.training.regenerate import GIVE_UP_AFTER, Progress, seed_of
+from sglang_auf.training.regenerate import GIVE_UP_AFTER, Progress, seed_of, together
 from sglang_auf.training.rows import BadRow
 
 if TYPE_CHECKING:
@@ -57,8 +57,10 @@ class PromptSettings(BaseModel):
     retries: int = Field(default=6, ge=0)
 
 
-def write_prompts(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
-    """Ask until settings.out has settings.count rows {"id", "turns": [text]}; what happened to the texts asked for.
+def write_prompts(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Counter[str]]:
+    """Ask until settings.out has settings.count rows {"id", "turns": [text]}.
+
+    Returns the number of rows in it, and what became of the texts that were asked for.
 
     Raises DataError for a template or a model that does not lend itself to it, ServerError where the server gives no
     text; the rows in the file are kept, and the same command goes on with them.
@@ -66,14 +68,13 @@ def write_prompts(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) 
     try:
         opening, end = ChatTemplate(tokenizer, thinking=None).user_turn()
     except BadRow as fault:
-        raise DataError(
-            str(fault), "a chat template with a place for what a user says", "give prompts of your own"
-        ) from (fault)
+        expected = "a chat template with a place for what a user says"
+        raise DataError(str(fault), expected, "give prompts of your own") from fault
     with logging_redirect_tqdm():
         return asyncio.run(_write(settings, opening, None if end == tokenizer.eos_token_id else end))
 
 
-async def _write(settings: PromptSettings, opening: list[int], end: int | None) -> Counter[str]:
+async def _write(settings: PromptSettings, opening: list[int], end: int | None) -> tuple[int, Counter[str]]:
     """end: the token that ends a user's turn, where the model does not stop at it by itself."""
     async with ChatServer(
         settings.base_url,
@@ -96,7 +97,7 @@ async def _write(settings: PromptSettings, opening: list[int], end: int | None) 
             with Progress(settings.count, len(file.done)) as progress:
                 run = _Run(server, model, opening, end, settings, file, progress)
                 await run.ask()
-            return run.outcomes
+            return len(file.done), run.outcomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +148,7 @@ class _Run:
 
     async def ask(self) -> None:
         missing = self._settings.count - len(self._file.done)
-        workers = [asyncio.create_task(self._work()) for _ in range(min(self._settings.concurrency, missing))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await together(self._work() for _ in range(min(self._settings.concurrency, missing)))
 
     def _missing(self) -> Iterator[int]:
         while len(self._file.done) < self._settings.count:

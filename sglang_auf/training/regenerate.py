@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,13 +165,7 @@ class _Run:
 
     async def ask(self, prompts: Sequence[Prompt], concurrency: int) -> None:
         todo = iter(prompts)
-        workers = [asyncio.create_task(self._work(todo)) for _ in range(min(concurrency, len(prompts)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await together(self._work(todo) for _ in range(min(concurrency, len(prompts))))
 
     async def _work(self, todo: Iterator[Prompt]) -> None:
         for prompt in todo:
@@ -212,6 +206,17 @@ class _Run:
         if last.prompt_ids and last.response_ids:
             row |= {"prompt_ids": last.prompt_ids, "response_ids": last.response_ids}
         return row
+
+
+async def together(workers: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all of them; the first that raises ends the others, and its error is raised."""
+    tasks = [asyncio.create_task(worker) for worker in workers]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Progress:

@@ -4,16 +4,16 @@ import importlib.util
 import json
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import uvicorn
+
+from tests.http_servers import serving
 
 FAKE_FILE = Path(__file__).parent / "fake_server.py"
 
@@ -43,25 +43,13 @@ class Fake:
 @pytest.fixture
 def fake() -> Iterator[Callable[..., Fake]]:
     """Starts fake servers on free ports, with FakeEngine's arguments; ends them after the test."""
-    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+    with ExitStack() as running:
 
-    def start(**behaviour: Any) -> Fake:
-        engine = FAKE.FakeEngine(**behaviour)
-        config = uvicorn.Config(FAKE.make_app(engine), host="127.0.0.1", port=0, log_level="error", ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        started.append((server, thread))
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        return Fake(f"http://127.0.0.1:{port}", engine)
+        def start(**behaviour: Any) -> Fake:
+            engine = FAKE.FakeEngine(**behaviour)
+            return Fake(running.enter_context(serving(FAKE.make_app(engine))), engine)
 
-    yield start
-    for server, thread in started:
-        server.should_exit = True
-        thread.join()
+        yield start
 
 
 @pytest.fixture

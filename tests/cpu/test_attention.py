@@ -32,7 +32,7 @@ class Pool:
         self.layer = torch.full((SLOTS, 2, key_heads, head_dim), 30.0, dtype=torch.bfloat16)
 
     def set_kv_buffer(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.layer[slots, 0], self.layer[slots, 1] = k, v
+        kernels.store(k.flatten(1), v.flatten(1), self.layer, slots)
 
     def interleaved(self, layer_id: int) -> torch.Tensor:
         return self.layer
@@ -311,6 +311,30 @@ def test_a_drafted_block_has_the_same_bits_in_any_company() -> None:
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3]):
         together = machine.forward(ForwardMode.TARGET_VERIFY, [spans[i] for i in order], WHOLE)
         assert all(torch.equal(found, alone[i]) for found, i in zip(together, order, strict=True))
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize("place", [0, 37, 79])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_every_token_that_sees_it_and_in_no_other(
+    part: str, place: int, number: float
+) -> None:
+    machine = Machine(heads=3, key_heads=3)
+    request = machine.request(80)
+    (before,) = machine.prefill(request)
+    getattr(request, part)[place, 1, 5] = number
+    (found,) = machine.prefill(request)
+    head = found[:, HEAD : 2 * HEAD]
+    seen_by = torch.arange(80) == place if part == "q" else torch.arange(80) >= place
+    if part == "v":
+        assert not head[seen_by, 5].isfinite().any()
+    elif part == "q" or number != number:
+        assert head[seen_by].isnan().all()
+    else:  # a key of infinite score, of either sign
+        assert not torch.equal(head[seen_by], before[seen_by, HEAD : 2 * HEAD])
+    assert torch.equal(head[~seen_by], before[~seen_by, HEAD : 2 * HEAD])
+    others = torch.cat([found[:, :HEAD], found[:, 2 * HEAD :]], dim=1)
+    assert torch.equal(others, torch.cat([before[:, :HEAD], before[:, 2 * HEAD :]], dim=1))
 
 
 # --- what it does not do ---

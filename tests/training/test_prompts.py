@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -19,6 +17,7 @@ from sglang_auf import cli
 from sglang_auf.errors import DataError, ServerError
 from sglang_auf.training.prompts import USELESS_IN_A_ROW, PromptSettings, write_prompts
 from sglang_auf.training.regenerate import GIVE_UP_AFTER, read_prompts
+from tests.http_servers import serving
 from tests.training.toy_tokenizer import toy_tokenizer
 
 
@@ -43,27 +42,16 @@ class Server:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+    with ExitStack() as running:
 
-    def start(says: Callable[[int], tuple[str, str] | None]) -> Server:
-        server = Server(says)
-        app = FastAPI()
-        app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": "toy"}]})
-        app.post("/v1/completions")(server.reply)
-        runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
-        thread = threading.Thread(target=runner.run)
-        thread.start()
-        started.append((runner, thread))
-        while not runner.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        server.url = f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}"
-        return server
+        def start(says: Callable[[int], tuple[str, str] | None]) -> Server:
+            server, app = Server(says), FastAPI()
+            app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": "toy"}]})
+            app.post("/v1/completions")(server.reply)
+            server.url = running.enter_context(serving(app))
+            return server
 
-    yield start
-    for runner, thread in started:
-        runner.should_exit = True
-        thread.join()
+        yield start
 
 
 def settings(server: Server, tmp_path: Path, **more: Any) -> PromptSettings:
@@ -80,7 +68,7 @@ def test_the_model_is_given_the_template_up_to_the_user_and_what_it_says_is_a_pr
 ) -> None:
     server, tokenizer = serve(lambda n: (f" question {n}\n", "stop")), toy_tokenizer()
     wanted = settings(server, tmp_path)
-    assert write_prompts(wanted, tokenizer)["kept"] == 6
+    assert write_prompts(wanted, tokenizer)[1]["kept"] == 6
     assert sorted(texts(wanted.out)) == [f"question {n}" for n in range(6)]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
     opening = tokenizer(rendered[: rendered.index("question")], add_special_tokens=False)["input_ids"]
@@ -97,7 +85,7 @@ def test_what_is_cut_off_empty_or_there_already_is_not_kept_and_is_counted(
 ) -> None:
     said = [("once", "stop"), ("once", "stop"), ("long", "length"), (" \n", "stop"), ("twice", "stop")]
     wanted = settings(serve(lambda n: said[n]), tmp_path, count=2, concurrency=1)
-    assert write_prompts(wanted, toy_tokenizer()) == {"kept": 2, "there already": 1, "cut off": 1, "empty": 1}
+    assert write_prompts(wanted, toy_tokenizer())[1] == {"kept": 2, "there already": 1, "cut off": 1, "empty": 1}
     assert texts(wanted.out) == ["once", "twice"]
 
 
@@ -105,11 +93,11 @@ def test_a_file_that_is_full_is_the_end_whatever_is_still_in_flight(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     concurrency = USELESS_IN_A_ROW + 60
-    outcomes = write_prompts(
+    rows, outcomes = write_prompts(
         settings(serve(lambda n: (f"{n}", "stop")), tmp_path, count=concurrency + 1, concurrency=concurrency),
         toy_tokenizer(),
     )
-    assert outcomes["kept"] == concurrency + 1 == len(texts(tmp_path / "prompts.jsonl"))
+    assert outcomes["kept"] == rows == concurrency + 1 == len(texts(tmp_path / "prompts.jsonl"))
 
 
 @pytest.mark.parametrize("own_end", [True, False])
@@ -129,11 +117,12 @@ def test_a_later_run_goes_on_with_new_seeds_and_knows_what_is_there(
 ) -> None:
     server = serve(lambda n: (["a", "b", "a", "c"][n], "stop"))
     write_prompts(settings(server, tmp_path, count=2, concurrency=1), toy_tokenizer())
-    outcomes = write_prompts(settings(server, tmp_path, count=3, concurrency=1), toy_tokenizer())
-    assert outcomes == {"there already": 1, "kept": 1}
+    again = write_prompts(settings(server, tmp_path, count=3, concurrency=1), toy_tokenizer())
+    assert again == (3, {"there already": 1, "kept": 1})
     assert texts(tmp_path / "prompts.jsonl") == ["a", "b", "c"]
     assert len({request["seed"] for request in server.requests}) == 4
-    assert write_prompts(settings(server, tmp_path, count=3), toy_tokenizer()) == {}
+    for count in (3, 1):
+        assert write_prompts(settings(server, tmp_path, count=count), toy_tokenizer()) == (3, {})
     assert len(server.requests) == 4, "a file that has them all asks nothing"
 
 

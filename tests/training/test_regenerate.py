@@ -10,16 +10,14 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -29,6 +27,7 @@ from sglang_auf.training import answer_file
 from sglang_auf.training.answer_file import manifest_path
 from sglang_auf.training.conversations import load_conversations
 from sglang_auf.training.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
+from tests.http_servers import serving
 from tests.training.toy_tokenizer import toy_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -93,27 +92,16 @@ class Server:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
     """serve(**Server fields): a running one; it ends with the test."""
-    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+    with ExitStack() as running:
 
-    def start(**behaviour: Any) -> Server:
-        server = Server(**behaviour)
-        app = FastAPI()
-        app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": name} for name in server.models]})
-        app.post("/v1/chat/completions")(server.reply)
-        runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
-        thread = threading.Thread(target=runner.run)
-        thread.start()
-        started.append((runner, thread))
-        while not runner.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        server.url = f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}"
-        return server
+        def start(**behaviour: Any) -> Server:
+            server, app = Server(**behaviour), FastAPI()
+            app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": name} for name in server.models]})
+            app.post("/v1/chat/completions")(server.reply)
+            server.url = running.enter_context(serving(app))
+            return server
 
-    yield start
-    for runner, thread in started:
-        runner.should_exit = True
-        thread.join()
+        yield start
 
 
 @pytest.fixture
