@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 
+SCORE_BYTES = 2**28
+"""Of one layer; several such tensors live at a time. Below it flex attention is slower on an H200 and saves little."""
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
-    """-> [R, N, B, heads, D], scaled by D ** -0.5. Flex attention on CUDA, two products and one softmax elsewhere."""
-    attention = attend_flex if q.device.type == "cuda" else attend_two_part
+    """-> [R, N, B, heads, D], scaled by D ** -0.5.
+
+    Two products and one softmax; on CUDA, flex attention where their scores would take more than SCORE_BYTES.
+    """
+    scores = q.shape[:-1].numel() * (context_k.shape[1] + q.shape[2]) * q.element_size()
+    attention = attend_flex if q.device.type == "cuda" and scores > SCORE_BYTES else attend_two_part
     return attention(q, k, v, context_k, context_v, anchors)
 
 
