@@ -1,0 +1,34 @@
+"""Training on a GPU is training on a CPU, but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES
+from tests.training.ranks import PROGRESS, make_step, micro_batches
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+CASES = [("dflash", name) for name in OBJECTIVES] + [("domino", name) for name in DOMINO_OBJECTIVES]
+
+
+def gradients(head: str, objective: str, device: str) -> dict[str, torch.Tensor]:
+    """Of the largest micro-batch's loss, by parameter, with the loss itself."""
+    step = make_step(head, objective).to(device)
+    batch, anchors, valid = micro_batches()[-1]
+    tensors = {name: getattr(batch, name).to(device) for name in ("input_ids", "loss_mask", "lengths", "features")}
+    terms = step(replace(batch, **tensors), anchors.to(device), valid.to(device), PROGRESS)
+    loss = (terms.weights * terms.numerators / terms.denominators).sum()
+    loss.backward()
+    found = {name: parameter.grad.cpu() for name, parameter in step.drafter.named_parameters()}
+    return found | {"loss": loss.detach().cpu()}
+
+
+@pytest.mark.parametrize(("head", "objective"), CASES)
+def test_a_step_on_a_gpu_has_the_gradients_of_a_step_on_a_cpu(head: str, objective: str) -> None:
+    on_gpu, on_cpu = gradients(head, objective, "cuda"), gradients(head, objective, "cpu")
+    for name, expected in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
