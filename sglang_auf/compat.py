@@ -128,9 +128,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "worker", ("length", "device")),
     Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "worker", ("draft_token_num", "device")),
     Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "worker", ("self", "block_size")),
-    *(
-        Seam(f"{_WORKER}.{name}", "worker", ("self", "hidden_states", "lm_head", "chunk_size"))
-        for name in ("_greedy_sample_from_vocab_parallel_head", "_greedy_sample_from_quantized_head")
+    Seam(
+        f"{_WORKER}._greedy_sample_from_vocab_parallel_head",
+        "worker",
+        ("self", "hidden_states", "lm_head", "chunk_size"),
     ),
     # Tau in replies, and its totals.
     Seam(f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request", "replies", ("self", "request", "raw_request")),

@@ -150,10 +150,15 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         self, *, hidden_states: torch.Tensor, lm_head: Any, chunk_size: int = 256
     ) -> torch.Tensor:
         """Drafts of hidden_states [slots, hidden]: on a CPU through the head's reordered weight."""
-        if isinstance(getattr(lm_head, "quant_method", None), RowInvariantLinear):
-            return self._greedy_sample_from_quantized_head(
+        method = getattr(lm_head, "quant_method", None)
+        if not isinstance(method, RowInvariantLinear):
+            return super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, chunk_size=chunk_size
             )
-        return super()._greedy_sample_from_vocab_parallel_head(
-            hidden_states=hidden_states, lm_head=lm_head, chunk_size=chunk_size
+        # torch's argmax walks bf16 element by element, its max does not; both give the first of equal ones.
+        return torch.cat(
+            [
+                method.apply(lm_head, some)[:, : lm_head.org_vocab_size].max(dim=-1).indices
+                for some in hidden_states.split(chunk_size)
+            ]
         )

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 SCORE_BYTES = 2**28
 """Of one layer; several such tensors live at a time. Below it flex attention is slower on an H200 and saves little."""
 

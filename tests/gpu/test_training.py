@@ -31,4 +31,6 @@ def gradients(head: str, objective: str, device: str) -> dict[str, torch.Tensor]
 def test_a_step_on_a_gpu_has_the_gradients_of_a_step_on_a_cpu(head: str, objective: str) -> None:
     on_gpu, on_cpu = gradients(head, objective, "cuda"), gradients(head, objective, "cpu")
     for name, expected in on_cpu.items():
-        torch.testing.assert_close(on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
