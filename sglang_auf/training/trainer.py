@@ -6,6 +6,7 @@ is the same however it was cut up. Gradients are averages over ranks (DDP, FSDP)
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import math
@@ -173,6 +174,7 @@ class Trainer:
             figures = training_figures(pooled.metrics, self.config.block_size)
             lr = recipe.optimiser.lr * rate
             self.logbook.train(step, {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures})
+            give_back_free_memory()
         better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
         stopped = 0 if step == steps else self._agreed(caught)
         if better or stopped or step % recipe.save_every == 0 or step == steps:
@@ -276,3 +278,14 @@ class Trainer:
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
+
+
+def give_back_free_memory() -> None:
+    """Return what the C library keeps of freed memory to the system, where it can (glibc).
+
+    Batches of all lengths leave holes in its heap that later ones do not fit: a run on a CPU grew from 2.5 to 6 GiB in its
+    first 200 steps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -20,7 +20,7 @@ from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, Tra
 from sglang_auf.training.checkpoint import Checkpoints, read_state, read_tensors
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.recipe import Recipe, parse_recipe
-from sglang_auf.training.trainer import Trainer, train
+from sglang_auf.training.trainer import Trainer, give_back_free_memory, train
 from tests.training.runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
 
 Forks = Callable[..., list[int]]
@@ -370,3 +370,16 @@ def without_sources(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json")
     del content["data"]["sources"]
     return content
+
+
+def test_holes_in_the_heap_go_back_to_the_system() -> None:
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    held = [bytearray(b"x" * 100_000) for _ in range(4_000)]
+    kept, full = held[::400] + held[-1:], resident()  # they keep the heap from shrinking by itself
+    held.clear()
+    give_back_free_memory()
+    assert resident() < full - 300_000_000
+    assert len(kept) == 11
