@@ -283,8 +283,8 @@ class Trainer:
 def give_back_free_memory() -> None:
     """Return what the C library keeps of freed memory to the system, where it can (glibc).
 
-    Batches of all lengths leave holes in its heap that later ones do not fit: a run on a CPU grew from 2.5 to 6 GiB in its
-    first 200 steps.
+    Batches of all lengths leave holes in its heap that later ones do not fit: a run on a CPU grew from 2.5 to 6 GiB in
+    its first 200 steps.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
