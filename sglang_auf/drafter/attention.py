@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 SCORE_BYTES = 2**28
-"""Of one layer; several such tensors live at a time. Where they fit, the products were quicker than flex attention on an
-H200 at the shapes tried; the limit bounds memory and is a judgement."""
+"""Of one layer; several such tensors live at a time. Where they fit, the products were quicker than flex attention on
+an H200 at the shapes tried; the limit bounds memory and is a judgement."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
