@@ -38,7 +38,7 @@ def step_markdown(report: StepReport) -> str:
 def _grid(cells: list[Cell]) -> str:
     names = list(cells[0].costs)
     rows = [["length", "anchors", *(f"{name} ms" for name in names), *(f"{name} MiB" for name in names)]]
-    rows[0] += ["time, of dense", "peak, of dense"]
+    rows[0] += [f"time, of {names[-1]}", f"peak, of {names[-1]}"]
     for cell in cells:
         costs = list(cell.costs.values())
         figures = [f"{1000 * cost.seconds:.0f}" for cost in costs] + [f"{cost.peak_mib:.0f}" for cost in costs]

@@ -4,6 +4,8 @@
 no logits (decay), and as it is usually written (decay-dense). AUF against `decay` is what its walk saves; `decay`
 against `decay-dense` is what the head saves whatever the objective.
 
+The table of anchors x length leaves decay-dense out: on a CPU one of its steps takes a minute.
+
 Times: all variants in one process, on the same batch in turn, another batch and another order each round. Memory: each
 variant in a process of its own (step_memory.py). No data loading, no optimiser.
 """
@@ -28,6 +30,8 @@ def measure_step(config: StepConfig) -> StepReport:
     """Raises ConfigError for an unknown shape, a device that is not there, or more anchors than a row has places."""
     import torch
 
+    from benchmarks.step_variants import AUF, DECAY, VARIANTS
+
     shapes = [_shape(name) for name in config.shapes]
     sizes = _table_sizes(shapes[0], config) if config.table else []
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -35,8 +39,8 @@ def measure_step(config: StepConfig) -> StepReport:
     config.out.mkdir(parents=True, exist_ok=True)
     return StepReport(
         config=config,
-        cells=[cell for shape in shapes for cell in _cells(shape, [shape], config)],
-        table=_cells(shapes[0], sizes, config),
+        cells=[cell for shape in shapes for cell in _cells(shape, [shape], VARIANTS, config)],
+        table=_cells(shapes[0], sizes, (AUF, DECAY), config),
         threads=torch.get_num_threads(),
         versions=provenance.versions(),
         machine=provenance.machine(),
@@ -60,25 +64,27 @@ def _table_sizes(shape: Shape, config: StepConfig) -> list[Shape]:
     return [shape.sized(anchors, length) for length in config.table_lengths for anchors in config.table_anchors]
 
 
-def _cells(shape: Shape, sizes: Sequence[Shape], config: StepConfig) -> list[Cell]:
-    timed = _timed(shape, sizes, config)
+def _cells(shape: Shape, sizes: Sequence[Shape], variants: tuple[str, ...], config: StepConfig) -> list[Cell]:
+    timed = _timed(shape, sizes, variants, config)
     return [_cell(size, costs, config) for size, costs in zip(sizes, timed, strict=True)]
 
 
-def _timed(shape: Shape, sizes: Sequence[Shape], config: StepConfig) -> list[dict[str, list[tuple[float, float]]]]:
+def _timed(
+    shape: Shape, sizes: Sequence[Shape], variants: tuple[str, ...], config: StepConfig
+) -> list[dict[str, list[tuple[float, float]]]]:
     """(seconds, r_active) of each round, by variant, of each size. The weights are gone when this returns."""
-    from benchmarks.step_variants import VARIANTS, Bench
+    from benchmarks.step_variants import Bench
 
     if not sizes:
         return []
     bench = Bench(shape, config.device, config.precision)
     found = []
     for size in sizes:
-        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         for number in range(config.rounds + 1):
             batch = bench.batch(size, config.r_active, seed=number)
-            first = number % len(VARIANTS)
-            for name in VARIANTS[first:] + VARIANTS[:first]:
+            first = number % len(variants)
+            for name in variants[first:] + variants[:first]:
                 ran = bench.run(name, batch)
                 if number:  # the first round warms up
                     rounds[name].append((ran.seconds, ran.r_active))
