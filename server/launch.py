@@ -18,7 +18,7 @@ from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import Served, auf_router
-from sglang_auf import adaptive
+from sglang_auf import adaptive, draft_vocabulary
 from sglang_auf.errors import ServerError
 from sglang_auf.target_sources import RECIPES
 from sglang_auf.targets import prepare
@@ -47,6 +47,8 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     drafter = served.speculation.checked.path if served.speculation else None
     if profile.adaptive_block and not plain:
         os.environ[adaptive.SWITCH] = "1"  # read by the scheduler, a child of this process
+    if not profile.draft_vocabulary:
+        os.environ[draft_vocabulary.SWITCH] = "0"
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
     run(server_args, served, api_key, management=profile.management)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_auf import adaptive
+from sglang_auf import adaptive, draft_vocabulary
 from sglang_auf.errors import ConfigError
 from sglang_auf.model_files import read_json
 
@@ -80,6 +80,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             refuse_code_of_drafter(checked.path)
         for warning in checked.warnings:
             logger.warning("drafter: %s", warning)
+        report_vocabulary(checked.path, server_args.tp_size)
         server_args.speculative_draft_model_path = str(checked.path)
         server_args.speculative_num_draft_tokens = _requested_block(server_args) or checked.card.block_size
         server_args.speculative_num_steps = 1
@@ -126,6 +127,20 @@ def refuse_unsupported(server_args: Any) -> None:
         )
 
 
+def report_vocabulary(path: Path, tp_size: int) -> None:
+    """Say which tokens are drafted. Raises ConfigError for a list where every device has a part of the head."""
+    vocabulary = draft_vocabulary.in_use(path)
+    if vocabulary is None:
+        return
+    if tp_size > 1:
+        raise ConfigError(
+            f"--tp-size {tp_size} and a draft vocabulary ({path / draft_vocabulary.FILE})",
+            "one device, or a drafter that chooses among all tokens",
+            f"set {draft_vocabulary.SWITCH}=0 (--set draft_vocabulary=false)",
+        )
+    logger.info("drafter: drafts %d tokens of the vocabulary, by its %s", len(vocabulary.tokens), draft_vocabulary.FILE)
+
+
 def refuse_code_of_drafter(path: Path) -> None:
     """--trust-remote-code is about the target; SGLang would read the drafter's configuration with it too."""
     code = read_json(path / "config.json", ConfigError).get("auto_map") or {}
@@ -159,6 +174,11 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         (
             a.speculative_draft_window_size is not None,
             "--speculative-draft-window-size: a drafter attends to the context it was trained on, all of it",
+        ),
+        (
+            a.speculative_token_map is not None,
+            f"--speculative-token-map: SGLang's for EAGLE; here it is {draft_vocabulary.FILE} beside the drafter's "
+            "weights (sglang-auf draft-vocabulary)",
         ),
         (bool(a.enable_unified_memory), "--enable-unified-memory: SGLang admits it for its built-in DFLASH only"),
         (a.disaggregation_mode != "null", f"--disaggregation-mode {a.disaggregation_mode}: not supported with AUF"),

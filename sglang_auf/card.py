@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
+from sglang_auf import draft_vocabulary
 from sglang_auf.coverage import check_weights, draft_setting, head_of, size, tapped_layers
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.model_files import find_model, read_json
@@ -122,6 +123,8 @@ def check_drafter(
         )
     config = read_json(path / "config.json", CardError)
     card = load_card(path)
+    if (listed := draft_vocabulary.load(path)) is not None:
+        draft_vocabulary.check(listed, config)
     warnings = check_weights(path, config)
     facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, target_revision))
     warnings += check_card(card, config, facts, block_size=block_size, context_length=context_length, thinking=thinking)

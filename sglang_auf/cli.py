@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(convert, "directory, hub id or prepared target to check it against (default: the one it names)")
     convert.set_defaults(run=_convert)
 
+    _add_vocabulary(
+        commands.add_parser("draft-vocabulary", help="list the frequent tokens, which alone a drafter is to propose")
+    )
     _add_prompts(commands.add_parser("prompts", help="let a server's model write the prompts of training data as well"))
     _add_regenerate(commands.add_parser("regenerate", help="let a server's model answer the prompts of training data"))
     return parser
@@ -100,6 +104,18 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the target")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the GPU if there is one)")
     parser.set_defaults(run=_features)
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("drafter", metavar="DRAFTER", type=Path, help="directory of an exported DFlash drafter")
+    parser.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target: its tokenizer")
+    parser.add_argument(
+        "--data", metavar="SOURCE", action="append", required=True, help="answers to count, as for train"
+    )
+    parser.add_argument("--size", metavar="N", type=int, required=True, help="tokens of the list")
+    parser.add_argument("--split", metavar="NAME", default="train", help="of a folder or hub data set (default: train)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier list")
+    parser.set_defaults(run=_draft_vocabulary)
 
 
 def _add_output(parser: argparse.ArgumentParser, target_help: str) -> None:
@@ -227,6 +243,35 @@ def _features(options: argparse.Namespace) -> int:
     )
     manifest = write_cache(loaded.conversations, source, options.out)
     print(f"{options.out}: features of {len(manifest.ids)} conversations, {sum(manifest.lengths)} tokens")
+    return 0
+
+
+def _draft_vocabulary(options: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from sglang_auf import draft_vocabulary
+    from sglang_auf.card import load_card
+    from sglang_auf.coverage import size
+    from sglang_auf.errors import CardError
+    from sglang_auf.model_files import read_json
+    from sglang_auf.training.conversations import load_conversations
+    from sglang_auf.training.features import find_target
+
+    card, config = load_card(options.drafter), read_json(options.drafter / "config.json", CardError)
+    conversations = load_conversations(
+        options.data,
+        AutoTokenizer.from_pretrained(find_target(options.target)),
+        max_length=size(config, "max_position_embeddings"),
+        min_answer_tokens=1,
+        thinking=None if card.thinking is None else card.thinking == "on",
+        vocab_size=size(config, "vocab_size"),
+        split=options.split,
+    ).conversations
+    answers = (compress(conversation.input_ids, conversation.loss_mask) for conversation in conversations)
+    vocabulary = draft_vocabulary.most_frequent(answers, options.size)
+    draft_vocabulary.check(vocabulary, config)
+    file = draft_vocabulary.write(vocabulary, options.drafter, force=options.force)
+    print(f"{file}: {len(vocabulary.tokens)} tokens, which are {vocabulary.coverage:.4%} of {vocabulary.answer_tokens}")
     return 0
 
 

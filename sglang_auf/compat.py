@@ -127,6 +127,15 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "worker", ("length", "device")),
     Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "worker", ("draft_token_num", "device")),
+    Seam(f"{_WORKER}._maybe_build_draft_sampler", "worker", ("self",)),
+    Seam(
+        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__init__",
+        "draft_head",
+        ("self", "weight", "block_size", "num_org", "org_vocab_start", "max_bs", "tp_group"),
+    ),
+    Seam(
+        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__call__", "draft_head", ("self", "hidden_states", "input_ids")
+    ),
     Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "worker", ("self", "block_size")),
     Seam(
         f"{_WORKER}._greedy_sample_from_vocab_parallel_head",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 from sglang.srt.layers.sampler import sampler_softmax
 from sglang.srt.speculative.dflash_worker_v2 import (
     DFlashWorkerV2,
+    _DflashDraftSampler,
     build_block_pos_offsets,
     make_draft_block_spec_info,
 )
 
-from sglang_auf import sampler
+from sglang_auf import draft_vocabulary, sampler
 from sglang_auf.adaptive import SMALLEST, BlockChooser, asked_for
 from sglang_auf.cpu.linear import RowInvariantLinear
+from sglang_auf.draft_head import DraftHead, ListedDraftSampler
 
 # What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
 OF_A_BLOCK = (
@@ -146,10 +150,27 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         """Upstream warns here that it will verify greedily; we do not."""
 
+    @cached_property
+    def _draft_head(self) -> DraftHead | None:
+        """Made when it is first asked for: upstream may capture its graphs before or after __init__ returns."""
+        vocabulary = draft_vocabulary.in_use(Path(self.server_args.speculative_draft_model_path))
+        if vocabulary is None:
+            return None
+        return DraftHead(self.target_worker.model_runner.model.lm_head, vocabulary.tokens)
+
+    def _maybe_build_draft_sampler(self) -> Any:
+        """Upstream's for the captured draft graph, among the listed tokens where the drafter has a list."""
+        made = super()._maybe_build_draft_sampler()
+        if self._draft_head is None or not isinstance(made, _DflashDraftSampler):
+            return made
+        return ListedDraftSampler(self._draft_head, made)
+
     def _greedy_sample_from_vocab_parallel_head(
         self, *, hidden_states: torch.Tensor, lm_head: Any, chunk_size: int = 256
     ) -> torch.Tensor:
-        """Drafts of hidden_states [slots, hidden]: on a CPU through the head's reordered weight."""
+        """Drafts of hidden_states [slots, hidden]: among the listed tokens, or all; on a CPU by reordered weights."""
+        if self._draft_head is not None:
+            return torch.cat([self._draft_head(some) for some in hidden_states.split(chunk_size)])
         method = getattr(lm_head, "quant_method", None)
         if not isinstance(method, RowInvariantLinear):
             return super()._greedy_sample_from_vocab_parallel_head(

@@ -16,6 +16,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import adaptive, algorithm, compat
 from sglang_auf.algorithm import AufSpecAlgo, create_worker
+from sglang_auf.draft_vocabulary import SWITCH, DraftVocabulary, write
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.sampler import SAMPLER_NAME
 
@@ -65,6 +66,8 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "speculative_accept_threshold_single": 1.0,
         "speculative_accept_threshold_acc": 1.0,
         "speculative_adaptive": False,
+        "speculative_token_map": None,
+        "tp_size": 1,
     }
     return SimpleNamespace(**defaults | changes)
 
@@ -80,6 +83,20 @@ def test_the_arguments_read_and_written_are_sglangs(target: Path) -> None:
 
 
 # --- refusals ---
+
+
+def test_a_listed_vocabulary_is_for_one_device(
+    target: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = tmp_path_factory.mktemp("listed") / "drafter"
+    shutil.copytree(SHIPPED, drafter)
+    write(DraftVocabulary(tokens=(1, 2, 3)), drafter, force=True)
+    given = {"speculative_draft_model_path": str(drafter)}
+    AUF.handle_server_args(arguments(target, **given))
+    with pytest.raises(ConfigError, match="--tp-size 2"):
+        AUF.handle_server_args(arguments(target, tp_size=2, **given))
+    monkeypatch.setenv(SWITCH, "0")
+    AUF.handle_server_args(arguments(target, tp_size=2, **given))
 
 
 def test_trusted_code_is_the_targets_and_not_the_drafters(
@@ -108,6 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "threshold acc": ({"speculative_accept_threshold_acc": 0.5}, "--speculative-accept-threshold"),
     "steps": ({"speculative_num_steps": 3}, "--speculative-num-steps"),
     "topk": ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk"),
+    "token map": ({"speculative_token_map": "hot.pt"}, "draft_vocabulary.json"),
     "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive"),
     "window": ({"speculative_draft_window_size": 512}, "--speculative-draft-window-size"),
     "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory"),

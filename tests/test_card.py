@@ -308,3 +308,13 @@ def test_the_check_imports_neither_torch_nor_sglang(target: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+def test_a_draft_vocabulary_is_checked_with_the_card(drafter: Path, target: Path) -> None:
+    for tokens, fault in (([0, 49151], None), ([0, 49152], "token 49152"), ([3, 1], "tokens")):
+        (drafter / "draft_vocabulary.json").write_text(json.dumps({"tokens": tokens}))
+        if fault is None:
+            check_drafter(str(drafter), str(target))
+        else:
+            with pytest.raises(CardError, match=fault):
+                check_drafter(str(drafter), str(target))

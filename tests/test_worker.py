@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraftSampler
 
-from sglang_auf import sampler
+from sglang_auf import draft_vocabulary, sampler
 from sglang_auf.cpu import linear
+from sglang_auf.draft_head import ListedDraftSampler
 from sglang_auf.worker import AufWorker
 
 VOCABULARY, BLOCK, SEEDS = 5, 4, 20_000
@@ -31,6 +33,7 @@ def worker() -> AufWorker:
     made._selector_sample = None
     made._use_triton_accept_bonus = False
     made._tp_sync = SimpleNamespace(sync=lambda *_: None)
+    made._draft_head = None
     return made
 
 
@@ -181,3 +184,43 @@ def test_other_heads_are_left_to_sglang(worker: AufWorker, monkeypatch: pytest.M
     head = SimpleNamespace(weight=torch.zeros(4, 4))  # a plain linear layer has no quant_method
     found = worker._greedy_sample_from_vocab_parallel_head(hidden_states=torch.zeros(1, 4), lm_head=head, chunk_size=9)
     assert found == ("theirs", 9)
+
+
+def listing_worker(drafter: Path, weight: torch.Tensor) -> AufWorker:
+    """A worker between a target with that head and a drafter that lists three tokens."""
+    draft_vocabulary.write(draft_vocabulary.DraftVocabulary(tokens=(2, 5, 11)), drafter)
+    made = AufWorker.__new__(AufWorker)
+    made.server_args = SimpleNamespace(speculative_draft_model_path=str(drafter))
+    target = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    made._target_worker = SimpleNamespace(model_runner=SimpleNamespace(model=target))
+    return made
+
+
+def test_only_listed_tokens_are_drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    worker = listing_worker(tmp_path, weight)
+    drafts = [
+        worker._greedy_sample_from_vocab_parallel_head(hidden_states=hidden, lm_head=None, chunk_size=size)
+        for size in (256, 7)
+    ]
+    assert torch.equal(drafts[0], torch.tensor([2, 5, 11])[(hidden @ weight[[2, 5, 11]].T).argmax(-1)])
+    assert torch.equal(drafts[0], drafts[1])
+
+    monkeypatch.setenv(draft_vocabulary.SWITCH, "0")
+    whole = AufWorker.__new__(AufWorker)
+    whole.server_args = worker.server_args
+    assert whole._draft_head is None
+
+
+def test_the_captured_draft_graph_keeps_to_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SGLang keeps eager stays eager, and chooses as above."""
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    worker = listing_worker(tmp_path, weight)
+    made: list[Any] = [None, _DflashDraftSampler(weight=weight, block_size=4, num_org=16, org_vocab_start=0, max_bs=2)]
+    monkeypatch.setattr(DFlashWorkerV2, "_maybe_build_draft_sampler", lambda self: made.pop(0))
+    assert worker._maybe_build_draft_sampler() is None
+    captured = worker._maybe_build_draft_sampler()
+    assert isinstance(captured, ListedDraftSampler)
+    captured(torch.randn(8, 8))
+    assert set(captured.out.tolist()) <= {2, 5, 11}

@@ -46,11 +46,13 @@ def rollout(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    vocabulary: Tensor | None = None,
 ) -> Rollout:
     """The target's greedy answer to one prompt, and how many drafts each step got right.
 
     target: a causal LM of transformers. drafter: on the same device. Every token but the first comes from a verify
-    step; tokens after a stop or past max_new_tokens are cut. Raises ConfigError for a tap on the target's last layer.
+    step; tokens after a stop or past max_new_tokens are cut. vocabulary [n]: ascending ids of the tokens a DFlash
+    drafter may choose (draft_vocabulary.py), None for all. Raises ConfigError for a tap on the target's last layer.
     """
     _check_taps(target, drafter)
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
@@ -59,7 +61,7 @@ def rollout(
     answer = [int(output.logits[0, -1].argmax())]
     accepted: list[int] = []
     while (end := _end(answer, max_new_tokens, stop_ids)) is None:
-        drafts = draft(drafter, features, answer[-1], embedding, head)
+        drafts = draft(drafter, features, answer[-1], embedding, head, vocabulary)
         output = _run(target, [answer[-1], *drafts], output.past_key_values)
         choices: list[int] = output.logits[0].argmax(-1).tolist()  # of the token after each slot of the block
         matched = _matches(drafts, choices)
@@ -71,8 +73,15 @@ def rollout(
     return Rollout(answer[:end], accepted, drafter.config.block_size)
 
 
-def draft(drafter: Drafter, features: Tensor, anchor: int, embedding: Tensor, head: Tensor) -> list[int]:
-    """B - 1 tokens to follow `anchor`, the last token so far.
+def draft(
+    drafter: Drafter,
+    features: Tensor,
+    anchor: int,
+    embedding: Tensor,
+    head: Tensor,
+    vocabulary: Tensor | None = None,
+) -> list[int]:
+    """B - 1 tokens to follow `anchor`, the last token so far. vocabulary: as in rollout.
 
     features [1, S, taps * H]: of the S tokens before the anchor, whose position is therefore S. embedding, head [V, H].
     """
@@ -83,7 +92,9 @@ def draft(drafter: Drafter, features: Tensor, anchor: int, embedding: Tensor, he
     hidden = drafter(features.to(weight.dtype), embeddings, position)[0, 0]
     if config.head == "domino":
         return _draft_domino(drafter, hidden, anchor, embedding.to(weight.dtype), head)
-    drafts: list[int] = (hidden[1:].to(head.dtype) @ head.T).argmax(-1).tolist()
+    rows = head if vocabulary is None else head[vocabulary]
+    chosen = (hidden[1:].to(head.dtype) @ rows.T).argmax(-1)
+    drafts: list[int] = (chosen if vocabulary is None else vocabulary[chosen]).tolist()
     return drafts
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_auf import draft_vocabulary
 from sglang_auf.acceptance import Acceptance, macro_tau, total
 from sglang_auf.card import check_drafter
 from sglang_auf.drafter.domino import correction_inputs
@@ -61,9 +62,15 @@ class HeldOut:
 
 
 def heldout_tau(
-    step: TrainingStep, batches: Iterable[Batch], *, precision: Literal["bf16", "fp32"] = "bf16"
+    step: TrainingStep,
+    batches: Iterable[Batch],
+    *,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    vocabulary: Tensor | None = None,
 ) -> HeldOut:
     """Walk all answers of `batches`, which lie on the step's device. precision: the recipe's.
+
+    vocabulary [n]: ascending ids of the tokens that may be drafted, None for all. Accuracy and loss are over all.
 
     Equal weights give equal figures: no shared random generator is used. Gradients and train/eval modes stay as they
     are (no module of a drafter depends on the mode).
@@ -72,7 +79,7 @@ def heldout_tau(
     terms: list[Terms] = []
     with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            accepted = accepted_by_anchor(step, batch)
+            accepted = accepted_by_anchor(step, batch, vocabulary)
             answers += walk(batch.loss_mask, accepted, step.drafter.config.block_size)
             generators = [torch.Generator().manual_seed(0) for _ in batch.ids]
             anchors, valid = draw_anchors(batch.loss_mask, SAMPLED, generators)
@@ -90,7 +97,7 @@ def heldout_tau(
     )
 
 
-def accepted_by_anchor(step: TrainingStep, batch: Batch) -> Tensor:
+def accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | None = None) -> Tensor:
     """[R, S] long: how many drafts a block starting at each position has accepted; 0 where none may start.
 
     At all anchors of an answer, though the walk stops at one in tau of them: the text is known, so they need not wait
@@ -105,7 +112,7 @@ def accepted_by_anchor(step: TrainingStep, batch: Batch) -> Tensor:
     per_call = max(1, BLOCKS.get(anchors.device.type, DEFAULT_BLOCKS) // len(anchors))
     for some, real in zip(anchors.split(per_call, dim=1), valid.split(per_call, dim=1), strict=True):
         rows = real.nonzero()[:, 0]
-        accepted[rows, some[real]] = _accepted(step, batch, some, real)
+        accepted[rows, some[real]] = _accepted(step, batch, some, real, vocabulary)
     return accepted
 
 
@@ -125,12 +132,16 @@ def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Accep
             yield Acceptance.of_request(histogram, end - start)
 
 
-def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor) -> Tensor:
+def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor, vocabulary: Tensor | None) -> Tensor:
     """Accepted drafts of each valid block [blocks], never past the end of the answer."""
     hidden, tokens, inside = step.blocks(batch, anchors, valid)
     labels, mask = tokens[:, 1:], inside[:, 1:]
     if step.drafter.config.head == "dflash":
-        return leading_matches(hidden[:, 1:], step.head, labels, mask, chunk=step.chunk)
+        if vocabulary is None:
+            return leading_matches(hidden[:, 1:], step.head, labels, mask, chunk=step.chunk)
+        place = torch.full((len(step.head),), -1, device=labels.device)  # no draft is -1
+        place[vocabulary] = torch.arange(len(vocabulary), device=labels.device)
+        return leading_matches(hidden[:, 1:], step.head[vocabulary], place[labels], mask, chunk=step.chunk)
     # Serving feeds the GRU with what it drafted. As long as a block is accepted that is the text, and later slots do
     # not count, so that the rollout and the GRU over the text accept the same.
     given = step.embedding[tokens[:, :-1]]
@@ -152,8 +163,9 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
 
     drafter: directory or hub id. target: these, or a prepared target. data: file, folder or hub data set of rows with
     answers. limit: so many conversations, those that a recipe with this data and data.held_out `limit` does not train
-    on; None: all. The loss is that of all slots alike (Domino: decayed, which it has no loss without). Raises
-    CardError, TargetError, DataError or, for a limit below 1, ConfigError.
+    on; None: all. A draft vocabulary beside the weights is kept to, as a server keeps to it. The loss is that of all
+    slots alike (Domino: decayed, which it has no loss without). Raises CardError, TargetError, DataError or, for a
+    limit below 1, ConfigError.
     """
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -191,4 +203,6 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
             input_ids, loss_mask, lengths = (tensor.to(device) for tensor in collate(some))
             yield Batch(input_ids, loss_mask, lengths, features(ids, input_ids, lengths), ids)
 
-    return heldout_tau(step, batches())
+    listed = draft_vocabulary.in_use(checked.path)
+    vocabulary = None if listed is None else torch.tensor(listed.tokens, device=device)
+    return heldout_tau(step, batches(), vocabulary=vocabulary)

@@ -279,3 +279,21 @@ def test_a_bfloat16_target_may_have_a_float32_drafter(target: LlamaForCausalLM, 
     found = rollout(rounded, make_drafter(4, **dflash), PROMPT, max_new_tokens=8, stop_ids=NO_STOP)
     assert len(found.tokens) == 8
     assert all(0 <= a <= 3 for a in found.accepted)
+
+
+# --- a draft vocabulary ---
+
+
+def test_a_listed_vocabulary_changes_drafts_and_no_answer(target: LlamaForCausalLM, plain: list[int]) -> None:
+    drafter, listed = make_drafter(4, 1), torch.tensor([0, 9, 20, 33, 63])
+    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    features = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(0))
+    drafts = draft(drafter, features, 20, embedding, head, listed)
+    hidden = drafter(features, embedding[[20, 3, 3, 3]][None, None], torch.tensor([[9]]))[0, 0, 1:]
+    logits = hidden @ head.T
+    unlisted = torch.ones(64, dtype=torch.bool)
+    unlisted[listed] = False
+    assert drafts == logits.masked_fill(unlisted, -torch.inf).argmax(-1).tolist()
+    assert drafts != logits.argmax(-1).tolist(), "the list must have mattered"
+    found = rollout(target, drafter, PROMPT, max_new_tokens=LENGTH, stop_ids=NO_STOP, vocabulary=listed)
+    assert found.tokens == plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sglang_auf.draft_vocabulary import DraftVocabulary, write
 from tests.engines import run_engine
 
 pytestmark = pytest.mark.e2e
@@ -107,6 +109,29 @@ def test_an_adaptive_block_changes_no_answer(
     undrafted, drafted_one, whole = steps[1], steps[2], steps[8]
     assert drafted_one > 0 and whole > 0
     assert undrafted > drafted_one if head == "dflash" else undrafted == 0
+
+
+def test_a_draft_vocabulary_changes_no_answer_and_is_kept_to(
+    plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With a list of every token steps are those without one; with three tokens next to nothing is accepted."""
+    inputs = prompts(24)
+    steps = []
+    for number, listed in enumerate((None, range(64), (7, 9, 11))):
+        drafter = tmp_path / f"drafter{number}"
+        shutil.copytree(tiny_drafter(4), drafter)
+        if listed is not None:
+            write(DraftVocabulary(tokens=tuple(listed)), drafter)
+        arguments = {
+            "model_path": str(tiny_target),
+            "context_length": 256,
+            "speculative_algorithm": "AUF",
+            "speculative_draft_model_path": str(drafter),
+        }
+        (found,) = run_engine(tmp_path / f"run{number}", arguments, [job(inputs, 16)])
+        assert tokens(found) == tokens(plain[0])
+        steps.append([result["meta"]["spec_verify_ct"] for result in found])
+    assert steps[0] == steps[1] != steps[2]
 
 
 @pytest.mark.parametrize("pool", [0, 8])

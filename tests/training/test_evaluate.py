@@ -290,3 +290,22 @@ def test_command_names_a_missing_file(models: dict[str, Path], capsys: pytest.Ca
     arguments = ["evaluate", str(models["drafter"]), str(models["target"]), "--data", str(models["data"]) + "x.jsonl"]
     assert cli.main(arguments) == 2
     assert "rows.jsonlx.jsonl" in capsys.readouterr().err
+
+
+def test_a_block_of_a_perfect_drafter_ends_at_the_first_unlisted_token() -> None:
+    batch = make_batch(["uu" + "A" * 41], VOCABULARY)
+    batch.features = torch.nn.functional.one_hot(batch.input_ids, VOCABULARY).float()
+    identity = torch.eye(VOCABULARY)
+    step = TrainingStep(Oracle(4, right=True), identity, identity, ObjectiveSettings(name="full"))
+    listed = torch.arange(0, VOCABULARY, 2)
+    text = batch.input_ids[0].tolist()
+    expected, anchor = [0] * 4, 2
+    while anchor < len(text) - 1:
+        block = text[anchor + 1 : anchor + 4]
+        accepted = next((place for place, token in enumerate(block) if token % 2), len(block))
+        expected[accepted] += 1
+        anchor += accepted + 1
+    found = heldout_tau(step, [batch], precision="fp32", vocabulary=listed)
+    assert list(found.histogram) == expected
+    assert min(expected[:2]) > 0
+    assert heldout_tau(step, [batch], precision="fp32", vocabulary=torch.arange(VOCABULARY)).tau_macro == 4.0
