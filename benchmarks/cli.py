@@ -22,6 +22,7 @@ from benchmarks.config import (
     FailoverConfig,
     IdentityConfig,
     LosslessConfig,
+    OverlapConfig,
     ReportConfig,
     RivalStepsConfig,
     RunConfig,
@@ -194,6 +195,16 @@ def _rival_steps(options: Options) -> int:
     return 1 if any(step.error for step in report.steps) else 0
 
 
+def _overlap(options: Options) -> int:
+    from benchmarks.overlap import measure_overlap, overlap_markdown
+
+    config = _validated(OverlapConfig, options)
+    report = measure_overlap(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    print(_written(report, overlap_markdown(report), config.out / "overlap"))
+    return 1 if any(task.identical or task.near for task in report.tasks) else 0
+
+
 def _train_demo(options: Options) -> int:
     from benchmarks.table import train_demo_text
     from benchmarks.train_demo import train_demo
@@ -256,6 +267,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_fields(rivals, RivalStepsConfig)
     rivals.set_defaults(command=_rival_steps)
+    overlap = commands.add_parser(
+        "overlap", help="benchmark prompts in training data", description=OverlapConfig.__doc__
+    )
+    _add_fields(overlap, OverlapConfig)
+    overlap.set_defaults(command=_overlap)
     demo = commands.add_parser("train-demo", help="train a drafter and serve it", description=TrainDemoConfig.__doc__)
     _add_fields(demo, TrainDemoConfig)
     demo.set_defaults(command=_train_demo)

@@ -228,6 +228,20 @@ class StepConfig(_Config):
     out: Path = Field(Path("runs/step"), description="result directory; earlier results are replaced")
 
 
+class OverlapConfig(_Config):
+    """Benchmark prompts that the prompts of training data repeat, or nearly do."""
+
+    answers: tuple[str, ...] = Field(
+        min_length=1, alias="training", description="training data: a file, folder or hub data set; may be repeated"
+    )
+    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
+    words: int = Field(8, ge=1, description="words of a run that two prompts may have in common")
+    share: float = Field(0.5, gt=0, le=1, description="overlap from which on a prompt is named")
+    out: Path = Field(Path("runs/overlap"), description="result directory; earlier results are replaced")
+
+
 class RivalStepsConfig(_Config):
     """One DFlash training step of this trainer against other packages', each in a virtual environment of its own."""
 

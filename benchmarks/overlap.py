@@ -1,0 +1,143 @@
+"""Benchmark prompts that training prompts repeat, or nearly do: what was trained on must not be measured on.
+
+Words in runs of `words`, as lower case, without punctuation. A prompt's overlap is the largest share of its runs that
+one training prompt holds. Runs that a tenth of a task's prompts share are the task's own wording, not the prompt's, and
+do not count; a prompt without a run of its own is compared whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.config import OverlapConfig
+from benchmarks.markdown import markdown_number, markdown_table
+from benchmarks.tasks import Prompt, resolve, select
+from sglang_auf.errors import DataError
+from sglang_auf.training.rows import BadRow, messages_of, read_rows
+
+WORD = re.compile(r"\w+")
+OF_THE_TASK = 0.1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Near(_Model):
+    """A benchmark prompt and the training prompt nearest to it. overlap: share of its runs, 1 where they are equal."""
+
+    prompt: str
+    training_row: str
+    overlap: float
+
+
+class TaskOverlap(_Model):
+    """identical: prompts that are a training prompt word for word; near: at `share` or more, nearest first."""
+
+    task: str
+    prompts: int
+    identical: int
+    near: list[Near]
+    nearest: Near | None
+
+
+class OverlapReport(_Model):
+    """overlap.json. training_prompts: distinct ones that were read."""
+
+    config: OverlapConfig
+    training_prompts: int
+    tasks: list[TaskOverlap]
+    versions: dict[str, str | None]
+    command: list[str]
+
+
+def measure_overlap(config: OverlapConfig) -> OverlapReport:
+    """Raises DataError for training rows without a user's words."""
+    training = dict(_training_prompts(config.answers))
+    return OverlapReport(
+        config=config,
+        training_prompts=len(training),
+        tasks=[
+            task_overlap(task.name, select(task, config.data_dir, config.limit).prompts, training, config)
+            for task in resolve(config.tasks)
+        ],
+        versions=provenance.versions(),
+        command=provenance.command(),
+    )
+
+
+def task_overlap(
+    task: str, prompts: Sequence[Prompt], training: Mapping[tuple[str, ...], str], config: OverlapConfig
+) -> TaskOverlap:
+    """training: words of a training prompt -> the name of its row."""
+    holders: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for words, row in training.items():
+        for run in set(_runs(words, config.words)):
+            holders[run].append(row)
+    texts = {prompt.id: _words(" ".join(prompt.turns)) for prompt in prompts}
+    runs = {prompt: set(_runs(words, config.words)) for prompt, words in texts.items()}
+    shared = Counter(run for some in runs.values() for run in some)
+    common = {run for run, count in shared.items() if count > max(1, OF_THE_TASK * len(prompts))}
+    found = []
+    for prompt, words in texts.items():
+        own = runs[prompt] - common
+        held = Counter(row for run in own for row in holders.get(run, ()))
+        if words in training:
+            found.append(Near(prompt=prompt, training_row=training[words], overlap=1.0))
+        elif held:
+            row, count = held.most_common(1)[0]
+            found.append(Near(prompt=prompt, training_row=row, overlap=count / len(own)))
+    found.sort(key=lambda near: -near.overlap)
+    return TaskOverlap(
+        task=task,
+        prompts=len(prompts),
+        identical=sum(words in training for words in texts.values()),
+        near=[near for near in found if near.overlap >= config.share],
+        nearest=found[0] if found else None,
+    )
+
+
+def overlap_markdown(report: OverlapReport) -> str:
+    config = report.config
+    rows = [["task", "prompts", "identical", f"overlap {config.share:g} or more", "largest overlap"]]
+    for each in report.tasks:
+        largest = markdown_number(each.nearest.overlap if each.nearest else 0.0)
+        rows.append([each.task, str(each.prompts), str(each.identical), str(len(each.near)), largest])
+    asked = (
+        f"{report.training_prompts} training prompts; overlap: the largest share of a benchmark prompt's runs of "
+        f"{config.words} words that one of them holds"
+    )
+    lines = [
+        f"- {each.task}: {near.prompt} and {near.training_row}, {near.overlap:.2f}"
+        for each in report.tasks
+        for near in each.near
+    ]
+    return "\n\n".join([asked, markdown_table(rows), *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def _training_prompts(sources: Sequence[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    read = 0
+    for row in read_rows(list(sources), hashlib.sha256()):
+        try:
+            said = [str(part["content"]) for part in messages_of(row.fields) if part["role"] == "user"]
+        except BadRow:
+            continue
+        if words := _words(" ".join(said)):
+            read += 1
+            yield words, row.name
+    if not read:
+        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations", "give the training data")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(text.lower()))
+
+
+def _runs(words: tuple[str, ...], length: int) -> Iterable[tuple[str, ...]]:
+    return (words[start : start + length] for start in range(len(words) - length + 1))

@@ -1,0 +1,70 @@
+"""Training prompts that repeat benchmark prompts are found, and only those."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.config import OverlapConfig
+from benchmarks.overlap import task_overlap
+from benchmarks.tasks import Prompt
+
+ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
+
+
+def found(training: str, *prompts: str, **settings: Any) -> Any:
+    config = OverlapConfig.model_validate({"training": ["unused"], "words": 4, **settings})
+    asked = [Prompt("toy", f"toy/{number}", (text,)) for number, text in enumerate(prompts)]
+    return task_overlap("toy", asked, {tuple(training.lower().split()): "row/1"}, config)
+
+
+def test_the_same_words_are_identical_whatever_their_case_and_punctuation() -> None:
+    result = found(ASKED, ASKED.upper().replace(" IN", ", in") + "?", "Something else that has no word of it")
+    assert (result.prompts, result.identical, len(result.near)) == (2, 1, 1)
+    assert (result.nearest.prompt, result.nearest.training_row, result.nearest.overlap) == ("toy/0", "row/1", 1.0)
+
+
+def test_the_overlap_is_the_share_of_runs() -> None:
+    """The first eight of the prompt's 14 words are kept: 5 of its 11 runs."""
+    training = " ".join(ASKED.split()[:8]) + " for every friend she has"
+    result = found(training, ASKED, share=0.4)
+    assert result.identical == 0
+    assert [near.overlap for near in result.near] == [pytest.approx(5 / 11)]
+    assert found(training, ASKED, share=0.5).near == []
+    assert found("Nothing of what was asked is in here at all", ASKED).nearest is None
+
+
+def test_what_all_prompts_of_a_task_say_is_not_theirs() -> None:
+    order = "please reason step by step and put the answer within boxed"
+    prompts = [f"{word} is a number of its own {order}" for word in ("seven", "eight", "nine", "ten")]
+    assert found(f"another question {order}", *prompts).nearest is None
+
+
+def test_two_training_prompts_do_not_add_up() -> None:
+    words = ASKED.lower().split()
+    training = {tuple(words[:7]): "row/1", tuple(words[7:]): "row/2"}
+    config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
+    result = task_overlap("toy", [Prompt("toy", "toy/0", (ASKED,))], training, config)
+    assert result.nearest.overlap == pytest.approx(4 / 11)  # type: ignore[union-attr]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 where a prompt was trained on; rows that are no conversations do not hide the others."""
+    sample = Path(__file__).parents[2] / "benchmarks" / "data"
+    prompts = [json.loads(line) for file in sorted(sample.rglob("*.jsonl")) for line in file.read_text().splitlines()]
+    text = prompts[0]["turns"][0]
+    training = tmp_path / "answers.jsonl"
+    rows = [{"id": "bad"}, {"id": "leak", "messages": [{"role": "user", "content": text}]}]
+    training.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["overlap", "--tasks", "sample", "--training", str(training), "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "leak" in capsys.readouterr().out
+    training.write_text(json.dumps({"id": "other", "messages": [{"role": "user", "content": "Hello there"}]}) + "\n")
+    assert main(command) == 0
+    training.write_text('{"id": "bad"}\n')
+    assert main(command) == 2
+    assert "no user's words" in capsys.readouterr().err
