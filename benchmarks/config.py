@@ -220,6 +220,7 @@ class StepConfig(_Config):
     shapes: Names = Field(("smollm2-135m", "qwen3-8b"), description="comma-separated shapes (tiny is another one)")
     r_active: float = Field(0.25, gt=0, lt=1, description="share of a block's slots that AUF is to keep, about")
     rounds: int = Field(5, ge=1, description="steps of each variant, interleaved; medians are reported")
+    dense: bool = Field(True, description="also decay as it is usually written: minutes a step on a CPU")
     table: bool = Field(True, description="also anchors x length, on one row of the first shape")
     table_anchors: Counts = Field((64, 128, 256, 512), description="comma-separated anchors of that table")
     table_lengths: Counts = Field((1024, 2048, 3072), description="comma-separated tokens of its row")

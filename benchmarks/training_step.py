@@ -39,7 +39,7 @@ def measure_step(config: StepConfig) -> StepReport:
     config.out.mkdir(parents=True, exist_ok=True)
     return StepReport(
         config=config,
-        cells=[cell for shape in shapes for cell in _cells(shape, [shape], VARIANTS, config)],
+        cells=[cell for shape in shapes for cell in _cells(shape, [shape], VARIANTS if config.dense else (AUF, DECAY), config)],
         table=_cells(shapes[0], sizes, (AUF, DECAY), config),
         threads=torch.get_num_threads(),
         versions=provenance.versions(),

@@ -127,3 +127,10 @@ def test_peak_memory_counts_what_is_freed_again_and_not_what_was_there() -> None
     found = peak_bytes(lambda: float((torch.ones(16 * 2**20) * 2).sum()), "cpu")  # two of 64 MiB at a time
     assert 100 * 2**20 < found < 180 * 2**20
     assert len(kept) == 8 * 2**20
+
+
+def test_without_the_dense_variant(tmp_path: Path) -> None:
+    flags = ["--shapes", "tiny", "--rounds", "1", "--no-table", "--no-dense", "--out", str(tmp_path)]
+    assert main(["step", *flags]) == 0
+    (cell,) = json.loads((tmp_path / "step.json").read_text())["cells"]
+    assert list(cell["costs"]) == [AUF, DECAY]
