@@ -32,6 +32,7 @@ def measure_step(config: StepConfig) -> StepReport:
 
     from benchmarks.step_variants import AUF, DECAY, VARIANTS
 
+    variants = VARIANTS if config.dense else (AUF, DECAY)
     shapes = [_shape(name) for name in config.shapes]
     sizes = _table_sizes(shapes[0], config) if config.table else []
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -39,7 +40,7 @@ def measure_step(config: StepConfig) -> StepReport:
     config.out.mkdir(parents=True, exist_ok=True)
     return StepReport(
         config=config,
-        cells=[cell for shape in shapes for cell in _cells(shape, [shape], VARIANTS if config.dense else (AUF, DECAY), config)],
+        cells=[cell for shape in shapes for cell in _cells(shape, [shape], variants, config)],
         table=_cells(shapes[0], sizes, (AUF, DECAY), config),
         threads=torch.get_num_threads(),
         versions=provenance.versions(),

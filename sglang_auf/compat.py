@@ -284,8 +284,9 @@ SEAMS: tuple[Seam, ...] = (
 
 # Only a scheduler imports the worker's module (500 modules with it), so those seams are checked when it makes the
 # worker; the rest belong to modules that SGLang or our hooks import in every process, and cost nothing to check.
-WORKER_SEAMS = tuple(seam for seam in SEAMS if seam.used_by == "worker")
-REGISTRATION_SEAMS = tuple(seam for seam in SEAMS if seam.used_by != "worker")
+OF_THE_WORKER = ("worker", "draft_head")
+WORKER_SEAMS = tuple(seam for seam in SEAMS if seam.used_by in OF_THE_WORKER)
+REGISTRATION_SEAMS = tuple(seam for seam in SEAMS if seam.used_by not in OF_THE_WORKER)
 
 
 def resolve(target: str) -> object:
