@@ -232,9 +232,7 @@ class StepConfig(_Config):
 class OverlapConfig(_Config):
     """Benchmark prompts that the prompts of training data repeat, or nearly do."""
 
-    answers: tuple[str, ...] = Field(
-        min_length=1, alias="training", description="training data: a file, folder or hub data set; may be repeated"
-    )
+    training: tuple[str, ...] = Field(min_length=1, description="file, folder or hub data set; may be repeated")
     tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
     limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
     data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")

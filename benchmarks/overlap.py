@@ -8,18 +8,24 @@ do not count; a prompt without a run of its own is compared whole.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import OverlapConfig
-from benchmarks.markdown import markdown_number, markdown_table
+from benchmarks.markdown import markdown_number, markdown_origin, markdown_table
 from benchmarks.tasks import Prompt, resolve, select
 from sglang_auf.errors import DataError
-from sglang_auf.training.rows import BadRow, messages_of, read_rows
+from sglang_auf.training.rows import BadRow, grouped, messages_of, named, read_rows
+
+log = logging.getLogger(__name__)
+
+Words = tuple[str, ...]
 
 WORD = re.compile(r"\w+")
 OF_THE_TASK = 0.1
@@ -54,34 +60,67 @@ class OverlapReport(_Model):
     training_prompts: int
     tasks: list[TaskOverlap]
     versions: dict[str, str | None]
+    machine: dict[str, Any]
     command: list[str]
 
 
 def measure_overlap(config: OverlapConfig) -> OverlapReport:
-    """Raises DataError for training rows without a user's words."""
-    training = dict(_training_prompts(config.answers))
+    """Raises DataError for training data without a user's words."""
+    training = training_prompts(config.training)
+    holders = holders_of_runs(training, config.words)
     return OverlapReport(
         config=config,
         training_prompts=len(training),
         tasks=[
-            task_overlap(task.name, select(task, config.data_dir, config.limit).prompts, training, config)
+            task_overlap(task.name, select(task, config.data_dir, config.limit).prompts, training, holders, config)
             for task in resolve(config.tasks)
         ],
         versions=provenance.versions(),
+        machine=provenance.machine(),
         command=provenance.command(),
     )
 
 
-def task_overlap(
-    task: str, prompts: Sequence[Prompt], training: Mapping[tuple[str, ...], str], config: OverlapConfig
-) -> TaskOverlap:
-    """training: words of a training prompt -> the name of its row."""
-    holders: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
+    """Words of each distinct prompt, all turns of the user's, and the row that holds it. Faulty rows are named."""
+    found: dict[Words, str] = {}
+    faults: list[tuple[str, str]] = []
+    for row in read_rows(list(sources), hashlib.sha256()):
+        try:
+            if row.fault is not None:
+                raise BadRow(row.fault)
+            said = " ".join(str(part["content"]) for part in messages_of(row.fields) if part["role"] == "user")
+        except BadRow as fault:
+            faults.append((str(fault), row.name))
+        else:
+            found[_words(said)] = row.name
+    for reason, rows in grouped(faults).items():
+        log.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
+    found.pop((), None)
+    if not found:
+        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations", "give the training data")
+    return found
+
+
+def holders_of_runs(training: Mapping[Words, str], length: int) -> dict[Words, list[str]]:
+    """Rows that hold each run of `length` words."""
+    holders: defaultdict[Words, list[str]] = defaultdict(list)
     for words, row in training.items():
-        for run in set(_runs(words, config.words)):
+        for run in _runs(words, length):
             holders[run].append(row)
+    return holders
+
+
+def task_overlap(
+    task: str,
+    prompts: Sequence[Prompt],
+    training: Mapping[Words, str],
+    holders: Mapping[Words, Sequence[str]],
+    config: OverlapConfig,
+) -> TaskOverlap:
+    """training, holders: as training_prompts and holders_of_runs give them."""
     texts = {prompt.id: _words(" ".join(prompt.turns)) for prompt in prompts}
-    runs = {prompt: set(_runs(words, config.words)) for prompt, words in texts.items()}
+    runs = {prompt: _runs(words, config.words) for prompt, words in texts.items()}
     shared = Counter(run for some in runs.values() for run in some)
     common = {run for run, count in shared.items() if count > max(1, OF_THE_TASK * len(prompts))}
     found = []
@@ -118,26 +157,13 @@ def overlap_markdown(report: OverlapReport) -> str:
         for each in report.tasks
         for near in each.near
     ]
-    return "\n\n".join([asked, markdown_table(rows), *(["\n".join(lines)] if lines else [])]) + "\n"
+    parts = [asked, markdown_table(rows), "\n".join(lines), markdown_origin(report)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _training_prompts(sources: Sequence[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    read = 0
-    for row in read_rows(list(sources), hashlib.sha256()):
-        try:
-            said = [str(part["content"]) for part in messages_of(row.fields) if part["role"] == "user"]
-        except BadRow:
-            continue
-        if words := _words(" ".join(said)):
-            read += 1
-            yield words, row.name
-    if not read:
-        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations", "give the training data")
-
-
-def _words(text: str) -> tuple[str, ...]:
+def _words(text: str) -> Words:
     return tuple(WORD.findall(text.lower()))
 
 
-def _runs(words: tuple[str, ...], length: int) -> Iterable[tuple[str, ...]]:
-    return (words[start : start + length] for start in range(len(words) - length + 1))
+def _runs(words: Words, length: int) -> set[Words]:
+    return {words[start : start + length] for start in range(len(words) - length + 1)}

@@ -35,8 +35,8 @@ class Cell(_Model):
 
 
 class StepReport(_Model):
-    """step.json. cells: one a shape; table: anchors x length on one row of the first shape, AUF
-    and `decay` alone; threads: torch's."""
+    """step.json. cells: one a shape; table: anchors x length on one row of the first shape, without the dense variant;
+    threads: torch's."""
 
     config: StepConfig
     cells: list[Cell]

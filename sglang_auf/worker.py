@@ -70,6 +70,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _ = self._draft_head  # a list that the target's head cannot serve is refused now, and not by a request
         if asked_for():
             # Domino's head starts from a first draft.
             self._chooser = BlockChooser(int(self.block_size), smallest=2 if self._is_domino else SMALLEST)
@@ -152,7 +153,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
 
     @cached_property
     def _draft_head(self) -> DraftHead | None:
-        """Made when it is first asked for: upstream may capture its graphs before or after __init__ returns."""
+        """The listed rows, None where all tokens may be drafted. Also there for what upstream's __init__ calls."""
         vocabulary = draft_vocabulary.in_use(Path(self.server_args.speculative_draft_model_path))
         if vocabulary is None:
             return None

@@ -70,8 +70,7 @@ def heldout_tau(
 ) -> HeldOut:
     """Walk all answers of `batches`, which lie on the step's device. precision: the recipe's.
 
-    vocabulary [n]: ascending ids of the tokens that may be drafted, None for all. Accuracy and loss are over all.
-
+    vocabulary [n]: ascending ids of the tokens that may be drafted, None for all; accuracy and loss are over all.
     Equal weights give equal figures: no shared random generator is used. Gradients and train/eval modes stay as they
     are (no module of a drafter depends on the mode).
     """

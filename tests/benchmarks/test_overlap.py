@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.config import OverlapConfig
-from benchmarks.overlap import task_overlap
+from benchmarks.overlap import holders_of_runs, task_overlap
 from benchmarks.tasks import Prompt
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
@@ -19,7 +19,8 @@ ASKED = "How many clips did Natalia sell altogether in April and May of that yea
 def found(training: str, *prompts: str, **settings: Any) -> Any:
     config = OverlapConfig.model_validate({"training": ["unused"], "words": 4, **settings})
     asked = [Prompt("toy", f"toy/{number}", (text,)) for number, text in enumerate(prompts)]
-    return task_overlap("toy", asked, {tuple(training.lower().split()): "row/1"}, config)
+    known = {tuple(training.lower().split()): "row/1"}
+    return task_overlap("toy", asked, known, holders_of_runs(known, 4), config)
 
 
 def test_the_same_words_are_identical_whatever_their_case_and_punctuation() -> None:
@@ -48,11 +49,11 @@ def test_two_training_prompts_do_not_add_up() -> None:
     words = ASKED.lower().split()
     training = {tuple(words[:7]): "row/1", tuple(words[7:]): "row/2"}
     config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
-    result = task_overlap("toy", [Prompt("toy", "toy/0", (ASKED,))], training, config)
+    result = task_overlap("toy", [Prompt("toy", "toy/0", (ASKED,))], training, holders_of_runs(training, 4), config)
     assert result.nearest.overlap == pytest.approx(4 / 11)  # type: ignore[union-attr]
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Exit code 1 where a prompt was trained on; rows that are no conversations do not hide the others."""
     sample = Path(__file__).parents[2] / "benchmarks" / "data"
     prompts = [json.loads(line) for file in sorted(sample.rglob("*.jsonl")) for line in file.read_text().splitlines()]
@@ -63,6 +64,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["overlap", "--tasks", "sample", "--training", str(training), "--out", str(tmp_path / "out")]
     assert main(command) == 1
     assert "leak" in capsys.readouterr().out
+    assert "1 rows left out" in caplog.text
     training.write_text(json.dumps({"id": "other", "messages": [{"role": "user", "content": "Hello there"}]}) + "\n")
     assert main(command) == 0
     training.write_text('{"id": "bad"}\n')

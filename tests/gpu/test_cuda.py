@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
 from sglang_auf import sampling
+from sglang_auf.draft_head import DraftHead, ListedDraftSampler
 from tests.engines import run_engine
 from tests.tiny_models import VOCABULARY, write_drafter, write_target
 
@@ -29,6 +32,28 @@ def test_draws_on_a_gpu_are_the_draws_on_a_cpu() -> None:
         probabilities.cuda(), *(s.cuda() for s in settings), sampling.uniforms(seeds.cuda(), positions.cuda())
     )
     assert (on_gpu.cpu() == on_cpu).float().mean() > 0.95  # a sum may round across a draw's boundary
+
+
+def test_the_listed_choice_in_a_captured_graph_is_the_one_on_a_cpu() -> None:
+    """As SGLang replays it: captured once, then run on other states in the same place."""
+    listed, block, requests = [2, 5, 11, 40, 63], 4, 3
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    head = DraftHead(SimpleNamespace(weight=weight.cuda()), listed)
+    whole = _DflashDraftSampler(weight=weight.cuda(), block_size=block, num_org=64, org_vocab_start=0, max_bs=requests)
+    sampler = ListedDraftSampler(head, whole)
+    hidden = torch.zeros(requests * block, 32, device="cuda")
+    sampler(hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler(hidden)
+    for seed in range(3):
+        states = torch.randn(requests * block, 32, generator=torch.Generator().manual_seed(seed))
+        hidden.copy_(states)
+        graph.replay()
+        drafted = states.view(requests, block, 32)[:, 1:].reshape(-1, 32)
+        expected = DraftHead(SimpleNamespace(weight=weight), listed)(drafted)
+        assert torch.equal(sampler.out.cpu(), expected)
+        assert torch.equal(head(drafted.cuda()).cpu(), expected)
 
 
 def engine(tmp_path: Path, algorithm: str) -> dict[str, Any]:
