@@ -103,11 +103,17 @@ def most_frequent(answers: Iterable[Iterable[int]], count: int) -> DraftVocabula
 
 
 def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) -> Path:
-    """Write the list beside the weights, whole or not at all. Raises ConfigError where there is one and not `force`."""
+    """Write the list beside the weights, whole or not at all.
+
+    Raises ConfigError where there is one and not `force`, and where it cannot be written.
+    """
+    from sglang_auf.training.feature_files import write_whole  # torch: nothing that a server's start should wait for
+
     file = drafter / FILE
     if file.exists() and not force:
         raise ConfigError(f"{file} exists", "a drafter without one", "give --force to replace it")
-    part = file.with_suffix(".part")
-    part.write_text(vocabulary.model_dump_json() + "\n")
-    part.replace(file)
+    try:
+        write_whole(file, (vocabulary.model_dump_json() + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}", "a directory to write to", "make room, or mend it") from error
     return file

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,19 @@ def test_an_earlier_list_is_kept_unless_told(tmp_path: Path) -> None:
         write(most_frequent(ANSWERS, 2), tmp_path)
     write(most_frequent(ANSWERS, 2), tmp_path, force=True)
     assert len(load(tmp_path).tokens) == 2  # type: ignore[union-attr]
+
+
+def test_a_list_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(most_frequent(ANSWERS, 3), tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        write(most_frequent(ANSWERS, 2), tmp_path, force=True)
+    assert load(tmp_path) == most_frequent(ANSWERS, 3)
+    assert [file.name for file in tmp_path.iterdir()] == [FILE]
 
 
 @pytest.mark.parametrize(
