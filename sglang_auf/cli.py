@@ -131,6 +131,12 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-url", metavar="URL", required=True, help="a server with OpenAI's completions route")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
     parser.add_argument("--count", metavar="N", required=True, help="prompts in FILE in the end")
+    parser.add_argument(
+        "--opening",
+        metavar="TEXT",
+        action="append",
+        help="what users begin with; given several times, in turn (default: the model begins)",
+    )
     parser.add_argument("--temperature", metavar="T", help="of the prompts (default: 1.0)")
     parser.add_argument("--max-tokens", metavar="N", help="of one prompt; longer ones are not kept (default: 256)")
     _add_asking(parser)

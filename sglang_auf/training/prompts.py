@@ -3,7 +3,8 @@
 A chat model that is given its template up to where a user would begin goes on with what a user would say; asked often
 enough at temperature 1, it covers the kinds of request it was trained on (Magpie, arXiv 2406.08464). The text goes to
 `regenerate`, which has the model answer it. What is cut off at the limit, empty or there already is not kept, and is
-counted. Any server with OpenAI's completions route will do that takes a prompt as token ids.
+counted. Any server with OpenAI's completions route will do that takes a prompt as token ids. Where a kind of request is
+wanted more often than the model writes it by itself, the user's first words are given (`opening`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sglang_auf import __version__
@@ -40,7 +41,8 @@ USELESS_IN_A_ROW = 200
 
 class PromptSettings(BaseModel):
     """target: directory, hub id or prepared target whose chat template it is. count: prompts in `out` in the end.
-    max_tokens: of one prompt; longer ones are not kept."""
+    opening: what users begin with, in turn; without any, the model begins too. max_tokens: of one prompt, without its
+    opening; longer ones are not kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,6 +50,7 @@ class PromptSettings(BaseModel):
     out: Path
     base_url: str = Field(pattern=r"^https?://[^/]+")
     count: int = Field(ge=1)
+    opening: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
     model: str | None = Field(default=None, min_length=1)
     concurrency: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0, le=2)
@@ -66,15 +69,27 @@ def write_prompts(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) 
     text; the rows in the file are kept, and the same command goes on with them.
     """
     try:
-        opening, end = ChatTemplate(tokenizer, thinking=None).user_turn()
+        user_turn, end = ChatTemplate(tokenizer, thinking=None).user_turn()
     except BadRow as fault:
         expected = "a chat template with a place for what a user says"
         raise DataError(str(fault), expected, "give prompts of your own") from fault
+    openings = [
+        _Opening(text, user_turn + tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in settings.opening or [""]
+    ]
     with logging_redirect_tqdm():
-        return asyncio.run(_write(settings, opening, None if end == tokenizer.eos_token_id else end))
+        return asyncio.run(_write(settings, openings, None if end == tokenizer.eos_token_id else end))
 
 
-async def _write(settings: PromptSettings, opening: list[int], end: int | None) -> tuple[int, Counter[str]]:
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """text: what the user has said so far. ids: the template up to there."""
+
+    text: str
+    ids: list[int]
+
+
+async def _write(settings: PromptSettings, openings: list[_Opening], end: int | None) -> tuple[int, Counter[str]]:
     """end: the token that ends a user's turn, where the model does not stop at it by itself."""
     async with ChatServer(
         settings.base_url,
@@ -89,13 +104,13 @@ async def _write(settings: PromptSettings, opening: list[int], end: int | None) 
         manifest = Manifest(
             model=model,
             thinking="server",
-            input_sha256=hashlib.sha256(repr(opening).encode()).hexdigest(),
+            input_sha256=hashlib.sha256(repr([opening.ids for opening in openings]).encode()).hexdigest(),
             version=__version__,
             **settings.model_dump(include={"temperature", "max_tokens", "seed"}),
         )
         with AnswerFile(settings.out, manifest) as file:
             with Progress(settings.count, len(file.done)) as progress:
-                run = _Run(server, model, opening, end, settings, file, progress)
+                run = _Run(server, model, openings, end, settings, file, progress)
                 await run.ask()
             return len(file.done), run.outcomes
 
@@ -127,14 +142,14 @@ class _Run:
         self,
         server: ChatServer,
         model: str,
-        opening: list[int],
+        openings: list[_Opening],
         end: int | None,
         settings: PromptSettings,
         file: AnswerFile,
         progress: Progress,
     ) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._server, self._model, self._opening, self._end = server, model, opening, end
+        self._server, self._model, self._openings, self._end = server, model, openings, end
         self._settings, self._file, self._progress = settings, file, progress
         try:
             before = [_Id.read(id) for id in file.done]
@@ -156,9 +171,10 @@ class _Run:
 
     async def _work(self) -> None:
         for number in self._missing():
+            opening = self._openings[number % len(self._openings)]
             seed = seed_of(self._settings.seed, "prompt", number)
             try:
-                found = await self._server.go_on(self._model, self._opening, self._end, seed)
+                found = await self._server.go_on(self._model, opening.ids, self._end, seed)
             except AnswerError as error:
                 self.outcomes["failed"] += 1
                 self._faults += 1
@@ -172,7 +188,7 @@ class _Run:
                 continue
             self._faults = 0
             self._progress.tokens(found.tokens)
-            self._keep(number, found.text.strip(), found.finish_reason)
+            self._keep(number, (opening.text + found.text).strip() if found.text.strip() else "", found.finish_reason)
 
     def _keep(self, number: int, text: str, finish_reason: str) -> None:
         id = _Id.of(number, text)

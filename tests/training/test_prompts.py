@@ -80,6 +80,19 @@ def test_the_model_is_given_the_template_up_to_the_user_and_what_it_says_is_a_pr
     assert len(read_prompts([str(wanted.out)]).prompts) == 6, "what regenerate reads"
 
 
+def test_openings_are_given_in_turn_and_are_part_of_the_prompt(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server, tokenizer = serve(lambda n: (" \n" if n == 2 else f" of {n}?", "stop")), toy_tokenizer()
+    wanted = settings(server, tmp_path, count=3, concurrency=1, opening=["What ", "Write"])
+    assert write_prompts(wanted, tokenizer)[1] == {"kept": 3, "empty": 1}
+    assert texts(wanted.out) == ["What of 0?", "Write of 1?", "Write of 3?"]
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    users = [rendered[: rendered.index("question")] + opening for opening in ("What", "Write") * 2]
+    asked = [request["prompt"] for request in server.requests]
+    assert asked == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in users]
+    with pytest.raises(DataError, match="input"):
+        write_prompts(settings(server, tmp_path, count=9, opening=["What"]), tokenizer)
+
+
 def test_what_is_cut_off_empty_or_there_already_is_not_kept_and_is_counted(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -168,7 +181,9 @@ def test_a_template_without_a_place_for_the_user_is_refused(serve: Callable[...,
             write_prompts(settings(serve(lambda n: None), tmp_path), tokenizer)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--count", "0"), ("--temperature", "0"), ("--base-url", "nowhere")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--count", "0"), ("--temperature", "0"), ("--base-url", "nowhere"), ("--opening", " ")]
+)
 def test_impossible_flags_name_themselves(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"--base-url": "http://127.0.0.1:1", "--out": "prompts.jsonl", "--count": "3"} | {flag: value}
     assert cli.main(["prompts", "toy", *(part for pair in flags.items() for part in pair)]) == 2
