@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 
 from server.schemas import AcceptanceReply, CardReply
-from sglang_auf import totals
+from sglang_auf import draft_vocabulary, totals
 from sglang_auf.card import CheckedDrafter
 from sglang_auf.target_facts import TargetFacts
 
@@ -51,10 +51,12 @@ def auf_router(served: Served) -> APIRouter:
         if served.speculation is None:
             raise HTTPException(404, PLAIN.format(what="drafter card"))
         checked = served.speculation.checked
+        listed = checked.vocabulary if draft_vocabulary.switched_on() else None
         return CardReply(
             model=served.model,
             drafter=served.speculation.drafter,
             block_size=served.speculation.block_size,
+            draft_vocabulary=None if listed is None else len(listed.tokens),
             card=checked.card,
             unknown=checked.card.unknown,
             warnings=list(checked.warnings),

@@ -51,6 +51,7 @@ class CardReply(Reply):
     model: str
     drafter: str
     block_size: int = Field(description="B as served; the card has the one it was trained with")
+    draft_vocabulary: int | None = Field(description="tokens that the drafter chooses among as served; null: all")
     card: DrafterCard
     unknown: list[str]
     warnings: list[str]

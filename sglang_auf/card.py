@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from sglang_auf import draft_vocabulary
 from sglang_auf.coverage import check_weights, draft_setting, head_of, size, tapped_layers
+from sglang_auf.draft_vocabulary import DraftVocabulary
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.model_files import find_model, read_json
 from sglang_auf.target_facts import TargetFacts
@@ -91,11 +92,13 @@ class DrafterCard(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CheckedDrafter:
-    """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory."""
+    """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory.
+    vocabulary: the tokens it lists to choose from, None for all."""
 
     card: DrafterCard
     warnings: tuple[str, ...]
     path: Path
+    vocabulary: DraftVocabulary | None = None
 
 
 def check_drafter(
@@ -128,7 +131,7 @@ def check_drafter(
     warnings = check_weights(path, config)
     facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, target_revision))
     warnings += check_card(card, config, facts, block_size=block_size, context_length=context_length, thinking=thinking)
-    return CheckedDrafter(card, tuple(warnings), path)
+    return CheckedDrafter(card, tuple(warnings), path, listed)
 
 
 def load_card(drafter: Path) -> DrafterCard:

@@ -182,6 +182,8 @@ def _check(options: argparse.Namespace) -> int:
     checked = check_drafter(options.drafter, resolve(options.target))
     for name, value in checked.card.model_dump(mode="json").items():
         print(f"{name:20} {'unknown' if value is None else value}")
+    listed = "all tokens" if checked.vocabulary is None else f"{len(checked.vocabulary.tokens)} tokens"
+    print(f"{'draft_vocabulary':20} {listed}")
     for warning in checked.warnings:
         print(f"warning: {warning}")
     print(f"{options.drafter} fits {options.target}")

@@ -64,7 +64,12 @@ def load(drafter: Path) -> DraftVocabulary | None:
 
 def in_use(drafter: Path) -> DraftVocabulary | None:
     """The list that the drafter is to choose from: None where there is none or SWITCH turns it off."""
-    return None if os.environ.get(SWITCH) == "0" else load(drafter)
+    return load(drafter) if switched_on() else None
+
+
+def switched_on() -> bool:
+    """Whether drafters of this process keep to their lists."""
+    return os.environ.get(SWITCH) != "0"
 
 
 def check(vocabulary: DraftVocabulary, config: Mapping[str, Any]) -> None:

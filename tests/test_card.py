@@ -314,7 +314,9 @@ def test_a_draft_vocabulary_is_checked_with_the_card(drafter: Path, target: Path
     for tokens, fault in (([0, 49151], None), ([0, 49152], "token 49152"), ([3, 1], "tokens")):
         (drafter / "draft_vocabulary.json").write_text(json.dumps({"tokens": tokens}))
         if fault is None:
-            check_drafter(str(drafter), str(target))
+            listed = check_drafter(str(drafter), str(target)).vocabulary
+            assert listed is not None
+            assert list(listed.tokens) == tokens
         else:
             with pytest.raises(CardError, match=fault):
                 check_drafter(str(drafter), str(target))

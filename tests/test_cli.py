@@ -46,15 +46,17 @@ def test_check_reports_card_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys
 
     def check_drafter(drafter: str, target: str) -> SimpleNamespace:
         asked.append((drafter, target))
-        return SimpleNamespace(card=CARD, warnings=("tau may fall",), path=Path(drafter))
+        vocabulary = SimpleNamespace(tokens=(2, 3, 5))
+        return SimpleNamespace(card=CARD, warnings=("tau may fall",), path=Path(drafter), vocabulary=vocabulary)
 
     monkeypatch.setattr("sglang_auf.card.check_drafter", check_drafter)
     assert cli.main(["check", "my/drafter", "some/target"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert asked == [("my/drafter", "some/target")]
-    assert [line.split() for line in lines if line.startswith(("block_size", "objective"))] == [
+    assert [line.split() for line in lines if line.startswith(("block_size", "draft", "objective"))] == [
         ["block_size", "8"],
         ["objective", "unknown"],
+        ["draft_vocabulary", "3", "tokens"],
     ]
     assert "warning: tau may fall" in lines
 

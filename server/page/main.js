@@ -91,9 +91,10 @@ function show(load, acceptance) {
   });
 }
 
-function showCard({ drafter, block_size, card, unknown, warnings, target }) {
+function showCard({ drafter, block_size, draft_vocabulary, card, unknown, warnings, target }) {
   const { format, derived, block_size: trained, tau, ...others } = card;
   const fields = { drafter, target: target.name, block: `${block_size} as served, ${trained} as trained` };
+  if (draft_vocabulary !== null) fields["draft vocabulary"] = `${draft_vocabulary} tokens`;
   if (tau) fields.tau = `${figure(tau.value, 2)} (${tau.kind}: ${tau.on})`;
   if (derived) fields.card = "none; this was read off the drafter's configuration";
   for (const [name, value] of Object.entries(others)) if (value !== null) fields[name.replaceAll("_", " ")] = value;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.routes import Served, Speculation, auf_router
-from sglang_auf import totals
+from sglang_auf import draft_vocabulary, totals
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.card import CheckedDrafter, DrafterCard
+from sglang_auf.draft_vocabulary import DraftVocabulary
 from sglang_auf.target_facts import TargetFacts
 
 TARGET = TargetFacts(
@@ -82,10 +84,21 @@ def test_card_says_what_is_served_and_what_does_not_match() -> None:
     reply = client(SPECULATING).get("/v1/auf/card").json()
     assert (reply["drafter"], reply["block_size"], reply["card"]["block_size"]) == ("owner/drafter", 4, 16)
     assert reply["card"]["target_layer_ids"] == [1, 14, 27]
+    assert reply["draft_vocabulary"] is None
     assert reply["warnings"] == ["tau may fall"]
     assert "thinking" in reply["unknown"]
     assert "objective" not in reply["unknown"]
     assert (reply["target"]["name"], reply["target"]["revision"]) == ("owner/target", "abc")
+
+
+@pytest.mark.parametrize(("switch", "tokens"), [("1", 3), ("0", None)])
+def test_card_says_how_many_tokens_are_drafted(
+    switch: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(draft_vocabulary.SWITCH, switch)
+    checked = replace(CHECKED, vocabulary=DraftVocabulary(tokens=(0, 5, 9)))
+    served = Served("small", TARGET, Speculation("owner/drafter", checked, block_size=4))
+    assert client(served).get("/v1/auf/card").json()["draft_vocabulary"] == tokens
 
 
 @pytest.mark.parametrize("route", ["acceptance", "card"])
