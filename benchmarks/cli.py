@@ -32,6 +32,7 @@ from benchmarks.config import (
     StudyConfig,
     SweepConfig,
     TrainDemoConfig,
+    VariantsConfig,
 )
 from sglang_auf.errors import AufError, ConfigError
 
@@ -118,6 +119,16 @@ def _speed(options: Options) -> int:
     report = measure_speed(config)
     print(_written(report, speed_markdown(report), config.out / "speed"))
     return 1 if report.failed else 0
+
+
+def _variants(options: Options) -> int:
+    from benchmarks.markdown import variants_markdown
+    from benchmarks.variants import measure_variants
+
+    config = _validated(VariantsConfig, options)
+    report = measure_variants(config)
+    print(_written(report, variants_markdown(report), config.out / "variants"))
+    return 0 if report.passed else 1
 
 
 def _sweep(options: Options) -> int:
@@ -242,6 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="table of speeds, DFLASH included", description=SpeedConfig.__doc__)
     _add_fields(speed, SpeedConfig)
     speed.set_defaults(command=_speed)
+    variants = commands.add_parser(
+        "variants", help="blocks, drafters, settings in turns", description=VariantsConfig.__doc__
+    )
+    _add_fields(variants, VariantsConfig)
+    variants.set_defaults(command=_variants)
     sweep = commands.add_parser("sweep", help="speed and latency by concurrency", description=SweepConfig.__doc__)
     _add_fields(sweep, SweepConfig)
     sweep.set_defaults(command=_sweep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,10 @@ def _split_commas(value: Any) -> Any:
     return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
 
 
+def _split_words(value: Any) -> Any:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
 def _bare_url(value: Any) -> Any:
     return value.rstrip("/").removesuffix("/v1") if isinstance(value, str) else value
 
@@ -24,6 +29,9 @@ def _dated_run() -> Path:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Settings = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^=]+=")], ...], BeforeValidator(_split_words), Field(min_length=1)
+]
 ServerUrl = Annotated[str, BeforeValidator(_bare_url), Field(pattern=r"^https?://.+")]
 
 
@@ -102,18 +110,35 @@ class IdentityConfig(_Started):
     out: Path = Field(Path("runs/identity"), description="result directory; finished cells in it are kept")
 
 
-class SpeedConfig(_Started):
-    """AUF, plain decoding and SGLang's built-in DFLASH with the same drafter, asked in turns."""
+class TurnsConfig(_Started):
+    """What the tables share whose servers are asked in turns."""
 
     tasks: Names | None = Field(
         None, description="comma-separated tasks or groups; first turns (default: mt_bench, without --data-dir sample)"
     )
     limit: int = Field(8, ge=1, description="prompts in all, of all tasks in turn; more where more are in flight")
     max_tokens: int = Field(256, ge=2, description="new tokens of one answer at most")
-    concurrency: Counts = Field((1, 4, 16), description="comma-separated numbers of requests in flight")
+    concurrency: Counts = Field((1,), description="comma-separated numbers of requests in flight")
     rounds: int = Field(3, ge=1, description="turns each server gets at each concurrency; medians are reported")
-    pool_tokens: int = Field(16384, ge=1, description="KV pool of each of the three servers, in tokens")
+    pool_tokens: int = Field(16384, ge=1, description="KV pool of each server, in tokens")
+    out: Path = Field(description="result directory; earlier results are replaced")
+
+
+class SpeedConfig(TurnsConfig):
+    """AUF, plain decoding and SGLang's built-in DFLASH with the same drafter, asked in turns."""
+
+    concurrency: Counts = Field((1, 4, 16), description="comma-separated numbers of requests in flight")
     out: Path = Field(Path("runs/speed"), description="result directory; earlier results are replaced")
+
+
+class VariantsConfig(TurnsConfig):
+    """A profile, the same with other settings, and plain decoding, asked in turns: which is served fastest here?"""
+
+    variants: Annotated[tuple[Settings, ...], Field(min_length=1)] = Field(
+        alias="variant",
+        description='the profile with other settings, as "block_size=6 drafter=DIR"; given once for each variant',
+    )
+    out: Path = Field(Path("runs/variants"), description="result directory; earlier results are replaced")
 
 
 class SweepConfig(Questions):

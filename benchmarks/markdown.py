@@ -1,4 +1,4 @@
-"""Tables for documents: what `identity` and `speed` print and write beside their JSON."""
+"""Tables for documents: what `identity`, `speed` and others print and write beside their JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, Protocol
 from benchmarks.failover import FailoverReport
 from benchmarks.identity import IdentityReport
 from benchmarks.soak import SoakReport
-from benchmarks.speed import Agreement, SpeedReport
+from benchmarks.speed import SpeedReport
 from benchmarks.summary import Percentiles, RunSummary
 from benchmarks.sweep import Sweep
+from benchmarks.turns import Agreement
+from benchmarks.variants import VariantsReport
 
 NAMES = {"auf": "AUF", "plain": "plain", "dflash": "DFLASH"}
 
@@ -68,6 +70,24 @@ def speed_markdown(report: SpeedReport) -> str:
             f"{markdown_number(cost.ratio)}"
         )
     return "\n\n".join([asked, markdown_table(rows), "\n".join(lines), markdown_origin(report)]) + "\n"
+
+
+def variants_markdown(report: VariantsReport) -> str:
+    config = report.config
+    rows = [["server", "block", "concurrency", "prompts", "tokens/s", "of plain", "of the profile", "tau"]]
+    rows[0] += ["step", "of plain's", "tokens of plain"]
+    for row in report.rows:
+        prompts = f"{row.prompts} ({row.failed} FAILED)" if row.failed else str(row.prompts)
+        cells = [" ".join(row.settings) or row.name, str(row.block_size or "-"), str(row.concurrency), prompts]
+        ratios = [row.over_plain, row.over_profile, row.tau]
+        cells += [markdown_number(row.tokens_per_s, 1), *map(markdown_number, ratios)]
+        cells += [_milliseconds(row.step_s), markdown_number(row.step_over_plain), _same(row.plain_tokens)]
+        rows.append(cells)
+    asked = (
+        f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(report.tasks)}; medians "
+        f"of {config.rounds} interleaved rounds. A step: a verify step with its drafting, or a token of plain decoding"
+    )
+    return "\n\n".join([asked, markdown_table(rows), markdown_origin(report)]) + "\n"
 
 
 def sweep_markdown(sweep: Sweep) -> str:

@@ -1,55 +1,31 @@
-"""AUF, plain decoding and SGLang's built-in DFLASH, interleaved: all three up, all but one paused.
+"""AUF, plain decoding and SGLang's built-in DFLASH in turns (turns.py).
 
-Every server is asked the same greedy prompts in every round, at every concurrency, after its prefix cache was emptied;
-who goes first changes with the round. Figures are medians over rounds; ratios are medians of the rounds' ratios.
-
-Step cost, at concurrency 1: (latency - latency of the same prompt with one new token) / steps, sums over prompts. A
-step is a verify step, with its drafting, or a token of plain decoding. Not streamed: the client would take CPU for
-every chunk, and the servers send different numbers of them.
+Figures are medians over rounds; ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
-from benchmarks.config import RunConfig, SpeedConfig
-from benchmarks.lossless import comparable_tokens
-from benchmarks.native import ServerFacts, flush_cache, server_facts
-from benchmarks.records import Key, Record
-from benchmarks.run import discard, start
-from benchmarks.servers import Server, awake, launch, serve
-from benchmarks.summary import macro, ratio, summarize_tasks, throughput
-from benchmarks.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
-from sglang_auf.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from benchmarks.config import SpeedConfig
+from benchmarks.native import ServerFacts, server_facts
+from benchmarks.servers import Server, launch, serve
+from benchmarks.summary import macro, ratio, summarize_tasks
+from benchmarks.turns import Agreement, Turns, median_of_all
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"
+NAMES = (AUF, PLAIN, DFLASH)
 SERVER_ARGS = "server_args."
-
-Records = dict[Key, Record]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class Agreement(_Model):
-    """Of the answers that two servers both gave, over all rounds: equal tokens, equal histograms of accepted drafts."""
-
-    compared: int
-    same_tokens: int
-    same_histogram: int
 
 
 class Level(_Model):
@@ -95,50 +71,19 @@ class SpeedReport(_Model):
 
 def measure_speed(config: SpeedConfig) -> SpeedReport:
     """Start three servers, ask them in turns, stop them."""
-    selections = _selections(config)
-    everything = in_turn(selections)
-    levels = list(dict.fromkeys(config.concurrency))
-    if len(everything) < max(levels):
-        raise ConfigError(
-            f"{len(everything)} prompts and concurrency {max(levels)}",
-            "at least as many prompts as are to be in flight",
-            "add --tasks, or lower --concurrency",
-        )
-    prompts = {level: everything[: max(config.limit, level)] for level in levels}
-    asked: dict[tuple[str, int], list[Records]] = {
-        (name, level): [] for name in (AUF, PLAIN, DFLASH) for level in levels
-    }
-    prefill: dict[str, list[Records]] = {AUF: [], PLAIN: [], DFLASH: []}
+    turns = Turns(config)
     with _servers(config) as (servers, facts):
-        names = list(servers)
-        for number in range(config.rounds):
-            order = names[number % len(names) :] + names[: number % len(names)]
-            for level in levels:
-                for name in order:
-                    with awake(servers[name]):
-                        turn = Turn(config, name, servers[name].base_url, number, level)
-                        if level == 1:
-                            prefill[name].append(turn.ask(selections, prompts[level], max_tokens=1))
-                        asked[name, level].append(turn.ask(selections, prompts[level], config.max_tokens))
+        turns.ask(servers, plain=(PLAIN,))
     return SpeedReport(
         config=config,
-        tasks=[chosen.task.name for chosen in selections],
+        tasks=turns.tasks,
         servers=facts,
-        levels=[_level(level, {name: asked[name, level] for name in names}) for level in levels],
-        step_cost=_step_cost({name: asked[name, 1] for name in names}, prefill) if 1 in levels else None,
+        levels=[_level(turns, level) for level in turns.levels],
+        step_cost=_step_cost(turns) if 1 in turns.levels else None,
         versions=provenance.versions(),
         machine=provenance.machine(),
         command=provenance.command(),
     )
-
-
-def _selections(config: SpeedConfig) -> list[Selection]:
-    names = config.tasks
-    if names is None:
-        names = ("mt_bench",) if config.data_dir else ("sample",)
-        log.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
-    most = max(config.limit, *config.concurrency)
-    return first_turns(select(task, config.data_dir, most) for task in resolve(names))
 
 
 @contextmanager
@@ -148,7 +93,7 @@ def _servers(config: SpeedConfig) -> Iterator[tuple[dict[str, Server], dict[str,
     servers: dict[str, Server] = {}
     facts: dict[str, ServerFacts] = {}
     with ExitStack() as stack:
-        for name in (AUF, PLAIN, DFLASH):
+        for name in NAMES:
             servers[name] = stack.enter_context(_starting(config, name, settings, facts.get(AUF)))
             facts[name] = server_facts(servers[name].base_url)
             servers[name].pause()
@@ -195,93 +140,28 @@ def dflash_program(auf: ServerFacts, settings: Sequence[str]) -> list[str]:
     return program
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One server's turn in a round, at one concurrency."""
-
-    config: SpeedConfig
-    name: str
-    base_url: str
-    number: int
-    concurrency: int
-
-    def ask(self, selections: list[Selection], prompts: Sequence[Prompt], max_tokens: int) -> Records:
-        """All prompts, with an empty prefix cache. Only the first round has a warm-up."""
-        kind = "prefill" if max_tokens == 1 else "answers"
-        place = self.config.out / self.name / f"c{self.concurrency}-round{self.number + 1}-{kind}"
-        run_config = RunConfig(
-            **self.config.model_dump(include={"thinking", "data_dir", "timeout_s"}),
-            base_url=self.base_url,
-            plain=self.name == PLAIN,
-            stream=False,
-            concurrency=self.concurrency,
-            max_tokens=max_tokens,
-            warmup=None if self.number == 0 else 0,
-            out=place,
-        )
-        discard(place)
-        run = start(run_config, keep(selections, prompts))
-        flush_cache(self.base_url)
-        asyncio.run(run.ask(prompts, f"{self.name} at {self.concurrency}, round {self.number + 1}, {kind}"))
-        run.require_tau()
-        return run.records
-
-
-def _level(concurrency: int, asked: Mapping[str, list[Records]]) -> Level:
-    rounds = {
-        name: [throughput(list(records.values()), concurrency).tokens_per_s for records in each]
-        for name, each in asked.items()
-    }
-    everything = [record for each in asked.values() for records in each for record in records.values()]
+def _level(turns: Turns, concurrency: int) -> Level:
+    rounds = {name: turns.speeds(name, concurrency) for name in NAMES}
+    first = {name: list(turns.answers[name, concurrency][0].values()) for name in NAMES}
     return Level(
         concurrency=concurrency,
-        prompts=len(asked[AUF][0]),
-        tokens_per_s={name: _median(speeds) for name, speeds in rounds.items()},
+        prompts=len(first[AUF]),
+        tokens_per_s={name: median_of_all(speeds) for name, speeds in rounds.items()},
         rounds=rounds,
-        auf_over_plain=_median(map(ratio, rounds[AUF], rounds[PLAIN])),
-        auf_over_dflash=_median(map(ratio, rounds[AUF], rounds[DFLASH])),
-        tau={name: macro(summarize_tasks(list(each[0].values())).values()).tau for name, each in asked.items()},
-        auf_and_dflash=_agreement(asked[AUF], asked[DFLASH]),
-        auf_and_plain=_agreement(asked[AUF], asked[PLAIN]),
-        failed=sum(record.failed for record in everything),
+        auf_over_plain=median_of_all(map(ratio, rounds[AUF], rounds[PLAIN])),
+        auf_over_dflash=median_of_all(map(ratio, rounds[AUF], rounds[DFLASH])),
+        tau={name: macro(summarize_tasks(records).values()).tau for name, records in first.items()},
+        auf_and_dflash=turns.agreement(AUF, DFLASH, concurrency),
+        auf_and_plain=turns.agreement(AUF, PLAIN, concurrency),
+        failed=sum(turns.failed(name, concurrency) for name in NAMES),
     )
 
 
-def _agreement(ours: Sequence[Records], theirs: Sequence[Records]) -> Agreement:
-    pairs = [
-        (mine[key], its[key])
-        for mine, its in zip(ours, theirs, strict=True)
-        for key in mine
-        if not mine[key].failed and not its[key].failed
-    ]
-    tokens = [comparable_tokens(mine, its) for mine, its in pairs]
-    return Agreement(
-        compared=len(pairs),
-        same_tokens=sum(mine == its for mine, its in tokens),
-        same_histogram=sum(mine.accepted_histogram == its.accepted_histogram for mine, its in pairs),
-    )
-
-
-def _step_cost(asked: Mapping[str, list[Records]], prefill: Mapping[str, list[Records]]) -> StepCost:
-    seconds = {name: list(map(seconds_per_step, asked[name], prefill[name])) for name in asked}
+def _step_cost(turns: Turns) -> StepCost:
+    seconds = {name: turns.step_seconds(name) for name in NAMES}
     return StepCost(
-        auf_s=_median(seconds[AUF]),
-        dflash_s=_median(seconds[DFLASH]),
-        plain_s=_median(seconds[PLAIN]),
-        ratio=_median(map(ratio, seconds[AUF], seconds[PLAIN])),
+        auf_s=median_of_all(seconds[AUF]),
+        dflash_s=median_of_all(seconds[DFLASH]),
+        plain_s=median_of_all(seconds[PLAIN]),
+        ratio=median_of_all(map(ratio, seconds[AUF], seconds[PLAIN])),
     )
-
-
-def seconds_per_step(answers: Records, prefill: Records) -> float | None:
-    """Of one round at concurrency 1. None without a step."""
-    pairs = [(answers[key], prefill[key]) for key in answers]
-    counted = [(answer, first) for answer, first in pairs if not answer.failed and not first.failed]
-    steps = sum(answer.verify_steps or answer.completion_tokens - 1 for answer, _ in counted)
-    return ratio(sum(answer.latency_s - first.latency_s for answer, first in counted), steps)
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    """None where a round has no value: a median of the others would hide it."""
-    every = list(values)
-    known = [value for value in every if value is not None]
-    return median(known) if known and len(known) == len(every) else None

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 # Row counts a product may be padded to. 33 is the smallest that oneDNN's large-batch blocking for AMX takes.
-ROW_COUNTS = (1, 2, 4, 8, 16, 32, 33, 48, 64, 96, 128, 192, 256)
+ROW_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 33, 48, 64, 96, 128, 192, 256)
+# Row count that oneDNN lays out a prepacked weight for.
+PREPACKED_FOR = 16
 # Typical row counts of plain decoding, verification and prefill, which the choice of a set is weighed by.
 TYPICAL_ROWS = (1, 8, 32, 128, 512)
 # Rows whose extra cost equals reading the weight once: a product is bound by memory up to about here.
@@ -68,7 +70,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None)
 
 
 def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, ROW_COUNTS[4]) if can_prepack() else None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PREPACKED_FOR) if can_prepack() else None
 
 
 @cache

@@ -22,8 +22,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-BLOCK = 4
-
 
 @dataclass
 class FakeEngine:
@@ -36,6 +34,7 @@ class FakeEngine:
 
     speculative: bool = True
     algorithm: str = "AUF"
+    block: int = 4
     delay_s: float = 0.0
     forked: str | None = None
     wobbling: str | None = None
@@ -61,9 +60,9 @@ class FakeEngine:
         return tokens
 
     def histogram(self, tokens: list[int]) -> list[int]:
-        counts, emitted, step = [0] * BLOCK, 1, 0
+        counts, emitted, step = [0] * self.block, 1, 0
         while emitted < len(tokens):
-            accepted = (tokens[0] + step) % BLOCK
+            accepted = (tokens[0] + step) % self.block
             counts[accepted] += 1
             emitted, step = emitted + accepted + 1, step + 1
         return counts
@@ -82,13 +81,13 @@ class FakeEngine:
     def _details(self, counts: list[int]) -> dict[str, Any]:
         steps = sum(counts)
         if self.fields == "plugin":
-            return {"verify_steps": steps, "accepted_histogram": counts, "tau": 1.0, "alpha": [None] * (BLOCK - 1)}
+            return {"verify_steps": steps, "accepted_histogram": counts, "tau": 1.0, "alpha": [None] * (self.block - 1)}
         while counts[-1] == 0:
             counts.pop()
         return {
             "spec_verify_ct": steps,
             "spec_correct_drafts_histogram": counts,
-            "spec_num_proposed_drafts": steps * (BLOCK - 1),
+            "spec_num_proposed_drafts": steps * (self.block - 1),
         }
 
 
@@ -105,7 +104,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             "model_path": "/models/toy",
             "speculative_algorithm": engine.algorithm if engine.speculative else None,
             "speculative_draft_model_path": "/drafters/toy" if engine.speculative else None,
-            "speculative_num_draft_tokens": BLOCK if engine.speculative else None,
+            "speculative_num_draft_tokens": engine.block if engine.speculative else None,
             "device": engine.device,
             "dtype": "bfloat16",
             "version": "0.5.23",
@@ -213,6 +212,7 @@ def main() -> None:
     engine = FakeEngine(
         speculative=not options.plain,
         algorithm=options.speculative_algorithm,
+        block=int(settings.get("block_size", 4)),
         forked=None if options.plain else settings.get("fork"),
         wobbling=None if invariant else settings.get("wobble"),
         gap=9.0,

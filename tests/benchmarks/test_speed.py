@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.native import ServerFacts, flush_cache
-from benchmarks.records import Record, read_records
-from benchmarks.speed import dflash_program, seconds_per_step
+from benchmarks.records import read_records
+from benchmarks.speed import dflash_program
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
@@ -91,32 +91,6 @@ def test_the_built_in_server_has_the_models_of_the_other() -> None:
     assert "--speculative-algorithm DFLASH --speculative-draft-model-path /d" in program
     assert "--speculative-num-draft-tokens 8 --disable-overlap-schedule --disable-radix-cache" in program
     assert "metrics" not in program
-
-
-def record(latency_s: float, tokens: int, histogram: list[int], prompt: str = "p") -> Record:
-    return Record(
-        task="t",
-        prompt_id=prompt,
-        turn=0,
-        temperature=0,
-        completion_tokens=tokens,
-        verify_steps=sum(histogram),
-        accepted_histogram=histogram,
-        started_at=0,
-        latency_s=latency_s,
-    )
-
-
-def test_a_step_costs_the_time_after_prefill() -> None:
-    def keyed(*records: Record) -> dict[Any, Record]:
-        return {one.key: one for one in records}
-
-    prefill = keyed(record(0.5, 1, []), record(1.0, 1, [], "q"))
-    plain = keyed(record(2.5, 11, []), record(4.0, 11, [], "q"))
-    assert seconds_per_step(plain, prefill) == pytest.approx((2.0 + 3.0) / 20)
-    speculating = keyed(record(2.5, 11, [1, 1, 2]), record(4.0, 11, [6, 0, 0], "q"))
-    assert seconds_per_step(speculating, prefill) == pytest.approx((2.0 + 3.0) / 10)
-    assert seconds_per_step(keyed(record(0.5, 1, [])), prefill) is None
 
 
 def test_a_cache_that_cannot_be_flushed_is_an_error(fake: Callable[..., Any]) -> None:

@@ -1,0 +1,134 @@
+"""Which block, drafter or setting is served fastest here: a profile, the same with other settings, and plain decoding.
+
+In turns (turns.py), since servers measured one after the other differ by what else the machine did meanwhile. Figures
+are medians over rounds; ratios are medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks import provenance
+from benchmarks.config import VariantsConfig
+from benchmarks.native import ServerFacts, server_facts
+from benchmarks.servers import Server, serve
+from benchmarks.summary import macro, ratio, summarize_tasks
+from benchmarks.turns import Agreement, Turns, median_of_all
+
+PLAIN, PROFILE = "plain", "profile"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Row(_Model):
+    """One server at one concurrency. settings: what differs from the profile; none of it, and no drafter: plain.
+
+    tokens_per_s, step_s (seconds a verify step or plain token, at concurrency 1) and tau (macro, of the first round)
+    are None where there are none; rounds: what tokens_per_s is the median of; plain_tokens: against plain decoding.
+    """
+
+    name: str
+    settings: list[str]
+    block_size: int | None
+    concurrency: int
+    prompts: int
+    failed: int
+    tau: float | None
+    tokens_per_s: float | None
+    rounds: list[float | None]
+    over_plain: float | None
+    over_profile: float | None
+    step_s: float | None
+    step_over_plain: float | None
+    plain_tokens: Agreement
+
+
+class VariantsReport(_Model):
+    """variants.json."""
+
+    config: VariantsConfig
+    tasks: list[str]
+    servers: dict[str, ServerFacts]
+    rows: list[Row]
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """No request failed, and every answer has plain decoding's tokens."""
+        return all(not row.failed and row.plain_tokens.same_tokens == row.plain_tokens.compared for row in self.rows)
+
+
+def measure_variants(config: VariantsConfig) -> VariantsReport:
+    """Start all servers, ask them in turns, stop them."""
+    settings: dict[str, Sequence[str]] = {PLAIN: (), PROFILE: ()}
+    settings |= {f"variant-{number}": variant for number, variant in enumerate(config.variants, start=1)}
+    turns = Turns(config)
+    with _servers(config, settings) as (servers, facts):
+        turns.ask(servers, plain=(PLAIN,))
+    return VariantsReport(
+        config=config,
+        tasks=turns.tasks,
+        servers=facts,
+        rows=[
+            _row(turns, name, list(settings[name]), facts[name].block_size, level)
+            for level in turns.levels
+            for name in settings
+        ],
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        command=provenance.command(),
+    )
+
+
+@contextmanager
+def _servers(
+    config: VariantsConfig, settings: dict[str, Sequence[str]]
+) -> Iterator[tuple[dict[str, Server], dict[str, ServerFacts]]]:
+    """All up and paused, and what they are."""
+    servers: dict[str, Server] = {}
+    facts: dict[str, ServerFacts] = {}
+    with ExitStack() as stack:
+        for name, own in settings.items():
+            servers[name] = stack.enter_context(
+                serve(
+                    config.profile,
+                    name == PLAIN,
+                    settings=[f"server_args.max_total_tokens={config.pool_tokens}", *config.settings, *own],
+                    log_file=config.out / f"{name}-server.log",
+                    timeout_s=config.start_timeout_s,
+                )
+            )
+            facts[name] = server_facts(servers[name].base_url)
+            servers[name].pause()
+        yield servers, facts
+
+
+def _row(turns: Turns, name: str, settings: list[str], block_size: int | None, level: int) -> Row:
+    speeds, plain, profile = (turns.speeds(each, level) for each in (name, PLAIN, PROFILE))
+    first = list(turns.answers[name, level][0].values())
+    steps = turns.step_seconds(name) if level == 1 else []
+    plain_steps = turns.step_seconds(PLAIN) if level == 1 else []
+    return Row(
+        name=name,
+        settings=settings,
+        block_size=block_size,
+        concurrency=level,
+        prompts=len(first),
+        failed=turns.failed(name, level),
+        tau=macro(summarize_tasks(first).values()).tau,
+        tokens_per_s=median_of_all(speeds),
+        rounds=speeds,
+        over_plain=median_of_all(map(ratio, speeds, plain)),
+        over_profile=median_of_all(map(ratio, speeds, profile)),
+        step_s=median_of_all(steps),
+        step_over_plain=median_of_all(map(ratio, steps, plain_steps)),
+        plain_tokens=turns.agreement(name, PLAIN, level),
+    )
