@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -121,10 +122,13 @@ def launch(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
+    """A port that nobody listens at, from below those that Linux gives to connections: a server binds its port only
+    when its models are loaded, and the engines beside it open connections all the while."""
+    while True:
+        number = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", number))
+            return number
 
 
 def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
