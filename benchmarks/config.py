@@ -123,6 +123,10 @@ class TurnsConfig(_Started):
     pool_tokens: int = Field(16384, ge=1, description="KV pool of each server, in tokens")
     out: Path = Field(description="result directory; earlier results are replaced")
 
+    @property
+    def server_settings(self) -> tuple[str, ...]:
+        return (f"server_args.max_total_tokens={self.pool_tokens}", *self.settings)
+
 
 class SpeedConfig(TurnsConfig):
     """AUF, plain decoding and SGLang's built-in DFLASH with the same drafter, asked in turns."""

@@ -27,6 +27,7 @@ DRAIN_S = 30.0
 POLL_S = 0.5
 REST_S = 0.2
 LOG_LINES = 20
+PORTS_TRIED = 100
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -122,13 +123,15 @@ def launch(
 
 
 def free_port() -> int:
-    """A port that nobody listens at, from below those that Linux gives to connections: a server binds its port only
-    when its models are loaded, and the engines beside it open connections all the while."""
-    while True:
-        number = random.randrange(20_000, 32_000)
+    """A port that nobody listens at, from below those that Linux gives to connections. ServerError if none is found.
+
+    A server binds its port only when its models are loaded, and the engines beside it open connections all the while.
+    """
+    for number in random.sample(range(20_000, 32_000), PORTS_TRIED):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", number))
             return number
+    raise ServerError(f"{PORTS_TRIED} ports of 127.0.0.1 that cannot be bound", "a free one", "end what listens there")
 
 
 def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:

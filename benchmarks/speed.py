@@ -5,8 +5,8 @@ Figures are medians over rounds; ratios are medians of the rounds' ratios.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import yaml
@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import SpeedConfig
-from benchmarks.native import ServerFacts, server_facts
+from benchmarks.native import ServerFacts
 from benchmarks.servers import Server, launch, serve
 from benchmarks.summary import macro, ratio, summarize_tasks
-from benchmarks.turns import Agreement, Turns, median_of_all
+from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"
 NAMES = (AUF, PLAIN, DFLASH)
@@ -72,7 +72,7 @@ class SpeedReport(_Model):
 def measure_speed(config: SpeedConfig) -> SpeedReport:
     """Start three servers, ask them in turns, stop them."""
     turns = Turns(config)
-    with _servers(config) as (servers, facts):
+    with up_and_paused(NAMES, lambda name, facts: _starting(config, name, facts)) as (servers, facts):
         turns.ask(servers, plain=(PLAIN,))
     return SpeedReport(
         config=config,
@@ -86,28 +86,11 @@ def measure_speed(config: SpeedConfig) -> SpeedReport:
     )
 
 
-@contextmanager
-def _servers(config: SpeedConfig) -> Iterator[tuple[dict[str, Server], dict[str, ServerFacts]]]:
-    """All three up and paused, and what they are."""
-    settings = [f"{SERVER_ARGS}max_total_tokens={config.pool_tokens}", *config.settings]
-    servers: dict[str, Server] = {}
-    facts: dict[str, ServerFacts] = {}
-    with ExitStack() as stack:
-        for name in NAMES:
-            servers[name] = stack.enter_context(_starting(config, name, settings, facts.get(AUF)))
-            facts[name] = server_facts(servers[name].base_url)
-            servers[name].pause()
-        yield servers, facts
-
-
-def _starting(
-    config: SpeedConfig, name: str, settings: Sequence[str], auf: ServerFacts | None
-) -> AbstractContextManager[Server]:
-    log_file, timeout_s = config.out / f"{name}-server.log", config.start_timeout_s
+def _starting(config: SpeedConfig, name: str, facts: Mapping[str, ServerFacts]) -> AbstractContextManager[Server]:
+    settings, log_file, timeout_s = config.server_settings, config.out / f"{name}-server.log", config.start_timeout_s
     if name != DFLASH:
         return serve(config.profile, name == PLAIN, settings=settings, log_file=log_file, timeout_s=timeout_s)
-    assert auf is not None
-    return launch(dflash_program(auf, settings), log_file=log_file, timeout_s=timeout_s)
+    return launch(dflash_program(facts[AUF], settings), log_file=log_file, timeout_s=timeout_s)
 
 
 def dflash_program(auf: ServerFacts, settings: Sequence[str]) -> list[str]:

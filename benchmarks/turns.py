@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.config import RunConfig, TurnsConfig
 from benchmarks.lossless import comparable_tokens
-from benchmarks.native import flush_cache
+from benchmarks.native import ServerFacts, flush_cache, server_facts
 from benchmarks.records import Key, Record
 from benchmarks.run import discard, start
 from benchmarks.servers import Server, awake
@@ -108,6 +109,24 @@ class Turns:
             same_tokens=sum(mine == its for mine, its in tokens),
             same_histogram=sum(mine.accepted_histogram == its.accepted_histogram for mine, its in pairs),
         )
+
+
+@contextmanager
+def up_and_paused(
+    names: Iterable[str], starting: Callable[[str, Mapping[str, ServerFacts]], AbstractContextManager[Server]]
+) -> Iterator[tuple[dict[str, Server], dict[str, ServerFacts]]]:
+    """Servers started one after the other, each paused once it is up, and what they are; all ended on the way out.
+
+    starting: a server by name, given what those before it are.
+    """
+    servers: dict[str, Server] = {}
+    facts: dict[str, ServerFacts] = {}
+    with ExitStack() as stack:
+        for name in names:
+            servers[name] = stack.enter_context(starting(name, facts))
+            facts[name] = server_facts(servers[name].base_url)
+            servers[name].pause()
+        yield servers, facts
 
 
 def _selections(config: TurnsConfig) -> list[Selection]:

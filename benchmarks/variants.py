@@ -6,18 +6,18 @@ are medians over rounds; ratios are medians of the rounds' ratios.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import VariantsConfig
-from benchmarks.native import ServerFacts, server_facts
+from benchmarks.native import ServerFacts
 from benchmarks.servers import Server, serve
 from benchmarks.summary import macro, ratio, summarize_tasks
-from benchmarks.turns import Agreement, Turns, median_of_all
+from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 PLAIN, PROFILE = "plain", "profile"
 
@@ -71,7 +71,7 @@ def measure_variants(config: VariantsConfig) -> VariantsReport:
     settings: dict[str, Sequence[str]] = {PLAIN: (), PROFILE: ()}
     settings |= {f"variant-{number}": variant for number, variant in enumerate(config.variants, start=1)}
     turns = Turns(config)
-    with _servers(config, settings) as (servers, facts):
+    with up_and_paused(settings, lambda name, _: _starting(config, name, settings[name])) as (servers, facts):
         turns.ask(servers, plain=(PLAIN,))
     return VariantsReport(
         config=config,
@@ -88,27 +88,14 @@ def measure_variants(config: VariantsConfig) -> VariantsReport:
     )
 
 
-@contextmanager
-def _servers(
-    config: VariantsConfig, settings: dict[str, Sequence[str]]
-) -> Iterator[tuple[dict[str, Server], dict[str, ServerFacts]]]:
-    """All up and paused, and what they are."""
-    servers: dict[str, Server] = {}
-    facts: dict[str, ServerFacts] = {}
-    with ExitStack() as stack:
-        for name, own in settings.items():
-            servers[name] = stack.enter_context(
-                serve(
-                    config.profile,
-                    name == PLAIN,
-                    settings=[f"server_args.max_total_tokens={config.pool_tokens}", *config.settings, *own],
-                    log_file=config.out / f"{name}-server.log",
-                    timeout_s=config.start_timeout_s,
-                )
-            )
-            facts[name] = server_facts(servers[name].base_url)
-            servers[name].pause()
-        yield servers, facts
+def _starting(config: VariantsConfig, name: str, settings: Sequence[str]) -> AbstractContextManager[Server]:
+    return serve(
+        config.profile,
+        name == PLAIN,
+        settings=[*config.server_settings, *settings],
+        log_file=config.out / f"{name}-server.log",
+        timeout_s=config.start_timeout_s,
+    )
 
 
 def _row(turns: Turns, name: str, settings: list[str], block_size: int | None, level: int) -> Row:

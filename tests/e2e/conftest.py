@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.servers import free_port
 from tests.tiny_models import write_drafter, write_target
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +36,6 @@ def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return write_drafter(tmp_path_factory.mktemp("drafter") / "drafter", block_size, **dflash)
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
