@@ -1,4 +1,4 @@
-"""The weights a drafter starts from: random, layers of the target, or an earlier drafter."""
+"""The weights a drafter starts from: random, layers of the target, an earlier drafter and layers on top of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from torch import nn
 
 from sglang_auf.coverage import RECOMPUTED
 from sglang_auf.drafter.backbone import Drafter
@@ -29,6 +30,9 @@ FREE_TO_DIFFER = {
     "eos_token_id",
 }
 """Fields of a drafter's config that leave its weights what they are."""
+
+LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+"""What a layer adds to the residual stream is a product of these: at 0 it adds nothing, and still has a gradient."""
 
 
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
@@ -60,33 +64,49 @@ def initial_drafter(config: DrafterConfig, settings: DrafterSettings, target: Pa
     """
     torch.manual_seed(seed)
     drafter = Drafter(config)
-    if settings.init_from is not None:
-        _copy_drafter(drafter, settings.init_from)
-    elif settings.init != "random":
+    if settings.init != "random":
         _copy_target_layers(drafter, target, settings.init)
+    if settings.init_from is not None:
+        _copy_drafter(drafter, settings)
     return drafter
 
 
-def _copy_drafter(drafter: Drafter, source: str) -> None:
+def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
+    """An earlier drafter's weights into `drafter`, whose layers beyond the earlier one's add nothing at first.
+
+    So training goes on from what the earlier drafter proposes, and not from noise in its residual stream.
+    """
+    source = str(settings.init_from)
     earlier = load_drafter(find_model(source, ("*.json", "*.safetensors"), CardError))
     ours, theirs = drafter.config.model_dump(), earlier.config.model_dump()
+    new = ours["num_hidden_layers"] - theirs["num_hidden_layers"]
     different = [
         f"{name} {theirs[name]} instead of {ours[name]}"
         for name in ours
-        if name not in FREE_TO_DIFFER and ours[name] != theirs[name]
+        if ours[name] != theirs[name] and name not in FREE_TO_DIFFER and (name != "num_hidden_layers" or new < 0)
     ]
     if different:
         raise ConfigError(
             f"drafter.init_from {source} with {', '.join(different)}",
-            "a drafter of the recipe's shape",
+            "a drafter of the recipe's shape, or of fewer layers",
             "correct the recipe, or start from another drafter",
         )
-    drafter.load_state_dict(earlier.state_dict())
+    if settings.init != "random" and len(settings.init) != new:
+        raise ConfigError(
+            f"drafter.init {list(settings.init)} beside init_from {source}, which lacks {new} of the recipe's layers",
+            "one target layer for each layer that the earlier drafter lacks",
+            "correct drafter.init, or set it to random",
+        )
+    drafter.load_state_dict(earlier.state_dict(), strict=False)
+    for layer in drafter.layers[len(earlier.layers) :]:
+        for name in LAST_PRODUCTS:
+            nn.init.zeros_(layer.get_parameter(name))
 
 
 def _copy_target_layers(drafter: Drafter, target: Path, layers: Sequence[int]) -> None:
-    """Target layer layers[j] into drafter layer j, and the target's last norm, which its head expects, into norm."""
-    places = {f"model.layers.{layer}.": drafter.layers[j] for j, layer in enumerate(layers)}
+    """Target layers into the drafter's last layers, and the target's last norm, which its head expects, into norm."""
+    ends = list(drafter.layers)[len(drafter.layers) - len(layers) :]
+    places = {f"model.layers.{layer}.": end for layer, end in zip(layers, ends, strict=True)}
     if len(places) < len(layers):
         raise ConfigError(f"drafter.init {list(layers)}", "each target layer once", "correct drafter.init")
     tensors = _tensors(target, (*places, "model.norm."))

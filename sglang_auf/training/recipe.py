@@ -52,7 +52,8 @@ class DrafterSettings(_Settings):
     """The drafter to train; its widths are the target's.
 
     target_layer_ids: 0-based layers whose outputs are tapped. init: "random", or one target layer for each drafter
-    layer, whose weights it starts from. init_from: a drafter checkpoint of this shape to start from instead.
+    layer, whose weights it starts from. init_from: a drafter checkpoint of this shape to start from, or one of fewer
+    layers; then `init` is for the layers it lacks.
     """
 
     num_layers: int = Field(ge=1)
@@ -74,10 +75,9 @@ class DrafterSettings(_Settings):
             raise ValueError("head domino needs gru_hidden_dim and emb_dim")
         if self.head == "dflash" and sizes != (None, None):
             raise ValueError("gru_hidden_dim and emb_dim belong to head domino")
-        if self.init != "random" and len(self.init) != self.num_layers:
-            raise ValueError(f"init names {len(self.init)} target layers for num_layers {self.num_layers}")
-        if self.init != "random" and self.init_from is not None:
-            raise ValueError("init and init_from exclude each other")
+        named = self.num_layers if self.init == "random" else len(self.init)
+        if named > self.num_layers or (named < self.num_layers and self.init_from is None):
+            raise ValueError(f"init names {named} target layers for num_layers {self.num_layers}")
         return self
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.initial_weights import initial_drafter, shape_of
+from sglang_auf.training.initial_weights import LAST_PRODUCTS, initial_drafter, shape_of
 from sglang_auf.training.recipe import DrafterSettings
 from tests.tiny_models import write_drafter, write_target
 
@@ -95,10 +96,38 @@ def test_an_earlier_drafter(target: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], stored[name].float()) for name in stored)
 
 
+@pytest.mark.parametrize("init", ["random", [4, 2]])
+def test_layers_on_top_of_an_earlier_drafter(target: Path, tmp_path: Path, init: Any) -> None:
+    """They add nothing before the first step, in which what they add can be learnt."""
+    stored = write_drafter(tmp_path / "drafter")
+    chosen = settings(num_layers=3, init=init, init_from=str(stored))
+    earlier = load_drafter(stored)
+    shape = shape_of(chosen, target).model_copy(update={"rms_norm_eps": earlier.config.rms_norm_eps})
+    grown = initial_drafter(shape, chosen, target, seed=0)
+    if init != "random":
+        theirs = load_file(target / "model.safetensors")
+        for place, layer in ((1, 4), (2, 2)):
+            up = theirs[f"model.layers.{layer}.mlp.up_proj.weight"]
+            assert torch.equal(grown.state_dict()[f"layers.{place}.mlp.up_proj.weight"], up.float())
+    generator = torch.Generator().manual_seed(0)
+    features, blocks = torch.randn(1, 9, 2 * 64, generator=generator), torch.randn(1, 2, 4, 64, generator=generator)
+    anchors = torch.tensor([[4, 7]])
+    before, after = (drafter(features, blocks, anchors) for drafter in (earlier, grown))
+    assert torch.equal(before, after)
+    after.square().sum().backward()
+    for layer in grown.layers[1:]:
+        assert all(layer.get_parameter(name).grad.abs().sum() > 0 for name in LAST_PRODUCTS)
+
+
+def test_target_layers_for_others_than_the_new(target: Path, tmp_path: Path) -> None:
+    earlier = write_drafter(tmp_path / "drafter")
+    with pytest.raises(ConfigError, match="lacks 2 of the recipe's layers"):
+        start(target, num_layers=3, init=[2], init_from=str(earlier))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"num_layers": 2}, "num_hidden_layers 1 instead of 2"),
         ({"target_layer_ids": [1, 3]}, "target_layer_ids (1, 2) instead of (1, 3)"),
         ({"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4}, "head dflash instead of domino"),
     ],
@@ -110,6 +139,16 @@ def test_an_earlier_drafter_of_another_shape(
     with pytest.raises(ConfigError) as caught:
         start(target, **{"num_layers": 1, "init_from": str(earlier), **changes})
     assert complaint in caught.value.found
+
+
+def test_an_earlier_drafter_of_more_layers(target: Path, tmp_path: Path) -> None:
+    earlier = write_drafter(tmp_path / "drafter")
+    config, weights = json.loads((earlier / "config.json").read_text()), load_file(earlier / "model.safetensors")
+    weights |= {name.replace("layers.0.", "layers.1."): weight.clone() for name, weight in weights.items()}
+    (earlier / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": None}))
+    save_file(weights, earlier / "model.safetensors")
+    with pytest.raises(ConfigError, match="num_hidden_layers 2 instead of 1"):
+        start(target, num_layers=1, init_from=str(earlier))
 
 
 def test_the_shape_is_the_targets(target: Path) -> None:

@@ -145,8 +145,11 @@ def test_impossible_values_are_refused(tiny: str, override: str, complaint: str)
     assert complaint in refusal(tiny, override)
 
 
-def test_init_and_init_from_exclude_each_other(tiny: str) -> None:
-    assert "exclude" in refusal(tiny, "drafter.init=[1, 2]", "drafter.init_from=drafters/x")
+def test_init_beside_init_from_is_for_layers_on_top(tiny: str) -> None:
+    grown = load_recipe(tiny, ["drafter.init=[1]", "drafter.num_layers=2", "drafter.init_from=drafters/x"]).drafter
+    assert (grown.init, grown.init_from) == ((1,), "drafters/x")
+    assert "init names 3 target layers" in refusal(tiny, "drafter.num_layers=2", "drafter.init=[1, 2, 3]")
+    assert "init names 1 target layers" in refusal(tiny, "drafter.num_layers=2", "drafter.init=[1]")
 
 
 def test_what_is_saved_is_read_back_as_the_same_recipe() -> None:
