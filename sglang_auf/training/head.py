@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sglang_auf.training.objectives import Slots
 
+LEAST_WAVE = 0.25
+"""Rows of a wave, as a share of a chunk, below which further slots of its blocks are taken along."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeadLoss:
@@ -39,15 +42,17 @@ def head_loss(
     correct = torch.zeros_like(mask)
     log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows in _waves(mask, correct, failures):
+    for rows in _waves(mask, correct, failures, chunk):
         for some in rows.split(chunk):
             ce, right, gradient = _rows(flat[some], head, flat_labels[some])
             correct.view(-1)[some] = right
             log_q.view(-1)[some] = -ce
             parts.append((some, ce, gradient))
     rows, ce, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
-    attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows, ce, gradients)
-    return HeadLoss(Slots(correct, log_q, mask), rows, attached)
+    kept = _kept(mask, correct, failures)
+    some = kept.flatten()[rows]
+    attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows[some], ce[some], gradients[some])
+    return HeadLoss(Slots(correct & kept, log_q * kept, mask), rows[some], attached)
 
 
 def corrected_head_loss(
@@ -76,14 +81,16 @@ def corrected_head_loss(
         return ce, logits.detach().argmax(-1) == flat_labels[rows]
 
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in _waves(mask, correct, failures):
+    for rows in _waves(mask, correct, failures, chunk):
         for some in rows.split(chunk):
             ce, right = checkpoint(of_rows, some, use_reentrant=False)
             correct.view(-1)[some] = right
             log_q.view(-1)[some] = -ce.detach()
             parts.append((some, ce))
     rows, ce = (torch.cat(part) for part in zip(*parts, strict=True))
-    return HeadLoss(Slots(correct, log_q, mask), rows, ce)
+    kept = _kept(mask, correct, failures)
+    some = kept.flatten()[rows]
+    return HeadLoss(Slots(correct & kept, log_q * kept, mask), rows[some], ce[some])
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -111,7 +118,7 @@ def leading_matches(
     """
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
     correct = torch.zeros_like(mask)
-    for rows in _waves(mask, correct, failures=1):
+    for rows in _waves(mask, correct, 1, chunk):
         for some in rows.split(chunk):
             logits = flat[some].to(head.dtype) @ head.T
             if correction is not None:
@@ -121,8 +128,8 @@ def leading_matches(
     return correct.cumprod(-1).sum(-1)
 
 
-def _waves(mask: Tensor, correct: Tensor, failures: int | None) -> Iterator[Tensor]:
-    """Flat row indices to compute, at least one wave of them.
+def _waves(mask: Tensor, correct: Tensor, failures: int | None, chunk: int) -> Iterator[Tensor]:
+    """Flat row indices to compute, at least one wave of them: all that _kept will keep, and few beyond.
 
     `correct` must be up to date with a wave before the next one is asked for.
     """
@@ -130,15 +137,21 @@ def _waves(mask: Tensor, correct: Tensor, failures: int | None) -> Iterator[Tens
         yield mask.flatten().nonzero()[:, 0]
         return
     blocks, slots = mask.shape
-    alive = torch.arange(blocks, device=mask.device)
-    wrong = torch.zeros(blocks, dtype=torch.int32, device=mask.device)
-    for slot in range(slots):
-        valid = alive[mask[alive, slot]]
-        yield valid * slots + slot
-        wrong[valid] += ~correct[valid, slot]
-        alive = alive[wrong[alive] < failures]
-        if not len(alive):
-            return
+    alive, first = torch.arange(blocks, device=mask.device), 0
+    while first < slots and (len(alive) or not first):
+        last = min(slots, first + max(1, int(chunk * LEAST_WAVE) // max(1, len(alive))))
+        block, slot = mask[alive, first:last].nonzero(as_tuple=True)
+        yield alive[block] * slots + first + slot
+        wrong = (mask & ~correct)[alive, :last].sum(-1)
+        alive, first = alive[wrong < failures], last
+
+
+def _kept(mask: Tensor, correct: Tensor, failures: int | None) -> Tensor:
+    """[blocks, K] bool: the valid slots of each block up to its `failures`-th wrong one."""
+    if failures is None:
+        return mask
+    wrong = mask & ~correct
+    return mask & (wrong.cumsum(-1) - wrong.int() < failures)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -164,9 +164,8 @@ def walked(case: Case) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_walk_computes_the_support_and_no_other_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(blocks=8, width=5, seed=seed)
+def sizes_of_products(case: Case, monkeypatch: pytest.MonkeyPatch, chunk: int) -> list[int]:
+    """Rows of each product with the head; the rows that carry loss are checked on the way."""
     computed: list[int] = []
     original = head_module._rows
 
@@ -175,10 +174,27 @@ def test_the_walk_computes_the_support_and_no_other_row(seed: int, monkeypatch: 
         return original(hidden, head, labels)
 
     monkeypatch.setattr(head_module, "_rows", counted)
-    loss = head_loss(case.hidden, case.head, case.labels, case.mask, failures=1, chunk=3)
+    loss = head_loss(case.hidden, case.head, case.labels, case.mask, failures=1, chunk=chunk)
     assert sorted(loss.rows.tolist()) == walked(case)
+    return computed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_walk_computes_the_support_and_no_other_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(blocks=8, width=5, seed=seed)
+    computed = sizes_of_products(case, monkeypatch, chunk=3)
     assert sum(computed) == len(walked(case)) < int(case.mask.sum())
     assert max(computed) <= 3, "no more logits at a time than a chunk's"
+
+
+def test_few_blocks_are_walked_several_slots_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight blocks and waves of at least ten rows: slot 1 of all, then ever more slots of those that are left."""
+    case = make_case(blocks=8, width=12, valid=1.0, right=0.9)
+    computed = sizes_of_products(case, monkeypatch, chunk=40)
+    assert computed[0] == 8 and len(computed) < max(len(marks.split("-")[0]) for marks in signs(case))
+    assert len(walked(case)) < sum(computed) < len(walked(case)) + 10 * len(computed)
+    monkeypatch.undo()
+    assert_same_plain(case, "auf", chunk=40)
 
 
 def test_rows_and_losses_belong_together() -> None:
