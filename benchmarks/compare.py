@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.check import check_records
@@ -31,20 +28,16 @@ from benchmarks.tasks import Prompt, Selection, resolve, select
 SUMMARY = "summary.json"
 
 
-class Round(BaseModel):
+class Round(provenance.StrictModel):
     """Tokens per second of one turn each, on the same prompts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     plain: float | None
     auf: float | None
     speedup: float | None
 
 
-class Comparison(BaseModel):
+class Comparison(provenance.Measured):
     """summary.json. lossless is None when the answers were sampled (temperature above 0)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     target: str
     drafter: str | None
@@ -60,9 +53,6 @@ class Comparison(BaseModel):
     speedup: float | None
     rounds: list[Round]
     lossless: Losslessness | None
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def failed(self) -> int:

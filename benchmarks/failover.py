@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import openai
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import FailoverConfig
@@ -27,10 +26,8 @@ ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
 
 
-class Load(BaseModel):
+class Load(provenance.StrictModel):
     """What became of the requests of one part. sent: HTTP requests, retries included."""
-
-    model_config = ConfigDict(extra="forbid")
 
     asked: int
     sent: int
@@ -45,19 +42,14 @@ class Load(BaseModel):
         return self.sent - self.asked
 
 
-class FailoverReport(BaseModel):
+class FailoverReport(provenance.Measured):
     """failover.json. totals: of the two servers after the first part, by COUNTED."""
-
-    model_config = ConfigDict(extra="forbid")
 
     config: FailoverConfig
     both: Load
     totals: list[dict[str, int]]
     killed: Load
     answered_before: int
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def adds_up(self) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from benchmarks import provenance
 from benchmarks.config import IdentityConfig, RunConfig
@@ -73,11 +73,7 @@ _ALL = (
 VARIANTS = {variant.name: variant for variant in _ALL}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Cell(_Model):
+class Cell(provenance.StrictModel):
     """cell.json: a finished measurement. asked: everything that must be equal for it to be kept on a rerun."""
 
     asked: dict[str, Any]
@@ -86,7 +82,7 @@ class Cell(_Model):
     versions: dict[str, str | None]
 
 
-class ForkedAnswer(_Model):
+class ForkedAnswer(provenance.StrictModel):
     """First difference of one answer; a token is None where that answer had already ended."""
 
     task: str
@@ -96,7 +92,7 @@ class ForkedAnswer(_Model):
     reference: int | None
 
 
-class Row(_Model):
+class Row(provenance.StrictModel):
     """A cell and its comparison. identical None: the cell is the reference itself. tau: macro, None without drafter."""
 
     variant: str
@@ -111,14 +107,11 @@ class Row(_Model):
     versions: dict[str, str | None]
 
 
-class IdentityReport(_Model):
+class IdentityReport(provenance.Measured):
     """identity.json. versions of a row are those it was measured with; those of the report, of the last call."""
 
     config: IdentityConfig
     rows: list[Row]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def passed(self) -> bool:

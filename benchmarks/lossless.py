@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from benchmarks import provenance
 from benchmarks.records import Key, Record
 from sglang_auf.errors import DataError
 
@@ -65,10 +66,8 @@ Judge = Callable[[Record, Fork], Candidates]
 """Asks plain decoding about the fork of the given plain record."""
 
 
-class Difference(BaseModel):
+class Difference(provenance.StrictModel):
     """One answer that differs. gap: in logits; None where one answer merely ended earlier."""
-
-    model_config = ConfigDict(extra="forbid")
 
     task: str
     prompt_id: str
@@ -80,10 +79,8 @@ class Difference(BaseModel):
     verdict: Verdict
 
 
-class Losslessness(BaseModel):
+class Losslessness(provenance.StrictModel):
     """follow_up: turns asked after a fork, whose history differs. missing: failed or absent in one of the two runs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     identical: int = 0
     near_tie: int = 0
@@ -92,7 +89,7 @@ class Losslessness(BaseModel):
     missing: int = 0
     exact: bool
     near_tie_bar: float
-    differences: list[Difference] = []
+    differences: list[Difference] = Field(default_factory=list)
 
     @property
     def passed(self) -> bool:

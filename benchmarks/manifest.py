@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from benchmarks import provenance
 from benchmarks.config import RunConfig
@@ -18,11 +18,7 @@ from sglang_auf.errors import ConfigError, DataError
 INCIDENTAL = {"base_url", "data_dir", "out", "timeout_s"}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TaskOrigin(_Model):
+class TaskOrigin(provenance.StrictModel):
     """version: of the task's prompts and selection. sha256: of the prompts asked."""
 
     version: int
@@ -31,7 +27,7 @@ class TaskOrigin(_Model):
     sha256: str
 
 
-class Session(_Model):
+class Session(provenance.StrictModel):
     """One call of the benchmark that wrote into this run; more than one after a resume."""
 
     started_at: str
@@ -40,7 +36,7 @@ class Session(_Model):
     machine: dict[str, Any]
 
 
-class Manifest(_Model):
+class Manifest(provenance.StrictModel):
     """warnings: conditions of the run that are not those its drafter was trained for."""
 
     config: RunConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any, Protocol
 
+from benchmarks import provenance
 from benchmarks.failover import FailoverReport
 from benchmarks.identity import IdentityReport
 from benchmarks.soak import SoakReport
@@ -172,15 +172,7 @@ def _same(agreement: Agreement) -> str:
     return f"{agreement.same_tokens} of {agreement.compared}"
 
 
-class Measured(Protocol):
-    """A report that says where it comes from."""
-
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
-
-
-def markdown_origin(report: Measured) -> str:
+def markdown_origin(report: provenance.Measured) -> str:
     machine = report.machine
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in report.versions.items())
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"

@@ -12,9 +12,6 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import OverlapConfig
@@ -31,11 +28,7 @@ WORD = re.compile(r"\w+")
 OF_THE_TASK = 0.1
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Near(_Model):
+class Near(provenance.StrictModel):
     """A benchmark prompt and the training prompt nearest to it. overlap: share of its runs, 1 where they are equal."""
 
     prompt: str
@@ -43,7 +36,7 @@ class Near(_Model):
     overlap: float
 
 
-class TaskOverlap(_Model):
+class TaskOverlap(provenance.StrictModel):
     """identical: prompts that are a training prompt word for word; near: at `share` or more, nearest first."""
 
     task: str
@@ -53,15 +46,12 @@ class TaskOverlap(_Model):
     nearest: Near | None
 
 
-class OverlapReport(_Model):
+class OverlapReport(provenance.Measured):
     """overlap.json. training_prompts: distinct ones that were read."""
 
     config: OverlapConfig
     training_prompts: int
     tasks: list[TaskOverlap]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
 
 def measure_overlap(config: OverlapConfig) -> OverlapReport:

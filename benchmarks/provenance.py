@@ -10,8 +10,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 PACKAGES = ("sglang", "sglang-auf", "torch", "transformers", "openai")
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class StrictModel(BaseModel):
+    """What is written to a result file, and read from it: no field is unknown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Measured(StrictModel):
+    """A result that says where it comes from."""
+
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    command: list[str]
 
 
 def versions() -> dict[str, str | None]:

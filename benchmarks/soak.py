@@ -16,7 +16,6 @@ from typing import Any
 
 import openai
 import psutil
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import SoakConfig
@@ -31,10 +30,8 @@ GROWTH = 0.05
 """Share by which resident memory may be larger at the end than after the first part, see `SoakReport.growth`."""
 
 
-class Sample(BaseModel):
+class Sample(provenance.StrictModel):
     """seconds since the load began; memory_mib: resident, of all processes of the server; kv_tokens: slots in use."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seconds: float
     memory_mib: float
@@ -44,10 +41,8 @@ class Sample(BaseModel):
     waiting: int
 
 
-class SoakReport(BaseModel):
+class SoakReport(provenance.Measured):
     """soak.json. asked: requests by kind. faults: how many of each; named: the first ones, in words."""
-
-    model_config = ConfigDict(extra="forbid")
 
     config: SoakConfig
     asked: dict[str, int]
@@ -57,9 +52,6 @@ class SoakReport(BaseModel):
     before: Sample
     after: Sample
     samples: list[Sample]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def growth(self) -> float:

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import SpeedConfig
@@ -24,11 +23,7 @@ NAMES = (AUF, PLAIN, DFLASH)
 SERVER_ARGS = "server_args."
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Level(_Model):
+class Level(provenance.StrictModel):
     """One concurrency. tokens_per_s: medians; rounds: what they are of; tau: macro, of the first round."""
 
     concurrency: int
@@ -43,7 +38,7 @@ class Level(_Model):
     failed: int
 
 
-class StepCost(_Model):
+class StepCost(provenance.StrictModel):
     """Seconds; medians over rounds. ratio: median of the rounds' AUF / plain."""
 
     auf_s: float | None
@@ -52,7 +47,7 @@ class StepCost(_Model):
     ratio: float | None
 
 
-class SpeedReport(_Model):
+class SpeedReport(provenance.Measured):
     """speed.json. step_cost: None unless concurrency 1 was asked for."""
 
     config: SpeedConfig
@@ -60,9 +55,6 @@ class SpeedReport(_Model):
     servers: dict[str, ServerFacts]
     levels: list[Level]
     step_cost: StepCost | None
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def failed(self) -> int:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pydantic import Field
 
-from pydantic import BaseModel, ConfigDict
-
+from benchmarks import provenance
 from benchmarks.config import RivalStepsConfig, StepConfig
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Cost(_Model):
+class Cost(provenance.StrictModel):
     """One way to make the step. seconds: median of rounds; peak_mib: beyond weights and batch; r_active: kept of B."""
 
     seconds: float
@@ -22,7 +17,7 @@ class Cost(_Model):
     r_active: float
 
 
-class Cell(_Model):
+class Cell(provenance.StrictModel):
     """One size of batch. Ratios: AUF to each other way; of time, the median of the rounds' ratios."""
 
     shape: str
@@ -34,7 +29,7 @@ class Cell(_Model):
     memory_ratio: dict[str, float]
 
 
-class StepReport(_Model):
+class StepReport(provenance.Measured):
     """step.json. cells: one a shape; table: anchors x length on one row of the first shape, without the dense variant;
     threads: torch's."""
 
@@ -42,12 +37,9 @@ class StepReport(_Model):
     cells: list[Cell]
     table: list[Cell]
     threads: int
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
 
-class RivalStep(_Model):
+class RivalStep(provenance.StrictModel):
     """One trainer's step: medians over rounds, or the error it ended with.
 
     attention: the implementation that ran; refused: the ones tried before it, with their errors. tokens_per_s: of the
@@ -59,21 +51,18 @@ class RivalStep(_Model):
     version: str | None = None
     torch: str | None = None
     attention: str | None = None
-    refused: dict[str, str] = {}
+    refused: dict[str, str] = Field(default_factory=dict)
     seconds: float | None = None
-    rounds: list[float] = []
+    rounds: list[float] = Field(default_factory=list)
     tokens_per_s: float | None = None
     peak_mib: float | None = None
     note: str = ""
     error: str | None = None
 
 
-class RivalReport(_Model):
+class RivalReport(provenance.Measured):
     """rival-steps.json."""
 
     config: RivalStepsConfig
     steps: list[RivalStep]
     threads: int
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]

@@ -15,19 +15,16 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from benchmarks import provenance
 from benchmarks.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from benchmarks.manifest import Manifest
 from benchmarks.records import Record
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TaskSummary(_Model):
+class TaskSummary(provenance.StrictModel):
     """tau, tau_verify, alpha: macro. prompts: conversations; requests: turns; without_steps: answered, but no tau.
 
     Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
@@ -42,19 +39,19 @@ class TaskSummary(_Model):
     tau_micro: float | None
     tau_verify: float | None
     alpha: list[float | None]
-    alpha_intervals: list[Interval | None] = []
+    alpha_intervals: list[Interval | None] = Field(default_factory=list)
     verify_steps: int
     accepted_histogram: list[int]
     completion_tokens: int
 
 
-class MacroSummary(_Model):
+class MacroSummary(provenance.StrictModel):
     tau: float | None
     tau_interval: Interval | None = None
     tau_verify: float | None
 
 
-class MicroSummary(_Model):
+class MicroSummary(provenance.StrictModel):
     tau: float | None
     tau_verify: float | None
     alpha: list[float | None]
@@ -62,7 +59,7 @@ class MicroSummary(_Model):
     accepted_histogram: list[int]
 
 
-class Throughput(_Model):
+class Throughput(provenance.StrictModel):
     tokens_per_s: float | None
     completion_tokens: int
     seconds: float
@@ -71,7 +68,7 @@ class Throughput(_Model):
     failed: int
 
 
-class Percentiles(_Model):
+class Percentiles(provenance.StrictModel):
     """Seconds, over answered requests."""
 
     p50: float
@@ -79,7 +76,7 @@ class Percentiles(_Model):
     p99: float
 
 
-class Latency(_Model):
+class Latency(provenance.StrictModel):
     """ttft: to the first token, of streamed answers. itl: mean time between the tokens of one answer after the first,
     over its requests: streamed answers of two tokens or more. latency: whole answers. None where no request has any.
     """
@@ -89,7 +86,7 @@ class Latency(_Model):
     latency: Percentiles | None
 
 
-class RunSummary(_Model):
+class RunSummary(provenance.StrictModel):
     """summary.json of one run. drafter, block_size and every tau are None for a plain baseline.
 
     warnings: in what the run's conditions differ from those the drafter was trained for.
@@ -102,7 +99,7 @@ class RunSummary(_Model):
     temperature: float
     max_tokens: int
     sessions: int
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
     tasks: dict[str, TaskSummary]
     macro: MacroSummary
     micro: MicroSummary

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import Questions, RunConfig, SweepConfig
@@ -27,10 +24,8 @@ AUF, PLAIN = "auf", "plain"
 Measured = tuple[RunSummary, Manifest]
 
 
-class SweepLevel(BaseModel):
+class SweepLevel(provenance.StrictModel):
     """One concurrency. plain, speedup: None without a plain server."""
-
-    model_config = ConfigDict(extra="forbid")
 
     concurrency: int
     auf: RunSummary
@@ -38,16 +33,11 @@ class SweepLevel(BaseModel):
     speedup: float | None
 
 
-class Sweep(BaseModel):
+class Sweep(provenance.Measured):
     """sweep.json."""
-
-    model_config = ConfigDict(extra="forbid")
 
     config: SweepConfig
     levels: list[SweepLevel]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def failed(self) -> int:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.commands import sglang_auf
@@ -23,10 +20,8 @@ from benchmarks.random_drafter import write_random_drafter
 from benchmarks.servers import serve
 
 
-class Served(BaseModel):
+class Served(provenance.StrictModel):
     """A drafter behind the server, next to plain decoding."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tau_macro: float | None
     tau_micro: float | None
@@ -36,10 +31,8 @@ class Served(BaseModel):
     passed: bool
 
 
-class TrainDemo(BaseModel):
+class TrainDemo(provenance.Measured):
     """train-demo.json. Seconds by part; held_out_tau: the best checkpoint's, by the trainer's own walk."""
-
-    model_config = ConfigDict(extra="forbid")
 
     config: TrainDemoConfig
     answers: int
@@ -49,9 +42,6 @@ class TrainDemo(BaseModel):
     after: Served
     seconds: dict[str, float]
     curves: Path
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def passed(self) -> bool:

@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
-
+from benchmarks import provenance
 from benchmarks.config import RunConfig, TurnsConfig
 from benchmarks.lossless import comparable_tokens
 from benchmarks.native import ServerFacts, flush_cache, server_facts
@@ -31,10 +30,8 @@ log = logging.getLogger(__name__)
 Records = dict[Key, Record]
 
 
-class Agreement(BaseModel):
+class Agreement(provenance.StrictModel):
     """Of the answers that two servers both gave, over all rounds: equal tokens, equal histograms of accepted drafts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     compared: int
     same_tokens: int

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks import provenance
 from benchmarks.config import VariantsConfig
@@ -22,11 +19,7 @@ from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 PLAIN, PROFILE = "plain", "profile"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Row(_Model):
+class Row(provenance.StrictModel):
     """One server at one concurrency. settings: what differs from the profile; none of it, and no drafter: plain.
 
     tokens_per_s, step_s (seconds a verify step or plain token, at concurrency 1) and tau (macro, of the first round)
@@ -49,16 +42,13 @@ class Row(_Model):
     plain_tokens: Agreement
 
 
-class VariantsReport(_Model):
+class VariantsReport(provenance.Measured):
     """variants.json."""
 
     config: VariantsConfig
     tasks: list[str]
     servers: dict[str, ServerFacts]
     rows: list[Row]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
-    command: list[str]
 
     @property
     def passed(self) -> bool:
