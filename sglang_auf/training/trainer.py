@@ -10,6 +10,7 @@ import ctypes
 import errno
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,9 @@ from sglang_auf.training.training_data import Plan, load_data
 
 logger = logging.getLogger(__name__)
 
+COMPILED_PRODUCTS = 128
+"""On a CPU: more than a step has shapes, so that the layers of one step share them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -62,6 +66,7 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
 
     Raises the errors of errors.py; whatever happens, checkpoints that were complete stay.
     """
+    forget_compiled_products()
     try:
         accelerator = make_accelerator(recipe, out)
         try:
@@ -278,6 +283,15 @@ class Trainer:
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
+
+
+def forget_compiled_products() -> None:
+    """Let oneDNN keep the code of COMPILED_PRODUCTS products instead of 1,024, unless the environment says how many.
+
+    It compiles one for each shape, batches are of all lengths, and what is kept of one takes megabytes. oneDNN reads
+    the variable at its first product, so this comes before that.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
 def give_back_free_memory() -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -383,3 +385,34 @@ def test_holes_in_the_heap_go_back_to_the_system() -> None:
     give_back_free_memory()
     assert resident() < full - 300_000_000
     assert len(kept) == 11
+
+
+MANY_SHAPES = """
+import sys
+from pathlib import Path
+import torch
+from sglang_auf.training.trainer import forget_compiled_products
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])
+
+if sys.argv[1] == "forget":
+    forget_compiled_products()
+weight = torch.randn(576, 576).bfloat16()
+before = resident()
+for rows in range(1, 1001):
+    torch.randn(rows, 576).bfloat16() @ weight
+print(resident() - before)
+"""
+
+
+def test_memory_of_products_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    grown = {
+        choice: int(
+            subprocess.run([sys.executable, "-c", MANY_SHAPES, choice], stdout=subprocess.PIPE, check=True).stdout
+        )
+        for choice in ("forget", "keep")
+    }
+    assert grown["forget"] < 0.75 * grown["keep"]
