@@ -27,13 +27,10 @@ class TaskOrigin(provenance.StrictModel):
     sha256: str
 
 
-class Session(provenance.StrictModel):
+class Session(provenance.Measured):
     """One call of the benchmark that wrote into this run; more than one after a resume."""
 
     started_at: str
-    command: list[str]
-    versions: dict[str, str | None]
-    machine: dict[str, Any]
 
 
 class Manifest(provenance.StrictModel):

@@ -21,8 +21,8 @@ def step_markdown(report: StepReport) -> str:
         f"medians of {config.rounds} interleaved rounds. {GOALS}"
     )
     notes = (
-        "- `auf`: logits of the slots up to each block's first failure. `decay`: logits of all slots, in chunks of "
-        "rows, none kept. `decay-dense`: as it is usually written, all logits of 128 blocks at a time under activation "
+        "- `auf`: logits of the slots up to each block's first failure and few beyond. `decay`: logits of all slots, in "
+        "chunks of rows, none kept. `decay-dense`: as it is usually written, all logits of 128 blocks at a time under activation "
         "checkpointing, the same loss and gradient.\n"
         "- AUF's time and peak: as a share of that row's. Against `decay` it is AUF's own saving, against "
         "`decay-dense` the head's is in it.\n"

@@ -21,7 +21,7 @@ from sglang_auf.errors import ConfigError
 AUF, PLAIN = "auf", "plain"
 
 
-Measured = tuple[RunSummary, Manifest]
+AskedRun = tuple[RunSummary, Manifest]
 
 
 class SweepLevel(provenance.StrictModel):
@@ -78,13 +78,13 @@ def measure_sweep(config: SweepConfig) -> Sweep:
     )
 
 
-def _level(concurrency: int, runs: dict[str, Measured]) -> SweepLevel:
+def _level(concurrency: int, runs: dict[str, AskedRun]) -> SweepLevel:
     auf, plain = runs[AUF][0], runs[PLAIN][0] if PLAIN in runs else None
     speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain else None)
     return SweepLevel(concurrency=concurrency, auf=auf, plain=plain, speedup=ratio(*speeds))
 
 
-def _measured(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> Measured:
+def _measured(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> AskedRun:
     prompts = [prompt for chosen in selections for prompt in chosen.prompts]
     run_config = RunConfig(
         **config.model_dump(include=set(Questions.model_fields)),

@@ -1,9 +1,11 @@
-"""Cross-entropy through the target's frozen head, on the slots that carry loss and no others.
+"""Cross-entropy through the target's frozen head, on the slots that carry loss and next to no others.
 
 The head is most of a drafter's training: anchors x slots x vocabulary logits. Two things keep it small here. Logits
 exist for `chunk` rows at a time: the head has no gradient of its own, so the gradient a row sends to its hidden state,
 (softmax - onehot) @ head, is known at once and is all that is kept. And where an objective stops a block at its first
-failure, the blocks are walked slot by slot: slot 1 for all, slot 2 for those whose slot 1 was right, and so on.
+failure, the blocks are walked in waves: slot 1 of all, slot 2 of those whose slot 1 was right, and so on. A product of
+few rows takes as long as reading the head does, so where few blocks are left a wave holds several of their slots, and
+what turns out to lie beyond a failure is dropped.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sglang_auf.training.objectives import Slots
 
-LEAST_WAVE = 0.25
-"""Rows of a wave, as a share of a chunk, below which further slots of its blocks are taken along."""
+FURTHER_SLOTS = 0.25
+"""Share of a chunk's rows up to which a wave takes further slots of its blocks along."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadLoss:
-    """rows [n]: flat index (block * slots + slot) of each row that was computed; ce [n]: its loss, differentiable."""
+    """rows [n]: flat index (block * slots + slot) of each row that carries loss; ce [n]: its loss, differentiable."""
 
     slots: Slots
     rows: Tensor
@@ -48,11 +50,10 @@ def head_loss(
             correct.view(-1)[some] = right
             log_q.view(-1)[some] = -ce
             parts.append((some, ce, gradient))
-    rows, ce, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
     kept = _kept(mask, correct, failures)
-    some = kept.flatten()[rows]
-    attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows[some], ce[some], gradients[some])
-    return HeadLoss(Slots(correct & kept, log_q * kept, mask), rows[some], attached)
+    rows, ce, gradients = (torch.cat(part) for part in zip(*(_inside(kept, *part) for part in parts), strict=True))
+    attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows, ce, gradients)
+    return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask), rows, attached)
 
 
 def corrected_head_loss(
@@ -68,8 +69,8 @@ def corrected_head_loss(
 ) -> HeadLoss:
     """The same for Domino's final branch, whose logits are hidden @ head.T + states @ correction.T.
 
-    states [blocks, K, rank] and correction [V, rank] are trained, so the rows that carry loss run inside autograd, in
-    chunks whose logits are made again for the backward pass.
+    states [blocks, K, rank] and correction [V, rank] are trained, so the rows run inside autograd, in chunks whose
+    logits are made again for the backward pass.
     """
     correct = torch.zeros_like(mask)
     log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -87,10 +88,9 @@ def corrected_head_loss(
             correct.view(-1)[some] = right
             log_q.view(-1)[some] = -ce.detach()
             parts.append((some, ce))
-    rows, ce = (torch.cat(part) for part in zip(*parts, strict=True))
     kept = _kept(mask, correct, failures)
-    some = kept.flatten()[rows]
-    return HeadLoss(Slots(correct & kept, log_q * kept, mask), rows[some], ce[some])
+    rows, ce = (torch.cat(part) for part in zip(*(_inside(kept, *part) for part in parts), strict=True))
+    return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask), rows, ce)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -139,11 +139,11 @@ def _waves(mask: Tensor, correct: Tensor, failures: int | None, chunk: int) -> I
     blocks, slots = mask.shape
     alive, first = torch.arange(blocks, device=mask.device), 0
     while first < slots and (len(alive) or not first):
-        last = min(slots, first + max(1, int(chunk * LEAST_WAVE) // max(1, len(alive))))
+        last = min(slots, first + max(1, int(chunk * FURTHER_SLOTS) // max(1, len(alive))))
         block, slot = mask[alive, first:last].nonzero(as_tuple=True)
         yield alive[block] * slots + first + slot
         wrong = (mask & ~correct)[alive, :last].sum(-1)
-        alive, first = alive[wrong < failures], last
+        alive, first = alive[(wrong < failures) & mask[alive, last:].any(-1)], last
 
 
 def _kept(mask: Tensor, correct: Tensor, failures: int | None) -> Tensor:
@@ -152,6 +152,12 @@ def _kept(mask: Tensor, correct: Tensor, failures: int | None) -> Tensor:
         return mask
     wrong = mask & ~correct
     return mask & (wrong.cumsum(-1) - wrong.int() < failures)
+
+
+def _inside(kept: Tensor, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """`rows` and their values without the rows that are not kept; the very tensors where all are."""
+    inside = kept.flatten()[rows]
+    return (rows, *values) if inside.all() else tuple(each[inside] for each in (rows, *values))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""The weights a drafter starts from: random, layers of the target, an earlier drafter and layers on top of one."""
+"""The weights a drafter starts from: random, layers of the target, or an earlier drafter of as many or fewer layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ FREE_TO_DIFFER = {
 """Fields of a drafter's config that leave its weights what they are."""
 
 LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-"""What a layer adds to the residual stream is a product of these: at 0 it adds nothing, and still has a gradient."""
+"""What a layer adds to the residual stream is a product of these. At 0 it adds nothing, and in the first step they alone
+have a gradient."""
 
 
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
@@ -97,7 +98,7 @@ def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
             "one target layer for each layer that the earlier drafter lacks",
             "correct drafter.init, or set it to random",
         )
-    drafter.load_state_dict(earlier.state_dict(), strict=False)
+    drafter.load_state_dict({**drafter.state_dict(), **earlier.state_dict()})
     for layer in drafter.layers[len(earlier.layers) :]:
         for name in LAST_PRODUCTS:
             nn.init.zeros_(layer.get_parameter(name))

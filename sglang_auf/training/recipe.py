@@ -53,7 +53,7 @@ class DrafterSettings(_Settings):
 
     target_layer_ids: 0-based layers whose outputs are tapped. init: "random", or one target layer for each drafter
     layer, whose weights it starts from. init_from: a drafter checkpoint of this shape to start from, or one of fewer
-    layers; then `init` is for the layers it lacks.
+    layers; then `init` is for the layers it lacks, which add nothing at first: o_proj and down_proj are 0.
     """
 
     num_layers: int = Field(ge=1)
@@ -75,9 +75,15 @@ class DrafterSettings(_Settings):
             raise ValueError("head domino needs gru_hidden_dim and emb_dim")
         if self.head == "dflash" and sizes != (None, None):
             raise ValueError("gru_hidden_dim and emb_dim belong to head domino")
-        named = self.num_layers if self.init == "random" else len(self.init)
-        if named > self.num_layers or (named < self.num_layers and self.init_from is None):
-            raise ValueError(f"init names {named} target layers for num_layers {self.num_layers}")
+        if self.init != "random":
+            named, of = len(self.init), self.num_layers
+            if self.init_from is None and named != of:
+                raise ValueError(f"init names {named} target layers for num_layers {of}")
+            if self.init_from is not None and not 0 < named < of:
+                raise ValueError(
+                    f"init names {named} target layers for num_layers {of} beside init_from, where it is for the "
+                    "layers that the earlier drafter lacks, and random where it lacks none"
+                )
         return self
 
 

@@ -46,7 +46,7 @@ from sglang_auf.training.training_data import Plan, load_data
 logger = logging.getLogger(__name__)
 
 COMPILED_PRODUCTS = 128
-"""On a CPU: more than a step has shapes, so that the layers of one step share them."""
+"""On a CPU: more than a micro-batch has shapes, so that its layers share them."""
 
 
 @dataclass(frozen=True, slots=True)

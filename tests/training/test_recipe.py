@@ -146,8 +146,10 @@ def test_impossible_values_are_refused(tiny: str, override: str, complaint: str)
 
 
 def test_init_beside_init_from_is_for_layers_on_top(tiny: str) -> None:
-    grown = load_recipe(tiny, ["drafter.init=[1]", "drafter.num_layers=2", "drafter.init_from=drafters/x"]).drafter
+    grown = load_recipe(tiny, ["drafter.init=[1]", "drafter.init_from=drafters/x"]).drafter
     assert (grown.init, grown.init_from) == ((1,), "drafters/x")
+    for init in ("[]", "[1, 2]", "[1, 2, 3]"):
+        assert "beside init_from" in refusal(tiny, f"drafter.init={init}", "drafter.init_from=drafters/x")
     assert "init names 3 target layers" in refusal(tiny, "drafter.num_layers=2", "drafter.init=[1, 2, 3]")
     assert "init names 1 target layers" in refusal(tiny, "drafter.num_layers=2", "drafter.init=[1]")
 

@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sglang_auf.cli import main
+from sglang_auf.cpu import linear
 from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
 from sglang_auf.training.checkpoint import Checkpoints, read_state, read_tensors
@@ -407,6 +408,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_memory_of_products_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     grown = {
