@@ -32,8 +32,8 @@ FREE_TO_DIFFER = {
 """Fields of a drafter's config that leave its weights what they are."""
 
 LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-"""What a layer adds to the residual stream is a product of these. At 0 it adds nothing, and in the first step they alone
-have a gradient."""
+"""What a layer adds to the residual stream is a product of these. At 0 it adds nothing, and in the first step these
+alone have a gradient."""
 
 
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
