@@ -22,8 +22,8 @@ def step_markdown(report: StepReport) -> str:
     )
     notes = (
         "- `auf`: logits of the slots up to each block's first failure and few beyond. `decay`: logits of all slots, "
-        "in chunks of rows, none kept. `decay-dense`: as it is usually written, all logits of 128 blocks at a time under "
-        "activation checkpointing, the same loss and gradient.\n"
+        "in chunks of rows, none kept. `decay-dense`: as it is usually written, all logits of 128 blocks at a time "
+        "under activation checkpointing, the same loss and gradient.\n"
         "- AUF's time and peak: as a share of that row's. Against `decay` it is AUF's own saving, against "
         "`decay-dense` the head's is in it.\n"
         f"- peak: {_how(config.device)}, beyond weights and batch, gradients included, each step in a process of its "
