@@ -86,7 +86,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def no_child_left() -> Iterator[None]:
-    """The test ends every process that it starts; those of tests before it (compilers of torch) may live on."""
+    """The test ends every process that it starts; those of tests before it may live on."""
     before = psutil.Process().children(recursive=True)
     yield
     assert set(psutil.Process().children(recursive=True)) <= set(before)
