@@ -46,7 +46,7 @@ from sglang_auf.training.training_data import Plan, load_data
 logger = logging.getLogger(__name__)
 
 COMPILED_PRODUCTS = 128
-"""On a CPU: more than a micro-batch has shapes, so that its layers share them."""
+"""On a CPU. A judgement: the layers of a micro-batch should share theirs, and few of other lengths be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
 
     Raises the errors of errors.py; whatever happens, checkpoints that were complete stay.
     """
-    forget_compiled_products()
+    limit_compiled_products()
     try:
         accelerator = make_accelerator(recipe, out)
         try:
@@ -285,11 +285,11 @@ class Trainer:
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
 
 
-def forget_compiled_products() -> None:
+def limit_compiled_products() -> None:
     """Let oneDNN keep the code of COMPILED_PRODUCTS products instead of 1,024, unless the environment says how many.
 
-    It compiles one for each shape, batches are of all lengths, and what is kept of one takes megabytes. oneDNN reads
-    the variable at its first product, so this comes before that.
+    It compiles one for each shape, and batches are of all lengths. oneDNN reads the variable at its first product, so
+    this comes before that.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 

@@ -392,14 +392,14 @@ MANY_SHAPES = """
 import sys
 from pathlib import Path
 import torch
-from sglang_auf.training.trainer import forget_compiled_products, give_back_free_memory
+from sglang_auf.training.trainer import limit_compiled_products, give_back_free_memory
 
 def resident():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1])
 
-if sys.argv[1] == "forget":
-    forget_compiled_products()
+if sys.argv[1] == "limit":
+    limit_compiled_products()
 weight = torch.randn(576, 576).bfloat16()
 before = resident()
 for rows in range(1, 1001):
@@ -413,7 +413,7 @@ print(resident() - before)
 def test_memory_of_products_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     grown = {}
-    for choice in ("forget", "keep"):
+    for choice in ("limit", "keep"):
         command = [sys.executable, "-c", MANY_SHAPES, choice]
         grown[choice] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    assert grown["forget"] < 0.75 * grown["keep"]
+    assert grown["limit"] < 0.75 * grown["keep"]
