@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sglang_auf.coverage import expected_weights
+from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import CardError
 from sglang_auf.model_files import read_json
 

@@ -18,10 +18,11 @@ from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import Served, auf_router
-from sglang_auf import adaptive, draft_vocabulary
+from sglang_auf import adaptive
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.prepare import prepare
+from sglang_auf.checkpoints.target_sources import RECIPES
 from sglang_auf.errors import ServerError
-from sglang_auf.target_sources import RECIPES
-from sglang_auf.targets import prepare
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs

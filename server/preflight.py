@@ -9,11 +9,11 @@ import socket
 from server.arguments import ALGORITHM
 from server.profile import Profile
 from server.routes import Served, Speculation
-from sglang_auf.card import check_drafter
+from sglang_auf.checkpoints.card import check_drafter
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import ConfigError, ServerError, TargetError
 from sglang_auf.model_files import find_model
-from sglang_auf.target_facts import TargetFacts
 
 logger = logging.getLogger(__name__)
 

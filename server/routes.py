@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 
 from server.schemas import AcceptanceReply, CardReply
-from sglang_auf import draft_vocabulary, totals
-from sglang_auf.card import CheckedDrafter
-from sglang_auf.target_facts import TargetFacts
+from sglang_auf import totals
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.card import CheckedDrafter
+from sglang_auf.checkpoints.target_facts import TargetFacts
 
 
 @dataclass(frozen=True, slots=True)

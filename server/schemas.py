@@ -1,11 +1,11 @@
-"""What the routes of ours answer. The words are those of sglang_auf.acceptance and sglang_auf.card."""
+"""What the routes of ours answer. The words are those of sglang_auf.acceptance and sglang_auf.checkpoints.card."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sglang_auf.card import DrafterCard
-from sglang_auf.target_facts import TargetFacts
+from sglang_auf.checkpoints.card import DrafterCard
+from sglang_auf.checkpoints.target_facts import TargetFacts
 
 
 class Reply(BaseModel):

@@ -8,7 +8,8 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_auf import adaptive, draft_vocabulary
+from sglang_auf import adaptive
+from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import ConfigError
 from sglang_auf.model_files import read_json
 
@@ -64,7 +65,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
 
         Plain assignments: SGLang hands over a stand-in and declares what is written to it.
         """
-        from sglang_auf.card import check_drafter
+        from sglang_auf.checkpoints.card import check_drafter
         from sglang_auf.sampler import SAMPLER_NAME
 
         refuse_unsupported(server_args)

@@ -169,15 +169,15 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from sglang_auf.targets import prepare
+    from sglang_auf.checkpoints.prepare import prepare
 
     print(prepare(options.name, options.out))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    from sglang_auf.card import check_drafter
-    from sglang_auf.targets import resolve
+    from sglang_auf.checkpoints.card import check_drafter
+    from sglang_auf.checkpoints.prepare import resolve
 
     checked = check_drafter(options.drafter, resolve(options.target))
     for name, value in checked.card.model_dump(mode="json").items():
@@ -257,9 +257,9 @@ def _features(options: argparse.Namespace) -> int:
 def _draft_vocabulary(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
-    from sglang_auf import draft_vocabulary
-    from sglang_auf.card import load_card
-    from sglang_auf.coverage import size
+    from sglang_auf.checkpoints import draft_vocabulary
+    from sglang_auf.checkpoints.card import load_card
+    from sglang_auf.checkpoints.weights import size
     from sglang_auf.errors import CardError
     from sglang_auf.model_files import read_json
     from sglang_auf.training.conversations import load_conversations
@@ -291,7 +291,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from sglang_auf.targets import resolve
+    from sglang_auf.checkpoints.prepare import resolve
     from sglang_auf.training.convert import convert
 
     target = None if options.target is None else resolve(options.target)

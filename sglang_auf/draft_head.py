@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
+from sglang_auf.checkpoints.draft_vocabulary import FILE, SWITCH
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.draft_vocabulary import FILE, SWITCH
 from sglang_auf.errors import ConfigError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -17,8 +17,9 @@ from sglang.srt.speculative.dflash_worker_v2 import (
     make_draft_block_spec_info,
 )
 
-from sglang_auf import draft_vocabulary, sampler
+from sglang_auf import sampler
 from sglang_auf.adaptive import SMALLEST, BlockChooser, asked_for
+from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
 from sglang_auf.draft_head import DraftHead, ListedDraftSampler
 

@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import adaptive, algorithm, compat
 from sglang_auf.algorithm import AufSpecAlgo, create_worker
-from sglang_auf.draft_vocabulary import SWITCH, DraftVocabulary, write
+from sglang_auf.checkpoints.draft_vocabulary import SWITCH, DraftVocabulary, write
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.sampler import SAMPLER_NAME
 
@@ -242,15 +242,15 @@ def test_what_may_lower_tau_is_logged(target: Path, caplog: pytest.LogCaptureFix
 
 
 def test_the_revisions_of_both_models_are_those_asked_for(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sglang_auf.card
+    import sglang_auf.checkpoints.card
 
-    original, seen = sglang_auf.card.check_drafter, {}
+    original, seen = sglang_auf.checkpoints.card.check_drafter, {}
 
     def check_drafter(*args: Any, **options: Any) -> Any:
         seen.update(options)
         return original(*args, **options)
 
-    monkeypatch.setattr(sglang_auf.card, "check_drafter", check_drafter)
+    monkeypatch.setattr(sglang_auf.checkpoints.card, "check_drafter", check_drafter)
     AUF.handle_server_args(arguments(target, revision="abc", speculative_draft_model_revision="v2"))
     assert (seen["target_revision"], seen["drafter_revision"]) == ("abc", "v2")
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_auf import __version__, cli
-from sglang_auf.card import DrafterCard
+from sglang_auf.checkpoints.card import DrafterCard
 from sglang_auf.errors import CardError
 
 
 def test_prepare_prints_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sglang_auf.targets.prepare", lambda name, out: out / name)
+    monkeypatch.setattr("sglang_auf.checkpoints.prepare.prepare", lambda name, out: out / name)
     assert cli.main(["prepare", "smollm2-135m", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/smollm2-135m\n"
 
@@ -49,7 +49,7 @@ def test_check_reports_card_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys
         vocabulary = SimpleNamespace(tokens=(2, 3, 5))
         return SimpleNamespace(card=CARD, warnings=("tau may fall",), path=Path(drafter), vocabulary=vocabulary)
 
-    monkeypatch.setattr("sglang_auf.card.check_drafter", check_drafter)
+    monkeypatch.setattr("sglang_auf.checkpoints.card.check_drafter", check_drafter)
     assert cli.main(["check", "my/drafter", "some/target"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert asked == [("my/drafter", "some/target")]
@@ -65,7 +65,7 @@ def test_check_that_fails_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def check_drafter(drafter: str, target: str) -> None:
         raise CardError("hidden_size 64", "hidden_size 576", "use a drafter of this target")
 
-    monkeypatch.setattr("sglang_auf.card.check_drafter", check_drafter)
+    monkeypatch.setattr("sglang_auf.checkpoints.card.check_drafter", check_drafter)
     assert cli.main(["check", "my/drafter", "some/target"]) == 2
     assert "hidden_size 576" in capsys.readouterr().err
 

@@ -12,7 +12,8 @@ import torch
 from scipy.stats import chisquare
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraftSampler
 
-from sglang_auf import draft_vocabulary, sampler
+from sglang_auf import sampler
+from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu import linear
 from sglang_auf.draft_head import ListedDraftSampler
 from sglang_auf.worker import AufWorker

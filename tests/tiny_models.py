@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sglang_auf.coverage import expected_weights
+from sglang_auf.checkpoints.weights import expected_weights
 
 VOCABULARY = 64
 LAYERS = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from sglang_auf.coverage import ALIASES, BORROWED, INDEX, RECOMPUTED, check_weights
+from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, RECOMPUTED, check_weights
 from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError

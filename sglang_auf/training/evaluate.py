@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_auf import draft_vocabulary
 from sglang_auf.acceptance import Acceptance, macro_tau, total
-from sglang_auf.card import check_drafter
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.drafter.domino import correction_inputs
 from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.training.batches import collate, plan_batches

@@ -19,14 +19,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sglang_auf.card import CARD_NAME, DrafterCard, MeasuredTau, Thinking, check_drafter, load_card
-from sglang_auf.coverage import check_weights, expected_weights
+from sglang_auf.checkpoints.card import CARD_NAME, DrafterCard, MeasuredTau, Thinking, check_drafter, load_card
+from sglang_auf.checkpoints.prepare import resolve
+from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.checkpoints.target_sources import RECIPES
+from sglang_auf.checkpoints.weights import check_weights, expected_weights
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.model_files import HUB_ID, find_model, listing, read_json
-from sglang_auf.target_facts import TargetFacts
-from sglang_auf.target_sources import RECIPES
-from sglang_auf.targets import resolve
 from sglang_auf.training.checkpoint import BEST, STATE, Checkpoints, RunState, read_state
 from sglang_auf.training.provenance import of_this_run, sha256_of
 from sglang_auf.training.recipe import Recipe, parse_recipe

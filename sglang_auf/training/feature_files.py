@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import DataError
 from sglang_auf.model_files import read_json
-from sglang_auf.target_facts import TargetFacts
 
 MANIFEST = "manifest.json"
 FEATURES = "features"

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sglang_auf.card import NO_LAST_TAP
+from sglang_auf.checkpoints.card import NO_LAST_TAP
+from sglang_auf.checkpoints.prepare import resolve
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.model_files import find_model
-from sglang_auf.target_facts import TargetFacts
-from sglang_auf.targets import resolve
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

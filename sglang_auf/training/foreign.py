@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sglang_auf.coverage import FOREIGN_SETTINGS, tapped_layers
+from sglang_auf.checkpoints.weights import FOREIGN_SETTINGS, tapped_layers
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import nn
 
-from sglang_auf.coverage import RECOMPUTED
+from sglang_auf.checkpoints.weights import RECOMPUTED
 from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.drafter.loading import load_drafter

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_auf.coverage import ARCHITECTURE, default_target_layer_ids, size
+from sglang_auf.checkpoints.weights import ARCHITECTURE, default_target_layer_ids, size
 from sglang_auf.training.foreign import Reading, differences, is_on, refused, section, served
 
 DOMINO = "DominoDraftModel"

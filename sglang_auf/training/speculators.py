@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sglang_auf.coverage import size
+from sglang_auf.checkpoints.weights import size
 from sglang_auf.training.foreign import FEATURES, Reading, differences, refused, section, served
 
 

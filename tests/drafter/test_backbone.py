@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from sglang_auf.coverage import expected_weights
+from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.drafter.backbone import Drafter, Rotary
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import ConfigError

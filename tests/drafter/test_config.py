@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sglang_auf.coverage import expected_weights
+from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError, ConfigError
 from tests.tiny_models import drafter_config, target_config

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.draft_vocabulary import DraftVocabulary, write
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
 from tests.engines import run_engine
 
 pytestmark = pytest.mark.e2e

@@ -21,8 +21,8 @@ from server.launch import MAX_BODY, Start, closed_because, run
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import Served
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ServerError
-from sglang_auf.target_facts import TargetFacts
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
 SERVED = Served("small", TARGET, None)

@@ -15,7 +15,7 @@ import pytest
 from server import preflight
 from server.profile import Profile
 from sglang_auf import compat
-from sglang_auf.card import DrafterCard
+from sglang_auf.checkpoints.card import DrafterCard
 from sglang_auf.errors import CardError, CompatError, ConfigError, ServerError, TargetError
 
 

@@ -10,11 +10,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.routes import Served, Speculation, auf_router
-from sglang_auf import draft_vocabulary, totals
+from sglang_auf import totals
 from sglang_auf.acceptance import Acceptance
-from sglang_auf.card import CheckedDrafter, DrafterCard
-from sglang_auf.draft_vocabulary import DraftVocabulary
-from sglang_auf.target_facts import TargetFacts
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
+from sglang_auf.checkpoints.target_facts import TargetFacts
 
 TARGET = TargetFacts(
     name="owner/target",

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from sglang_auf.checkpoints.prepare import default_directory
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.targets import default_directory
 from sglang_auf.training.conversations import (
     Conversation,
     LoadedConversations,

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
-from sglang_auf.target_facts import TargetFacts
 from sglang_auf.training import features as module
 from sglang_auf.training.features import FrozenTarget, OnlineFeatures, find_target
 from tests.tiny_models import LAYERS, VOCABULARY, write_target

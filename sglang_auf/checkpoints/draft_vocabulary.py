@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
-from sglang_auf.coverage import head_of, size
+from sglang_auf.checkpoints.weights import head_of, size
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.model_files import read_json
 

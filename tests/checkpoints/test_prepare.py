@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_auf import target_sources, targets
+from sglang_auf.checkpoints import prepare as module
+from sglang_auf.checkpoints import target_sources
+from sglang_auf.checkpoints.prepare import PROVENANCE, damage_of, prepare, resolve
+from sglang_auf.checkpoints.target_sources import RECIPES, Recipe
 from sglang_auf.errors import TargetError
-from sglang_auf.target_sources import RECIPES, Recipe
-from sglang_auf.targets import PROVENANCE, damage_of, prepare, resolve
 
 GGUF = "tiny_model/tiny.gguf"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -107,7 +108,7 @@ def recipe(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         peak_bytes=1_000_000,
     )
     monkeypatch.setattr(target_sources, "RECIPES", {"tiny": tiny})
-    monkeypatch.setattr(targets, "RECIPES", {"tiny": tiny})
+    monkeypatch.setattr(module, "RECIPES", {"tiny": tiny})
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
     return tiny
 
@@ -178,7 +179,7 @@ def test_provenance_names_source_and_versions(recipe: Recipe, tmp_path: Path) ->
 def test_complete_target_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare("tiny", tmp_path / "made")
     before = (made / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(targets, "fetch", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched again"))
     assert prepare("tiny", tmp_path / "made") == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
 
@@ -236,7 +237,7 @@ def test_without_any_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("index", "recipe")
 def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(targets, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched"))
     with pytest.raises(TargetError, match="MB free"):
         prepare("tiny", tmp_path / "made")
 
@@ -247,7 +248,7 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (made / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(targets, "fetch", fill)
+    monkeypatch.setattr(module, "fetch", fill)
     with pytest.raises(TargetError, match="No space left"):
         prepare("tiny", tmp_path / "made")
     assert left_in(tmp_path) == [".made.lock"]
@@ -271,7 +272,7 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (made / "config.json").write_text("{}")
         return "test"
 
-    monkeypatch.setattr(targets, "fetch", fetch)
+    monkeypatch.setattr(module, "fetch", fetch)
     threads = [threading.Thread(target=prepare, args=("tiny", tmp_path / "made")) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -312,7 +313,7 @@ class Hub:
 
 def with_hub_files(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes]) -> None:
     files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    monkeypatch.setattr(targets, "RECIPES", {"tiny": replace(recipe, hub_files=files)})
+    monkeypatch.setattr(module, "RECIPES", {"tiny": replace(recipe, hub_files=files)})
 
 
 def test_hub_comes_first(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,12 +353,12 @@ def test_unknown_target_lists_the_known() -> None:
 def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_AUF_HOME", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert targets.home() == tmp_path / "own"
+    assert module.home() == tmp_path / "own"
     monkeypatch.delenv("SGLANG_AUF_HOME")
-    assert targets.home() == tmp_path / "xdg" / "sglang-auf"
+    assert module.home() == tmp_path / "xdg" / "sglang-auf"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert targets.home() == tmp_path / ".cache" / "sglang-auf"
+    assert module.home() == tmp_path / ".cache" / "sglang-auf"
 
 
 def test_every_pin_is_a_whole_checksum() -> None:

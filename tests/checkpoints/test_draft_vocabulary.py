@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sglang_auf import draft_vocabulary
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.draft_vocabulary import FILE, SWITCH, DraftVocabulary, in_use, load, most_frequent, write
 from sglang_auf.cli import main
-from sglang_auf.draft_vocabulary import FILE, SWITCH, DraftVocabulary, in_use, load, most_frequent, write
 from sglang_auf.errors import CardError, ConfigError
 from tests.tiny_models import drafter_config, write_drafter, write_target
 from tests.training.toy_tokenizer import toy_tokenizer

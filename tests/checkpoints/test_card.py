@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.card import CARD_NAME, CheckedDrafter, DrafterCard, check_card, check_drafter, load_card
+from sglang_auf.checkpoints.card import CARD_NAME, CheckedDrafter, DrafterCard, check_card, check_drafter, load_card
+from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.target_facts import TargetFacts, chat_template_hash
 
-SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m"
+SHIPPED = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SMOLLM2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -297,7 +297,7 @@ def test_another_name_or_revision_of_the_target_is_a_warning(tmp_path: Path) -> 
 def test_the_check_imports_neither_torch_nor_sglang(target: Path) -> None:
     """It runs before anything loads, in processes that must stay light."""
     script = (
-        "import sys; from sglang_auf.card import check_drafter; check_drafter(*sys.argv[1:]);"
+        "import sys; from sglang_auf.checkpoints.card import check_drafter; check_drafter(*sys.argv[1:]);"
         "print(*({'torch', 'sglang', 'transformers'} & sys.modules.keys()))"
     )
     done = subprocess.run(

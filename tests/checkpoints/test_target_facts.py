@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash
 from sglang_auf.errors import TargetError
-from sglang_auf.target_facts import TargetFacts, chat_template_hash
 
 # SmolLM2-135M-Instruct as the hub has it, in the fields that count.
 HUB: dict[str, Any] = {
@@ -35,7 +35,7 @@ FROM_GGUF: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
     "dtype": "bfloat16",
 }
-SHIPPED_CARD = Path(__file__).parent.parent / "drafters" / "smollm2-135m" / "auf_card.json"
+SHIPPED_CARD = Path(__file__).parents[2] / "drafters" / "smollm2-135m" / "auf_card.json"
 
 
 def facts(directory: Path, config: object, **files: str) -> TargetFacts:

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sglang_auf import __version__
+from sglang_auf.checkpoints.target_sources import RECIPES, Recipe, fetch
 from sglang_auf.errors import TargetError
-from sglang_auf.target_sources import RECIPES, Recipe, fetch
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sglang_auf.coverage import (
+from sglang_auf.checkpoints.weights import (
     check_weights,
     default_target_layer_ids,
     draft_setting,
@@ -21,7 +21,7 @@ from sglang_auf.coverage import (
 )
 from sglang_auf.errors import CardError
 
-SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m"
+SHIPPED = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
 
 TINY: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"],
