@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.models.config import DrafterConfig
 
 GAMMAS = {8: 4.0, 16: 7.0}
 """Decay length in slots by block size: arXiv 2602.06036."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.step_shapes import Shape
-from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.head import head_argmax
 from sglang_auf.training.objectives import ObjectiveSettings
 from sglang_auf.training.step import Batch, Terms, TrainingStep, draw_anchors

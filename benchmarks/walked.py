@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.records import Record
 from sglang_auf.acceptance import Acceptance
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import DataError
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.batches import collate, plan_batches
 from sglang_auf.training.conversations import Conversation
 from sglang_auf.training.evaluate import accepted_by_anchor, walk

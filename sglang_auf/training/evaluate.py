@@ -21,8 +21,8 @@ from torch import Tensor
 from sglang_auf.acceptance import Acceptance, macro_tau, total
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import check_drafter
-from sglang_auf.drafter.domino import correction_inputs
-from sglang_auf.drafter.loading import load_drafter
+from sglang_auf.models.domino import correction_inputs
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.batches import collate, plan_batches
 from sglang_auf.training.conversations import load_conversations, split_held_out
 from sglang_auf.training.head import leading_matches

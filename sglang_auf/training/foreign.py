@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sglang_auf.checkpoints.weights import FOREIGN_SETTINGS, tapped_layers
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError
+from sglang_auf.models.config import DrafterConfig
 
 EXACT = "a DFlash or Domino drafter that SGLang serves exactly as it was trained"
 

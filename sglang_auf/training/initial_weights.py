@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import nn
 
 from sglang_auf.checkpoints.weights import RECOMPUTED
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.model_files import find_model, read_json
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.recipe import DrafterSettings
 
 NO_COUNTERPART = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.domino import correction_inputs
+from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.domino import correction_inputs
 from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
 from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
 

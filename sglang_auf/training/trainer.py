@@ -26,8 +26,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.errors import TrainingError
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import provenance, run_directory
 from sglang_auf.training.acceleration import check_launch, make_accelerator
 from sglang_auf.training.batch_maker import BatchMaker

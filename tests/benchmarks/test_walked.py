@@ -12,8 +12,8 @@ import torch
 from benchmarks.records import Record
 from benchmarks.walked import Walker
 from sglang_auf.acceptance import total
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import DataError
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.evaluate import evaluate_drafter
 from sglang_auf.training.features import OnlineFeatures
 from tests.tiny_models import VOCABULARY, write_drafter

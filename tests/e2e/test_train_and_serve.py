@@ -119,8 +119,8 @@ def test_overfitted_drafter_is_served_as_the_torch_models_decode(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from sglang_auf.drafter.loading import load_drafter
-    from sglang_auf.drafter.rollout import rollout
+    from sglang_auf.models.loading import load_drafter
+    from tests.reference.rollout import rollout
 
     drafter = trained(target, answers, tmp_path, **shape)
     engine = {

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.objectives import ObjectiveSettings
 from sglang_auf.training.pooled import MicroBatch, pooled_gradient
 from sglang_auf.training.step import Batch, TrainingStep, draw_anchors

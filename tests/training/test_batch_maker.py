@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.errors import DataError
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import held_out as held_out_module
 from sglang_auf.training.batch_maker import BatchMaker
 from sglang_auf.training.conversations import Conversation

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import TrainingError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpoint import Checkpoints, RunState, gather, read_state, read_tensors, restore
 from sglang_auf.training.objectives import ObjectiveSettings
 from sglang_auf.training.optimiser import make_optimisers

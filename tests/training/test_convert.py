@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from sglang_auf import cli
 from sglang_auf.checkpoints.card import CARD_NAME, check_drafter, load_card
 from sglang_auf.checkpoints.weights import expected_weights
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError, ConfigError, TargetError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.convert import Conversion, convert
 from tests.tiny_models import drafter_config, write_target
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sglang_auf import cli
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import evaluate
 from sglang_auf.training.evaluate import HeldOut, heldout_tau
 from sglang_auf.training.objectives import ObjectiveSettings

@@ -21,9 +21,9 @@ from sglang_auf import cli
 from sglang_auf.checkpoints.card import CARD_NAME, MeasuredTau, check_drafter, load_card
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import expected_weights
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import AufError, CardError, ConfigError, TargetError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import export
 from sglang_auf.training.checkpoint import Checkpoints, RunState
 from sglang_auf.training.export import PROVENANCE, RECIPE, WEIGHTS, export_checkpoint, export_drafter

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sglang_auf.training import head as head_module
 from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
 from sglang_auf.training.objectives import OBJECTIVES, ObjectiveSettings
-from tests.training.credit_reference import credits
+from tests.reference.credit_reference import credits
 
 HIDDEN, RANK, VOCABULARY = 6, 3, 13
 NAMES = sorted(OBJECTIVES)

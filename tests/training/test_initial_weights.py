@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_auf.drafter.config import DrafterConfig
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.initial_weights import LAST_PRODUCTS, initial_drafter, shape_of
 from sglang_auf.training.recipe import DrafterSettings
 from tests.tiny_models import write_drafter, write_target

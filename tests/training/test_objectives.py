@@ -19,7 +19,7 @@ from sglang_auf.training.objectives import (
     Slots,
     first_failures,
 )
-from tests.training.credit_reference import credits
+from tests.reference.credit_reference import credits
 
 ARMS = ["decay", "b-auf", "b-auf+d", "s-auf", "s-auf+d", "f-auf", "f-auf+d"]
 

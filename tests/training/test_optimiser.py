@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
 from sglang_auf.training.recipe import OptimiserSettings
 from tests.tiny_models import target_config

@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 
 from sglang_auf.cli import main
 from sglang_auf.cpu import linear
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
+from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpoint import Checkpoints, read_state, read_tensors
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.recipe import Recipe, parse_recipe

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from sglang_auf.checkpoints.weights import expected_weights
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError, ConfigError
+from sglang_auf.models.config import DrafterConfig
 from tests.tiny_models import drafter_config, target_config
 
 DRAFTERS = Path(__file__).parents[2] / "drafters"

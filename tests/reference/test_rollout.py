@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_auf.acceptance import Acceptance
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
-from sglang_auf.drafter.domino import correction_inputs
-from sglang_auf.drafter.rollout import Rollout, draft, rollout
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.domino import correction_inputs
+from tests.reference.rollout import Rollout, draft, rollout
 from tests.tiny_models import drafter_config, target_config
 
 DOMINO = {

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sglang_auf.drafter.attention import attend
-from sglang_auf.drafter.config import DrafterConfig
-from sglang_auf.drafter.domino import PrefixGRU, make_projector
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.attention import attend
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.domino import PrefixGRU, make_projector
 
 INIT_STD = 0.02
 

@@ -17,9 +17,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from sglang_auf.checkpoints.weights import expected_weights
-from sglang_auf.drafter.backbone import Drafter, Rotary
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter, Rotary
 from tests.tiny_models import drafter_config
 
 BLOCK, LENGTH = 4, 12

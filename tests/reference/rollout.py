@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sglang_auf.drafter.backbone import Drafter
 from sglang_auf.errors import ConfigError
+from sglang_auf.models.dflash import Drafter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, RECOMPUTED, check_weights
-from sglang_auf.drafter.backbone import Drafter
-from sglang_auf.drafter.config import DrafterConfig
 from sglang_auf.errors import CardError
 from sglang_auf.model_files import read_json
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.dflash import Drafter
 
 
 def load_drafter(path: Path) -> Drafter:

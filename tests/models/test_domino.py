@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_auf.drafter.domino import PrefixGRU, correction_inputs, make_projector
+from sglang_auf.models.domino import PrefixGRU, correction_inputs, make_projector
 
 HIDDEN, STATE, RANK, VOCABULARY = 6, 5, 3, 11
 BLOCKS, SLOTS = 2, 4  # corrected slots 1..SLOTS

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_auf.drafter.attention import attend, attend_flex, attend_two_part, block_mask
+from sglang_auf.models.attention import attend, attend_flex, attend_two_part, block_mask
 
 Attention = Callable[..., torch.Tensor]
 LENGTH, WIDTH, DIM = 9, 4, 8

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_auf.drafter.loading import load_drafter
 from sglang_auf.errors import CardError
+from sglang_auf.models.loading import load_drafter
 from tests.tiny_models import write_drafter
 
 DOMINO = {
