@@ -57,19 +57,19 @@ SEAMS: tuple[Seam, ...] = (
     *(Seam(f"{_HOOKS}:HookType.{kind}", "plugin") for kind in ("BEFORE", "AFTER", "AROUND", "REPLACE")),
     Seam(f"{_SRT}.platforms:current_platform.is_out_of_tree", "plugin", ()),
     Seam(f"{_ALGORITHM}.register", "plugin", ("name", "supports_overlap", "validate_server_args", "spec_class")),
-    Seam(f"{_SPEC}.spec_registry:CustomSpecAlgo.handle_server_args", "algorithm", ("self", "server_args")),
+    Seam(f"{_SPEC}.spec_registry:CustomSpecAlgo.handle_server_args", "speculative.algorithm", ("self", "server_args")),
     *(
-        Seam(f"{_ALGORITHM}.{name}", "algorithm", ("self",))
+        Seam(f"{_ALGORITHM}.{name}", "speculative.algorithm", ("self",))
         for name in ("need_topk", "carries_draft_hidden_states", "get_platform_worker_cls")
     ),
     Seam(
         f"{_ALGORITHM}.create_future_map",
-        "algorithm",
+        "speculative.algorithm",
         ("self", "device", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
     ),
     Seam(
         f"{_SRT}.managers.overlap_utils:FutureMap.__init__",
-        "algorithm",
+        "speculative.algorithm",
         ("self", "device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
     ),
     # Requests and sampling.
@@ -83,30 +83,33 @@ SEAMS: tuple[Seam, ...] = (
         "requests",
         ("self", "message", "err_type", "status_code", "param"),
     ),
-    *(Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "sampler") for name in ("n", "sampling_seed")),
-    Seam(f"{_MANAGER}._send_one_request", "sampler", ("self", "tokenized_obj")),
-    Seam(f"{_BATCH_INFO}.from_schedule_batch", "sampler", ("batch", "vocab_size")),
     *(
-        Seam(f"{_BATCH_INFO}.{name}", "sampler")
+        Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "speculative.sampler_backend")
+        for name in ("n", "sampling_seed")
+    ),
+    Seam(f"{_MANAGER}._send_one_request", "speculative.sampler_backend", ("self", "tokenized_obj")),
+    Seam(f"{_BATCH_INFO}.from_schedule_batch", "speculative.sampler_backend", ("batch", "vocab_size")),
+    *(
+        Seam(f"{_BATCH_INFO}.{name}", "speculative.sampler_backend")
         for name in ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed", "is_all_greedy")
     ),
-    Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "sampler", ("backend", "factory")),
-    Seam(f"{_SRT}.layers.sampler:Sampler.__init__", "sampler", ("self",)),
+    Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "speculative.sampler_backend", ("backend", "factory")),
+    Seam(f"{_SRT}.layers.sampler:Sampler.__init__", "speculative.sampler_backend", ("self",)),
     Seam(
         f"{_SRT}.layers.sampler:Sampler._sample_from_probs",
-        "sampler",
+        "speculative.sampler_backend",
         ("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
     ),
     Seam(
         f"{_SRT}.layers.sampler:_SamplingMaskCapture",
-        "sampler",
+        "speculative.sampler_backend",
         ("weights", "token_ids", "selected_weight", "batch_rows"),
     ),
     # Drafting and verification.
-    Seam(f"{_SRT}.layers.sampler:sampler_softmax", "worker", ("logits", "temperatures")),
+    Seam(f"{_SRT}.layers.sampler:sampler_softmax", "speculative.worker", ("logits", "temperatures")),
     Seam(
         f"{_WORKER}._accept_block",
-        "worker",
+        "speculative.worker",
         (
             "self",
             "candidates",
@@ -118,28 +121,30 @@ SEAMS: tuple[Seam, ...] = (
             "target_predict",
         ),
     ),
-    Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "worker"),
-    Seam(f"{_WORKER}._validate_phase1_sampling_support", "worker", ("self", "batch")),
+    Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "speculative.worker"),
+    Seam(f"{_WORKER}._validate_phase1_sampling_support", "speculative.worker", ("self", "batch")),
     Seam(
         f"{_WORKER}.forward_batch_generation",
-        "worker",
+        "speculative.worker",
         ("self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
     ),
-    Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "worker", ("length", "device")),
-    Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "worker", ("draft_token_num", "device")),
-    Seam(f"{_WORKER}._maybe_build_draft_sampler", "worker", ("self",)),
+    Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "speculative.worker", ("length", "device")),
+    Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "speculative.worker", ("draft_token_num", "device")),
+    Seam(f"{_WORKER}._maybe_build_draft_sampler", "speculative.worker", ("self",)),
     Seam(
         f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__init__",
-        "draft_head",
+        "speculative.draft_head",
         ("self", "weight", "block_size", "num_org", "org_vocab_start", "max_bs", "tp_group"),
     ),
     Seam(
-        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__call__", "draft_head", ("self", "hidden_states", "input_ids")
+        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__call__",
+        "speculative.draft_head",
+        ("self", "hidden_states", "input_ids"),
     ),
-    Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "worker", ("self", "block_size")),
+    Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "speculative.worker", ("self", "block_size")),
     Seam(
         f"{_WORKER}._greedy_sample_from_vocab_parallel_head",
-        "worker",
+        "speculative.worker",
         ("self", "hidden_states", "lm_head", "chunk_size"),
     ),
     # Tau in replies, and its totals.
@@ -190,9 +195,9 @@ SEAMS: tuple[Seam, ...] = (
         for name, *parameters in (
             ("apply_server_args_defaults", "server_args"),
             ("get_default_attention_backend",),
-            ("get_default_speculative_draft_attention_backend", "algorithm"),
-            ("supports_speculative_algorithm", "algorithm"),
-            ("supports_speculative_draft_attention_backend", "algorithm", "backend"),
+            ("get_default_speculative_draft_attention_backend", "speculative.algorithm"),
+            ("supports_speculative_algorithm", "speculative.algorithm"),
+            ("supports_speculative_draft_attention_backend", "speculative.algorithm", "backend"),
             ("get_kv_pool_cls", "kind"),
             ("get_speculative_cache_locs_fn",),
             ("get_dispatch_key_name",),
@@ -284,7 +289,7 @@ SEAMS: tuple[Seam, ...] = (
 
 # Only a scheduler imports the worker's module (500 modules with it), so those seams are checked when it makes the
 # worker; the rest belong to modules that SGLang or our hooks import in every process, and cost nothing to check.
-OF_THE_WORKER = ("worker", "draft_head")
+OF_THE_WORKER = ("speculative.worker", "speculative.draft_head")
 WORKER_SEAMS = tuple(seam for seam in SEAMS if seam.used_by in OF_THE_WORKER)
 REGISTRATION_SEAMS = tuple(seam for seam in SEAMS if seam.used_by not in OF_THE_WORKER)
 

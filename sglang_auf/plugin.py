@@ -55,13 +55,14 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import redaction, replies, requests, sampler, spans, totals
-    from sglang_auf.algorithm import AufSpecAlgo, create_worker
+    from sglang_auf import redaction, replies, requests, spans, totals
+    from sglang_auf.speculative import sampler_backend
+    from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
 
     redaction.install()
     replies.install()
     requests.install()
-    sampler.install()
+    sampler_backend.install()
     spans.install()
     totals.install()
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)

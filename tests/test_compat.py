@@ -176,7 +176,7 @@ def test_what_we_override_has_the_parameters_of_the_table() -> None:
     from sglang_auf.cpu.attention import CpuAttentionBackend
     from sglang_auf.cpu.memory import CpuKVPool
     from sglang_auf.cpu.platform import AufCpuPlatform, assign_req_to_token_pool, verify_cache_slots
-    from sglang_auf.worker import AufWorker
+    from sglang_auf.speculative.worker import AufWorker
 
     rows = {seam.target.rpartition(":")[2]: seam.parameters for seam in SEAMS}
     ours = {

@@ -194,7 +194,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_auf.cpu import elementwise
-    from sglang_auf.sampler import SAMPLER_NAME
+    from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
     for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
         if ATTENTION_BACKEND not in choices:

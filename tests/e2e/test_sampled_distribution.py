@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 BROKEN = """
-import sglang_auf.sampling as sampling
+import sglang_auf.speculative.sampling as sampling
 # Greedy whatever the temperature: what SGLang's own DFLASH does without its CUDA kernel.
 sampling.sample = lambda probabilities, *_: probabilities.argmax(dim=-1)
 """

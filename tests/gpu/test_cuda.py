@@ -10,8 +10,8 @@ import pytest
 import torch
 from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
-from sglang_auf import sampling
-from sglang_auf.draft_head import DraftHead, ListedDraftSampler
+from sglang_auf.speculative import sampling
+from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 from tests.engines import run_engine
 from tests.tiny_models import VOCABULARY, write_drafter, write_target
 

@@ -14,13 +14,14 @@ import pytest
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_spec_algo_conforms
 
-from sglang_auf import adaptive, algorithm, compat
-from sglang_auf.algorithm import AufSpecAlgo, create_worker
+from sglang_auf import compat
 from sglang_auf.checkpoints.draft_vocabulary import SWITCH, DraftVocabulary, write
 from sglang_auf.errors import CardError, CompatError, ConfigError
-from sglang_auf.sampler import SAMPLER_NAME
+from sglang_auf.speculative import adaptive_block, algorithm
+from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
+from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
-SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m"
+SHIPPED = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
 TARGET_CONFIG = """{
   "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30,
   "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
@@ -168,10 +169,10 @@ def test_values_that_change_nothing_are_accepted(changes: dict[str, Any]) -> Non
 def test_blocks_that_follow_the_load_are_for_the_cpu(
     device: str, refused: bool, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(adaptive.SWITCH, "1")
+    monkeypatch.setenv(adaptive_block.SWITCH, "1")
     given = arguments(target, device=device)
     if refused:
-        with pytest.raises(ConfigError, match=adaptive.SWITCH):
+        with pytest.raises(ConfigError, match=adaptive_block.SWITCH):
             AUF.handle_server_args(given)
     else:
         AUF.handle_server_args(given)

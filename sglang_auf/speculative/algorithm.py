@@ -8,10 +8,10 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_auf import adaptive
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import ConfigError
 from sglang_auf.model_files import read_json
+from sglang_auf.speculative import adaptive_block
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
         Plain assignments: SGLang hands over a stand-in and declares what is written to it.
         """
         from sglang_auf.checkpoints.card import check_drafter
-        from sglang_auf.sampler import SAMPLER_NAME
+        from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
         refuse_unsupported(server_args)
         checked = check_drafter(
@@ -116,11 +116,11 @@ def refuse_unsupported(server_args: Any) -> None:
     reasons = [reason for condition, reason in _refusals(server_args) if condition]
     if reasons:
         raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour", "leave them out")
-    if adaptive.asked_for() and server_args.device != "cpu":
+    if adaptive_block.asked_for() and server_args.device != "cpu":
         raise ConfigError(
-            f"{adaptive.SWITCH}=1 (adaptive_block) on {server_args.device}",
+            f"{adaptive_block.SWITCH}=1 (adaptive_block) on {server_args.device}",
             "one block size where graphs are captured: blocks that follow the load are for the CPU platform",
-            f"unset {adaptive.SWITCH}",
+            f"unset {adaptive_block.SWITCH}",
         )
     if not server_args.speculative_draft_model_path:
         raise ConfigError(
@@ -171,7 +171,10 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
             a.speculative_num_steps not in (None, 1) or a.speculative_eagle_topk not in (None, 1),
             "--speculative-num-steps / --speculative-eagle-topk: a block is one step and one path",
         ),
-        (bool(a.speculative_adaptive), f"--speculative-adaptive: SGLang's for EAGLE; here it is {adaptive.SWITCH}=1"),
+        (
+            bool(a.speculative_adaptive),
+            f"--speculative-adaptive: SGLang's for EAGLE; here it is {adaptive_block.SWITCH}=1",
+        ),
         (
             a.speculative_draft_window_size is not None,
             "--speculative-draft-window-size: a drafter attends to the context it was trained on, all of it",
@@ -200,6 +203,6 @@ def create_worker(server_args: Any) -> type:
     from sglang_auf.compat import WORKER_SEAMS, check_seams
 
     check_seams(WORKER_SEAMS)
-    from sglang_auf.worker import AufWorker
+    from sglang_auf.speculative.worker import AufWorker
 
     return AufWorker

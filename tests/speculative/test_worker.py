@@ -12,11 +12,11 @@ import torch
 from scipy.stats import chisquare
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraftSampler
 
-from sglang_auf import sampler
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu import linear
-from sglang_auf.draft_head import ListedDraftSampler
-from sglang_auf.worker import AufWorker
+from sglang_auf.speculative import sampler_backend
+from sglang_auf.speculative.draft_head import ListedDraftSampler
+from sglang_auf.speculative.worker import AufWorker
 
 VOCABULARY, BLOCK, SEEDS = 5, 4, 20_000
 OFF = 1 << 30
@@ -128,7 +128,7 @@ def test_the_tokens_are_those_that_plain_sampling_draws_at_each_position(worker:
     accept_len, commit_lens, bonus, out_tokens = accept(worker, sampling_info, 50)
     for slot in range(BLOCK):
         probabilities = torch.softmax(LOGITS[slot] / 0.8, dim=-1).repeat(50, 1)
-        plain = sampler.draw(probabilities, sampling_info, torch.full((50,), 30 + slot))
+        plain = sampler_backend.draw(probabilities, sampling_info, torch.full((50,), 30 + slot))
         emitted = commit_lens > slot
         assert torch.equal(out_tokens[emitted, slot], plain[emitted])
     assert torch.equal(commit_lens, accept_len + 1)
@@ -156,7 +156,7 @@ def test_greedy_batches_are_sglangs_own(worker: AufWorker, sampling_info: Any) -
 
 
 def test_what_sglang_predicted_already_is_not_drawn_again(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(sampler_backend, "draw", lambda *_, **__: pytest.fail("drawn again"))
     accept(worker, info(2), 2, target_predict=LOGITS.argmax(dim=-1).repeat(2))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_auf.adaptive import EXPLORE_EVERY, SMALLEST, BlockChooser
+from sglang_auf.speculative.adaptive_block import EXPLORE_EVERY, SMALLEST, BlockChooser
 
 LARGEST = 8
 

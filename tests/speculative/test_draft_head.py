@@ -9,8 +9,8 @@ import torch
 from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
 from sglang_auf.cpu import linear
-from sglang_auf.draft_head import DraftHead, ListedDraftSampler
 from sglang_auf.errors import ConfigError
+from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
 LISTED = [1, 4, 7, 30, 63]
 

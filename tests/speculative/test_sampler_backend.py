@@ -16,7 +16,7 @@ from sglang.srt.sampling import sampling_batch_info
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_auf import sampler, sampling
+from sglang_auf.speculative import sampler_backend, sampling
 
 VOCABULARY = 40
 LARGEST = 2**63 - 1
@@ -49,7 +49,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         features=SimpleNamespace(
             enable_custom_logit_processor=False, enable_watermark=False, sampling_mask_max_tokens=8
         ),
-        kernel=SimpleNamespace(sampling_backend=sampler.SAMPLER_NAME),
+        kernel=SimpleNamespace(sampling_backend=sampler_backend.SAMPLER_NAME),
     )
     parallel = SimpleNamespace(tp_group=SimpleNamespace(device_group=None))
     monkeypatch.setattr(sampling_batch_info, "get_exec", lambda: execution)
@@ -79,7 +79,7 @@ def test_upstream_alone_carries_no_seeds() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_a_batch_carries_the_seeds_of_its_requests() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     info = info_of(request(sampling_seed=7), request(sampling_seed=-3), request(sampling_seed=LARGEST))
     assert info.sampling_seed is not None
     assert (info.sampling_seed.tolist(), info.sampling_seed.dtype) == ([7, -3, LARGEST], torch.int64)
@@ -87,7 +87,7 @@ def test_a_batch_carries_the_seeds_of_its_requests() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     unseeded = [request() for _ in range(50)]
     first = info_of(*unseeded).sampling_seed.tolist()
     assert len(set(first)) == 50
@@ -98,7 +98,7 @@ def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
 @pytest.mark.usefixtures("configured")
 def test_ranks_that_share_sglangs_random_seed_draw_the_same_seeds() -> None:
     """Tensor-parallel ranks seed Python's generator alike (managers/scheduler.py, set_random_seed)."""
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     state = random.getstate()
     try:
         ranks = []
@@ -112,7 +112,7 @@ def test_ranks_that_share_sglangs_random_seed_draw_the_same_seeds() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_seeds_follow_their_requests_through_filter_and_merge() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     batch, other = Batch(*(request(sampling_seed=s) for s in (1, 2, 3))), Batch(request(sampling_seed=9))
     info = SamplingBatchInfo.from_schedule_batch(batch, VOCABULARY)
     info.filter_batch([0, 2], torch.tensor([0, 2]))
@@ -123,9 +123,9 @@ def test_seeds_follow_their_requests_through_filter_and_merge() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_carrying_seeds_twice_is_once_and_stays_a_classmethod() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     once = SamplingBatchInfo.__dict__["from_schedule_batch"]
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     assert SamplingBatchInfo.__dict__["from_schedule_batch"] is once
     assert isinstance(once, classmethod)
 
@@ -144,7 +144,7 @@ def sent(original: SimpleNamespace, choices: int) -> list[SamplingParams]:
     parameters = []
     for _ in range(choices):
         choice = copy.copy(original)
-        sampler.spread_seeds(None, choice)
+        sampler_backend.spread_seeds(None, choice)
         parameters.append(copy.copy(choice.sampling_params))  # serialised at once
     return parameters
 
@@ -167,7 +167,7 @@ def test_other_requests_are_sent_as_they_are(parameters: dict[str, Any]) -> None
 
 
 def test_what_has_no_sampling_parameters_is_let_through() -> None:
-    sampler.spread_seeds(None, SimpleNamespace(input_ids=[1]))
+    sampler_backend.spread_seeds(None, SimpleNamespace(input_ids=[1]))
 
 
 # --- draws ---
@@ -175,7 +175,7 @@ def test_what_has_no_sampling_parameters_is_let_through() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_each_row_of_a_block_is_drawn_with_its_requests_parameters_at_its_own_position() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     requests = [
         request(sampling_seed=5, top_k=3),
         request(sampling_seed=6, top_p=0.5),
@@ -185,7 +185,7 @@ def test_each_row_of_a_block_is_drawn_with_its_requests_parameters_at_its_own_po
     info, block = info_of(*requests), 4
     probabilities = torch.softmax(logits_of(len(requests) * block), dim=-1)
     positions = torch.tensor([[10], [20], [30], [10]]) + torch.arange(block)
-    drawn = sampler.draw(probabilities, info, positions, rows_per_request=block)
+    drawn = sampler_backend.draw(probabilities, info, positions, rows_per_request=block)
     assert drawn.shape == (len(requests) * block,)
     for row in range(len(requests) * block):
         of, slot = divmod(row, block)
@@ -206,25 +206,25 @@ def sample_with(info: SamplingBatchInfo, logits: torch.Tensor, positions: torch.
     """Tokens and the output object of a pass through SGLang's sampler with ours inside."""
     output = LogitsProcessorOutput(next_token_logits=logits.clone())
     n = len(logits)
-    tokens = sampler.create_sampler()(output, info, logprobs, [0] * n, [None] * n, positions)
+    tokens = sampler_backend.create_sampler()(output, info, logprobs, [0] * n, [None] * n, positions)
     return tokens, output
 
 
 @pytest.mark.usefixtures("configured")
 def test_sglangs_sampler_draws_through_ours() -> None:
-    created = sampler.create_sampler()
+    created = sampler_backend.create_sampler()
     assert isinstance(created, sglang_sampler.Sampler)
     info = info_of(request(sampling_seed=1, temperature=0.7), request(sampling_seed=2, top_p=0.8), request(min_p=0.2))
     logits, positions = logits_of(3), torch.tensor([4, 9, 0])
     tokens, _ = sample_with(info, logits, positions)
     probabilities = torch.softmax(logits / info.temperatures, dim=-1)
-    assert tokens.tolist() == sampler.draw(probabilities, info, positions).tolist()
+    assert tokens.tolist() == sampler_backend.draw(probabilities, info, positions).tolist()
     assert tokens.dtype == torch.int32
 
 
 @pytest.mark.usefixtures("configured")
 def test_the_same_seed_repeats_and_another_differs() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     logits, positions = logits_of(1).expand(60, -1), torch.arange(60)
 
     def answer(seed: int) -> list[int]:
@@ -237,7 +237,7 @@ def test_the_same_seed_repeats_and_another_differs() -> None:
 
 @pytest.mark.usefixtures("configured")
 def test_log_probabilities_are_sglangs_own() -> None:
-    sampler.carry_seeds()
+    sampler_backend.carry_seeds()
     info = info_of(request(sampling_seed=1, temperature=0.5))
     logits = logits_of(1)
     tokens, output = sample_with(info, logits, torch.tensor([3]), logprobs=True)
@@ -251,11 +251,11 @@ def test_the_sampler_is_registered_under_its_name() -> None:
 
     hooks = copy.deepcopy(HookRegistry._hooks)
     try:
-        sampler.install()
+        sampler_backend.install()
         target = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
-        assert sampler.spread_seeds in [hook for _, hook, _ in HookRegistry._hooks[target]]
+        assert sampler_backend.spread_seeds in [hook for _, hook, _ in HookRegistry._hooks[target]]
     finally:
         HookRegistry._hooks.clear()
         HookRegistry._hooks.update(hooks)
-    assert sampler.SAMPLER_NAME in SAMPLING_BACKEND_CHOICES
-    assert sglang_sampler._CUSTOM_SAMPLER_FACTORIES[sampler.SAMPLER_NAME] is sampler.create_sampler
+    assert sampler_backend.SAMPLER_NAME in SAMPLING_BACKEND_CHOICES
+    assert sglang_sampler._CUSTOM_SAMPLER_FACTORIES[sampler_backend.SAMPLER_NAME] is sampler_backend.create_sampler

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sglang_auf import sampling
+from sglang_auf.speculative import sampling
 
 DRAWS = 20_000
 OFF = 1 << 30  # SGLang's top_k of a request that gives none

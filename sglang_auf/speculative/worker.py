@@ -17,11 +17,11 @@ from sglang.srt.speculative.dflash_worker_v2 import (
     make_draft_block_spec_info,
 )
 
-from sglang_auf import sampler
-from sglang_auf.adaptive import SMALLEST, BlockChooser, asked_for
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.draft_head import DraftHead, ListedDraftSampler
+from sglang_auf.speculative import sampler_backend
+from sglang_auf.speculative.adaptive_block import SMALLEST, BlockChooser, asked_for
+from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
 # What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
 OF_A_BLOCK = (
@@ -131,14 +131,14 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         """candidates [bs, B] (anchor and drafts), next_token_logits [bs * B, vocabulary].
 
         Greedy requests go upstream unchanged. Otherwise the target's tokens are drawn here, and upstream's greedy
-        acceptance of those tokens is exact speculative sampling (sglang_auf/sampling.py).
+        acceptance of those tokens is exact speculative sampling (sglang_auf/speculative/sampling.py).
         """
         if target_predict is None and sampling_info is not None and not sampling_info.is_all_greedy:
             block = candidates.shape[1]
             temperatures = sampling_info.temperatures.repeat_interleave(block, dim=0)
             probabilities = sampler_softmax(next_token_logits / temperatures)
             positions = prefix_lens[:, None] + torch.arange(block, device=prefix_lens.device)
-            target_predict = sampler.draw(probabilities, sampling_info, positions, rows_per_request=block)
+            target_predict = sampler_backend.draw(probabilities, sampling_info, positions, rows_per_request=block)
         return super()._accept_block(
             candidates=candidates,
             next_token_logits=next_token_logits,
