@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fastapi import APIRouter
 
 from server.schemas import LoadReply
-from sglang_auf import totals
+from sglang_auf.hooks import metrics
 
 
 def load_router(model: str, closed_because: Callable[[], str | None]) -> APIRouter:
@@ -28,7 +28,7 @@ def load_router(model: str, closed_because: Callable[[], str | None]) -> APIRout
             closed_because=closed_because(),
             running=sum(snapshot.num_running_reqs for snapshot in snapshots),
             queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
-            generated_tokens=totals.TOTALS.generated,
+            generated_tokens=metrics.TOTALS.generated,
         )
 
     return router

@@ -23,9 +23,9 @@ class Profile(BaseModel):
     target, drafter: directory, hub id, or (target) a name that `sglang-auf prepare` knows. drafter_notice: printed
     loudly while the profile's own drafter is used. block_size: B; None takes the drafter's. adaptive_block: draft fewer
     slots of it where the load makes them dear (sglang_auf/speculative/adaptive_block.py; CPU only). draft_vocabulary:
-    keep to the tokens that the drafter lists, if it lists any (sglang_auf/checkpoints/draft_vocabulary.py). thinking: the
-    chat template's mode where it has one. management: open SGLang's routes that change weights, write files and pause
-    the engine (guard.py).
+    keep to the tokens that the drafter lists, if it lists any (sglang_auf/checkpoints/draft_vocabulary.py).
+    thinking: the chat template's mode where it has one. management: open SGLang's routes that change weights, write
+    files and pause the engine (guard.py).
     server_args: SGLang's server arguments by their Python names, checked against SGLang when the server starts.
     """
 

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 
 from server.schemas import AcceptanceReply, CardReply
-from sglang_auf import totals
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import CheckedDrafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.hooks import metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,9 @@ def auf_router(served: Served) -> APIRouter:
         """Tau, alpha_k and their counts since the start and over the last finished requests."""
         if served.speculation is None:
             raise HTTPException(404, PLAIN.format(what="acceptance"))
-        return AcceptanceReply(model=served.model, block_size=served.speculation.block_size, **totals.TOTALS.snapshot())
+        return AcceptanceReply(
+            model=served.model, block_size=served.speculation.block_size, **metrics.TOTALS.snapshot()
+        )
 
     @router.get("/card", responses=NOT_FOUND)
     async def card() -> CardReply:

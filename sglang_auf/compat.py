@@ -73,14 +73,14 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
     ),
     # Requests and sampling.
-    Seam(f"{_SPEC}.dflash_utils:validate_dflash_request", "requests", ("req", "enable_overlap")),
+    Seam(f"{_SPEC}.dflash_utils:validate_dflash_request", "hooks.validation", ("req", "enable_overlap")),
     *(
-        Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "requests")
+        Seam(f"{_SRT}.sampling.sampling_params:SamplingParams.{name}", "hooks.validation")
         for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "max_new_tokens")
     ),
     Seam(
         f"{_OPENAI}.serving_base:OpenAIServingBase.create_error_response",
-        "requests",
+        "hooks.validation",
         ("self", "message", "err_type", "status_code", "param"),
     ),
     *(
@@ -148,26 +148,31 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "hidden_states", "lm_head", "chunk_size"),
     ),
     # Tau in replies, and its totals.
-    Seam(f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request", "replies", ("self", "request", "raw_request")),
-    Seam(f"{_OPENAI}.utils:spec_tokens_details_from_meta_info", "replies", ("meta_info",)),
-    Seam(f"{_OPENAI}.usage_processor:UsageProcessor.calculate_response_usage", "replies", ("responses", *_USAGE)),
+    Seam(
+        f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request", "hooks.replies", ("self", "request", "raw_request")
+    ),
+    Seam(f"{_OPENAI}.utils:spec_tokens_details_from_meta_info", "hooks.replies", ("meta_info",)),
+    Seam(f"{_OPENAI}.usage_processor:UsageProcessor.calculate_response_usage", "hooks.replies", ("responses", *_USAGE)),
     Seam(
         f"{_OPENAI}.usage_processor:UsageProcessor.calculate_streaming_usage",
-        "replies",
+        "hooks.replies",
         ("prompt_tokens", "reasoning_tokens", "completion_tokens", "cached_tokens", *_USAGE),
     ),
-    *(Seam(f"{_OPENAI}.protocol:{name}.model_config", "replies") for name in _WIDENED),
-    *(Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "replies") for name in (*_WIDENED, *_EMBEDDING, *_STREAMED)),
-    Seam(f"{_MANAGER}._calculate_spec_decoding_metrics", "totals", ("self", "meta_info", "recv_obj", "i")),
-    Seam(f"{_MANAGER}.init_metric_collector_watchdog", "totals", ("self",)),
+    *(Seam(f"{_OPENAI}.protocol:{name}.model_config", "hooks.replies") for name in _WIDENED),
     *(
-        Seam(f"{_SRT}.managers.io_struct:BatchStrOutput.{name}", "spans")
+        Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "hooks.replies")
+        for name in (*_WIDENED, *_EMBEDDING, *_STREAMED)
+    ),
+    Seam(f"{_MANAGER}._calculate_spec_decoding_metrics", "hooks.metrics", ("self", "meta_info", "recv_obj", "i")),
+    Seam(f"{_MANAGER}.init_metric_collector_watchdog", "hooks.metrics", ("self",)),
+    *(
+        Seam(f"{_SRT}.managers.io_struct:BatchStrOutput.{name}", "hooks.spans")
         for name in ("rids", "output_ids", "spec_verify_ct", "spec_num_correct_drafts")
     ),
-    Seam(f"{_MANAGER}._handle_batch_output", "spans", ("self", "recv_obj")),
+    Seam(f"{_MANAGER}._handle_batch_output", "hooks.spans", ("self", "recv_obj")),
     Seam(
         f"{_OPENAI}.serving_chat:OpenAIServingChat._generate_stream_content",
-        "spans",
+        "hooks.spans",
         (
             "self",
             "content",
@@ -184,8 +189,8 @@ SEAMS: tuple[Seam, ...] = (
             *(f"{kind}_tokens" for kind in ("prompt", "reasoning", "completion")),
         ),
     ),
-    Seam(f"{_SRT}.runtime_context:get_spec", "totals", ()),
-    Seam(f"{_SRT}.server_args:ServerArgs.resolved_dict", "redaction", ("self",)),
+    Seam(f"{_SRT}.runtime_context:get_spec", "hooks.metrics", ()),
+    Seam(f"{_SRT}.server_args:ServerArgs.resolved_dict", "hooks.redaction", ("self",)),
     # The CPU platform.
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),

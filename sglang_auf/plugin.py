@@ -55,16 +55,16 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import redaction, replies, requests, spans, totals
+    from sglang_auf.hooks import metrics, redaction, replies, spans, validation
     from sglang_auf.speculative import sampler_backend
     from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
 
     redaction.install()
     replies.install()
-    requests.install()
+    validation.install()
     sampler_backend.install()
     spans.install()
-    totals.install()
+    metrics.install()
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
         from sglang_auf.cpu import platform

@@ -177,7 +177,7 @@ def configure(algorithm: str | None) -> None:
 
 
 def add_test_routes(app: Any) -> None:
-    from sglang_auf import spans, totals
+    from sglang_auf.hooks import metrics, spans
 
     @app.get("/spans")  # type: ignore[untyped-decorator]
     async def choices_with_spans() -> int:
@@ -185,7 +185,7 @@ def add_test_routes(app: Any) -> None:
 
     @app.get("/totals")  # type: ignore[untyped-decorator]
     async def snapshot() -> dict[str, Any]:
-        return totals.TOTALS.snapshot() | {"generated": totals.TOTALS.generated}
+        return metrics.TOTALS.snapshot() | {"generated": metrics.TOTALS.generated}
 
     @app.post("/algorithm")  # type: ignore[untyped-decorator]
     async def set_algorithm(name: str | None = None) -> None:
@@ -196,14 +196,15 @@ def install_plugin() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import compat, replies, spans, totals
+    from sglang_auf import compat
+    from sglang_auf.hooks import metrics, replies, spans
 
     compat.check_seams(compat.REGISTRATION_SEAMS)
-    for install in (replies.install, spans.install, totals.install) * 2:  # twice is once
+    for install in (replies.install, spans.install, metrics.install) * 2:  # twice is once
         install()
     HookRegistry.apply_hooks()
     # The name only: the worker behind it belongs to the scheduler, which is a script here.
-    SpeculativeAlgorithm.register(totals.ALGORITHM, supports_overlap=True)(lambda _: None)
+    SpeculativeAlgorithm.register(metrics.ALGORITHM, supports_overlap=True)(lambda _: None)
 
 
 def main(directory: Path, port: int) -> None:

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 
 from server.load import load_router
-from sglang_auf import totals
+from sglang_auf.hooks import metrics
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> TestClient:
 
     manager = SimpleNamespace(get_loads=get_loads)
     monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
-    monkeypatch.setattr(totals, "TOTALS", totals.AcceptanceTotals())
+    monkeypatch.setattr(metrics, "TOTALS", metrics.AcceptanceTotals())
     app = FastAPI()
     reasons = iter([None, "the server is stopping"])
     app.include_router(load_router("small", lambda: next(reasons)))
@@ -34,7 +34,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> TestClient:
 def test_load_sums_the_schedulers_and_counts_tokens(reading: TestClient) -> None:
     first = reading.get("/v1/auf/load").json()
     assert (first["model"], first["running"], first["queued"], first["generated_tokens"]) == ("small", 5, 1, 0)
-    totals.TOTALS.generated += 7
+    metrics.TOTALS.generated += 7
     assert reading.get("/v1/auf/load").json()["generated_tokens"] == 7
 
 

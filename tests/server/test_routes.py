@@ -10,12 +10,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.routes import Served, Speculation, auf_router
-from sglang_auf import totals
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.hooks import metrics
 
 TARGET = TargetFacts(
     name="owner/target",
@@ -45,10 +45,10 @@ PLAIN = Served("small", TARGET, None)
 
 
 @pytest.fixture(autouse=True)
-def own_totals(monkeypatch: pytest.MonkeyPatch) -> totals.AcceptanceTotals:
+def own_totals(monkeypatch: pytest.MonkeyPatch) -> metrics.AcceptanceTotals:
     """Fresh totals with a window of one request."""
-    fresh = totals.AcceptanceTotals(window=1)
-    monkeypatch.setattr(totals, "TOTALS", fresh)
+    fresh = metrics.AcceptanceTotals(window=1)
+    monkeypatch.setattr(metrics, "TOTALS", fresh)
     return fresh
 
 
@@ -66,7 +66,7 @@ def test_acceptance_before_the_first_request_is_null_not_zero() -> None:
     assert reply["window"]["size"] == 1
 
 
-def test_acceptance_is_what_was_counted(own_totals: totals.AcceptanceTotals) -> None:
+def test_acceptance_is_what_was_counted(own_totals: metrics.AcceptanceTotals) -> None:
     reading = client(SPECULATING)
     own_totals.add(Acceptance.of_request([1, 2, 0, 1], completion_tokens=10))
     own_totals.add(Acceptance.of_request([4, 0, 0, 0], completion_tokens=5))

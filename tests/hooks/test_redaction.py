@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from sglang_auf.redaction import SECRETS, redacted
+from sglang_auf.hooks.redaction import SECRETS, redacted
 
 
 def test_secrets_are_masked_and_nothing_else() -> None:

@@ -19,7 +19,7 @@ from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails
 
 from sglang_auf.acceptance import Acceptance, total
-from sglang_auf.replies import FIGURES
+from sglang_auf.hooks.replies import FIGURES
 
 BLOCK = 8
 SHAPES = [(chat, stream) for chat in (True, False) for stream in (True, False)]
@@ -219,7 +219,7 @@ def test_replies_made_at_once_do_not_mix(auf: str) -> None:
 
 def test_importing_needs_neither_sglang_nor_prometheus() -> None:
     check = (
-        "import sys, sglang_auf.replies, sglang_auf.totals;"
+        "import sys, sglang_auf.hooks.replies, sglang_auf.hooks.metrics;"
         "sys.exit(bool({'sglang', 'torch', 'prometheus_client'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", check], check=True)

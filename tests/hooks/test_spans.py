@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.acceptance import Acceptance, cut_tokens
-from sglang_auf.spans import HEADER, Spans
+from sglang_auf.hooks.spans import HEADER, Spans
 
 BYTES = "The sky, «blau» 天空 🌊 end".encode()
 

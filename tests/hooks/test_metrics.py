@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total
-from sglang_auf.totals import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
+from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
 
 BLOCK = 4
 EMPTY = Acceptance()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_auf.totals import serves_auf
+from sglang_auf.hooks.metrics import serves_auf
 
 _REMEDY = "ask a server without speculation, or leave it out"
 

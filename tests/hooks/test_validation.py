@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_auf import requests
-from sglang_auf.requests import openai_complaint, refusal, validate_dflash_request
+from sglang_auf.hooks import validation
+from sglang_auf.hooks.validation import openai_complaint, refusal, validate_dflash_request
 
 PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": -0.5, "repetition_penalty": 1.1, "min_new_tokens": 4}
 NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
@@ -99,7 +99,7 @@ def test_a_completion_of_no_tokens_is_openais_way_to_score_a_prompt() -> None:
 def test_the_route_answers_what_is_wrong_on_an_auf_server_only(
     ours: bool, model: str, answer: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "serves_auf", lambda: ours)
+    monkeypatch.setattr(validation, "serves_auf", lambda: ours)
     serving = SimpleNamespace(
         tokenizer_manager=SimpleNamespace(served_model_name="auf", model_path="/models/auf"),
         create_error_response=lambda *, message, err_type, status_code: status_code,
@@ -108,4 +108,4 @@ def test_the_route_answers_what_is_wrong_on_an_auf_server_only(
     async def original(serving: Any, request: Any, raw_request: Any) -> str:
         return "served"
 
-    assert asyncio.run(requests.handle_openai_request(original, serving, chat(model=model), None)) == answer
+    assert asyncio.run(validation.handle_openai_request(original, serving, chat(model=model), None)) == answer

@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
-from sglang_auf.totals import serves_auf
+from sglang_auf.hooks.metrics import serves_auf
 
 HEADER = "x-auf-spans"
 

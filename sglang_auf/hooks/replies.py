@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any
 
 from sglang_auf.acceptance import Acceptance, total
-from sglang_auf.totals import serves_auf
+from sglang_auf.hooks.metrics import serves_auf
 
 FLAG = "return_spec_tokens_details"
 FIGURES = ("tau", "tau_verify", "verify_steps", "proposed", "accepted_histogram", "alpha")
