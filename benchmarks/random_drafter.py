@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import CardError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 SEED = 0
 STD = 0.02

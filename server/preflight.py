@@ -13,7 +13,7 @@ from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import ConfigError, ServerError, TargetError
-from sglang_auf.model_files import find_model
+from sglang_auf.files import find_model
 
 logger = logging.getLogger(__name__)
 

@@ -261,7 +261,7 @@ def _draft_vocabulary(options: argparse.Namespace) -> int:
     from sglang_auf.checkpoints.card import load_card
     from sglang_auf.checkpoints.weights import size
     from sglang_auf.errors import CardError
-    from sglang_auf.model_files import read_json
+    from sglang_auf.files import read_json
     from sglang_auf.training.conversations import load_conversations
     from sglang_auf.training.features import find_target
 

@@ -20,7 +20,7 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import check_weights, draft_setting, head_of, size, tapped_layers
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.model_files import find_model, read_json
+from sglang_auf.files import find_model, read_json
 
 CARD_NAME = "auf_card.json"
 MASK_EMBEDDING = "mask_embedding.pt"

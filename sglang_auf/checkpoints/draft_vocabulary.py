@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, f
 
 from sglang_auf.checkpoints.weights import head_of, size
 from sglang_auf.errors import CardError, ConfigError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 FILE = "draft_vocabulary.json"
 """Beside the drafter's weights."""

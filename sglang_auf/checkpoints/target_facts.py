@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_auf.errors import TargetError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from sglang_auf.errors import CardError
-from sglang_auf.model_files import listing, read_json
+from sglang_auf.files import listing, read_json
 
 Shape = tuple[int, ...]
 

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_auf.errors import TargetError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 GIB = 1 << 30
 # Tokens a pool holds at most unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.

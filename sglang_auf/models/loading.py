@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, RECOMPUTED, check_weights
 from sglang_auf.errors import CardError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 

@@ -10,7 +10,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import ConfigError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 from sglang_auf.speculative import adaptive_block
 
 logger = logging.getLogger(__name__)

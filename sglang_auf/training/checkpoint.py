@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 Tensors = dict[str, torch.Tensor]
 

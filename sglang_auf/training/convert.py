@@ -20,7 +20,7 @@ from sglang_auf.checkpoints.card import MASK_EMBEDDING, DrafterCard
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, PICKLES, RECOMPUTED
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.model_files import HUB_ID, find_model, listing, read_json
+from sglang_auf.files import HUB_ID, find_model, listing, read_json
 from sglang_auf.training import specforge, speculators
 from sglang_auf.training.export import write_drafter
 from sglang_auf.training.foreign import Reading, refused

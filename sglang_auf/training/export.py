@@ -25,7 +25,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.target_sources import RECIPES
 from sglang_auf.checkpoints.weights import check_weights, expected_weights
 from sglang_auf.errors import CardError, ConfigError, TargetError
-from sglang_auf.model_files import HUB_ID, find_model, listing, read_json
+from sglang_auf.files import HUB_ID, find_model, listing, read_json
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.training.checkpoint import BEST, STATE, Checkpoints, RunState, read_state
 from sglang_auf.training.provenance import of_this_run, sha256_of

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import DataError
-from sglang_auf.model_files import read_json
+from sglang_auf.files import read_json
 
 MANIFEST = "manifest.json"
 FEATURES = "features"

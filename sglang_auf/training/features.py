@@ -19,7 +19,7 @@ from sglang_auf.checkpoints.card import NO_LAST_TAP
 from sglang_auf.checkpoints.prepare import resolve
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
-from sglang_auf.model_files import find_model
+from sglang_auf.files import find_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

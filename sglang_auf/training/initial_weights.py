@@ -12,7 +12,7 @@ from torch import nn
 
 from sglang_auf.checkpoints.weights import RECOMPUTED
 from sglang_auf.errors import CardError, ConfigError, TargetError
-from sglang_auf.model_files import find_model, read_json
+from sglang_auf.files import find_model, read_json
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sglang_auf.errors import DataError
-from sglang_auf.model_files import HUB_ID
+from sglang_auf.files import HUB_ID
 
 if TYPE_CHECKING:
     from hashlib import _Hash

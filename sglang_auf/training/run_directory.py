@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.model_files import listing, read_json
+from sglang_auf.files import listing, read_json
 from sglang_auf.training.checkpoint import BEST
 from sglang_auf.training.recipe import Recipe
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-import sglang_auf.model_files as model_files
+import sglang_auf.files as model_files
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.model_files import find_model, listing
+from sglang_auf.files import find_model, listing
 
 
 def test_a_directory_is_itself_and_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
