@@ -18,7 +18,7 @@ from benchmarks.config import OverlapConfig
 from benchmarks.markdown import markdown_number, markdown_origin, markdown_table
 from benchmarks.tasks import Prompt, resolve, select
 from sglang_auf.errors import DataError
-from sglang_auf.training.rows import BadRow, grouped, messages_of, named, read_rows
+from sglang_auf.training.data.rows import BadRow, grouped, messages_of, named, read_rows
 
 log = logging.getLogger(__name__)
 

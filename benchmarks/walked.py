@@ -18,10 +18,10 @@ from benchmarks.records import Record
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.batches import collate, plan_batches
-from sglang_auf.training.conversations import Conversation
+from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.features import OnlineFeatures, find_target
 from sglang_auf.training.evaluate import accepted_by_anchor, walk
-from sglang_auf.training.features import OnlineFeatures, find_target
 from sglang_auf.training.objectives import ObjectiveSettings
 from sglang_auf.training.step import Batch, TrainingStep
 

@@ -228,9 +228,9 @@ def _features(options: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from sglang_auf.training.conversations import load_conversations
-    from sglang_auf.training.feature_writer import write_cache
-    from sglang_auf.training.features import OnlineFeatures, find_target
+    from sglang_auf.training.data.conversations import load_conversations
+    from sglang_auf.training.data.feature_writer import write_cache
+    from sglang_auf.training.data.features import OnlineFeatures, find_target
 
     try:
         layers = [int(layer) for layer in options.layers.split(",")]
@@ -262,8 +262,8 @@ def _draft_vocabulary(options: argparse.Namespace) -> int:
     from sglang_auf.checkpoints.weights import size
     from sglang_auf.errors import CardError
     from sglang_auf.files import read_json
-    from sglang_auf.training.conversations import load_conversations
-    from sglang_auf.training.features import find_target
+    from sglang_auf.training.data.conversations import load_conversations
+    from sglang_auf.training.data.features import find_target
 
     card, config = load_card(options.drafter), read_json(options.drafter / "config.json", CardError)
     conversations = load_conversations(
@@ -307,7 +307,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _prompts(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
-    from sglang_auf.training.features import find_target
+    from sglang_auf.training.data.features import find_target
     from sglang_auf.training.prompts import PromptSettings, write_prompts
 
     settings = _settings(PromptSettings, options)

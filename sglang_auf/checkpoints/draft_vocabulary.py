@@ -112,7 +112,9 @@ def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) ->
 
     Raises ConfigError where there is one and not `force`, and where it cannot be written.
     """
-    from sglang_auf.training.feature_files import write_whole  # torch: nothing that a server's start should wait for
+    from sglang_auf.training.data.feature_files import (
+        write_whole,  # torch: nothing that a server's start should wait for
+    )
 
     file = drafter / FILE
     if file.exists() and not force:

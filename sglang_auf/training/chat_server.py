@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sglang_auf.errors import ConfigError, ServerError
-from sglang_auf.training.rows import Message
+from sglang_auf.training.data.rows import Message
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.batches import collate, plan_batches
-from sglang_auf.training.conversations import load_conversations, split_held_out
+from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.conversations import load_conversations, split_held_out
 from sglang_auf.training.head import leading_matches
 from sglang_auf.training.objectives import ObjectiveSettings
 from sglang_auf.training.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
@@ -169,7 +169,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    from sglang_auf.training.features import OnlineFeatures, find_target
+    from sglang_auf.training.data.features import OnlineFeatures, find_target
 
     directory = find_target(target)
     checked = check_drafter(drafter, str(directory))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sglang_auf.training.batch_maker import BatchMaker
-from sglang_auf.training.batches import plan_batches
-from sglang_auf.training.conversations import Conversation
+from sglang_auf.training.data.batch_maker import BatchMaker
+from sglang_auf.training.data.batching import plan_batches
+from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.evaluate import heldout_tau
 from sglang_auf.training.recipe import Recipe
 from sglang_auf.training.step import Batch, TrainingStep

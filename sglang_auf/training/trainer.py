@@ -30,9 +30,10 @@ from sglang_auf.errors import TrainingError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import provenance, run_directory
 from sglang_auf.training.acceleration import check_launch, make_accelerator
-from sglang_auf.training.batch_maker import BatchMaker
 from sglang_auf.training.checkpoint import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
-from sglang_auf.training.features import find_target
+from sglang_auf.training.data.batch_maker import BatchMaker
+from sglang_auf.training.data.features import find_target
+from sglang_auf.training.data.loader import Plan, load_data
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
 from sglang_auf.training.logbook import Logbook, training_figures
@@ -41,7 +42,6 @@ from sglang_auf.training.pooled import pooled_gradient
 from sglang_auf.training.recipe import Recipe, differences, parse_recipe
 from sglang_auf.training.step import TrainingStep
 from sglang_auf.training.stop_signals import stop_signals
-from sglang_auf.training.training_data import Plan, load_data
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from benchmarks.walked import Walker
 from sglang_auf.acceptance import total
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.evaluate import evaluate_drafter
-from sglang_auf.training.features import OnlineFeatures
 from tests.tiny_models import VOCABULARY, write_drafter
 from tests.training.runs import write_models
 

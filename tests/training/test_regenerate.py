@@ -25,7 +25,7 @@ from sglang_auf import cli
 from sglang_auf.errors import ConfigError, DataError, ServerError
 from sglang_auf.training import answer_file
 from sglang_auf.training.answer_file import manifest_path
-from sglang_auf.training.conversations import load_conversations
+from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
 from tests.http_servers import serving
 from tests.training.toy_tokenizer import toy_tokenizer

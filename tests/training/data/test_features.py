@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
-from sglang_auf.training import features as module
-from sglang_auf.training.features import FrozenTarget, OnlineFeatures, find_target
+from sglang_auf.training.data import features as module
+from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
 from tests.tiny_models import LAYERS, VOCABULARY, write_target
 
 TAPS = (0, 2, 3)

@@ -17,7 +17,7 @@ from sglang_auf.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
-    from sglang_auf.training.conversations import Conversation
+    from sglang_auf.training.data.conversations import Conversation
 
 log = logging.getLogger(__name__)
 

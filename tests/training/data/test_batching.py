@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.batches import collate, plan_batches
-from sglang_auf.training.conversations import Conversation
+from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.conversations import Conversation
 
 GENERATOR = random.Random(0)
 LENGTHS = [GENERATOR.randint(20, 400) for _ in range(3000)]

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_auf import cli
 from sglang_auf.errors import AufError, ConfigError, DataError
-from sglang_auf.training import feature_files
-from sglang_auf.training.batches import collate
-from sglang_auf.training.conversations import Conversation, load_conversations
-from sglang_auf.training.feature_cache import CachedFeatures
-from sglang_auf.training.feature_writer import write_cache
-from sglang_auf.training.features import OnlineFeatures
+from sglang_auf.training.data import feature_files
+from sglang_auf.training.data.batching import collate
+from sglang_auf.training.data.conversations import Conversation, load_conversations
+from sglang_auf.training.data.feature_cache import CachedFeatures
+from sglang_auf.training.data.feature_writer import write_cache
+from sglang_auf.training.data.features import OnlineFeatures
 from tests.tiny_models import VOCABULARY, target_config, write_target
 from tests.training.toy_tokenizer import toy_tokenizer
 

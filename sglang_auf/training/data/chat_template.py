@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_auf.training.rows import BadRow, Message
+from sglang_auf.training.data.rows import BadRow, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

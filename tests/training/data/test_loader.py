@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sglang_auf.errors import DataError
-from sglang_auf.training.conversations import Conversation
-from sglang_auf.training.training_data import Plan, anchor_generators
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.loader import Plan, anchor_generators
 from tests.training.runs import tiny_recipe
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sglang_auf.errors import ConfigError, TrainingError
-from sglang_auf.training.batches import plan_batches
-from sglang_auf.training.conversations import Conversation, load_conversations, split_held_out
+from sglang_auf.training.data.batching import plan_batches
+from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
 from sglang_auf.training.recipe import Recipe
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_auf.checkpoints.prepare import default_directory
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.conversations import (
+from sglang_auf.training.data.conversations import (
     Conversation,
     LoadedConversations,
     load_conversations,

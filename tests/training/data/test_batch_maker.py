@@ -11,10 +11,10 @@ import torch
 from sglang_auf.errors import DataError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import held_out as held_out_module
-from sglang_auf.training.batch_maker import BatchMaker
-from sglang_auf.training.conversations import Conversation
-from sglang_auf.training.feature_writer import write_cache
-from sglang_auf.training.features import OnlineFeatures
+from sglang_auf.training.data.batch_maker import BatchMaker
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_writer import write_cache
+from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.recipe import Recipe

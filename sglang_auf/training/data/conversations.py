@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.chat_template import ChatTemplate, Span
-from sglang_auf.training.rows import BadRow, Message, Row, Source, grouped, messages_of, named, read_rows
+from sglang_auf.training.data.chat_template import ChatTemplate, Span
+from sglang_auf.training.data.rows import BadRow, Message, Row, Source, grouped, messages_of, named, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

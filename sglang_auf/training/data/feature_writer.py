@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training import provenance
-from sglang_auf.training.batches import collate, plan_batches
-from sglang_auf.training.conversations import Conversation
-from sglang_auf.training.feature_cache import require_origin
-from sglang_auf.training.feature_files import (
+from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_cache import require_origin
+from sglang_auf.training.data.feature_files import (
     DRAFT_SUFFIX,
     MANIFEST,
     Manifest,
@@ -31,8 +31,8 @@ from sglang_auf.training.feature_files import (
     write_manifest,
     write_shard,
 )
-from sglang_auf.training.features import OnlineFeatures
-from sglang_auf.training.rows import named
+from sglang_auf.training.data.features import OnlineFeatures
+from sglang_auf.training.data.rows import named
 
 log = logging.getLogger(__name__)
 

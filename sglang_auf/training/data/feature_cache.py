@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sglang_auf.errors import DataError
-from sglang_auf.training.conversations import Conversation
-from sglang_auf.training.feature_files import (
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_files import (
     Manifest,
     Origin,
     check_contents,
@@ -25,7 +25,7 @@ from sglang_auf.training.feature_files import (
     shard_path,
     token_hash,
 )
-from sglang_auf.training.rows import named
+from sglang_auf.training.data.rows import named
 
 
 class CachedFeatures:

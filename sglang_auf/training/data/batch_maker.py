@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.batches import collate
-from sglang_auf.training.conversations import Conversation
-from sglang_auf.training.feature_cache import CachedFeatures
-from sglang_auf.training.features import FeatureSource, FrozenTarget, OnlineFeatures
+from sglang_auf.training.data.batching import collate
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_cache import CachedFeatures
+from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
+from sglang_auf.training.data.loader import anchor_generators
 from sglang_auf.training.recipe import Recipe
 from sglang_auf.training.step import Batch, draw_anchors
-from sglang_auf.training.training_data import anchor_generators
 
 ONLINE = "online"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
