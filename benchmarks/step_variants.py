@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.step_shapes import Shape
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.dflash import Drafter
-from sglang_auf.training.head import head_argmax
-from sglang_auf.training.objectives import ObjectiveSettings
-from sglang_auf.training.step import Batch, Terms, TrainingStep, draw_anchors
+from sglang_auf.training.losses.cross_entropy import head_argmax
+from sglang_auf.training.losses.objectives import ObjectiveSettings
+from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, draw_anchors
 
 AUF, DECAY, DENSE = "auf", "decay", "decay-dense"
 VARIANTS = (AUF, DECAY, DENSE)

@@ -22,8 +22,8 @@ from sglang_auf.training.data.batching import collate, plan_batches
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
 from sglang_auf.training.evaluate import accepted_by_anchor, walk
-from sglang_auf.training.objectives import ObjectiveSettings
-from sglang_auf.training.step import Batch, TrainingStep
+from sglang_auf.training.losses.objectives import ObjectiveSettings
+from sglang_auf.training.losses.step import Batch, TrainingStep
 
 BATCH_TOKENS = 4096
 

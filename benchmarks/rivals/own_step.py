@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.rivals.protocol import Job, MakeStep, Step, serve
 from benchmarks.step_shapes import SHAPES
 from benchmarks.step_variants import Bench
-from sglang_auf.training.step import draw_anchors
+from sglang_auf.training.losses.step import draw_anchors
 
 
 def prepare(job: Job, attention: str) -> MakeStep:

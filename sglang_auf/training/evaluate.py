@@ -25,9 +25,9 @@ from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.batching import collate, plan_batches
 from sglang_auf.training.data.conversations import load_conversations, split_held_out
-from sglang_auf.training.head import leading_matches
-from sglang_auf.training.objectives import ObjectiveSettings
-from sglang_auf.training.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
+from sglang_auf.training.losses.cross_entropy import leading_matches
+from sglang_auf.training.losses.objectives import ObjectiveSettings
+from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from sglang_auf.training.data.batch_maker import BatchMaker
 from sglang_auf.training.data.batching import plan_batches
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.evaluate import heldout_tau
+from sglang_auf.training.losses.step import Batch, TrainingStep
 from sglang_auf.training.recipe import Recipe
-from sglang_auf.training.step import Batch, TrainingStep
 
 KEPT_BYTES = 2**31
 """Features are kept between evaluations up to this size, and computed anew above it."""

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sglang_auf.training.step import Batch, Terms
+from sglang_auf.training.losses.step import Batch, Terms
 
 MicroBatch = tuple[Batch, Tensor, Tensor]
 """A batch, its anchors and which of them count: the arguments of TrainingStep."""

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
+from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -37,10 +37,10 @@ from sglang_auf.training.data.loader import Plan, load_data
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
 from sglang_auf.training.logbook import Logbook, training_figures
+from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
 from sglang_auf.training.pooled import pooled_gradient
 from sglang_auf.training.recipe import Recipe, differences, parse_recipe
-from sglang_auf.training.step import TrainingStep
 from sglang_auf.training.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)

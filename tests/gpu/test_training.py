@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES
+from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES
 from tests.training.ranks import PROGRESS, make_step, micro_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -16,10 +16,10 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpoint import Checkpoints, RunState, gather, read_state, read_tensors, restore
-from sglang_auf.training.objectives import ObjectiveSettings
+from sglang_auf.training.losses.objectives import ObjectiveSettings
+from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.recipe import OptimiserSettings
-from sglang_auf.training.step import TrainingStep
 from tests.tiny_models import target_config
 from tests.training.runs import limit_file_size, same_weights
 

@@ -16,8 +16,8 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import evaluate
 from sglang_auf.training.evaluate import HeldOut, heldout_tau
-from sglang_auf.training.objectives import ObjectiveSettings
-from sglang_auf.training.step import Batch, TrainingStep
+from sglang_auf.training.losses.objectives import ObjectiveSettings
+from sglang_auf.training.losses.step import Batch, TrainingStep
 from tests.tiny_models import write_drafter, write_target
 from tests.training.toy_tokenizer import toy_tokenizer
 

@@ -14,8 +14,8 @@ from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.data.loader import anchor_generators
+from sglang_auf.training.losses.step import Batch, draw_anchors
 from sglang_auf.training.recipe import Recipe
-from sglang_auf.training.step import Batch, draw_anchors
 
 ONLINE = "online"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

@@ -17,8 +17,8 @@ from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import shape_of
+from sglang_auf.training.losses.step import TrainingStep, anchor_positions
 from sglang_auf.training.recipe import Recipe
-from sglang_auf.training.step import TrainingStep, anchor_positions
 from tests.training.runs import tiny_recipe, write_models
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import correction_inputs
-from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
-from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
+from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
+from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
 
 # Rows of logits that exist at one time. On a CPU about what stays in the caches.
 CHUNK = {"cpu": 256}

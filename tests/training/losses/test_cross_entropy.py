@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sglang_auf.training import head as head_module
-from sglang_auf.training.head import HeadLoss, corrected_head_loss, head_argmax, head_loss
-from sglang_auf.training.objectives import OBJECTIVES, ObjectiveSettings
+from sglang_auf.training.losses import cross_entropy as head_module
+from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
+from sglang_auf.training.losses.objectives import OBJECTIVES, ObjectiveSettings
 from tests.reference.credit_reference import credits
 
 HIDDEN, RANK, VOCABULARY = 6, 3, 13

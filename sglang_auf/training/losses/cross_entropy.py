@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sglang_auf.training.objectives import Slots
+from sglang_auf.training.losses.objectives import Slots
 
 FURTHER_SLOTS = 0.25
 """Share of a chunk's rows up to which a wave takes further slots of its blocks along."""

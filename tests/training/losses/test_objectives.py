@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sglang_auf.training.objectives import (
+from sglang_auf.training.losses.objectives import (
     DOMINO_OBJECTIVES,
     OBJECTIVES,
     DominoObjective,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import PrefixGRU
-from sglang_auf.training import step as step_module
-from sglang_auf.training.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
-from sglang_auf.training.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
+from sglang_auf.training.losses import step as step_module
+from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
+from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
 from tests.reference.credit_reference import credits
 from tests.tiny_models import drafter_config
 
