@@ -23,14 +23,14 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang_auf import cli
 from sglang_auf.errors import ConfigError, DataError, ServerError
-from sglang_auf.training import answer_file
-from sglang_auf.training.answer_file import manifest_path
 from sglang_auf.training.data.conversations import load_conversations
-from sglang_auf.training.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
+from sglang_auf.training.generation import output_file
+from sglang_auf.training.generation.output_file import manifest_path
+from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
 from tests.http_servers import serving
 from tests.training.toy_tokenizer import toy_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOON = {"retry-after-ms": "1"}
 """The client tries a failed request again after this pause."""
 
@@ -419,7 +419,7 @@ def test_full_disk_keeps_all_rows(serve: Serve, prompts: Prompts, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    monkeypatch.setattr(answer_file.os, "write", write_until_full)
+    monkeypatch.setattr(output_file.os, "write", write_until_full)
     with pytest.raises(DataError, match="No space left on device; its 2 rows are kept"):
         regenerate(run)
     monkeypatch.undo()

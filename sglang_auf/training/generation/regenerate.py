@@ -22,9 +22,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sglang_auf import __version__
 from sglang_auf.errors import DataError, ServerError
-from sglang_auf.training.answer_file import AnswerFile, Manifest
-from sglang_auf.training.chat_server import Answer, AnswerError, ChatServer
 from sglang_auf.training.data.rows import BadRow, Message, grouped, messages_of, named, read_rows
+from sglang_auf.training.generation.client import Answer, AnswerError, ChatServer
+from sglang_auf.training.generation.output_file import AnswerFile, Manifest
 
 log = logging.getLogger(__name__)
 

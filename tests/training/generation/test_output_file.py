@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_auf.errors import DataError
-from sglang_auf.training.answer_file import AnswerFile, Manifest
+from sglang_auf.training.generation.output_file import AnswerFile, Manifest
 
 MANIFEST = Manifest(
     model="toy", temperature=0.0, max_tokens=8, seed=1, thinking="server", input_sha256="0" * 64, version="0"

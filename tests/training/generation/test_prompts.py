@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang_auf import cli
 from sglang_auf.errors import DataError, ServerError
-from sglang_auf.training.prompts import USELESS_IN_A_ROW, PromptSettings, write_prompts
-from sglang_auf.training.regenerate import GIVE_UP_AFTER, read_prompts
+from sglang_auf.training.generation.prompts import USELESS_IN_A_ROW, PromptSettings, write_prompts
+from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, read_prompts
 from tests.http_servers import serving
 from tests.training.toy_tokenizer import toy_tokenizer
 

@@ -24,11 +24,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sglang_auf import __version__
 from sglang_auf.errors import DataError, ServerError
-from sglang_auf.training.answer_file import AnswerFile, Manifest
-from sglang_auf.training.chat_server import AnswerError, ChatServer
 from sglang_auf.training.data.chat_template import ChatTemplate
 from sglang_auf.training.data.rows import BadRow
-from sglang_auf.training.regenerate import GIVE_UP_AFTER, Progress, seed_of, together
+from sglang_auf.training.generation.client import AnswerError, ChatServer
+from sglang_auf.training.generation.output_file import AnswerFile, Manifest
+from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, Progress, seed_of, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
