@@ -292,7 +292,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from sglang_auf.checkpoints.prepare import resolve
-    from sglang_auf.training.convert import convert
+    from sglang_auf.training.convert.convert import convert
 
     target = None if options.target is None else resolve(options.target)
     converted = convert(options.source, options.out, target=target, force=options.force)

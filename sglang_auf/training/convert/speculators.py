@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_auf.checkpoints.weights import size
-from sglang_auf.training.foreign import FEATURES, Reading, differences, refused, section, served
+from sglang_auf.training.convert.common import FEATURES, Reading, differences, refused, section, served
 
 
 def wrote(config: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
-from sglang_auf.training.convert import Conversion, convert
+from sglang_auf.training.convert.convert import Conversion, convert
 from tests.tiny_models import drafter_config, write_target
 
 Tensors = dict[str, torch.Tensor]

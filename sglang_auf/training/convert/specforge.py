@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_auf.checkpoints.weights import ARCHITECTURE, default_target_layer_ids, size
-from sglang_auf.training.foreign import Reading, differences, is_on, refused, section, served
+from sglang_auf.training.convert.common import Reading, differences, is_on, refused, section, served
 
 DOMINO = "DominoDraftModel"
 

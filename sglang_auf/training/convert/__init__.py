@@ -1,0 +1,1 @@
+"""Drafters of other trainers, one file a trainer."""
