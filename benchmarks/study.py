@@ -35,7 +35,7 @@ from benchmarks.study_config import Study, load_study
 from benchmarks.tasks import resolve, select
 from benchmarks.walked import Walker
 from sglang_auf.errors import ConfigError, TrainingError
-from sglang_auf.training.checkpoint import Checkpoints, read_state
+from sglang_auf.training.checkpointer import Checkpoints, read_state
 from sglang_auf.training.recipe import load_recipe
 
 log = logging.getLogger(__name__)

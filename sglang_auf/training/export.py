@@ -27,8 +27,8 @@ from sglang_auf.checkpoints.weights import check_weights, expected_weights
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.files import HUB_ID, find_model, listing, read_json
 from sglang_auf.models.config import DrafterConfig
-from sglang_auf.training.checkpoint import BEST, STATE, Checkpoints, RunState, read_state
-from sglang_auf.training.provenance import of_this_run, sha256_of
+from sglang_auf.provenance import of_this_run, sha256_of
+from sglang_auf.training.checkpointer import BEST, STATE, Checkpoints, RunState, read_state
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.run_directory import RUN
 

@@ -20,7 +20,7 @@ import yaml
 
 from sglang_auf.errors import TrainingError
 from sglang_auf.files import listing, read_json
-from sglang_auf.training.checkpoint import BEST
+from sglang_auf.training.checkpointer import BEST
 from sglang_auf.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"

@@ -25,22 +25,23 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
+from sglang_auf import provenance
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import TrainingError
 from sglang_auf.models.dflash import Drafter
-from sglang_auf.training import provenance, run_directory
-from sglang_auf.training.acceleration import check_launch, make_accelerator
-from sglang_auf.training.checkpoint import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
+from sglang_auf.training import run_directory
+from sglang_auf.training.accumulation import pooled_gradient
+from sglang_auf.training.checkpointer import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
 from sglang_auf.training.data.batch_maker import BatchMaker
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import Plan, load_data
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
-from sglang_auf.training.logbook import Logbook, training_figures
+from sglang_auf.training.logger import Logbook, training_figures
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
-from sglang_auf.training.pooled import pooled_gradient
 from sglang_auf.training.recipe import Recipe, differences, parse_recipe
+from sglang_auf.training.runtime import check_launch, make_accelerator
 from sglang_auf.training.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import AufError, CardError, ConfigError, TargetError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
+from sglang_auf.provenance import git_revision, sha256_of
 from sglang_auf.training import export
-from sglang_auf.training.checkpoint import Checkpoints, RunState
+from sglang_auf.training.checkpointer import Checkpoints, RunState
 from sglang_auf.training.export import PROVENANCE, RECIPE, WEIGHTS, export_checkpoint, export_drafter
-from sglang_auf.training.provenance import git_revision, sha256_of
 from sglang_auf.training.run_directory import RUN
 from tests.tiny_models import target_config, write_target
 

@@ -20,7 +20,7 @@ from sglang_auf.cli import main
 from sglang_auf.cpu import linear
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.checkpoint import Checkpoints, read_state, read_tensors
+from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, give_back_free_memory, train

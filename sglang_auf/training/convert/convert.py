@@ -21,10 +21,10 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, PICKLES, RECOMPUTED
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import HUB_ID, find_model, listing, read_json
+from sglang_auf.provenance import sha256_of
 from sglang_auf.training.convert.common import Reading, refused
 from sglang_auf.training.convert.convert import specforge, speculators
 from sglang_auf.training.export import write_drafter
-from sglang_auf.training.provenance import sha256_of
 
 # The target's own norm and head, with which speculators computes its labels.
 FOR_LABELS = ("verifier_norm.weight", "verifier_lm_head.weight")

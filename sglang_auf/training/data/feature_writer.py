@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sglang_auf import provenance
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training import provenance
 from sglang_auf.training.data.batching import collate, plan_batches
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_cache import require_origin

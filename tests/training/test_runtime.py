@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.acceleration import check_launch
+from sglang_auf.training.runtime import check_launch
 from tests.training.runs import tiny_recipe
 
 

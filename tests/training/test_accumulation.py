@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from sglang_auf.training.pooled import pooled_gradient
+from sglang_auf.training.accumulation import pooled_gradient
 from tests.training import ranks
 
 CASES = [

@@ -15,7 +15,7 @@ from sglang_auf.errors import TrainingError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.checkpoint import Checkpoints, RunState, gather, read_state, read_tensors, restore
+from sglang_auf.training.checkpointer import Checkpoints, RunState, gather, read_state, read_tensors, restore
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("sglang-auf", "sglang", "torch", "transformers", "accelerate", "safetensors")
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def of_this_run() -> dict[str, Any]:

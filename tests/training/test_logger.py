@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_auf.training.logbook import training_figures
+from sglang_auf.training.logger import training_figures
 
 
 def sums(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
