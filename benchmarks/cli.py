@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from benchmarks.config import (
+from benchmarks.harness.config import (
     CompareConfig,
     FailoverConfig,
     IdentityConfig,
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    from benchmarks.run import Run
+    from benchmarks.harness.run import Run
+    from benchmarks.harness.tasks import resolve, select
     from benchmarks.summary import summarize_run
     from benchmarks.table import run_text
-    from benchmarks.tasks import resolve, select
 
     resume = options.pop("resume")
     config = _validated(RunConfig, options)

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from benchmarks import provenance
 from benchmarks.check import check_records
-from benchmarks.config import CompareConfig, LosslessConfig, RunConfig, Workload
+from benchmarks.harness import provenance
+from benchmarks.harness.config import CompareConfig, LosslessConfig, RunConfig, Workload
+from benchmarks.harness.run import Run, discard, start
+from benchmarks.harness.servers import Server, awake, serve
+from benchmarks.harness.tasks import Prompt, Selection, resolve, select
 from benchmarks.lossless import Losslessness
-from benchmarks.run import Run, discard, start
-from benchmarks.servers import Server, awake, serve
 from benchmarks.summary import (
     MacroSummary,
     MicroSummary,
@@ -23,7 +24,6 @@ from benchmarks.summary import (
     summarize_tasks,
     throughput,
 )
-from benchmarks.tasks import Prompt, Selection, resolve, select
 
 SUMMARY = "summary.json"
 

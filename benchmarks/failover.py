@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import openai
 
-from benchmarks import provenance
-from benchmarks.config import FailoverConfig
-from benchmarks.demo_prompts import demo_prompts
-from benchmarks.native import api_key, call, server_facts
-from benchmarks.servers import Server, launch, serve
+from benchmarks.harness import provenance
+from benchmarks.harness.config import FailoverConfig
+from benchmarks.harness.server_info import api_key, call, server_facts
+from benchmarks.harness.servers import Server, launch, serve
+from benchmarks.harness.template_prompts import demo_prompts
 from sglang_auf.errors import ConfigError, ServerError
 
 ROUTER = "sglang_router"

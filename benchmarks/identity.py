@@ -20,15 +20,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from benchmarks import provenance
-from benchmarks.config import IdentityConfig, RunConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import IdentityConfig, RunConfig
+from benchmarks.harness.records import Key, Record, latest, read_records
+from benchmarks.harness.run import RECORDS, discard, start
+from benchmarks.harness.servers import serve
+from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from benchmarks.lossless import comparable_tokens, first_fork
 from benchmarks.random_drafter import write_random_drafter
-from benchmarks.records import Key, Record, latest, read_records
-from benchmarks.run import RECORDS, discard, start
-from benchmarks.servers import serve
 from benchmarks.summary import Throughput, macro, summarize_tasks, throughput
-from benchmarks.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.records import Record
+from benchmarks.harness.records import Record
 from sglang_auf.acceptance import reached_at_least
 
 RESAMPLES = 2000

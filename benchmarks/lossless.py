@@ -25,8 +25,8 @@ from itertools import zip_longest
 
 from pydantic import Field
 
-from benchmarks import provenance
-from benchmarks.records import Key, Record
+from benchmarks.harness import provenance
+from benchmarks.harness.records import Key, Record
 from sglang_auf.errors import DataError
 
 BF16_FRACTION_BITS = 7

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from benchmarks import provenance
 from benchmarks.failover import FailoverReport
+from benchmarks.harness import provenance
 from benchmarks.identity import IdentityReport
 from benchmarks.soak import SoakReport
 from benchmarks.speed import SpeedReport

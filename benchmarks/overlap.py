@@ -13,10 +13,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from benchmarks import provenance
-from benchmarks.config import OverlapConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import OverlapConfig
+from benchmarks.harness.tasks import Prompt, resolve, select
 from benchmarks.markdown import markdown_number, markdown_origin, markdown_table
-from benchmarks.tasks import Prompt, resolve, select
 from sglang_auf.errors import DataError
 from sglang_auf.training.data.rows import BadRow, grouped, messages_of, named, read_rows
 

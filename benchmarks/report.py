@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, paper
-from benchmarks.config import ReportConfig
+from benchmarks.harness.config import ReportConfig
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.records import Record, latest, read_records
+from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.intervals import Interval, by_task
-from benchmarks.manifest import Manifest
 from benchmarks.page import Section, Table, write_page
-from benchmarks.records import Record, latest, read_records
-from benchmarks.run import MANIFEST, RECORDS
 from benchmarks.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import conditional, mean_survival
 from sglang_auf.errors import DataError

@@ -25,8 +25,8 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks import provenance
-from benchmarks.config import RivalStepsConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import RivalStepsConfig
 from benchmarks.peak_memory import ENVIRONMENT
 from benchmarks.step_report import RivalReport, RivalStep
 from benchmarks.step_shapes import SHAPES, Shape

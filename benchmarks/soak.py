@@ -17,10 +17,10 @@ from typing import Any
 import openai
 import psutil
 
-from benchmarks import provenance
-from benchmarks.config import SoakConfig
-from benchmarks.native import api_key, call, flush_cache, server_facts
-from benchmarks.servers import Server, family, serve
+from benchmarks.harness import provenance
+from benchmarks.harness.config import SoakConfig
+from benchmarks.harness.server_info import api_key, call, flush_cache, server_facts
+from benchmarks.harness.servers import Server, family, serve
 from benchmarks.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
 from sglang_auf.errors import ServerError
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 
-from benchmarks.demo_prompts import demo_prompts
+from benchmarks.harness.template_prompts import demo_prompts
 
 LENGTHS = (8, 40, 160)
 """New tokens of an answer, in turn: short ones leave while long ones stay, so that batches never settle."""

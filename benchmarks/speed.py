@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks import provenance
-from benchmarks.config import SpeedConfig
-from benchmarks.native import ServerFacts
-from benchmarks.servers import Server, launch, serve
+from benchmarks.harness import provenance
+from benchmarks.harness.config import SpeedConfig
+from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.summary import macro, ratio, summarize_tasks
 from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 

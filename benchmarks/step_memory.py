@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.harness.provenance import ROOT
 from benchmarks.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
-from benchmarks.provenance import ROOT
 from sglang_auf.errors import ConfigError, TrainingError
 
 

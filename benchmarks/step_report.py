@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from benchmarks import provenance
-from benchmarks.config import RivalStepsConfig, StepConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import RivalStepsConfig, StepConfig
 
 
 class Cost(provenance.StrictModel):

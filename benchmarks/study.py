@@ -24,15 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import sglang_auf
-from benchmarks.config import RunConfig, StudyConfig
-from benchmarks.demo_prompts import demo_prompts
-from benchmarks.manifest import Manifest
-from benchmarks.records import Record, latest, read_records
-from benchmarks.run import MANIFEST, RECORDS, Run
-from benchmarks.servers import serve
+from benchmarks.harness.commands import sglang_auf
+from benchmarks.harness.config import RunConfig, StudyConfig
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.records import Record, latest, read_records
+from benchmarks.harness.run import MANIFEST, RECORDS, Run
+from benchmarks.harness.servers import serve
+from benchmarks.harness.tasks import resolve, select
+from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.study_config import Study, load_study
-from benchmarks.tasks import resolve, select
 from benchmarks.walked import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpointer import Checkpoints, read_state

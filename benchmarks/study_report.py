@@ -15,9 +15,9 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from benchmarks import figures
+from benchmarks.harness.records import Record
 from benchmarks.intervals import Interval, paired_difference
 from benchmarks.page import Section, Table, write_page
-from benchmarks.records import Record
 from benchmarks.report import alpha_over_tasks
 from benchmarks.study import STUDY, read_kept, read_training, served_name
 from benchmarks.study_config import Claim, Study, load_study

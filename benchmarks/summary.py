@@ -17,10 +17,10 @@ from statistics import fmean
 import numpy as np
 from pydantic import Field
 
-from benchmarks import provenance
+from benchmarks.harness import provenance
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.records import Record
 from benchmarks.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
-from benchmarks.manifest import Manifest
-from benchmarks.records import Record
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
 
 

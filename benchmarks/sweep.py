@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from benchmarks import provenance
-from benchmarks.config import Questions, RunConfig, SweepConfig
-from benchmarks.manifest import Manifest
-from benchmarks.native import flush_cache
-from benchmarks.run import Run
+from benchmarks.harness import provenance
+from benchmarks.harness.config import Questions, RunConfig, SweepConfig
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.run import Run
+from benchmarks.harness.server_info import flush_cache
+from benchmarks.harness.tasks import Selection, resolve, select
 from benchmarks.summary import RunSummary, ratio, summarize_run
-from benchmarks.tasks import Selection, resolve, select
 from sglang_auf.errors import ConfigError
 
 AUF, PLAIN = "auf", "plain"

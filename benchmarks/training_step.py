@@ -16,8 +16,8 @@ import logging
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks import provenance
-from benchmarks.config import StepConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import StepConfig
 from benchmarks.step_memory import Job, measured_peak
 from benchmarks.step_report import Cell, Cost, StepReport
 from benchmarks.step_shapes import SHAPES, Shape

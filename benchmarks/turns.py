@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks import provenance
-from benchmarks.config import RunConfig, TurnsConfig
+from benchmarks.harness import provenance
+from benchmarks.harness.config import RunConfig, TurnsConfig
+from benchmarks.harness.records import Key, Record
+from benchmarks.harness.run import discard, start
+from benchmarks.harness.server_info import ServerFacts, flush_cache, server_facts
+from benchmarks.harness.servers import Server, awake
+from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from benchmarks.lossless import comparable_tokens
-from benchmarks.native import ServerFacts, flush_cache, server_facts
-from benchmarks.records import Key, Record
-from benchmarks.run import discard, start
-from benchmarks.servers import Server, awake
 from benchmarks.summary import ratio, throughput
-from benchmarks.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)

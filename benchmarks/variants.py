@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from benchmarks import provenance
-from benchmarks.config import VariantsConfig
-from benchmarks.native import ServerFacts
-from benchmarks.servers import Server, serve
+from benchmarks.harness import provenance
+from benchmarks.harness.config import VariantsConfig
+from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.servers import Server, serve
 from benchmarks.summary import macro, ratio, summarize_tasks
 from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.records import Record
+from benchmarks.harness.records import Record
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.config import RunConfig
+from benchmarks.harness.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.harness.records import Record
 from benchmarks.intervals import (
     Interval,
     macro_tau_interval,
@@ -16,7 +17,6 @@ from benchmarks.intervals import (
     task_alpha_intervals,
     task_tau_interval,
 )
-from benchmarks.records import Record
 from benchmarks.summary import summarize_task
 
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.config import SoakConfig
+from benchmarks.harness.config import SoakConfig
 from benchmarks.markdown import soak_markdown
 from benchmarks.soak import Sample, SoakReport, Tally, _send
 from benchmarks.soak_requests import (

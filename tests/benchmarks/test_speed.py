@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.native import ServerFacts, flush_cache
-from benchmarks.records import read_records
+from benchmarks.harness.records import read_records
+from benchmarks.harness.server_info import ServerFacts, flush_cache
 from benchmarks.speed import dflash_program
 from sglang_auf.errors import ServerError
 

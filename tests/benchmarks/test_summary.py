@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.records import Record
+from benchmarks.harness.records import Record
 from benchmarks.summary import busy_seconds, latency, macro, micro, summarize_task, summarize_tasks, throughput
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.records import Record
+from benchmarks.harness.records import Record
 from benchmarks.turns import median_of_all, seconds_per_step
 
 

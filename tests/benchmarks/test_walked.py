@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.records import Record
+from benchmarks.harness.records import Record
 from benchmarks.walked import Walker
 from sglang_auf.acceptance import total
 from sglang_auf.errors import DataError

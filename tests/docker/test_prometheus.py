@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.servers import free_port
+from benchmarks.harness.servers import free_port
 from tests.docker.conftest import program
 from tests.docker.monitoring import PROMETHEUS, alert_queries, dashboard_queries, metric_names
 from tests.e2e.conftest import running

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.servers import free_port
+from benchmarks.harness.servers import free_port
 from tests.tiny_models import write_drafter, write_target
 
 ROOT = Path(__file__).parents[2]

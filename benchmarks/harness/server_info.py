@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.config import RunConfig
+from benchmarks.harness.config import RunConfig
 from sglang_auf.errors import ServerError
 
 KEY_VARIABLE = "OPENAI_API_KEY"

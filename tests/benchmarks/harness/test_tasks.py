@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tasks
-from benchmarks.hub import HubFile
-from benchmarks.tasks import GROUPS, TASKS, read_prompts, resolve, select
+from benchmarks.harness import tasks
+from benchmarks.harness.hub import HubFile
+from benchmarks.harness.tasks import GROUPS, TASKS, read_prompts, resolve, select
 from sglang_auf.errors import ConfigError, DataError
 
 PAPER = {"gsm8k": 200, "math500": 200, "humaneval": 164, "mbpp": 200, "mt_bench": 80, "alpaca": 200}

@@ -12,8 +12,8 @@ import openai
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.config import Workload
-from benchmarks.native import api_key
+from benchmarks.harness.config import Workload
+from benchmarks.harness.server_info import api_key
 from sglang_auf.acceptance import Acceptance
 
 # A model's generation_config.json may set any of these; the benchmark's conditions must not depend on it.

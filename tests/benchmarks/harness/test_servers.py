@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.servers import end, serve
+from benchmarks.harness.servers import end, serve
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")

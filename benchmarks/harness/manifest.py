@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
-from benchmarks import provenance
-from benchmarks.config import RunConfig
-from benchmarks.native import ServerFacts
-from benchmarks.tasks import Selection
+from benchmarks.harness import provenance
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.tasks import Selection
 from sglang_auf.errors import ConfigError, DataError
 
 # Settings that say how a run is done, not what it measures.

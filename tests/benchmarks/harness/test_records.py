@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.records import Record, RecordWriter, latest, mend, read_records
+from benchmarks.harness.records import Record, RecordWriter, latest, mend, read_records
 from sglang_auf.errors import DataError
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from openai.types.chat import ChatCompletionMessageParam
 from tqdm import tqdm
 
-from benchmarks.client import FAILURES, ChatClient, Reply
-from benchmarks.config import RunConfig
-from benchmarks.manifest import Manifest
-from benchmarks.native import card_warnings, server_facts
-from benchmarks.records import Key, Record, RecordWriter, latest, mend, read_records
-from benchmarks.tasks import Prompt, Selection
+from benchmarks.harness.client import FAILURES, ChatClient, Reply
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.records import Key, Record, RecordWriter, latest, mend, read_records
+from benchmarks.harness.server_info import card_warnings, server_facts
+from benchmarks.harness.tasks import Prompt, Selection
 from sglang_auf.errors import ConfigError, ServerError
 
 log = logging.getLogger(__name__)

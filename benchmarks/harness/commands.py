@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks.servers import die_with_parent
+from benchmarks.harness.servers import die_with_parent
 from sglang_auf.errors import TrainingError
 
 log = logging.getLogger(__name__)

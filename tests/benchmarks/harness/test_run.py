@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.records import Record, latest, read_records
+from benchmarks.harness.records import Record, latest, read_records
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Start = Callable[..., Any]
 
 

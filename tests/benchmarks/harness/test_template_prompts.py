@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.demo_prompts import demo_prompts
-from benchmarks.tasks import resolve, select
+from benchmarks.harness.tasks import resolve, select
+from benchmarks.harness.template_prompts import demo_prompts
 
 
 def test_prompts_are_distinct_and_repeatable() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from benchmarks.client import ChatClient, Reply, ReplyError, _extend, histogram_of
-from benchmarks.config import Workload
+from benchmarks.harness.client import ChatClient, Reply, ReplyError, _extend, histogram_of
+from benchmarks.harness.config import Workload
 
 MESSAGES = [{"role": "user", "content": "sum 1"}]
 

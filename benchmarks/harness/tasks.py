@@ -19,7 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hub import HubFile, read_hub_rows
+from benchmarks.harness.hub import HubFile, read_hub_rows
 from sglang_auf.errors import ConfigError, DataError
 
 SELECTION_SEED = 42

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from benchmarks.hub import HubFile, read_hub_rows
+from benchmarks.harness.hub import HubFile, read_hub_rows
 from sglang_auf.errors import DataError
 
 ROWS = [{"question": "one\u2028line"}, {"question": "two"}]

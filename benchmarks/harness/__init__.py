@@ -1,0 +1,1 @@
+"""One run: prompts to one server, records on disk."""
