@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: Options) -> int:
     from benchmarks.harness.run import Run
     from benchmarks.harness.tasks import resolve, select
-    from benchmarks.summary import summarize_run
+    from benchmarks.stats.summary import summarize_run
     from benchmarks.table import run_text
 
     resume = options.pop("resume")
@@ -91,7 +91,7 @@ def _compare(options: Options) -> int:
 
 
 def _lossless(options: Options) -> int:
-    from benchmarks.check import check_runs
+    from benchmarks.stats.lossless_check import check_runs
     from benchmarks.table import lossless_text
 
     config = _validated(LosslessConfig, options)

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from benchmarks.check import check_records
 from benchmarks.harness import provenance
 from benchmarks.harness.config import CompareConfig, LosslessConfig, RunConfig, Workload
 from benchmarks.harness.run import Run, discard, start
 from benchmarks.harness.servers import Server, awake, serve
 from benchmarks.harness.tasks import Prompt, Selection, resolve, select
-from benchmarks.lossless import Losslessness
-from benchmarks.summary import (
+from benchmarks.stats.lossless import Losslessness
+from benchmarks.stats.lossless_check import check_records
+from benchmarks.stats.summary import (
     MacroSummary,
     MicroSummary,
     TaskSummary,

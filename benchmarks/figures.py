@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from benchmarks.intervals import Interval
-from benchmarks.summary import RunSummary
+from benchmarks.stats.intervals import Interval
+from benchmarks.stats.summary import RunSummary
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -10,7 +10,7 @@ from benchmarks.harness import provenance
 from benchmarks.identity import IdentityReport
 from benchmarks.soak import SoakReport
 from benchmarks.speed import SpeedReport
-from benchmarks.summary import Percentiles, RunSummary
+from benchmarks.stats.summary import Percentiles, RunSummary
 from benchmarks.sweep import Sweep
 from benchmarks.turns import Agreement
 from benchmarks.variants import VariantsReport

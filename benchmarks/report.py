@@ -14,9 +14,9 @@ from benchmarks.harness.config import ReportConfig
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
-from benchmarks.intervals import Interval, by_task
 from benchmarks.page import Section, Table, write_page
-from benchmarks.summary import RunSummary, ratio, summarize_run
+from benchmarks.stats.intervals import Interval, by_task
+from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import conditional, mean_survival
 from sglang_auf.errors import DataError
 

@@ -15,7 +15,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.config import SpeedConfig
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, launch, serve
-from benchmarks.summary import macro, ratio, summarize_tasks
+from benchmarks.stats.summary import macro, ratio, summarize_tasks
 from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"

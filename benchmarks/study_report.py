@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from benchmarks import figures
 from benchmarks.harness.records import Record
-from benchmarks.intervals import Interval, paired_difference
 from benchmarks.page import Section, Table, write_page
 from benchmarks.report import alpha_over_tasks
+from benchmarks.stats.intervals import Interval, paired_difference
+from benchmarks.stats.summary import TaskSummary, macro, summarize_tasks
 from benchmarks.study import STUDY, read_kept, read_training, served_name
 from benchmarks.study_config import Claim, Study, load_study
-from benchmarks.summary import TaskSummary, macro, summarize_tasks
 from sglang_auf.errors import ConfigError
 
 Verdict = Literal["yes", "no", "not shown"]

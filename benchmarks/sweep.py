@@ -15,7 +15,7 @@ from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.run import Run
 from benchmarks.harness.server_info import flush_cache
 from benchmarks.harness.tasks import Selection, resolve, select
-from benchmarks.summary import RunSummary, ratio, summarize_run
+from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
 
 AUF, PLAIN = "auf", "plain"

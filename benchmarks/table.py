@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.compare import Comparison
-from benchmarks.intervals import Interval
-from benchmarks.lossless import Losslessness
-from benchmarks.summary import MacroSummary, MicroSummary, Percentiles, RunSummary, TaskSummary, Throughput
+from benchmarks.stats.intervals import Interval
+from benchmarks.stats.lossless import Losslessness
+from benchmarks.stats.summary import MacroSummary, MicroSummary, Percentiles, RunSummary, TaskSummary, Throughput
 from benchmarks.train_demo import Served, TrainDemo
 
 NOTE = (

@@ -21,8 +21,8 @@ from benchmarks.harness.run import discard, start
 from benchmarks.harness.server_info import ServerFacts, flush_cache, server_facts
 from benchmarks.harness.servers import Server, awake
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
-from benchmarks.lossless import comparable_tokens
-from benchmarks.summary import ratio, throughput
+from benchmarks.stats.lossless import comparable_tokens
+from benchmarks.stats.summary import ratio, throughput
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.config import VariantsConfig
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, serve
-from benchmarks.summary import macro, ratio, summarize_tasks
+from benchmarks.stats.summary import macro, ratio, summarize_tasks
 from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 PLAIN, PROFILE = "plain", "profile"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import figures
-from benchmarks.intervals import Interval
-from benchmarks.summary import Latency, MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
+from benchmarks.stats.intervals import Interval
+from benchmarks.stats.summary import Latency, MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
 
 TRAIN = [
     {"kind": "train", "step": 10 * i, "loss": 3.0 / i, "r_active": 0.1 * i, "alpha_1": None if i == 1 else 0.2}

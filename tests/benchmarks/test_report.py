@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.report import alpha_over_tasks, load_runs, speedup_points
-from tests.benchmarks.test_intervals import record
+from tests.benchmarks.stats.test_intervals import record
 
 Start = Callable[..., Any]
 

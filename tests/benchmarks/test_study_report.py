@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.intervals import Interval
+from benchmarks.stats.intervals import Interval
 from benchmarks.study_config import Claim, Study
 from benchmarks.study_report import Results, findings, judge, t_interval, write_study_report
-from tests.benchmarks.test_intervals import answers
+from tests.benchmarks.stats.test_intervals import answers
 
 
 def interval(low: float, high: float) -> Interval:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.records import Record
-from benchmarks.summary import busy_seconds, latency, macro, micro, summarize_task, summarize_tasks, throughput
+from benchmarks.stats.summary import busy_seconds, latency, macro, micro, summarize_task, summarize_tasks, throughput
 
 
 def record(prompt_id: str = "a", histogram: tuple[int, ...] = (), tokens: int = 0, **fields: Any) -> Record:

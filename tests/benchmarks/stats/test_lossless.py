@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.records import Key, Record
-from benchmarks.lossless import Candidates, Fork, Losslessness, compare, first_fork, near_tie_bar
+from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, first_fork, near_tie_bar
 from sglang_auf.errors import DataError
 
 BAR = near_tie_bar(24.0)

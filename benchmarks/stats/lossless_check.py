@@ -9,7 +9,7 @@ from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
-from benchmarks.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
+from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
 # What may differ between a speculating run and its baseline without making their greedy answers incomparable.

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.records import Record
-from benchmarks.intervals import (
+from benchmarks.stats.intervals import (
     Interval,
     macro_tau_interval,
     paired_difference,
     task_alpha_intervals,
     task_tau_interval,
 )
-from benchmarks.summary import summarize_task
+from benchmarks.stats.summary import summarize_task
 
 
 def record(prompt: str, histogram: list[int], task: str = "gsm8k", turn: int = 0, **fields: Any) -> Record:

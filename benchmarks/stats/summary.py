@@ -20,7 +20,7 @@ from pydantic import Field
 from benchmarks.harness import provenance
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record
-from benchmarks.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
+from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
 
 
