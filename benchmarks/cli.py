@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: Options) -> int:
     from benchmarks.harness.run import Run
     from benchmarks.harness.tasks import resolve, select
+    from benchmarks.reports.text import run_text
     from benchmarks.stats.summary import summarize_run
-    from benchmarks.table import run_text
 
     resume = options.pop("resume")
     config = _validated(RunConfig, options)
@@ -81,7 +81,7 @@ def _run(options: Options) -> int:
 
 def _compare(options: Options) -> int:
     from benchmarks.compare import compare_servers
-    from benchmarks.table import comparison_text
+    from benchmarks.reports.text import comparison_text
 
     config = _validated(CompareConfig, options)
     comparison = compare_servers(config)
@@ -91,8 +91,8 @@ def _compare(options: Options) -> int:
 
 
 def _lossless(options: Options) -> int:
+    from benchmarks.reports.text import lossless_text
     from benchmarks.stats.lossless_check import check_runs
-    from benchmarks.table import lossless_text
 
     config = _validated(LosslessConfig, options)
     result = check_runs(config)
@@ -103,7 +103,7 @@ def _lossless(options: Options) -> int:
 
 def _identity(options: Options) -> int:
     from benchmarks.identity import measure_identity
-    from benchmarks.markdown import identity_markdown
+    from benchmarks.reports.markdown import identity_markdown
 
     config = _validated(IdentityConfig, options)
     report = measure_identity(config)
@@ -112,7 +112,7 @@ def _identity(options: Options) -> int:
 
 
 def _speed(options: Options) -> int:
-    from benchmarks.markdown import speed_markdown
+    from benchmarks.reports.markdown import speed_markdown
     from benchmarks.speed import measure_speed
 
     config = _validated(SpeedConfig, options)
@@ -122,7 +122,7 @@ def _speed(options: Options) -> int:
 
 
 def _variants(options: Options) -> int:
-    from benchmarks.markdown import variants_markdown
+    from benchmarks.reports.markdown import variants_markdown
     from benchmarks.variants import measure_variants
 
     config = _validated(VariantsConfig, options)
@@ -132,7 +132,7 @@ def _variants(options: Options) -> int:
 
 
 def _sweep(options: Options) -> int:
-    from benchmarks.markdown import sweep_markdown
+    from benchmarks.reports.markdown import sweep_markdown
     from benchmarks.sweep import measure_sweep
 
     config = _validated(SweepConfig, options)
@@ -142,7 +142,7 @@ def _sweep(options: Options) -> int:
 
 
 def _report(options: Options) -> int:
-    from benchmarks.report import write_report
+    from benchmarks.reports.report import write_report
 
     config = _validated(ReportConfig, options)
     page = write_report(config)
@@ -167,7 +167,7 @@ def _study(options: Options) -> int:
 
 
 def _soak(options: Options) -> int:
-    from benchmarks.markdown import soak_markdown
+    from benchmarks.reports.markdown import soak_markdown
     from benchmarks.soak import soak
 
     config = _validated(SoakConfig, options)
@@ -178,7 +178,7 @@ def _soak(options: Options) -> int:
 
 def _failover(options: Options) -> int:
     from benchmarks.failover import measure_failover
-    from benchmarks.markdown import failover_markdown
+    from benchmarks.reports.markdown import failover_markdown
 
     config = _validated(FailoverConfig, options)
     report = measure_failover(config)
@@ -217,7 +217,7 @@ def _overlap(options: Options) -> int:
 
 
 def _train_demo(options: Options) -> int:
-    from benchmarks.table import train_demo_text
+    from benchmarks.reports.text import train_demo_text
     from benchmarks.train_demo import train_demo
 
     config = _validated(TrainDemoConfig, options)

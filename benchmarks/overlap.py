@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.harness import provenance
 from benchmarks.harness.config import OverlapConfig
 from benchmarks.harness.tasks import Prompt, resolve, select
-from benchmarks.markdown import markdown_number, markdown_origin, markdown_table
+from benchmarks.reports.markdown import markdown_number, markdown_origin, markdown_table
 from sglang_auf.errors import DataError
 from sglang_auf.training.data.rows import BadRow, grouped, messages_of, named, read_rows
 

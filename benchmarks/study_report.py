@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from benchmarks import figures
 from benchmarks.harness.records import Record
-from benchmarks.page import Section, Table, write_page
-from benchmarks.report import alpha_over_tasks
+from benchmarks.reports import figures
+from benchmarks.reports.page import Section, Table, write_page
+from benchmarks.reports.report import alpha_over_tasks
 from benchmarks.stats.intervals import Interval, paired_difference
 from benchmarks.stats.summary import TaskSummary, macro, summarize_tasks
 from benchmarks.study import STUDY, read_kept, read_training, served_name

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from benchmarks.harness.config import SoakConfig
-from benchmarks.markdown import soak_markdown
+from benchmarks.reports.markdown import soak_markdown
 from benchmarks.soak import Sample, SoakReport, Tally, _send
 from benchmarks.soak_requests import (
     BAD,

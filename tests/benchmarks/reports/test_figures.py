@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures
+from benchmarks.reports import figures
 from benchmarks.stats.intervals import Interval
 from benchmarks.stats.summary import Latency, MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
 

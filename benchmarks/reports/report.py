@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, paper
 from benchmarks.harness.config import ReportConfig
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
-from benchmarks.page import Section, Table, write_page
+from benchmarks.reports import figures, paper
+from benchmarks.reports.page import Section, Table, write_page
 from benchmarks.stats.intervals import Interval, by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import conditional, mean_survival

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.report import alpha_over_tasks, load_runs, speedup_points
+from benchmarks.reports.report import alpha_over_tasks, load_runs, speedup_points
 from tests.benchmarks.stats.test_intervals import record
 
 Start = Callable[..., Any]

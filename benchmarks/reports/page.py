@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.markdown import markdown_table
+from benchmarks.reports.markdown import markdown_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,0 +1,1 @@
+"""Figures to text, tables and pictures. Knows no command."""
