@@ -80,8 +80,8 @@ def _run(options: Options) -> int:
 
 
 def _compare(options: Options) -> int:
-    from benchmarks.compare import compare_servers
     from benchmarks.reports.text import comparison_text
+    from benchmarks.serving.compare import compare_servers
 
     config = _validated(CompareConfig, options)
     comparison = compare_servers(config)
@@ -102,8 +102,8 @@ def _lossless(options: Options) -> int:
 
 
 def _identity(options: Options) -> int:
-    from benchmarks.identity import measure_identity
     from benchmarks.reports.markdown import identity_markdown
+    from benchmarks.serving.identity import measure_identity
 
     config = _validated(IdentityConfig, options)
     report = measure_identity(config)
@@ -113,7 +113,7 @@ def _identity(options: Options) -> int:
 
 def _speed(options: Options) -> int:
     from benchmarks.reports.markdown import speed_markdown
-    from benchmarks.speed import measure_speed
+    from benchmarks.serving.speed import measure_speed
 
     config = _validated(SpeedConfig, options)
     report = measure_speed(config)
@@ -123,7 +123,7 @@ def _speed(options: Options) -> int:
 
 def _variants(options: Options) -> int:
     from benchmarks.reports.markdown import variants_markdown
-    from benchmarks.variants import measure_variants
+    from benchmarks.serving.variants import measure_variants
 
     config = _validated(VariantsConfig, options)
     report = measure_variants(config)
@@ -133,7 +133,7 @@ def _variants(options: Options) -> int:
 
 def _sweep(options: Options) -> int:
     from benchmarks.reports.markdown import sweep_markdown
-    from benchmarks.sweep import measure_sweep
+    from benchmarks.serving.sweep import measure_sweep
 
     config = _validated(SweepConfig, options)
     sweep = measure_sweep(config)
@@ -168,7 +168,7 @@ def _study(options: Options) -> int:
 
 def _soak(options: Options) -> int:
     from benchmarks.reports.markdown import soak_markdown
-    from benchmarks.soak import soak
+    from benchmarks.serving.soak import soak
 
     config = _validated(SoakConfig, options)
     report = soak(config)
@@ -177,8 +177,8 @@ def _soak(options: Options) -> int:
 
 
 def _failover(options: Options) -> int:
-    from benchmarks.failover import measure_failover
     from benchmarks.reports.markdown import failover_markdown
+    from benchmarks.serving.failover import measure_failover
 
     config = _validated(FailoverConfig, options)
     report = measure_failover(config)

@@ -10,14 +10,14 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.compare import compare_servers
 from benchmarks.harness import provenance
 from benchmarks.harness.commands import sglang_auf
 from benchmarks.harness.config import CompareConfig, TrainDemoConfig
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
-from benchmarks.random_drafter import write_random_drafter
 from benchmarks.reports.figures import png, training_curves
+from benchmarks.serving.compare import compare_servers
+from benchmarks.serving.random_drafter import write_random_drafter
 
 
 class Served(provenance.StrictModel):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from benchmarks.failover import FailoverReport
 from benchmarks.harness import provenance
-from benchmarks.identity import IdentityReport
-from benchmarks.soak import SoakReport
-from benchmarks.speed import SpeedReport
+from benchmarks.serving.failover import FailoverReport
+from benchmarks.serving.identity import IdentityReport
+from benchmarks.serving.interleaved import Agreement
+from benchmarks.serving.soak import SoakReport
+from benchmarks.serving.speed import SpeedReport
+from benchmarks.serving.sweep import Sweep
+from benchmarks.serving.variants import VariantsReport
 from benchmarks.stats.summary import Percentiles, RunSummary
-from benchmarks.sweep import Sweep
-from benchmarks.turns import Agreement
-from benchmarks.variants import VariantsReport
 
 NAMES = {"auf": "AUF", "plain": "plain", "dflash": "DFLASH"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.compare import Comparison
+from benchmarks.serving.compare import Comparison
 from benchmarks.stats.intervals import Interval
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.summary import MacroSummary, MicroSummary, Percentiles, RunSummary, TaskSummary, Throughput

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.soak import SoakReport
-from benchmarks.soak_requests import KINDS
+from benchmarks.serving.soak import SoakReport
+from benchmarks.serving.soak_requests import KINDS
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.records import Record
-from benchmarks.turns import median_of_all, seconds_per_step
+from benchmarks.serving.interleaved import median_of_all, seconds_per_step
 
 
 def record(latency_s: float, tokens: int, histogram: list[int], prompt: str = "p") -> Record:

@@ -13,8 +13,8 @@ from benchmarks.harness import provenance
 from benchmarks.harness.config import VariantsConfig
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, serve
+from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
-from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 PLAIN, PROFILE = "plain", "profile"
 

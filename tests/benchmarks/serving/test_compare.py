@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")

@@ -21,7 +21,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.config import SoakConfig
 from benchmarks.harness.server_info import api_key, call, flush_cache, server_facts
 from benchmarks.harness.servers import Server, family, serve
-from benchmarks.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
+from benchmarks.serving.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
 from sglang_auf.errors import ServerError
 
 NAMED = 20

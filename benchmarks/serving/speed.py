@@ -15,8 +15,8 @@ from benchmarks.harness import provenance
 from benchmarks.harness.config import SpeedConfig
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, launch, serve
+from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
-from benchmarks.turns import Agreement, Turns, median_of_all, up_and_paused
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"
 NAMES = (AUF, PLAIN, DFLASH)

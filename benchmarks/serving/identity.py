@@ -26,7 +26,7 @@ from benchmarks.harness.records import Key, Record, latest, read_records
 from benchmarks.harness.run import RECORDS, discard, start
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
-from benchmarks.random_drafter import write_random_drafter
+from benchmarks.serving.random_drafter import write_random_drafter
 from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
 from sglang_auf.errors import ConfigError

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from benchmarks.harness.config import SoakConfig
 from benchmarks.reports.markdown import soak_markdown
-from benchmarks.soak import Sample, SoakReport, Tally, _send
-from benchmarks.soak_requests import (
+from benchmarks.serving.soak import Sample, SoakReport, Tally, _send
+from benchmarks.serving.soak_requests import (
     BAD,
     KINDS,
     Question,

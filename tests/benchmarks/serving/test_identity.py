@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
-from benchmarks.identity import SHIPPED_DRAFTER
-from benchmarks.random_drafter import write_random_drafter
+from benchmarks.serving.identity import SHIPPED_DRAFTER
+from benchmarks.serving.random_drafter import write_random_drafter
 from sglang_auf.checkpoints.weights import expected_weights
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
