@@ -187,8 +187,8 @@ def _failover(options: Options) -> int:
 
 
 def _step(options: Options) -> int:
-    from benchmarks.step_markdown import step_markdown
-    from benchmarks.training_step import measure_step
+    from benchmarks.training.step import measure_step
+    from benchmarks.training.step_markdown import step_markdown
 
     config = _validated(StepConfig, options)
     report = measure_step(config)
@@ -197,8 +197,8 @@ def _step(options: Options) -> int:
 
 
 def _rival_steps(options: Options) -> int:
-    from benchmarks.rival_steps import measure_rival_steps
-    from benchmarks.step_markdown import rival_steps_markdown
+    from benchmarks.training.rival_steps import measure_rival_steps
+    from benchmarks.training.step_markdown import rival_steps_markdown
 
     config = _validated(RivalStepsConfig, options)
     report = measure_rival_steps(config)
@@ -207,7 +207,7 @@ def _rival_steps(options: Options) -> int:
 
 
 def _overlap(options: Options) -> int:
-    from benchmarks.overlap import measure_overlap, overlap_markdown
+    from benchmarks.training.overlap import measure_overlap, overlap_markdown
 
     config = _validated(OverlapConfig, options)
     report = measure_overlap(config)
@@ -218,7 +218,7 @@ def _overlap(options: Options) -> int:
 
 def _train_demo(options: Options) -> int:
     from benchmarks.reports.text import train_demo_text
-    from benchmarks.train_demo import train_demo
+    from benchmarks.training.demo import train_demo
 
     config = _validated(TrainDemoConfig, options)
     result = train_demo(config)

@@ -8,7 +8,7 @@ from benchmarks.serving.compare import Comparison
 from benchmarks.stats.intervals import Interval
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.summary import MacroSummary, MicroSummary, Percentiles, RunSummary, TaskSummary, Throughput
-from benchmarks.train_demo import Served, TrainDemo
+from benchmarks.training.demo import Served, TrainDemo
 
 NOTE = (
     "tau = (completion tokens - 1) / verify steps; macro: mean over prompts, then over tasks; micro: ratio of sums;\n"

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.cli import main
-from benchmarks.peak_memory import peak_bytes
-from benchmarks.step_memory import Job, measured_peak
-from benchmarks.step_shapes import SHAPES
-from benchmarks.step_variants import AUF, DECAY, DENSE, VARIANTS, Bench, chance_right
+from benchmarks.training.peak_memory import peak_bytes
+from benchmarks.training.step_memory import Job, measured_peak
+from benchmarks.training.step_shapes import SHAPES
+from benchmarks.training.step_variants import AUF, DECAY, DENSE, VARIANTS, Bench, chance_right
 from sglang_auf.errors import ConfigError
 
 TINY = SHAPES["tiny"]
@@ -31,7 +31,7 @@ def gradients(bench: Bench, variant: str, r_active: float = 0.4) -> tuple[float,
 
 
 def test_both_forms_of_decay_have_the_same_loss_and_gradient(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.step_variants.DENSE_BLOCKS", 7)  # several chunks, the last one smaller
+    monkeypatch.setattr("benchmarks.training.step_variants.DENSE_BLOCKS", 7)  # several chunks, the last one smaller
     loss, ours = gradients(bench, DECAY)
     dense_loss, dense = gradients(bench, DENSE)
     assert loss == pytest.approx(dense_loss, rel=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.reports.markdown import markdown_number, markdown_origin, markdown_table
-from benchmarks.step_report import Cell, RivalReport, StepReport
+from benchmarks.training.step_report import Cell, RivalReport, StepReport
 
 GOALS = "goals: 0.8 of the time, 0.5 of the peak memory, or less"
 

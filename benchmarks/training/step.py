@@ -18,9 +18,9 @@ from statistics import median
 
 from benchmarks.harness import provenance
 from benchmarks.harness.config import StepConfig
-from benchmarks.step_memory import Job, measured_peak
-from benchmarks.step_report import Cell, Cost, StepReport
-from benchmarks.step_shapes import SHAPES, Shape
+from benchmarks.training.step_memory import Job, measured_peak
+from benchmarks.training.step_report import Cell, Cost, StepReport
+from benchmarks.training.step_shapes import SHAPES, Shape
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def measure_step(config: StepConfig) -> StepReport:
     """Raises ConfigError for an unknown shape, a device that is not there, or more anchors than a row has places."""
     import torch
 
-    from benchmarks.step_variants import AUF, DECAY, VARIANTS
+    from benchmarks.training.step_variants import AUF, DECAY, VARIANTS
 
     variants = VARIANTS if config.dense else (AUF, DECAY)
     shapes = [_shape(name) for name in config.shapes]
@@ -74,7 +74,7 @@ def _timed(
     shape: Shape, sizes: Sequence[Shape], variants: tuple[str, ...], config: StepConfig
 ) -> list[dict[str, list[tuple[float, float]]]]:
     """(seconds, r_active) of each round, by variant, of each size. The weights are gone when this returns."""
-    from benchmarks.step_variants import Bench
+    from benchmarks.training.step_variants import Bench
 
     if not sizes:
         return []
@@ -95,7 +95,7 @@ def _timed(
 
 
 def _cell(size: Shape, rounds: dict[str, list[tuple[float, float]]], config: StepConfig) -> Cell:
-    from benchmarks.step_variants import AUF
+    from benchmarks.training.step_variants import AUF
 
     costs = {
         name: Cost(

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.provenance import ROOT
-from benchmarks.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
+from benchmarks.training.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
 from sglang_auf.errors import ConfigError, TrainingError
 
 
@@ -34,7 +34,7 @@ def measured_peak(job: Job) -> int:
     if job.device == "cpu" and not CLEAR_REFS.exists():
         raise ConfigError("a system without " + str(CLEAR_REFS), "Linux", "measure there, or with --device cuda")
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.step_memory"],
+        [sys.executable, "-m", "benchmarks.training.step_memory"],
         input=job.model_dump_json(),
         capture_output=True,
         text=True,
@@ -53,8 +53,8 @@ def measured_peak(job: Job) -> int:
 def _measure(job: Job) -> int:
     from dataclasses import replace
 
-    from benchmarks.step_shapes import SHAPES
-    from benchmarks.step_variants import Bench
+    from benchmarks.training.step_shapes import SHAPES
+    from benchmarks.training.step_variants import Bench
 
     shape = replace(SHAPES[job.shape], rows=job.rows, length=job.length, anchors=job.anchors)
     bench = Bench(shape, job.device, job.precision)

@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
 
 
 def prepare(job: Job, attention: str) -> MakeStep:

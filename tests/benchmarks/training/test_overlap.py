@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.harness.config import OverlapConfig
 from benchmarks.harness.tasks import Prompt
-from benchmarks.overlap import holders_of_runs, task_overlap
+from benchmarks.training.overlap import holders_of_runs, task_overlap
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
 
@@ -55,7 +55,7 @@ def test_two_training_prompts_do_not_add_up() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Exit code 1 where a prompt was trained on; rows that are no conversations do not hide the others."""
-    sample = Path(__file__).parents[2] / "benchmarks" / "harness" / "data"
+    sample = Path(__file__).parents[3] / "benchmarks" / "harness" / "data"
     prompts = [json.loads(line) for file in sorted(sample.rglob("*.jsonl")) for line in file.read_text().splitlines()]
     text = prompts[0]["turns"][0]
     training = tmp_path / "answers.jsonl"

@@ -27,9 +27,9 @@ from typing import Any, Self
 
 from benchmarks.harness import provenance
 from benchmarks.harness.config import RivalStepsConfig
-from benchmarks.peak_memory import ENVIRONMENT
-from benchmarks.step_report import RivalReport, RivalStep
-from benchmarks.step_shapes import SHAPES, Shape
+from benchmarks.training.peak_memory import ENVIRONMENT
+from benchmarks.training.step_report import RivalReport, RivalStep
+from benchmarks.training.step_shapes import SHAPES, Shape
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _pythons(config: RivalStepsConfig) -> dict[str, str]:
             raise ConfigError(
                 f"--venv {setting}",
                 f"{' or '.join(f'{rival}=PATH' for rival in RIVALS)}, PATH a virtual environment",
-                "make one and install the package in it (see benchmarks/rival_steps.py)",
+                "make one and install the package in it (see benchmarks/training/rival_steps.py)",
             )
         found[name] = str(python)
     return found

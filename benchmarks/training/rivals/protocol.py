@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peak_memory import peak_bytes
+from benchmarks.training.peak_memory import peak_bytes
 
 Job = dict[str, Any]
 """driver: of the drafter, as DrafterConfig.to_checkpoint gives it; length, anchors, gamma, r_active, step, ..."""

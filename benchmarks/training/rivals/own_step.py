@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.protocol import Job, MakeStep, Step, serve
-from benchmarks.step_shapes import SHAPES
-from benchmarks.step_variants import Bench
+from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.training.step_shapes import SHAPES
+from benchmarks.training.step_variants import Bench
 from sglang_auf.training.losses.step import draw_anchors
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.step_shapes import Shape
+from benchmarks.training.step_shapes import Shape
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.losses.cross_entropy import head_argmax

@@ -1,0 +1,1 @@
+"""Commands that measure training. Each file holds its configuration, its run and its report."""
