@@ -151,8 +151,8 @@ def _report(options: Options) -> int:
 
 
 def _study(options: Options) -> int:
-    from benchmarks.study import require_same, run_study
-    from benchmarks.study_report import claims_text, read_results, write_study_report
+    from benchmarks.studies.report import claims_text, read_results, write_study_report
+    from benchmarks.studies.run import require_same, run_study
 
     config = _validated(StudyConfig, options)
     if config.report_only:

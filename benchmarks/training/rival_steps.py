@@ -2,7 +2,7 @@
 
 Same layers, widths, vocabulary, block, context and anchors; forward and backward, anchors drawn and masks made inside
 the step, no optimiser; text, features and weights are random. Every package runs in its own environment, through a
-small driver (benchmarks/rivals/): one process each for the times, which wait for each other and step in turn, and one
+small driver (benchmarks/training/rivals/): one process each for the times, which wait for each other and step in turn, and one
 each for the peak memory. A package that cannot run is reported with its error. An environment needs the package and
 what its DFlash model imports:
 
@@ -34,7 +34,7 @@ from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-DRIVERS = provenance.ROOT / "benchmarks" / "rivals"
+DRIVERS = provenance.ROOT / "benchmarks" / "training" / "rivals"
 OURS = "sglang_auf"
 RIVALS = ("specforge", "speculators")
 

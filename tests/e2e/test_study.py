@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import study as study_module
 from benchmarks.cli import main
-from benchmarks.study import read_kept
-from benchmarks.study_report import read_results
+from benchmarks.studies import run as study_module
+from benchmarks.studies.report import read_results
+from benchmarks.studies.run import read_kept
 from tests.tiny_models import VOCABULARY, write_target
 
 pytestmark = pytest.mark.e2e

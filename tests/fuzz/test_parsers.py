@@ -19,7 +19,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.study_config import load_study
+from benchmarks.studies.config import load_study
 from server.profile import load_profile
 from sglang_auf.checkpoints.card import check_drafter, load_card
 from sglang_auf.errors import AufError

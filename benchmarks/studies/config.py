@@ -141,4 +141,4 @@ def load_study(path: Path) -> Study:
         reasons = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()
         )
-        raise ConfigError(f"{path}: {reasons}", "the keys of benchmarks/study_config.py", "mend the file") from error
+        raise ConfigError(f"{path}: {reasons}", "the keys of benchmarks/studies/config.py", "mend the file") from error

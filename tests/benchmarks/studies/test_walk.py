@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness.records import Record
-from benchmarks.walked import Walker
+from benchmarks.studies.walk import Walker
 from sglang_auf.acceptance import total
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter

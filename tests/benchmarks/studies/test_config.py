@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.study_config import load_study
+from benchmarks.studies.config import load_study
 from sglang_auf.errors import ConfigError
 from sglang_auf.training.recipe import load_recipe
 
-STUDIES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies"
+STUDIES = Path(__file__).resolve().parents[3] / "benchmarks" / "studies"
 
 BASE: dict[str, Any] = {
     "title": "t",

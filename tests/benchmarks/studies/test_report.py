@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.stats.intervals import Interval
-from benchmarks.study_config import Claim, Study
-from benchmarks.study_report import Results, findings, judge, t_interval, write_study_report
+from benchmarks.studies.config import Claim, Study
+from benchmarks.studies.report import Results, findings, judge, t_interval, write_study_report
 from tests.benchmarks.stats.test_intervals import answers
 
 

@@ -32,8 +32,8 @@ from benchmarks.harness.run import MANIFEST, RECORDS, Run
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import resolve, select
 from benchmarks.harness.template_prompts import demo_prompts
-from benchmarks.study_config import Study, load_study
-from benchmarks.walked import Walker
+from benchmarks.studies.config import Study, load_study
+from benchmarks.studies.walk import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpointer import Checkpoints, read_state
 from sglang_auf.training.recipe import load_recipe

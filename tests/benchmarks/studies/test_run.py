@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import study as study_module
-from benchmarks.study import Places, _train_all
-from benchmarks.study_config import Study, load_study
+from benchmarks.studies import run as study_module
+from benchmarks.studies.config import Study, load_study
+from benchmarks.studies.run import Places, _train_all
 from sglang_auf.errors import TrainingError
 
-STUDY = Path(__file__).parents[2] / "benchmarks" / "studies" / "smoke.yaml"
+STUDY = Path(__file__).parents[3] / "benchmarks" / "studies" / "smoke.yaml"
 
 
 @pytest.fixture

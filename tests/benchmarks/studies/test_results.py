@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STUDIES = {path.name: path for path in sorted((ROOT / "docs/results/study-smollm2").glob("*/")) if path.is_dir()}
 LARGEST = 10_000_000
 

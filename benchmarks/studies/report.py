@@ -20,8 +20,8 @@ from benchmarks.reports.page import Section, Table, write_page
 from benchmarks.reports.report import alpha_over_tasks
 from benchmarks.stats.intervals import Interval, paired_difference
 from benchmarks.stats.summary import TaskSummary, macro, summarize_tasks
-from benchmarks.study import STUDY, read_kept, read_training, served_name
-from benchmarks.study_config import Claim, Study, load_study
+from benchmarks.studies.config import Claim, Study, load_study
+from benchmarks.studies.run import STUDY, read_kept, read_training, served_name
 from sglang_auf.errors import ConfigError
 
 Verdict = Literal["yes", "no", "not shown"]

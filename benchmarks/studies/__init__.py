@@ -1,0 +1,1 @@
+"""Studies: training arms with seeds, from a YAML file to verdicts."""
