@@ -30,10 +30,10 @@ def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = Path(__file__).with_name("scripted_server.py")
+    script = Path(__file__).parent / "support" / "scripted_server.py"
     log = directory / "log"
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     }
     with log.open("wb") as output:
         server = subprocess.Popen(

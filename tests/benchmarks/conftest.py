@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.http_servers import serving
+from tests.support.http_servers import serving
 
-FAKE_FILE = Path(__file__).parent / "fake_server.py"
+FAKE_FILE = Path(__file__).parents[1] / "support" / "fake_server.py"
 
 
 def _load_fake() -> ModuleType:

@@ -14,8 +14,8 @@ from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.draft_vocabulary import FILE, SWITCH, DraftVocabulary, in_use, load, most_frequent, write
 from sglang_auf.cli import main
 from sglang_auf.errors import CardError, ConfigError
-from tests.tiny_models import drafter_config, write_drafter, write_target
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.tiny_models import drafter_config, write_drafter, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 ANSWERS = [[5, 5, 5, 9, 2], [9, 7, 2, 5], [2, 1]]  # 5 four times, 2 three, 9 two, 7 and 1 once
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.docker.conftest import ROOT, program
-from tests.docker.monitoring import PROMETHEUS, alert_queries, dashboard, dashboard_queries, metric_names
+from tests.support.monitoring import PROMETHEUS, alert_queries, dashboard, dashboard_queries, metric_names
 
 RULES_TEST = Path(__file__).with_name("alerts_test.yml")
 DEBIAN = "Debian package prometheus"

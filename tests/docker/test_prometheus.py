@@ -18,8 +18,8 @@ import yaml
 
 from benchmarks.harness.servers import free_port
 from tests.docker.conftest import program
-from tests.docker.monitoring import PROMETHEUS, alert_queries, dashboard_queries, metric_names
 from tests.e2e.conftest import running
+from tests.support.monitoring import PROMETHEUS, alert_queries, dashboard_queries, metric_names
 
 pytestmark = pytest.mark.e2e
 MODEL = "smollm2-135m"

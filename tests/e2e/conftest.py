@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.servers import free_port
-from tests.tiny_models import write_drafter, write_target
+from tests.support.tiny_models import write_drafter, write_target
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 300

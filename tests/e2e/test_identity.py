@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
-from tests.engines import run_engine
+from tests.support.engines import run_engine
 
 pytestmark = pytest.mark.e2e
 

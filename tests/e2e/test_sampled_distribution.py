@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.engines import run_engine
+from tests.support.engines import run_engine
 
 pytestmark = pytest.mark.e2e
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines import run_engine
-from tests.tiny_models import VOCABULARY, write_target
+from tests.support.engines import run_engine
+from tests.support.tiny_models import VOCABULARY, write_target
 
 pytestmark = pytest.mark.e2e
 

@@ -25,7 +25,7 @@ from sglang_auf.checkpoints.card import check_drafter, load_card
 from sglang_auf.errors import AufError
 from sglang_auf.training.data.rows import BadRow, messages_of, read_rows
 from sglang_auf.training.recipe import RECIPES, load_recipe, parse_recipe
-from tests.tiny_models import write_drafter, write_target
+from tests.support.tiny_models import write_drafter, write_target
 
 ROOT = Path(__file__).parents[2]
 FUZZED = settings(

@@ -12,8 +12,8 @@ from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
 from sglang_auf.speculative import sampling
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
-from tests.engines import run_engine
-from tests.tiny_models import VOCABULARY, write_drafter, write_target
+from tests.support.engines import run_engine
+from tests.support.tiny_models import VOCABULARY, write_drafter, write_target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES
-from tests.training.ranks import PROGRESS, make_step, micro_batches
+from tests.support.training_ranks import PROGRESS, make_step, micro_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.models.config import DrafterConfig
-from tests.tiny_models import drafter_config, target_config
+from tests.support.tiny_models import drafter_config, target_config
 
 DRAFTERS = Path(__file__).parents[2] / "drafters"
 DOMINO = {

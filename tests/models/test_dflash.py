@@ -20,7 +20,7 @@ from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter, Rotary
-from tests.tiny_models import drafter_config
+from tests.support.tiny_models import drafter_config
 
 BLOCK, LENGTH = 4, 12
 ANCHORS = torch.tensor([[0, 3, 9], [12, 5, 1]])

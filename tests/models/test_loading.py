@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_auf.errors import CardError
 from sglang_auf.models.loading import load_drafter
-from tests.tiny_models import write_drafter
+from tests.support.tiny_models import write_drafter
 
 DOMINO = {
     "projector_type": "domino",

@@ -22,7 +22,7 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import correction_inputs
 from tests.reference.rollout import Rollout, draft, rollout
-from tests.tiny_models import drafter_config, target_config
+from tests.support.tiny_models import drafter_config, target_config
 
 DOMINO = {
     "projector_type": "domino",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def in_fork() -> Iterator[Callable[..., list[int]]]:
     """Call a function of a test module in processes of its own: in_fork("module:function", ranks=2, key=value)."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.forks"],
+        [sys.executable, "-m", "tests.support.training_forks"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sglang_auf.training.accumulation import pooled_gradient
-from tests.training import ranks
+from tests.support import training_ranks
 
 CASES = [
     ("dflash", "full"),
@@ -32,10 +32,10 @@ def found(
     directory = tmp_path_factory.mktemp("gradients")
     for count in (1, 2):
         statuses = in_fork(
-            "tests.training.ranks:step_gradient", ranks=count, cases=CASES, out=str(directory / f"{count}")
+            "tests.support.training_ranks:step_gradient", ranks=count, cases=CASES, out=str(directory / f"{count}")
         )
         assert statuses == [0] * count
-    return {count: ranks.gradients_in(directory / f"{count}") for count in (1, 2)}
+    return {count: training_ranks.gradients_in(directory / f"{count}") for count in (1, 2)}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def accelerator() -> Iterator[Accelerator]:
 def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition(
     found: dict[int, dict[str, torch.Tensor]], head: str, objective: str
 ) -> None:
-    gradients, loss = ranks.reference(head, objective)
+    gradients, loss = training_ranks.reference(head, objective)
     for count in (1, 2):
         of_case = {
             name.removeprefix(f"{head} {objective} "): tensor
@@ -56,7 +56,7 @@ def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition(
             if name.startswith(f"{head} {objective} ")
         }
         assert float(of_case.pop("loss")) == pytest.approx(loss, rel=1e-5)
-        assert of_case.pop("blocks") == sum(int(valid.sum()) for _, _, valid in ranks.micro_batches())
+        assert of_case.pop("blocks") == sum(int(valid.sum()) for _, _, valid in training_ranks.micro_batches())
         assert of_case.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 0, name
@@ -65,22 +65,22 @@ def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition(
 
 def test_a_mean_of_means_would_be_another_gradient() -> None:
     """What the test above would miss if the micro-batches were alike."""
-    step = ranks.make_step("dflash", "auf")
-    for micro_batch in ranks.micro_batches():
-        terms = step(*micro_batch, ranks.PROGRESS, False)
-        (terms.numerators / terms.denominators).sum().div(ranks.MICRO_BATCHES).backward()
-    gradients, _ = ranks.reference("dflash", "auf")
+    step = training_ranks.make_step("dflash", "auf")
+    for micro_batch in training_ranks.micro_batches():
+        terms = step(*micro_batch, training_ranks.PROGRESS, False)
+        (terms.numerators / terms.denominators).sum().div(training_ranks.MICRO_BATCHES).backward()
+    gradients, _ = training_ranks.reference("dflash", "auf")
     wrong = step.drafter.fc.weight.grad
     assert wrong is not None and not torch.allclose(wrong, gradients["fc.weight"], rtol=0.05)
 
 
 def test_micro_batches_are_made_one_at_a_time(accelerator: Accelerator) -> None:
     """Their features are what fills the memory: none is asked for before the one before it went backward."""
-    step = ranks.make_step("dflash", "auf")
+    step = training_ranks.make_step("dflash", "auf")
     norms: list[float] = []
 
-    def drawn() -> Iterator[ranks.MicroBatch]:
-        for micro_batch in ranks.micro_batches():
+    def drawn() -> Iterator[training_ranks.MicroBatch]:
+        for micro_batch in training_ranks.micro_batches():
             gradient = step.drafter.fc.weight.grad
             norms.append(0.0 if gradient is None else float(gradient.norm()))
             yield micro_batch
@@ -92,8 +92,8 @@ def test_micro_batches_are_made_one_at_a_time(accelerator: Accelerator) -> None:
 @pytest.mark.parametrize(("head", "branches"), [("dflash", 1), ("domino", 2)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_without_any_label_the_loss_is_nan(accelerator: Accelerator, head: str, branches: int, count: int) -> None:
-    step = ranks.make_step(head, "decay")
-    batch, anchors, valid = ranks.micro_batches()[3]
+    step = training_ranks.make_step(head, "decay")
+    batch, anchors, valid = training_ranks.micro_batches()[3]
     nothing = (batch, anchors, torch.zeros_like(valid))
     pooled = pooled_gradient(
         accelerator, step, [nothing] * count, count, branches=branches, progress=0.5, diagnostics=False
@@ -102,7 +102,7 @@ def test_without_any_label_the_loss_is_nan(accelerator: Accelerator, head: str, 
 
 
 def test_metrics_are_gathered_only_when_asked_for(accelerator: Accelerator) -> None:
-    step, mine = ranks.make_step("dflash", "auf"), ranks.micro_batches()[:2]
+    step, mine = training_ranks.make_step("dflash", "auf"), training_ranks.micro_batches()[:2]
     for diagnostics in (False, True):
         pooled = pooled_gradient(accelerator, step, mine, 2, branches=1, progress=0.0, diagnostics=diagnostics)
         assert ("common_correct" in pooled.metrics) == bool(pooled.metrics) == diagnostics

@@ -20,8 +20,8 @@ from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.recipe import OptimiserSettings
-from tests.tiny_models import target_config
-from tests.training.runs import limit_file_size, same_weights
+from tests.support.tiny_models import target_config
+from tests.support.training_runs import limit_file_size, same_weights
 
 CONFIG = DrafterConfig.for_target(target_config(), num_layers=1, target_layer_ids=[1], block_size=4, mask_token_id=3)
 

@@ -18,8 +18,8 @@ from sglang_auf.training import evaluate
 from sglang_auf.training.evaluate import HeldOut, heldout_tau
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import Batch, TrainingStep
-from tests.tiny_models import write_drafter, write_target
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.tiny_models import write_drafter, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 VOCABULARY = 5
 MASK = 4

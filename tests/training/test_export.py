@@ -29,7 +29,7 @@ from sglang_auf.training import export
 from sglang_auf.training.checkpointer import Checkpoints, RunState
 from sglang_auf.training.export import PROVENANCE, RECIPE, WEIGHTS, export_checkpoint, export_drafter
 from sglang_auf.training.run_directory import RUN
-from tests.tiny_models import target_config, write_target
+from tests.support.tiny_models import target_config, write_target
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 Tensors = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.initial_weights import LAST_PRODUCTS, initial_drafter, shape_of
 from sglang_auf.training.recipe import DrafterSettings
-from tests.tiny_models import write_drafter, write_target
+from tests.support.tiny_models import write_drafter, write_target
 
 
 def settings(**changes: Any) -> DrafterSettings:

@@ -9,7 +9,7 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
 from sglang_auf.training.recipe import OptimiserSettings
-from tests.tiny_models import target_config
+from tests.support.tiny_models import target_config
 
 
 def domino() -> Drafter:

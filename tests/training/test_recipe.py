@@ -11,7 +11,7 @@ import yaml
 from sglang_auf.errors import ConfigError
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES
 from sglang_auf.training.recipe import RECIPES, Recipe, differences, load_recipe, parse_recipe, recipe_names
-from tests.training.runs import tiny_recipe
+from tests.support.training_runs import tiny_recipe
 
 TINY = tiny_recipe("some/target", "answers.jsonl")
 

@@ -11,7 +11,7 @@ import yaml
 from sglang_auf.errors import TrainingError
 from sglang_auf.training.recipe import parse_recipe
 from sglang_auf.training.run_directory import describe, forget_after, opened
-from tests.training.runs import tiny_recipe
+from tests.support.training_runs import tiny_recipe
 
 RECIPE = tiny_recipe("some/target", "answers.jsonl")
 

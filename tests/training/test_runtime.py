@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from sglang_auf.errors import ConfigError
 from sglang_auf.training.runtime import check_launch
-from tests.training.runs import tiny_recipe
+from tests.support.training_runs import tiny_recipe
 
 
 def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU) -> Any:

@@ -24,10 +24,10 @@ from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tenso
 from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, give_back_free_memory, train
-from tests.training.runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
+from tests.support.training_runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
 
 Forks = Callable[..., list[int]]
-TRAIN = "tests.training.runs:train_in_fork"
+TRAIN = "tests.support.training_runs:train_in_fork"
 STEPS = 6
 DOMINO: dict[str, Any] = {
     "drafter": {"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4},

@@ -16,8 +16,8 @@ from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.evaluate import evaluate_drafter
-from tests.tiny_models import VOCABULARY, write_drafter
-from tests.training.runs import write_models
+from tests.support.tiny_models import VOCABULARY, write_drafter
+from tests.support.training_runs import write_models
 
 
 def drafted(drafter: Path, target: str, text: list[int]) -> list[int]:

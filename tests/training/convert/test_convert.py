@@ -18,7 +18,7 @@ from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.convert.convert import Conversion, convert
-from tests.tiny_models import drafter_config, write_target
+from tests.support.tiny_models import drafter_config, write_target
 
 Tensors = dict[str, torch.Tensor]
 DOMINO = {

@@ -19,7 +19,7 @@ from sglang_auf.training.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.losses.step import TrainingStep, anchor_positions
 from sglang_auf.training.recipe import Recipe
-from tests.training.runs import tiny_recipe, write_models
+from tests.support.training_runs import tiny_recipe, write_models
 
 CPU = torch.device("cpu")
 CHATS = [

@@ -19,7 +19,7 @@ from sglang_auf.training.data.conversations import (
     load_conversations,
     split_held_out,
 )
-from tests.training import toy_tokenizer as toy
+from tests.support import toy_tokenizer as toy
 
 QUESTION = {"role": "user", "content": "Say hi."}
 ANSWER = {"role": "assistant", "content": "Hi."}

@@ -24,8 +24,8 @@ from sglang_auf.training.data.conversations import Conversation, load_conversati
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
-from tests.tiny_models import VOCABULARY, target_config, write_target
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.tiny_models import VOCABULARY, target_config, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 TAPS = (1, 3)
 TOKEN_BYTES = len(TAPS) * 64 * 2

@@ -18,7 +18,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.training.data import features as module
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
-from tests.tiny_models import LAYERS, VOCABULARY, write_target
+from tests.support.tiny_models import LAYERS, VOCABULARY, write_target
 
 TAPS = (0, 2, 3)
 LENGTHS = (9, 17, 1)

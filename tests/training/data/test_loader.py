@@ -11,7 +11,7 @@ import torch
 from sglang_auf.errors import DataError
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.loader import Plan, anchor_generators
-from tests.training.runs import tiny_recipe
+from tests.support.training_runs import tiny_recipe
 
 
 def conversations(count: int) -> list[Conversation]:

@@ -17,8 +17,8 @@ from sglang_auf import cli
 from sglang_auf.errors import DataError, ServerError
 from sglang_auf.training.generation.prompts import USELESS_IN_A_ROW, PromptSettings, write_prompts
 from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, read_prompts
-from tests.http_servers import serving
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.http_servers import serving
+from tests.support.toy_tokenizer import toy_tokenizer
 
 
 @dataclass

@@ -27,8 +27,8 @@ from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.generation import output_file
 from sglang_auf.training.generation.output_file import manifest_path
 from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
-from tests.http_servers import serving
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.http_servers import serving
+from tests.support.toy_tokenizer import toy_tokenizer
 
 ROOT = Path(__file__).parents[3]
 SOON = {"retry-after-ms": "1"}

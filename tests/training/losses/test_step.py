@@ -20,7 +20,7 @@ from sglang_auf.training.losses import step as step_module
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
 from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
 from tests.reference.credit_reference import credits
-from tests.tiny_models import drafter_config
+from tests.support.tiny_models import drafter_config
 
 DOMINO = {
     "projector_type": "domino",

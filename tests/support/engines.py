@@ -1,4 +1,4 @@
-"""Run jobs on a real SGLang engine in a process of its own (tests/e2e/engine_runner.py)."""
+"""Run jobs on a real SGLang engine in a process of its own (tests/support/engine_runner.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RUNNER = Path(__file__).with_name("e2e") / "engine_runner.py"
+RUNNER = Path(__file__).with_name("engine_runner.py")
 TIMEOUT_SECONDS = 1800
 
 

@@ -14,7 +14,7 @@ from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.accumulation import MicroBatch, pooled_gradient
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import Batch, TrainingStep, draw_anchors
-from tests.tiny_models import VOCABULARY, target_config
+from tests.support.tiny_models import VOCABULARY, target_config
 
 MICRO_BATCHES = 8
 PROGRESS = 0.4

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_auf.training.recipe import Recipe, parse_recipe
-from tests.tiny_models import VOCABULARY, write_target
-from tests.training.toy_tokenizer import toy_tokenizer
+from tests.support.tiny_models import VOCABULARY, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 ROWS, HELD_OUT = 26, 4
 POISON = 60
