@@ -2,9 +2,9 @@
 
 Same layers, widths, vocabulary, block, context and anchors; forward and backward, anchors drawn and masks made inside
 the step, no optimiser; text, features and weights are random. Every package runs in its own environment, through a
-small driver (benchmarks/training/rivals/): one process each for the times, which wait for each other and step in turn, and one
-each for the peak memory. A package that cannot run is reported with its error. An environment needs the package and
-what its DFlash model imports:
+small driver (benchmarks/training/rivals/): one process each for the times, which wait for each other and step in
+turn, and one each for the peak memory. A package that cannot run is reported with its error. An environment needs
+the package and what its DFlash model imports:
 
     python -m venv rivals/specforge && rivals/specforge/bin/pip install specforge==0.2.0
     python -m venv rivals/speculators && rivals/speculators/bin/pip install speculators==0.9.0

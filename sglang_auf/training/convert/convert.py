@@ -22,8 +22,8 @@ from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, PICKLES, RE
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import HUB_ID, find_model, listing, read_json
 from sglang_auf.provenance import sha256_of
+from sglang_auf.training.convert import specforge, speculators
 from sglang_auf.training.convert.common import Reading, refused
-from sglang_auf.training.convert.convert import specforge, speculators
 from sglang_auf.training.export import write_drafter
 
 # The target's own norm and head, with which speculators computes its labels.
