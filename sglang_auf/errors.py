@@ -1,21 +1,22 @@
-"""The exceptions a user meets. Each says what was found, what was expected and what to do."""
+"""The exceptions a user meets. Each says what was found, what was expected and, where it adds something, what to do."""
 
 from __future__ import annotations
 
 
 class AufError(Exception):
-    """A mistake the user can mend.
+    """A mistake that the user can fix.
 
-    found: what is there; expected: what should be there; remedy: the command or change that mends it.
+    found: what is wrong; expected: what would be right; remedy: the command or the change that fixes it, left out where
+    `expected` says it already.
     """
 
     exit_code = 2
 
-    def __init__(self, found: str, expected: str, remedy: str) -> None:
+    def __init__(self, found: str, expected: str, remedy: str = "") -> None:
         self.found = found
         self.expected = expected
         self.remedy = remedy
-        super().__init__(f"found: {found}; expected: {expected}; to mend it: {remedy}")
+        super().__init__(f"found: {found}; expected: {expected}" + (f"; to fix it: {remedy}" if remedy else ""))
 
 
 class CompatError(AufError):

@@ -1,20 +1,30 @@
-"""Directories that hold a model: finding one by path or hub id, and reading the JSON in it."""
+"""Files and directories: find a model, read JSON, write completely or not at all, and lock."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import httpx
 from huggingface_hub import snapshot_download
 
 from sglang_auf.errors import AufError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+UNFINISHED = ".writing-"
+"""Part of the name of what is being written. After a kill it may remain; `remove_unfinished` removes it."""
 
 
 def find_model(name: str, patterns: Sequence[str], error: type[AufError], revision: str | None = None) -> Path:
@@ -67,3 +77,117 @@ def listing(directory: Path, limit: int = 8) -> str:
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + more
+
+
+def weight_files(directory: Path, error: type[AufError]) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index lists, or all where it has no index. Sorted by name.
+
+    Raises `error` when a listed file is missing, when there are no weights, or when they are pickles only: loading a
+    pickle may run any code, so none is ever opened.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if (directory / INDEX).is_file():
+        listed = read_json(directory / INDEX, error).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise error(f"{directory / INDEX} has no weight_map", "weight name -> file name", "fetch the model again")
+        files = sorted({directory / name for name in listed.values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise error(
+                f"{directory} lacks {', '.join(missing)}, which {INDEX} lists (it holds: {listing(directory)})",
+                "every file of the checkpoint",
+                "fetch the model again",
+            )
+    if not files:
+        pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
+        raise error(
+            f"no weights as *.safetensors in {directory} (it holds: {listing(directory)})",
+            "weights as safetensors: loading a pickle may run any code",
+            "convert it to safetensors in an environment you trust" if pickles else "fetch the model again",
+        )
+    return files
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a complete file (text as UTF-8) or none, whenever the process or the machine stops. Raises OSError.
+
+    An earlier file of this name stays until the new one is complete on the disk.
+    """
+    draft = _unfinished(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new, empty directory to fill. When the block ends, it is on the disk as `path`; when it raises, it is removed.
+
+    A directory that `path` names already is replaced, and only then. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = _unfinished(path)  # beside the final place, so that the rename stays inside one file system
+    draft.mkdir()
+    try:
+        yield draft
+        for entry in (*draft.rglob("*"), draft):
+            sync(entry)
+        if path.exists():
+            replaced = _unfinished(path)
+            path.rename(replaced)
+            draft.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a killed process left of writing `path`. Only for a caller who holds the lock of `path`."""
+    for entry in path.parent.glob(f".{path.name}{UNFINISHED}*"):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`, which stays afterwards. It is free again when this process ends, however it ends.
+
+    wait: until another process lets go. Raises BlockingIOError where another process has it and not `wait`, OSError
+    where the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise BlockingIOError(f"{path} is held by another process") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}{UNFINISHED}{secrets.token_hex(4)}")

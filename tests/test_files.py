@@ -1,19 +1,23 @@
-"""Finding a model by path or hub id. No test reaches a network."""
+"""Finding a model, writing completely or not at all, locking. No test reaches a network."""
 
 from __future__ import annotations
 
+import errno
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import sglang_auf.files as model_files
+from sglang_auf import files
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import find_model, listing
 
 
 def test_a_directory_is_itself_and_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_files, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(files, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     assert find_model(str(tmp_path), ["*.json"], CardError) == tmp_path
 
 
@@ -24,7 +28,7 @@ def test_a_hub_id_is_fetched_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(model_files, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     assert find_model("z-lab/Qwen3-8B-DFlash-b16", ("*.json", "*.safetensors"), CardError, "abc") == tmp_path
     assert asked == {
         "name": "z-lab/Qwen3-8B-DFlash-b16",
@@ -53,7 +57,7 @@ def test_a_hub_id_without_a_hub_says_what_was_tried() -> None:
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "just-a-name", "a/b/c"])
 def test_a_missing_path_is_not_looked_up_at_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_files, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(files, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     with pytest.raises(TargetError, match="no directory /"):
         find_model(name, ["*.json"], TargetError)
 
@@ -74,3 +78,93 @@ def test_a_listing_is_short(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02}").touch()
     assert listing(tmp_path) == "00, 01, 02, 03, 04, 05, 06, 07 and 4 more"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    files.write_whole(file, "old")
+    files.write_whole(file, b"new")
+    assert file.read_bytes() == b"new"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_whole(file, "newer")
+    assert file.read_bytes() == b"new" and [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_directory_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "model"
+    for content in ("first", "second"):
+        with files.whole_directory(place) as draft:
+            (draft / "sub").mkdir()
+            (draft / "sub" / "a").write_text(content)
+            assert not place.exists() or (place / "sub" / "a").read_text() == "first"
+        assert (place / "sub" / "a").read_text() == content
+    assert [entry.name for entry in place.parent.iterdir()] == ["model"]
+    assert place.stat().st_mode & 0o777 == place.parent.stat().st_mode & 0o777, "readable as any new directory is"
+
+
+def test_a_directory_that_could_not_be_filled_leaves_the_earlier_one(tmp_path: Path) -> None:
+    with files.whole_directory(tmp_path / "model") as draft:
+        (draft / "a").write_text("kept")
+    with pytest.raises(RuntimeError), files.whole_directory(tmp_path / "model") as draft:
+        (draft / "a").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "model" / "a").read_text() == "kept"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = tmp_path / f".model{files.UNFINISHED}0123"
+    left.mkdir()
+    (left / "a").write_text("")
+    (tmp_path / f".model{files.UNFINISHED}4567").write_text("")
+    others = ["model", f".other{files.UNFINISHED}0123"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    files.remove_unfinished(tmp_path / "model")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_lock_is_held_by_one_and_free_after_a_kill(tmp_path: Path) -> None:
+    place = tmp_path / "made" / ".lock"
+    hold = (
+        "import sys, time; from pathlib import Path; from sglang_auf.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(place)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another process"), files.locked(place):
+            pass
+        holder.kill()
+    with files.locked(place), pytest.raises(BlockingIOError), files.locked(place):
+        pass  # not twice in one process either
+    with files.locked(place, wait=True):
+        pass
+
+
+def test_weight_files_are_those_of_the_index_or_all(tmp_path: Path) -> None:
+    for name in ("b.safetensors", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    found = files.weight_files(tmp_path, CardError)
+    assert [file.name for file in found] == ["a.safetensors", "b.safetensors"]
+    index = tmp_path / files.INDEX
+    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "b.safetensors"}}))
+    assert [file.name for file in files.weight_files(tmp_path, CardError)] == ["b.safetensors"]
+    index.write_text(json.dumps({"weight_map": {"x": "c.safetensors"}}))
+    with pytest.raises(CardError, match=r"lacks c\.safetensors"):
+        files.weight_files(tmp_path, CardError)
+    index.write_text(json.dumps({"weight_map": ["c.safetensors"]}))
+    with pytest.raises(CardError, match="no weight_map"):
+        files.weight_files(tmp_path, CardError)
+
+
+def test_pickles_are_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(CardError, match="nothing"):
+        files.weight_files(tmp_path, CardError)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CardError, match=r"pytorch_model\.bin.*convert it"):
+        files.weight_files(tmp_path, CardError)

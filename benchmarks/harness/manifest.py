@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import RunConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.tasks import Selection
 from sglang_auf.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ from sglang_auf.errors import ConfigError, DataError
 INCIDENTAL = {"base_url", "data_dir", "out", "timeout_s"}
 
 
-class TaskOrigin(provenance.StrictModel):
+class TaskOrigin(StrictModel):
     """version: of the task's prompts and selection. sha256: of the prompts asked."""
 
     version: int
@@ -27,13 +27,13 @@ class TaskOrigin(provenance.StrictModel):
     sha256: str
 
 
-class Session(provenance.Measured):
+class Session(Measured):
     """One call of the benchmark that wrote into this run; more than one after a resume."""
 
     started_at: str
 
 
-class Manifest(provenance.StrictModel):
+class Manifest(StrictModel):
     """warnings: conditions of the run that are not those its drafter was trained for."""
 
     config: RunConfig
@@ -75,9 +75,6 @@ class Manifest(provenance.StrictModel):
         self.sessions.append(
             Session(
                 started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                command=provenance.command(),
-                versions=provenance.versions(),
-                machine=provenance.machine(),
             )
         )
 

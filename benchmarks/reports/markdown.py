@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from benchmarks.harness import provenance
+from benchmarks.harness.results import Measured
 from benchmarks.serving.failover import FailoverReport
 from benchmarks.serving.identity import IdentityReport
 from benchmarks.serving.interleaved import Agreement
@@ -172,7 +172,7 @@ def _same(agreement: Agreement) -> str:
     return f"{agreement.same_tokens} of {agreement.compared}"
 
 
-def markdown_origin(report: provenance.Measured) -> str:
+def markdown_origin(report: Measured) -> str:
     machine = report.machine
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in report.versions.items())
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import CompareConfig, LosslessConfig, RunConfig, Workload
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.run import Run, discard, start
 from benchmarks.harness.servers import Server, awake, serve
 from benchmarks.harness.tasks import Prompt, Selection, resolve, select
@@ -28,7 +28,7 @@ from benchmarks.stats.summary import (
 SUMMARY = "summary.json"
 
 
-class Round(provenance.StrictModel):
+class Round(StrictModel):
     """Tokens per second of one turn each, on the same prompts."""
 
     plain: float | None
@@ -36,7 +36,7 @@ class Round(provenance.StrictModel):
     speedup: float | None
 
 
-class Comparison(provenance.Measured):
+class Comparison(Measured):
     """summary.json. lossless is None when the answers were sampled (temperature above 0)."""
 
     target: str
@@ -156,9 +156,6 @@ def _conclude(config: CompareConfig, auf: Run, plain: Run, slices: Sequence[Sequ
         speedup=ratio(auf_speed.tokens_per_s, plain_speed.tokens_per_s),
         rounds=[_round(auf, plain, part) for part in slices],
         lossless=lossless,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import openai
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import FailoverConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import api_key, call, server_facts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.harness.template_prompts import demo_prompts
@@ -26,7 +26,7 @@ ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
 
 
-class Load(provenance.StrictModel):
+class Load(StrictModel):
     """What became of the requests of one part. sent: HTTP requests, retries included."""
 
     asked: int
@@ -42,7 +42,7 @@ class Load(provenance.StrictModel):
         return self.sent - self.asked
 
 
-class FailoverReport(provenance.Measured):
+class FailoverReport(Measured):
     """failover.json. totals: of the two servers after the first part, by COUNTED."""
 
     config: FailoverConfig
@@ -118,9 +118,6 @@ async def _measure(config: FailoverConfig, servers: Sequence[Server], router: Se
         totals=totals,
         killed=killed,
         answered_before=answered,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -20,15 +20,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import IdentityConfig, RunConfig
 from benchmarks.harness.records import Key, Record, latest, read_records
+from benchmarks.harness.results import Measured, StrictModel, versions
 from benchmarks.harness.run import RECORDS, discard, start
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from benchmarks.serving.random_drafter import write_random_drafter
 from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
+from sglang_auf import provenance
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 COMPANY = 16
 REFERENCE = ("plain", COMPANY)
 CELL = "cell.json"
-SHIPPED_DRAFTER = provenance.ROOT / "drafters" / "smollm2-135m"
+SHIPPED_DRAFTER = provenance.CHECKOUT / "drafters" / "smollm2-135m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ _ALL = (
 VARIANTS = {variant.name: variant for variant in _ALL}
 
 
-class Cell(provenance.StrictModel):
+class Cell(StrictModel):
     """cell.json: a finished measurement. asked: everything that must be equal for it to be kept on a rerun."""
 
     asked: dict[str, Any]
@@ -82,7 +83,7 @@ class Cell(provenance.StrictModel):
     versions: dict[str, str | None]
 
 
-class ForkedAnswer(provenance.StrictModel):
+class ForkedAnswer(StrictModel):
     """First difference of one answer; a token is None where that answer had already ended."""
 
     task: str
@@ -92,7 +93,7 @@ class ForkedAnswer(provenance.StrictModel):
     reference: int | None
 
 
-class Row(provenance.StrictModel):
+class Row(StrictModel):
     """A cell and its comparison. identical None: the cell is the reference itself. tau: macro, None without drafter."""
 
     variant: str
@@ -107,7 +108,7 @@ class Row(provenance.StrictModel):
     versions: dict[str, str | None]
 
 
-class IdentityReport(provenance.Measured):
+class IdentityReport(Measured):
     """identity.json. versions of a row are those it was measured with; those of the report, of the last call."""
 
     config: IdentityConfig
@@ -179,7 +180,7 @@ class Job:
             asked=self.asked,
             throughput=throughput(records, self.concurrency),
             tau=macro(summarize_tasks(records).values()).tau,
-            versions=provenance.versions(),
+            versions=versions(),
         )
         fresh = self.place / f"{CELL}.tmp"
         fresh.write_text(cell.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -208,9 +209,6 @@ def measure_identity(config: IdentityConfig) -> IdentityReport:
     return IdentityReport(
         config=config,
         rows=rows,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import RunConfig, TurnsConfig
 from benchmarks.harness.records import Key, Record
+from benchmarks.harness.results import StrictModel
 from benchmarks.harness.run import discard, start
 from benchmarks.harness.server_info import ServerFacts, flush_cache, server_facts
 from benchmarks.harness.servers import Server, awake
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Records = dict[Key, Record]
 
 
-class Agreement(provenance.StrictModel):
+class Agreement(StrictModel):
     """Of the answers that two servers both gave, over all rounds: equal tokens, equal histograms of accepted drafts."""
 
     compared: int

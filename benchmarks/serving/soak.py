@@ -17,8 +17,8 @@ from typing import Any
 import openai
 import psutil
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import SoakConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import api_key, call, flush_cache, server_facts
 from benchmarks.harness.servers import Server, family, serve
 from benchmarks.serving.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
@@ -30,7 +30,7 @@ GROWTH = 0.05
 """Share by which resident memory may be larger at the end than after the first part, see `SoakReport.growth`."""
 
 
-class Sample(provenance.StrictModel):
+class Sample(StrictModel):
     """seconds since the load began; memory_mib: resident, of all processes of the server; kv_tokens: slots in use."""
 
     seconds: float
@@ -41,7 +41,7 @@ class Sample(provenance.StrictModel):
     waiting: int
 
 
-class SoakReport(provenance.Measured):
+class SoakReport(Measured):
     """soak.json. asked: requests by kind. faults: how many of each; named: the first ones, in words."""
 
     config: SoakConfig
@@ -132,9 +132,6 @@ async def _soak(server: Server, known: list[Question], config: SoakConfig) -> So
         before=before,
         after=after,
         samples=samples,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import SpeedConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
@@ -23,7 +23,7 @@ NAMES = (AUF, PLAIN, DFLASH)
 SERVER_ARGS = "server_args."
 
 
-class Level(provenance.StrictModel):
+class Level(StrictModel):
     """One concurrency. tokens_per_s: medians; rounds: what they are of; tau: macro, of the first round."""
 
     concurrency: int
@@ -38,7 +38,7 @@ class Level(provenance.StrictModel):
     failed: int
 
 
-class StepCost(provenance.StrictModel):
+class StepCost(StrictModel):
     """Seconds; medians over rounds. ratio: median of the rounds' AUF / plain."""
 
     auf_s: float | None
@@ -47,7 +47,7 @@ class StepCost(provenance.StrictModel):
     ratio: float | None
 
 
-class SpeedReport(provenance.Measured):
+class SpeedReport(Measured):
     """speed.json. step_cost: None unless concurrency 1 was asked for."""
 
     config: SpeedConfig
@@ -72,9 +72,6 @@ def measure_speed(config: SpeedConfig) -> SpeedReport:
         servers=facts,
         levels=[_level(turns, level) for level in turns.levels],
         step_cost=_step_cost(turns) if 1 in turns.levels else None,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import Questions, RunConfig, SweepConfig
 from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.run import Run
 from benchmarks.harness.server_info import flush_cache
 from benchmarks.harness.tasks import Selection, resolve, select
@@ -24,7 +24,7 @@ AUF, PLAIN = "auf", "plain"
 AskedRun = tuple[RunSummary, Manifest]
 
 
-class SweepLevel(provenance.StrictModel):
+class SweepLevel(StrictModel):
     """One concurrency. plain, speedup: None without a plain server."""
 
     concurrency: int
@@ -33,7 +33,7 @@ class SweepLevel(provenance.StrictModel):
     speedup: float | None
 
 
-class Sweep(provenance.Measured):
+class Sweep(Measured):
     """sweep.json."""
 
     config: SweepConfig
@@ -74,7 +74,6 @@ def measure_sweep(config: SweepConfig) -> Sweep:
         levels=[_level(level, run) for level, run in zip(levels, runs, strict=True)],
         versions=origins[0][0],
         machine=origins[0][1],
-        command=provenance.command(),
     )
 
 

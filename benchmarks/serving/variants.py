@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import VariantsConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, serve
 from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
@@ -19,7 +19,7 @@ from benchmarks.stats.summary import macro, ratio, summarize_tasks
 PLAIN, PROFILE = "plain", "profile"
 
 
-class Row(provenance.StrictModel):
+class Row(StrictModel):
     """One server at one concurrency. settings: what differs from the profile; none of it, and no drafter: plain.
 
     tokens_per_s, step_s (seconds a verify step or plain token, at concurrency 1) and tau (macro, of the first round)
@@ -42,7 +42,7 @@ class Row(provenance.StrictModel):
     plain_tokens: Agreement
 
 
-class VariantsReport(provenance.Measured):
+class VariantsReport(Measured):
     """variants.json."""
 
     config: VariantsConfig
@@ -72,9 +72,6 @@ def measure_variants(config: VariantsConfig) -> VariantsReport:
             for level in turns.levels
             for name in settings
         ],
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

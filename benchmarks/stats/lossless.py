@@ -25,8 +25,8 @@ from itertools import zip_longest
 
 from pydantic import Field
 
-from benchmarks.harness import provenance
 from benchmarks.harness.records import Key, Record
+from benchmarks.harness.results import StrictModel
 from sglang_auf.errors import DataError
 
 BF16_FRACTION_BITS = 7
@@ -66,7 +66,7 @@ Judge = Callable[[Record, Fork], Candidates]
 """Asks plain decoding about the fork of the given plain record."""
 
 
-class Difference(provenance.StrictModel):
+class Difference(StrictModel):
     """One answer that differs. gap: in logits; None where one answer merely ended earlier."""
 
     task: str
@@ -79,7 +79,7 @@ class Difference(provenance.StrictModel):
     verdict: Verdict
 
 
-class Losslessness(provenance.StrictModel):
+class Losslessness(StrictModel):
     """follow_up: turns asked after a fork, whose history differs. missing: failed or absent in one of the two runs."""
 
     identical: int = 0

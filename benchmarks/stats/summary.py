@@ -17,14 +17,14 @@ from statistics import fmean
 import numpy as np
 from pydantic import Field
 
-from benchmarks.harness import provenance
 from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record
+from benchmarks.harness.results import StrictModel
 from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
 
 
-class TaskSummary(provenance.StrictModel):
+class TaskSummary(StrictModel):
     """tau, tau_verify, alpha: macro. prompts: conversations; requests: turns; without_steps: answered, but no tau.
 
     Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
@@ -45,13 +45,13 @@ class TaskSummary(provenance.StrictModel):
     completion_tokens: int
 
 
-class MacroSummary(provenance.StrictModel):
+class MacroSummary(StrictModel):
     tau: float | None
     tau_interval: Interval | None = None
     tau_verify: float | None
 
 
-class MicroSummary(provenance.StrictModel):
+class MicroSummary(StrictModel):
     tau: float | None
     tau_verify: float | None
     alpha: list[float | None]
@@ -59,7 +59,7 @@ class MicroSummary(provenance.StrictModel):
     accepted_histogram: list[int]
 
 
-class Throughput(provenance.StrictModel):
+class Throughput(StrictModel):
     tokens_per_s: float | None
     completion_tokens: int
     seconds: float
@@ -68,7 +68,7 @@ class Throughput(provenance.StrictModel):
     failed: int
 
 
-class Percentiles(provenance.StrictModel):
+class Percentiles(StrictModel):
     """Seconds, over answered requests."""
 
     p50: float
@@ -76,7 +76,7 @@ class Percentiles(provenance.StrictModel):
     p99: float
 
 
-class Latency(provenance.StrictModel):
+class Latency(StrictModel):
     """ttft: to the first token, of streamed answers. itl: mean time between the tokens of one answer after the first,
     over its requests: streamed answers of two tokens or more. latency: whole answers. None where no request has any.
     """
@@ -86,7 +86,7 @@ class Latency(provenance.StrictModel):
     latency: Percentiles | None
 
 
-class RunSummary(provenance.StrictModel):
+class RunSummary(StrictModel):
     """summary.json of one run. drafter, block_size and every tau are None for a plain baseline.
 
     warnings: in what the run's conditions differ from those the drafter was trained for.

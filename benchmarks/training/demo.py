@@ -10,9 +10,9 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.harness import provenance
 from benchmarks.harness.commands import sglang_auf
 from benchmarks.harness.config import CompareConfig, TrainDemoConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.figures import png, training_curves
@@ -20,7 +20,7 @@ from benchmarks.serving.compare import compare_servers
 from benchmarks.serving.random_drafter import write_random_drafter
 
 
-class Served(provenance.StrictModel):
+class Served(StrictModel):
     """A drafter behind the server, next to plain decoding."""
 
     tau_macro: float | None
@@ -31,7 +31,7 @@ class Served(provenance.StrictModel):
     passed: bool
 
 
-class TrainDemo(provenance.Measured):
+class TrainDemo(Measured):
     """train-demo.json. Seconds by part; held_out_tau: the best checkpoint's, by the trainer's own walk."""
 
     config: TrainDemoConfig
@@ -93,9 +93,6 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
         after=after,
         seconds=seconds,
         curves=curves,
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
     (out / "train-demo.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return result

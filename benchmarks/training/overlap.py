@@ -13,8 +13,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import OverlapConfig
+from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.tasks import Prompt, resolve, select
 from benchmarks.reports.markdown import markdown_number, markdown_origin, markdown_table
 from sglang_auf.errors import DataError
@@ -28,7 +28,7 @@ WORD = re.compile(r"\w+")
 OF_THE_TASK = 0.1
 
 
-class Near(provenance.StrictModel):
+class Near(StrictModel):
     """A benchmark prompt and the training prompt nearest to it. overlap: share of its runs, 1 where they are equal."""
 
     prompt: str
@@ -36,7 +36,7 @@ class Near(provenance.StrictModel):
     overlap: float
 
 
-class TaskOverlap(provenance.StrictModel):
+class TaskOverlap(StrictModel):
     """identical: prompts that are a training prompt word for word; near: at `share` or more, nearest first."""
 
     task: str
@@ -46,7 +46,7 @@ class TaskOverlap(provenance.StrictModel):
     nearest: Near | None
 
 
-class OverlapReport(provenance.Measured):
+class OverlapReport(Measured):
     """overlap.json. training_prompts: distinct ones that were read."""
 
     config: OverlapConfig
@@ -65,9 +65,6 @@ def measure_overlap(config: OverlapConfig) -> OverlapReport:
             task_overlap(task.name, select(task, config.data_dir, config.limit).prompts, training, holders, config)
             for task in resolve(config.tasks)
         ],
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

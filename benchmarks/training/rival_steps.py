@@ -25,16 +25,16 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import RivalStepsConfig
 from benchmarks.training.peak_memory import ENVIRONMENT
 from benchmarks.training.step_report import RivalReport, RivalStep
 from benchmarks.training.step_shapes import SHAPES, Shape
+from sglang_auf import provenance
 from sglang_auf.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-DRIVERS = provenance.ROOT / "benchmarks" / "training" / "rivals"
+DRIVERS = provenance.CHECKOUT / "benchmarks" / "training" / "rivals"
 OURS = "sglang_auf"
 RIVALS = ("specforge", "speculators")
 
@@ -54,7 +54,7 @@ class Driver:
         self.log_file = config.out / f"{trainer}-{step}-{measure}.log"
         self._config, self._step, self._measure = config, step, measure
         name = "own" if trainer == OURS else trainer
-        path = os.pathsep.join([str(provenance.ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(provenance.CHECKOUT), os.environ.get("PYTHONPATH", "")])
         self._program = [python, str(DRIVERS / f"{name}_step.py")]
         self._environment = os.environ | {"PYTHONPATH": path} | (ENVIRONMENT if measure == "memory" else {})
 
@@ -129,9 +129,6 @@ def measure_rival_steps(config: RivalStepsConfig) -> RivalReport:
         config=config,
         steps=steps,
         threads=torch.get_num_threads(),
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import StepConfig
 from benchmarks.training.step_memory import Job, measured_peak
 from benchmarks.training.step_report import Cell, Cost, StepReport
@@ -43,9 +42,6 @@ def measure_step(config: StepConfig) -> StepReport:
         cells=[cell for shape in shapes for cell in _cells(shape, [shape], variants, config)],
         table=_cells(shapes[0], sizes, (AUF, DECAY), config),
         threads=torch.get_num_threads(),
-        versions=provenance.versions(),
-        machine=provenance.machine(),
-        command=provenance.command(),
     )
 
 

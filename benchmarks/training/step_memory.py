@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.harness.provenance import ROOT
 from benchmarks.training.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
 from sglang_auf.errors import ConfigError, TrainingError
+from sglang_auf.provenance import CHECKOUT
 
 
 class Job(BaseModel):
@@ -39,7 +39,9 @@ def measured_peak(job: Job) -> int:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env=os.environ
+        | ENVIRONMENT
+        | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])},
     )
     if ended.returncode:
         raise TrainingError(

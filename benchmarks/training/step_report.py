@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from benchmarks.harness import provenance
 from benchmarks.harness.config import RivalStepsConfig, StepConfig
+from benchmarks.harness.results import Measured, StrictModel
 
 
-class Cost(provenance.StrictModel):
+class Cost(StrictModel):
     """One way to make the step. seconds: median of rounds; peak_mib: beyond weights and batch; r_active: kept of B."""
 
     seconds: float
@@ -17,7 +17,7 @@ class Cost(provenance.StrictModel):
     r_active: float
 
 
-class Cell(provenance.StrictModel):
+class Cell(StrictModel):
     """One size of batch. Ratios: AUF to each other way; of time, the median of the rounds' ratios."""
 
     shape: str
@@ -29,7 +29,7 @@ class Cell(provenance.StrictModel):
     memory_ratio: dict[str, float]
 
 
-class StepReport(provenance.Measured):
+class StepReport(Measured):
     """step.json. cells: one a shape; table: anchors x length on one row of the first shape, without the dense variant;
     threads: torch's."""
 
@@ -39,7 +39,7 @@ class StepReport(provenance.Measured):
     threads: int
 
 
-class RivalStep(provenance.StrictModel):
+class RivalStep(StrictModel):
     """One trainer's step: medians over rounds, or the error it ended with.
 
     attention: the implementation that ran; refused: the ones tried before it, with their errors. tokens_per_s: of the
@@ -60,7 +60,7 @@ class RivalStep(provenance.StrictModel):
     error: str | None = None
 
 
-class RivalReport(provenance.Measured):
+class RivalReport(Measured):
     """rival-steps.json."""
 
     config: RivalStepsConfig

@@ -64,7 +64,7 @@ def test_user_error_is_said_once_and_exits_2(monkeypatch: pytest.MonkeyPatch, ca
     Serve(monkeypatch, ServerError("port 1 is in use", "a free port", "another --port"))
     assert main(["--profile", "smollm2-135m"]) == 2
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
-        "found: port 1 is in use; expected: a free port; to mend it: another --port"
+        "found: port 1 is in use; expected: a free port; to fix it: another --port"
     ]
 
 

@@ -1,0 +1,54 @@
+"""Every environment variable of this project, with its meaning and its default.
+
+SGLang hands the environment of the server on to its scheduler processes, which is why switches of the scheduler are
+variables: SGLang has no server argument for them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A variable that is "1" or "0". `default` holds where it is not set, or is anything else."""
+
+    name: str
+    default: bool
+    meaning: str
+
+    def is_on(self) -> bool:
+        return {"1": True, "0": False}.get(os.environ.get(self.name, ""), self.default)
+
+    def set(self, on: bool) -> None:
+        """For this process and those that it starts."""
+        os.environ[self.name] = "1" if on else "0"
+
+
+ADAPTIVE_BLOCK = Switch("SGLANG_AUF_ADAPTIVE_BLOCK", False, "draft as many slots as the load makes worthwhile (CPU)")
+DRAFT_VOCABULARY = Switch("SGLANG_AUF_DRAFT_VOCABULARY", True, "draft only tokens of the drafter's list, if it has one")
+ROW_INVARIANT = Switch("SGLANG_AUF_ROW_INVARIANT", True, "products give a row the same bits in any batch (CPU)")
+
+API_KEY = "SGLANG_AUF_API_KEY"
+"""The server's API key, for `python -m server`, where `ps` does not show it. Default: no key."""
+
+HOME = "SGLANG_AUF_HOME"
+"""Directory of prepared targets. Default: sglang-auf under $XDG_CACHE_HOME or ~/.cache."""
+
+CLIENT_API_KEY = "OPENAI_API_KEY"
+"""The key that benchmarks, `sglang-auf prompts` and `regenerate` send to a server. Default: a placeholder."""
+
+
+def home() -> Path:
+    """Where prepared targets and caches lie."""
+    if chosen := os.environ.get(HOME):
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "sglang-auf"
+
+
+def client_api_key() -> str:
+    """What clients send where no key is set: the openai client refuses an empty one."""
+    return os.environ.get(CLIENT_API_KEY, "EMPTY")
