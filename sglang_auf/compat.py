@@ -200,9 +200,9 @@ SEAMS: tuple[Seam, ...] = (
         for name, *parameters in (
             ("apply_server_args_defaults", "server_args"),
             ("get_default_attention_backend",),
-            ("get_default_speculative_draft_attention_backend", "speculative.algorithm"),
-            ("supports_speculative_algorithm", "speculative.algorithm"),
-            ("supports_speculative_draft_attention_backend", "speculative.algorithm", "backend"),
+            ("get_default_speculative_draft_attention_backend", "algorithm"),
+            ("supports_speculative_algorithm", "algorithm"),
+            ("supports_speculative_draft_attention_backend", "algorithm", "backend"),
             ("get_kv_pool_cls", "kind"),
             ("get_speculative_cache_locs_fn",),
             ("get_dispatch_key_name",),
