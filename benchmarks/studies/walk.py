@@ -18,14 +18,12 @@ from benchmarks.harness.records import Record
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.batching import Batch, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
-from sglang_auf.training.evaluate import accepted_by_anchor, walk
+from sglang_auf.training.evaluate import BATCH_TOKENS, accepted_by_anchor, walk
 from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, TrainingStep
-
-BATCH_TOKENS = 4096
+from sglang_auf.training.losses.step import TrainingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +79,7 @@ class Walker:
         sizes = [len(_conversation(record)) for record in self._answers]
         for rows in plan_batches(sizes, batch_tokens=max(BATCH_TOKENS, *sizes), seed=0, epoch=0):
             records = [self._answers[row] for row in rows]
-            padded = collate([_conversation(record) for record in records])
-            input_ids, loss_mask, lengths = (tensor.to(self._device) for tensor in padded)
-            ids = [record.prompt_id for record in records]
-            yield records, Batch(input_ids, loss_mask, lengths, source(ids, input_ids, lengths), ids)
+            yield records, with_features([_conversation(record) for record in records], source)
 
 
 def _conversation(record: Record) -> Conversation:

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.training.step_shapes import Shape
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.dflash import Drafter
+from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses.cross_entropy import head_argmax
 from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, draw_anchors
+from sglang_auf.training.losses.step import Terms, TrainingStep
 
 AUF, DECAY, DENSE = "auf", "decay", "decay-dense"
 VARIANTS = (AUF, DECAY, DENSE)

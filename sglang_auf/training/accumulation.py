@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sglang_auf.training.losses.step import Batch, Terms
+from sglang_auf.training.data.batching import Batch
+from sglang_auf.training.losses.step import Terms
 
 MicroBatch = tuple[Batch, Tensor, Tensor]
 """A batch, its anchors and which of them count: the arguments of TrainingStep."""

@@ -9,10 +9,10 @@ answer. Accuracy and loss, by which others choose checkpoints, stand beside them
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,16 @@ from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.data.batching import collate, plan_batches
-from sglang_auf.training.data.conversations import load_conversations, split_held_out
+from sglang_auf.settings import enable_thinking
+from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors, plan_batches, with_features
+from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
 from sglang_auf.training.losses.cross_entropy import leading_matches
 from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
+from sglang_auf.training.losses.step import Terms, TrainingStep
+
+if TYPE_CHECKING:
+    from sglang_auf.training.data.loader import BatchMaker
+    from sglang_auf.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,9 @@ BATCH_TOKENS = 4096
 
 SAMPLED = 16
 """Blocks of a row on which accuracy and loss are taken."""
+
+KEPT_BYTES = 2**31
+"""Features are kept between evaluations up to this size, and computed anew above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +184,12 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     for warning in checked.warnings:
         logger.warning("%s", warning)
     model = load_drafter(checked.path)
-    thinking = checked.card.thinking
     conversations = load_conversations(
         data,
         AutoTokenizer.from_pretrained(directory),
         max_length=checked.card.max_length or model.config.max_position_embeddings,
         min_answer_tokens=2,
-        thinking=None if thinking is None else thinking == "on",
+        thinking=enable_thinking(checked.card.thinking),
         vocab_size=model.config.vocab_size,
     ).conversations
     if limit is not None and limit < len(conversations):
@@ -197,11 +204,40 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
 
     def batches() -> Iterator[Batch]:
         for rows in tqdm(plan, unit="batch", disable=None):
-            some = [conversations[row] for row in rows]
-            ids = [conversation.id for conversation in some]
-            input_ids, loss_mask, lengths = (tensor.to(device) for tensor in collate(some))
-            yield Batch(input_ids, loss_mask, lengths, features(ids, input_ids, lengths), ids)
+            yield with_features([conversations[row] for row in rows], features)
 
     listed = draft_vocabulary.in_use(checked.path)
     vocabulary = None if listed is None else torch.tensor(listed.tokens, device=device)
     return heldout_tau(step, batches(), vocabulary=vocabulary)
+
+
+class HeldOutAnswers:
+    """The same answers, in the same batches, at every evaluation."""
+
+    def __init__(self, conversations: Sequence[Conversation], maker: BatchMaker, recipe: Recipe) -> None:
+        self._conversations, self._maker, self._recipe = conversations, maker, recipe
+        self._kept: list[Batch] = []
+
+    def figures(self, step: TrainingStep) -> dict[str, float | None]:
+        """What the drafter does on them now; tau is the macro mean, by which the best checkpoint is chosen."""
+        found = heldout_tau(step, self._batches(), precision=self._recipe.precision)
+        figures = {"tau": found.tau_macro, "tau_micro": found.tau_micro}
+        figures |= {f"alpha_{k}": alpha for k, alpha in enumerate(found.alpha, start=1)}
+        return {**figures, "accuracy": found.accuracy, "loss": found.loss}
+
+    def _batches(self) -> Iterator[Batch]:
+        if self._kept:
+            yield from self._kept
+            return
+        lengths = [len(conversation) for conversation in self._conversations]
+        sizes = self._recipe.batch
+        made: list[Batch] = []
+        size = 0
+        for rows in plan_batches(
+            lengths, batch_tokens=sizes.batch_tokens, batch_rows=sizes.batch_rows, seed=0, epoch=0
+        ):
+            batch = self._maker.batch([self._conversations[row] for row in rows])
+            yield batch
+            size += batch.features.nbytes
+            made = [*made, batch] if size <= KEPT_BYTES else []
+        self._kept = made

@@ -32,10 +32,9 @@ from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
-from sglang_auf.training.data.batch_maker import BatchMaker
 from sglang_auf.training.data.features import find_target
-from sglang_auf.training.data.loader import Plan, load_data
-from sglang_auf.training.held_out import HeldOutAnswers
+from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
+from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
 from sglang_auf.training.logger import Logbook, training_figures
 from sglang_auf.training.losses.step import TrainingStep

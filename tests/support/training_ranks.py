@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.accumulation import MicroBatch, pooled_gradient
+from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, TrainingStep, draw_anchors
+from sglang_auf.training.losses.step import TrainingStep
 from tests.support.tiny_models import VOCABULARY, target_config
 
 MICRO_BATCHES = 8

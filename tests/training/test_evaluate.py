@@ -15,11 +15,16 @@ from sglang_auf import cli
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import evaluate
-from sglang_auf.training.evaluate import HeldOut, heldout_tau
+from sglang_auf.training.data.batching import Batch
+from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.loader import BatchMaker
+from sglang_auf.training.evaluate import HeldOut, HeldOutAnswers, heldout_tau
+from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, TrainingStep
+from sglang_auf.training.losses.step import TrainingStep
 from tests.support.tiny_models import write_drafter, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
+from tests.support.training_runs import tiny_recipe, write_models
 
 VOCABULARY = 5
 MASK = 4
@@ -309,3 +314,30 @@ def test_a_block_of_a_perfect_drafter_ends_at_the_first_unlisted_token() -> None
     assert list(found.histogram) == expected
     assert min(expected[:2]) > 0
     assert heldout_tau(step, [batch], precision="fp32", vocabulary=torch.arange(VOCABULARY)).tau_macro == 4.0
+
+
+@pytest.mark.parametrize(("kept_bytes", "computed"), [(2**31, 1), (100, 2)])
+def test_held_out_batches_are_kept_while_they_are_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, computed: int
+) -> None:
+    monkeypatch.setattr(evaluate, "KEPT_BYTES", kept_bytes)
+    chats = [Conversation(f"chat-{n}", [7, 8, *range(9, 20 + n)], [False] * 2 + [True] * (11 + n)) for n in range(4)]
+    recipe = tiny_recipe(*write_models(tmp_path))
+    made = BatchMaker(recipe, Path(recipe.target), torch.device("cpu"))
+    seen: list[str] = []
+    batch = made.batch
+
+    def counted(some: Any) -> Any:
+        seen.extend(chat.id for chat in some)
+        return batch(some)
+
+    monkeypatch.setattr(made, "batch", counted)
+    torch.manual_seed(0)
+    drafter = Drafter(shape_of(recipe.drafter, Path(recipe.target)))
+    step = TrainingStep(drafter, made.target.embedding, made.target.head, recipe.objective)
+    answers = HeldOutAnswers(chats, made, recipe)
+    first, second = answers.figures(step), answers.figures(step)
+    assert first == second
+    assert sorted(seen) == sorted([chat.id for chat in chats] * computed)
+    assert first.keys() == {"tau", "tau_micro", "alpha_1", "alpha_2", "alpha_3", "accuracy", "loss"}
+    assert first["tau"] is not None and 1 <= first["tau"] <= 4

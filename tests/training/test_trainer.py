@@ -21,7 +21,7 @@ from sglang_auf.cpu import linear
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
-from sglang_auf.training.held_out import HeldOutAnswers
+from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, give_back_free_memory, train
 from tests.support.training_runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models

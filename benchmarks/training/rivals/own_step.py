@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
 from benchmarks.training.step_shapes import SHAPES
 from benchmarks.training.step_variants import Bench
-from sglang_auf.training.losses.step import draw_anchors
+from sglang_auf.training.data.batching import draw_anchors
 
 
 def prepare(job: Job, attention: str) -> MakeStep:

@@ -1,25 +1,30 @@
-"""Which rows form a batch, and in which order batches are trained on: a function of lengths, seed and epoch alone.
+"""Batches: which conversations form one, in which order they come, what one holds, and where its blocks start.
 
-Arms of an ablation that share data and seed therefore see the same batches in the same order, and a run that is resumed
-at batch k goes on with plan[k:]. Of the batches of one step, rank r of R trains on every R-th from the r-th on. Rows of
-similar length go together, so that little is padding.
+The plan of an epoch depends on lengths, seed and epoch alone, and the anchors of a conversation on seed, epoch and id.
+So the arms of an ablation see the same batches in the same order with the same anchors, on any number of ranks, and a
+run that is resumed at batch k continues with plan[k:]. Of the batches of one step, rank r of R trains on batches r,
+r + R, r + 2R and so on. Rows of similar length go together, so that little is padding.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
 
 from sglang_auf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from sglang_auf.training.data.conversations import Conversation
+    from sglang_auf.training.data.features import FeatureSource, OnlineFeatures
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WINDOW = 1024
 """Rows sorted by length together: enough for tight batches, and few enough that an epoch is well mixed."""
@@ -28,12 +33,28 @@ PADDING_ID = 0
 """Any token of the vocabulary: what lies past a row's length is masked."""
 
 
+@dataclass(slots=True)
+class Batch:
+    """R conversations, right padded to S tokens.
+
+    input_ids [R, S]; loss_mask [R, S] bool, True where a token is the answer's; lengths [R]; features [R, S, taps * H];
+    ids: of the conversations, for messages; labels [R, S]: the token to draft at each position, None for the text's.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
+    features: Tensor
+    ids: list[str]
+    labels: Tensor | None = None
+
+
 class Padded(NamedTuple):
     """input_ids [R, S] int64 and loss_mask [R, S] bool, right padded; lengths [R] int64."""
 
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    lengths: torch.Tensor
+    input_ids: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
 
 
 def plan_batches(
@@ -45,16 +66,16 @@ def plan_batches(
     batch_rows: int | None = None,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """The batches of one epoch as row indices. Every row is in one, and in no second one.
+    """The batches of one epoch as row indices. Every row is in one batch, and in one only.
 
-    lengths: tokens of each row. batch_tokens: longest row times rows, at most. batch_rows: rows of a batch, at most.
-    multiple_of: their count is made a multiple of this (ranks times accumulation steps) by halving the batches of most
-    rows, so that every optimiser step is a full one and no rank waits. Where all batches have one row only, the last
-    few of the epoch's order are left out, which is logged. Raises DataError, naming the rows, if one is longer than
-    batch_tokens or they are fewer than multiple_of.
+    lengths: tokens of each row. batch_tokens: the most that longest row times rows may be. batch_rows: the most rows of
+    a batch. multiple_of: ranks times accumulation steps. The number of batches is made a multiple of it by halving the
+    batches of most rows, so that every optimiser step is a full one and no rank waits. Where all batches have one row,
+    the last few of the epoch's order are left out, which is logged. Raises DataError, naming the rows, if one is longer
+    than batch_tokens or they are fewer than multiple_of.
     """
     if multiple_of < 1 or (batch_rows is not None and batch_rows < 1):
-        raise ConfigError(f"multiple_of {multiple_of}, batch_rows {batch_rows}", "1 or more", "correct the setting")
+        raise ConfigError(f"multiple_of {multiple_of}, batch_rows {batch_rows}", "1 or more")
     too_long = [row for row, length in enumerate(lengths) if length > batch_tokens]
     if too_long:
         raise DataError(
@@ -63,9 +84,7 @@ def plan_batches(
             "raise batch_tokens, or lower the length limit of the data",
         )
     if len(lengths) < multiple_of:
-        raise DataError(
-            f"{len(lengths)} rows", f"at least {multiple_of}, one a rank and accumulation step", "give more rows"
-        )
+        raise DataError(f"{len(lengths)} rows", f"at least {multiple_of}, one for each rank and accumulation step")
     order = list(range(len(lengths)))
     generator = random.Random(f"{seed}/{epoch}")
     generator.shuffle(order)
@@ -80,16 +99,32 @@ def plan_batches(
             break
         batches[widest : widest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     generator.shuffle(batches)
-    whole = len(batches) - len(batches) % multiple_of
-    if whole < len(batches):
-        log.warning("epoch %d leaves out rows %s, which fill no step of %d", epoch, batches[whole:], multiple_of)
-    return batches[:whole]
+    planned = len(batches) - len(batches) % multiple_of
+    if planned < len(batches):
+        logger.warning("epoch %d leaves out rows %s, which fill no step of %d", epoch, batches[planned:], multiple_of)
+    return batches[:planned]
+
+
+def with_features(
+    conversations: Sequence[Conversation], source: FeatureSource, *, labels: Literal["text", "target"] = "text"
+) -> Batch:
+    """Conversations as a batch on the source's device.
+
+    labels: what the slots of a block are compared with (objective.labels). The target's own tokens come from an
+    OnlineFeatures with argmax=True only.
+    """
+    input_ids, loss_mask, lengths = (tensor.to(source.device) for tensor in collate(conversations))
+    ids = [conversation.id for conversation in conversations]
+    if labels == "text":
+        return Batch(input_ids, loss_mask, lengths, source(ids, input_ids, lengths), ids)
+    features, following = cast("OnlineFeatures", source).with_argmax(input_ids, lengths)
+    return Batch(
+        input_ids, loss_mask, lengths, features, ids, labels=torch.cat([input_ids[:, :1], following[:, :-1]], dim=1)
+    )
 
 
 def collate(conversations: Sequence[Conversation]) -> Padded:
     """Right-padded tensors of some rows; S is the length of the longest."""
-    import torch
-
     lengths = [len(conversation.input_ids) for conversation in conversations]
     input_ids = torch.full((len(lengths), max(lengths)), PADDING_ID, dtype=torch.long)
     loss_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
@@ -97,6 +132,38 @@ def collate(conversations: Sequence[Conversation]) -> Padded:
         input_ids[row, : lengths[row]] = torch.tensor(conversation.input_ids, dtype=torch.long)
         loss_mask[row, : lengths[row]] = torch.tensor(conversation.loss_mask, dtype=torch.bool)
     return Padded(input_ids, loss_mask, torch.tensor(lengths))
+
+
+def anchor_positions(loss_mask: Tensor) -> Tensor:
+    """[R, S] bool: where a block may start, that is where a token and the next one are both the answer's."""
+    follows = torch.zeros_like(loss_mask)
+    follows[:, :-1] = loss_mask[:, 1:]
+    return loss_mask & follows
+
+
+def anchor_generators(ids: Sequence[str], seed: int, epoch: int) -> list[torch.Generator]:
+    """One generator for each conversation, so that its anchors depend on seed, epoch and id alone."""
+    generators = []
+    for id in ids:
+        digest = hashlib.sha256(f"{seed}/{epoch}/{id}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1))
+    return generators
+
+
+def draw_anchors(loss_mask: Tensor, per_row: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Up to per_row anchors a row, uniform without replacement, sorted: positions [R, N], and which of them count.
+
+    generators: one for each row, on the CPU. What is drawn for a row depends on nothing else in its batch.
+    """
+    eligible = [row.nonzero()[:, 0] for row in anchor_positions(loss_mask.cpu())]
+    width = max(1, min(per_row, max(len(some) for some in eligible)))
+    anchors = torch.zeros(len(eligible), width, dtype=torch.long)
+    valid = torch.zeros(len(eligible), width, dtype=torch.bool)
+    for row, (some, generator) in enumerate(zip(eligible, generators, strict=True)):
+        chosen = some[torch.randperm(len(some), generator=generator)[:width]].sort().values
+        anchors[row, : len(chosen)] = chosen
+        valid[row, : len(chosen)] = True
+    return anchors.to(loss_mask.device), valid.to(loss_mask.device)
 
 
 def _packed(rows: Sequence[int], lengths: Sequence[int], batch_tokens: int, batch_rows: int) -> list[list[int]]:

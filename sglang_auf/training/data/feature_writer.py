@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sglang_auf import provenance
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.batching import plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_cache import require_origin
 from sglang_auf.training.data.feature_files import (
@@ -208,8 +208,7 @@ def _computed(conversations: Sequence[Conversation], source: OnlineFeatures, bat
     features = torch.empty(sum(lengths), source.width, dtype=source.dtype)
     places = features.split(lengths)
     for batch in plan_batches(lengths, batch_tokens=max(batch_tokens, *lengths), seed=0, epoch=0):
-        padded = collate([conversations[row] for row in batch])
-        states = source([conversations[row].id for row in batch], padded.input_ids, padded.lengths)
+        states = with_features([conversations[row] for row in batch], source).features
         for row, state in zip(batch, states, strict=True):
             places[row].copy_(state[: lengths[row]])
     return features

@@ -39,7 +39,9 @@ def find_target(name: str, revision: str | None = None) -> Path:
 
 
 class FeatureSource(Protocol):
-    """Where the trainer gets features from."""
+    """Where the trainer gets features from. device: where they are, and where input_ids and lengths may be."""
+
+    device: torch.device
 
     def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
         """[R, S, T * H] of R conversations in the target's dtype; zero at and after a row's length.
@@ -104,14 +106,14 @@ class OnlineFeatures(FrozenTarget):
         device: str = "cpu",
         argmax: bool = False,
     ) -> None:
-        """layer_ids: 0-based, ascending. argmax: keep also the layers after the last tap, which target_argmax needs.
+        """layer_ids: 0-based, ascending. argmax: keep also the layers after the last tap, which with_argmax needs.
 
         Raises ConfigError for layers that cannot be tapped; otherwise as FrozenTarget.
         """
         self.layer_ids = tuple(layer_ids)
         check_taps(self.layer_ids, TargetFacts.of(Path(directory)))
         super().__init__(directory, layers=None if argmax else self.layer_ids[-1] + 1, dtype=dtype, device=device)
-        self._whole = argmax
+        self._has_all_layers = argmax
 
     @property
     def width(self) -> int:
@@ -125,16 +127,12 @@ class OnlineFeatures(FrozenTarget):
             features[row, : len(tapped)] = tapped
         return features
 
-    def target_argmax(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """[R, S] int64: at position t the token that the target would put at t + 1; 0 at and after a row's length.
-
-        Of equal logits, in the target's dtype, the first counts.
-        """
-        return self.with_argmax(input_ids, lengths)[1]
-
     def with_argmax(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The features and `target_argmax` from one forward."""
-        assert self._whole, "target_argmax needs OnlineFeatures(..., argmax=True)"
+        """The features, and [R, S] int64: at position t the token that the target would put at t + 1.
+
+        It is 0 at and after a row's length. Of equal logits, in the target's dtype, the first counts.
+        """
+        assert self._has_all_layers, "with_argmax needs OnlineFeatures(..., argmax=True)"
         features = self._blank(input_ids)
         argmax = torch.zeros(input_ids.shape, dtype=torch.long, device=self.device)
         for row, (tapped, last) in enumerate(self._rows(input_ids, lengths)):

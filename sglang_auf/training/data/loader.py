@@ -1,19 +1,25 @@
-"""The conversations of a run, and which of them are trained on in which step."""
+"""The data of a run: its conversations, which of them are trained on in which step, and their batches."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sglang_auf.errors import ConfigError, TrainingError
-from sglang_auf.training.data.batching import plan_batches
+from sglang_auf.errors import ConfigError
+from sglang_auf.settings import enable_thinking
+from sglang_auf.training.data.batching import Batch, anchor_generators, draw_anchors, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
+from sglang_auf.training.data.feature_cache import CachedFeatures
+from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.recipe import Recipe
+
+ONLINE = "online"
+DTYPE_OF_PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
         AutoTokenizer.from_pretrained(target),
         max_length=settings.max_length,
         min_answer_tokens=recipe.min_answer_tokens,
-        thinking=None if settings.thinking is None else settings.thinking == "on",
+        thinking=enable_thinking(settings.thinking),
         overlong=settings.overlong,
         vocab_size=vocab_size,
         split=settings.split,
@@ -91,23 +97,43 @@ class Plan:
             epoch=len(self._epochs),
             multiple_of=batch.micro_batches,
         )
-        if not planned:
-            raise TrainingError(
-                f"{len(self._lengths)} conversations, which fill no step of {batch.micro_batches} micro-batches",
-                "more conversations than that",
-                "give more data, or lower batch.micro_batches",
-            )
         self._epochs.append(planned)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(planned) // batch.micro_batches)
 
 
-def anchor_generators(ids: Sequence[str], seed: int, epoch: int) -> list[torch.Generator]:
-    """One generator a conversation, so that its anchors depend on nothing but seed, epoch and id.
+class BatchMaker:
+    """Batches of one run, on one device. target: the frozen one, for its embedding and head."""
 
-    Arms of an ablation see the same anchors, on any number of ranks, resumed or not.
-    """
-    generators = []
-    for id in ids:
-        digest = hashlib.sha256(f"{seed}/{epoch}/{id}".encode()).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1))
-    return generators
+    def __init__(self, recipe: Recipe, target: Path, device: torch.device) -> None:
+        """Raises ConfigError, TargetError or DataError where target or cache are not what the recipe needs."""
+        self._recipe = recipe
+        labels, layers = recipe.objective.labels, recipe.drafter.target_layer_ids
+        dtype = DTYPE_OF_PRECISION[recipe.precision]
+        self.target: FrozenTarget
+        self._features: FeatureSource
+        if recipe.features == ONLINE:
+            online = OnlineFeatures(target, layers, dtype=dtype, device=str(device), argmax=labels == "target")
+            self.target = self._features = online
+            return
+        if labels == "target":
+            raise ConfigError(
+                "objective.labels target with features from a cache",
+                "features online, which come with the target's own tokens",
+                "--set features=online, or --set objective.labels=text",
+            )
+        self._features = CachedFeatures(recipe.features, target, layers, dtype=dtype, device=str(device))
+        self.target = FrozenTarget(target, layers=0, dtype=dtype, device=str(device))
+
+    def require(self, conversations: Sequence[Conversation]) -> None:
+        """Raises DataError where the cache lacks the features of one of them."""
+        if isinstance(self._features, CachedFeatures):
+            self._features.require(conversations)
+
+    def batch(self, conversations: Sequence[Conversation]) -> Batch:
+        return with_features(conversations, self._features, labels=self._recipe.objective.labels)
+
+    def with_anchors(self, conversations: Sequence[Conversation], epoch: int) -> tuple[Batch, Tensor, Tensor]:
+        """A batch, its anchors [R, N] of this epoch, and which of them count."""
+        batch = self.batch(conversations)
+        generators = anchor_generators(batch.ids, self._recipe.seed, epoch)
+        return batch, *draw_anchors(batch.loss_mask, self._recipe.batch.anchors_per_row, generators)

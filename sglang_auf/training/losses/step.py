@@ -14,28 +14,13 @@ from torch import Tensor, nn
 
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import correction_inputs
+from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
 
 # Rows of logits that exist at one time. On a CPU about what stays in the caches.
 CHUNK = {"cpu": 256}
 DEFAULT_CHUNK = 1024
-
-
-@dataclass(slots=True)
-class Batch:
-    """R conversations, right padded to S tokens.
-
-    input_ids [R, S]; loss_mask [R, S] bool, True where a token is the answer's; lengths [R]; features [R, S, taps * H];
-    ids: of the conversations, for messages; labels [R, S]: what position t should be drafted as, None for the text's.
-    """
-
-    input_ids: Tensor
-    loss_mask: Tensor
-    lengths: Tensor
-    features: Tensor
-    ids: list[str]
-    labels: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -51,29 +36,6 @@ class Terms:
     metrics: dict[str, Tensor]
 
 
-def anchor_positions(loss_mask: Tensor) -> Tensor:
-    """[R, S] bool: where a block may start, the anchor and the first drafted token both being the answer's."""
-    follows = torch.zeros_like(loss_mask)
-    follows[:, :-1] = loss_mask[:, 1:]
-    return loss_mask & follows
-
-
-def draw_anchors(loss_mask: Tensor, per_row: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Up to per_row anchors a row, uniform without replacement, sorted: positions [R, N], and which of them count.
-
-    One generator a row (on the CPU): what is drawn for a conversation depends on nothing else in its batch.
-    """
-    eligible = [row.nonzero()[:, 0] for row in anchor_positions(loss_mask.cpu())]
-    width = max(1, min(per_row, max(len(some) for some in eligible)))
-    anchors = torch.zeros(len(eligible), width, dtype=torch.long)
-    valid = torch.zeros(len(eligible), width, dtype=torch.bool)
-    for row, (some, generator) in enumerate(zip(eligible, generators, strict=True)):
-        chosen = some[torch.randperm(len(some), generator=generator)[:width]].sort().values
-        anchors[row, : len(chosen)] = chosen
-        valid[row, : len(chosen)] = True
-    return anchors.to(loss_mask.device), valid.to(loss_mask.device)
-
-
 class TrainingStep(nn.Module):  # type: ignore[misc]
     """The drafter with the target's frozen tables around it. embedding, head [V, H]."""
 
@@ -86,10 +48,6 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         self.settings = settings
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         self.register_buffer("head", head.detach(), persistent=False)
-        domino = drafter.config.head == "domino"
-        known = DOMINO_OBJECTIVES if domino else OBJECTIVES
-        if settings.name not in known:
-            raise ValueError(f"objective {settings.name!r} for a {drafter.config.head} drafter: {', '.join(known)}")
 
     def forward(
         self, batch: Batch, anchors: Tensor, valid: Tensor, progress: float = 0.0, diagnostics: bool = False

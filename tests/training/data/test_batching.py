@@ -1,4 +1,4 @@
-"""Batches: every row once, little padding, the same order in every arm, and the same rest after a resume."""
+"""Batches and anchors: every row once, little padding, the same in every arm, and the same rest after a resume."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import random
 from itertools import chain
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.batching import collate, plan_batches
+from sglang_auf.training.data.batching import anchor_generators, anchor_positions, collate, draw_anchors, plan_batches
 from sglang_auf.training.data.conversations import Conversation
 
 GENERATOR = random.Random(0)
@@ -104,3 +105,80 @@ def test_collate_pads_on_the_right() -> None:
     assert padded.lengths.tolist() == [2, 4]
     assert str(padded.input_ids.dtype) == "torch.int64"
     assert str(padded.loss_mask.dtype) == "torch.bool"
+
+
+# --- anchors ---
+
+
+def answers(*rows: str) -> torch.Tensor:
+    """loss_mask from strings: 'a' a token of an answer, anything else not."""
+    width = max(map(len, rows))
+    return torch.tensor([[sign == "a" for sign in row.ljust(width)] for row in rows])
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_an_anchor_and_the_token_after_it_are_both_the_answers() -> None:
+    found = anchor_positions(answers("uuaaaauaauau", "aaaaaaaaaaaa"))
+    assert found[0].nonzero()[:, 0].tolist() == [2, 3, 4, 7]
+    assert found[1].nonzero()[:, 0].tolist() == list(range(11))
+
+
+def test_all_eligible_anchors_are_drawn_when_there_is_room() -> None:
+    anchors, valid = draw_anchors(answers("uuaaaauaauau", "uuuuuuuuuaaa", "uuuuuuuuuuua"), 10, generators(0, 1, 2))
+    assert [row[ok].tolist() for row, ok in zip(anchors, valid, strict=True)] == [[2, 3, 4, 7], [9, 10], []]
+    assert anchors.shape == valid.shape == (3, 4)
+
+
+@given(data=st.data())
+def test_anchors_are_eligible_sorted_and_different(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.text("ua", min_size=2, max_size=12), min_size=1, max_size=4))
+    per_row = data.draw(st.integers(1, 8))
+    mask = answers(*rows)
+    anchors, valid = draw_anchors(mask, per_row, generators(*range(len(rows))))
+    eligible = anchor_positions(mask)
+    for row in range(len(rows)):
+        drawn = anchors[row][valid[row]].tolist()
+        assert drawn == sorted(set(drawn))
+        assert all(eligible[row, anchor] for anchor in drawn)
+        assert len(drawn) == min(per_row, int(eligible[row].sum()))
+    assert anchors.shape[1] <= per_row
+    assert anchors.max() < mask.shape[1]
+
+
+def test_what_a_conversation_draws_does_not_depend_on_its_company() -> None:
+    row = "uuaaaaaaaauu"
+    alone, ok = draw_anchors(answers(row), 3, generators(7))
+    for others in (["ua"], ["aaaaaaaaaaaaaaaaaaaa", "uuuuaa"], ["u", "u"]):
+        anchors, valid = draw_anchors(answers(*others, row), 3, generators(*range(len(others)), 7))
+        assert anchors[-1][valid[-1]].tolist() == alone[ok].tolist()
+
+
+def test_a_generator_draws_anew_each_time_and_the_same_from_the_same_seed() -> None:
+    mask = answers("u" + "a" * 40)
+    generator = torch.Generator().manual_seed(3)
+    epochs = [draw_anchors(mask, 5, [generator])[0].tolist() for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert draw_anchors(mask, 5, generators(3))[0].tolist() == epochs[0]
+
+
+def test_every_anchor_is_as_likely_as_another() -> None:
+    mask = answers("uaaaaaaa")  # 1..6
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(8)
+    for _ in range(900):
+        counts[draw_anchors(mask, 2, [generator])[0][0]] += 1
+    assert counts[[0, 7]].tolist() == [0, 0]
+    assert (counts[1:7] - 300).abs().max() < 60, "four standard deviations"
+
+
+def test_anchors_are_drawn_by_seed_epoch_and_id() -> None:
+    def draws(ids: list[str], seed: int = 1, epoch: int = 0) -> list[list[int]]:
+        return [torch.randperm(50, generator=each).tolist() for each in anchor_generators(ids, seed, epoch)]
+
+    both = draws(["a", "b"])
+    assert draws(["b", "c", "a"])[::2] == both[::-1]
+    assert both[0] != both[1]
+    assert draws(["a"], seed=2) != both[:1] and draws(["a"], epoch=1) != both[:1]

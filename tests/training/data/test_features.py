@@ -132,7 +132,6 @@ def test_argmax_is_the_target_s_own_next_token(target: Path, monkeypatch: pytest
     for row, length in enumerate(LENGTHS):
         assert torch.equal(argmax[row, :length], expected[row, :length])
         assert not argmax[row, length:].any()
-    assert torch.equal(source.target_argmax(input_ids, lengths), argmax)
     assert torch.equal(features, OnlineFeatures(target, TAPS, dtype="float32")(ids, input_ids, lengths))
 
 

@@ -1,17 +1,27 @@
-"""Which conversations are trained on when, and with which anchors."""
+"""Which conversations are trained on when; their batches with features, labels and anchors."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_auf.errors import DataError
+from sglang_auf.training.data.batching import anchor_positions
 from sglang_auf.training.data.conversations import Conversation
-from sglang_auf.training.data.loader import Plan, anchor_generators
-from tests.support.training_runs import tiny_recipe
+from sglang_auf.training.data.feature_writer import write_cache
+from sglang_auf.training.data.features import OnlineFeatures
+from sglang_auf.training.data.loader import BatchMaker, Plan
+from sglang_auf.training.recipe import Recipe
+from tests.support.training_runs import tiny_recipe, write_models
+
+CPU = torch.device("cpu")
+CHATS = [
+    Conversation(f"chat-{n}", [7, 8, *range(9, 20 + n)], [False] * 2 + [True] * (11 + n)) for n in range(4)
+]  # fmt: skip
 
 
 def conversations(count: int) -> list[Conversation]:
@@ -56,11 +66,55 @@ def test_too_few_conversations_for_a_step() -> None:
         plan(3)
 
 
-def test_anchors_are_drawn_by_seed_epoch_and_id() -> None:
-    def draws(ids: list[str], seed: int = 1, epoch: int = 0) -> list[list[int]]:
-        return [torch.randperm(50, generator=each).tolist() for each in anchor_generators(ids, seed, epoch)]
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return write_models(tmp_path_factory.mktemp("models"))
 
-    both = draws(["a", "b"])
-    assert draws(["b", "c", "a"])[::2] == both[::-1]
-    assert both[0] != both[1]
-    assert draws(["a"], seed=2) != both[:1] and draws(["a"], epoch=1) != both[:1]
+
+def maker(recipe: Recipe) -> BatchMaker:
+    return BatchMaker(recipe, Path(recipe.target), CPU)
+
+
+def test_labels_of_the_target_are_what_it_would_put_at_each_place(models: tuple[str, str]) -> None:
+    recipe = tiny_recipe(*models, objective={"name": "auf", "labels": "target"})
+    batch = maker(recipe).batch(CHATS)
+    target = OnlineFeatures(models[0], (1, 3), dtype="float32", argmax=True)
+    _, following = target.with_argmax(batch.input_ids, batch.lengths)
+    assert batch.labels is not None and batch.labels.shape == batch.input_ids.shape
+    for row, length in enumerate(batch.lengths.tolist()):
+        assert torch.equal(batch.labels[row, 1:length], following[row, : length - 1])
+    assert torch.equal(batch.features, target(batch.ids, batch.input_ids, batch.lengths))
+    assert maker(tiny_recipe(*models)).batch(CHATS).labels is None
+
+
+def test_precision_is_that_of_features_and_tables(models: tuple[str, str]) -> None:
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        made = maker(tiny_recipe(*models, precision=precision))
+        assert made.batch(CHATS[:1]).features.dtype == made.target.embedding.dtype == made.target.head.dtype == dtype
+
+
+def test_anchors_do_not_depend_on_the_batch(models: tuple[str, str]) -> None:
+    made = maker(tiny_recipe(*models))
+
+    def anchors(chats: list[Conversation], epoch: int) -> dict[str, list[int]]:
+        batch, places, valid = made.with_anchors(chats, epoch)
+        assert bool(anchor_positions(batch.loss_mask).gather(1, places)[valid].all())
+        return {name: row[ok].tolist() for name, row, ok in zip(batch.ids, places, valid, strict=True)}
+
+    together = anchors(CHATS, 0)
+    assert all(len(places) == 3 for places in together.values())
+    for chat in CHATS:
+        assert anchors([chat], 0) == {chat.id: together[chat.id]}
+    assert anchors(CHATS, 1) != together
+
+
+def test_features_from_a_cache_are_the_online_ones(models: tuple[str, str], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*models)
+    write_cache(CHATS, OnlineFeatures(models[0], (1, 3), dtype="float32"), tmp_path / "cache")
+    cached = maker(recipe.model_copy(update={"features": str(tmp_path / "cache")}))
+    online = maker(recipe)
+    assert torch.equal(cached.batch(CHATS).features, online.batch(CHATS).features)
+    assert torch.equal(cached.target.head, online.target.head)
+    with pytest.raises(DataError, match="stranger"):
+        cached.require([*CHATS, Conversation("stranger", [5, 6, 7], [True] * 3)])
+    cached.require(CHATS)

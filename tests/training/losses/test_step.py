@@ -1,4 +1,4 @@
-"""One micro-batch: anchors, labels, what each arm adds up, and the counts, against plain ones block by block."""
+"""One micro-batch: labels, what each arm adds up, and the counts, against plain ones block by block."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import PrefixGRU
+from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses import step as step_module
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
-from sglang_auf.training.losses.step import Batch, Terms, TrainingStep, anchor_positions, draw_anchors
+from sglang_auf.training.losses.step import Terms, TrainingStep
 from tests.reference.credit_reference import credits
 from tests.support.tiny_models import drafter_config
 
@@ -44,63 +43,6 @@ def answers(*rows: str) -> torch.Tensor:
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-# --- anchors ---
-
-
-def test_an_anchor_and_the_token_after_it_are_both_the_answers() -> None:
-    found = anchor_positions(answers("uuaaaauaauau", "aaaaaaaaaaaa"))
-    assert found[0].nonzero()[:, 0].tolist() == [2, 3, 4, 7]
-    assert found[1].nonzero()[:, 0].tolist() == list(range(11))
-
-
-def test_all_eligible_anchors_are_drawn_when_there_is_room() -> None:
-    anchors, valid = draw_anchors(answers("uuaaaauaauau", "uuuuuuuuuaaa", "uuuuuuuuuuua"), 10, generators(0, 1, 2))
-    assert [row[ok].tolist() for row, ok in zip(anchors, valid, strict=True)] == [[2, 3, 4, 7], [9, 10], []]
-    assert anchors.shape == valid.shape == (3, 4)
-
-
-@given(data=st.data())
-def test_anchors_are_eligible_sorted_and_different(data: st.DataObject) -> None:
-    rows = data.draw(st.lists(st.text("ua", min_size=2, max_size=12), min_size=1, max_size=4))
-    per_row = data.draw(st.integers(1, 8))
-    mask = answers(*rows)
-    anchors, valid = draw_anchors(mask, per_row, generators(*range(len(rows))))
-    eligible = anchor_positions(mask)
-    for row in range(len(rows)):
-        drawn = anchors[row][valid[row]].tolist()
-        assert drawn == sorted(set(drawn))
-        assert all(eligible[row, anchor] for anchor in drawn)
-        assert len(drawn) == min(per_row, int(eligible[row].sum()))
-    assert anchors.shape[1] <= per_row
-    assert anchors.max() < mask.shape[1]
-
-
-def test_what_a_conversation_draws_does_not_depend_on_its_company() -> None:
-    row = "uuaaaaaaaauu"
-    alone, ok = draw_anchors(answers(row), 3, generators(7))
-    for others in (["ua"], ["aaaaaaaaaaaaaaaaaaaa", "uuuuaa"], ["u", "u"]):
-        anchors, valid = draw_anchors(answers(*others, row), 3, generators(*range(len(others)), 7))
-        assert anchors[-1][valid[-1]].tolist() == alone[ok].tolist()
-
-
-def test_a_generator_draws_anew_each_time_and_the_same_from_the_same_seed() -> None:
-    mask = answers("u" + "a" * 40)
-    generator = torch.Generator().manual_seed(3)
-    epochs = [draw_anchors(mask, 5, [generator])[0].tolist() for _ in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert draw_anchors(mask, 5, generators(3))[0].tolist() == epochs[0]
-
-
-def test_every_anchor_is_as_likely_as_another() -> None:
-    mask = answers("uaaaaaaa")  # 1..6
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(8)
-    for _ in range(900):
-        counts[draw_anchors(mask, 2, [generator])[0][0]] += 1
-    assert counts[[0, 7]].tolist() == [0, 0]
-    assert (counts[1:7] - 300).abs().max() < 60, "four standard deviations"
 
 
 # --- which token a slot is compared with ---
@@ -576,12 +518,6 @@ def test_the_tables_are_frozen_and_not_part_of_a_checkpoint() -> None:
     assert [name for name, _ in step.named_parameters() if not name.startswith("drafter.")] == []
     step(setting.batch, setting.anchors, setting.valid).numerators.sum().backward()
     assert setting.embedding.grad is None
-
-
-@pytest.mark.parametrize(("head", "name"), [("dflash", "b-auf"), ("domino", "auf")])
-def test_an_objective_of_the_other_head_is_refused(head: str, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}' for a {head} drafter"):
-        make_setting(head).step(name)
 
 
 def test_lambda_follows_the_progress_of_training() -> None:
