@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -225,59 +224,33 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    import torch
-    from transformers import AutoTokenizer
-
-    from sglang_auf.training.data.conversations import load_conversations
-    from sglang_auf.training.data.feature_writer import write_cache
-    from sglang_auf.training.data.features import OnlineFeatures, find_target
+    from sglang_auf.training.data.feature_writer import cache_features
 
     try:
         layers = [int(layer) for layer in options.layers.split(",")]
     except ValueError:
         raise ConfigError(f"--layers {options.layers}", "numbers with commas between", "--layers 1,14,27") from None
-    target = find_target(options.target)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = OnlineFeatures(target, layers, dtype=options.dtype, device=device)
-    loaded = load_conversations(
+    manifest = cache_features(
         options.data,
-        AutoTokenizer.from_pretrained(target),
+        options.target,
+        layers,
+        options.out,
         max_length=options.max_length,
-        min_answer_tokens=1,
-        thinking=None if options.thinking is None else options.thinking == "on",
         overlong=options.overlong,
-        vocab_size=source.vocab_size,
+        thinking=options.thinking,
         split=options.split,
+        dtype=options.dtype,
+        device=options.device,
     )
-    manifest = write_cache(loaded.conversations, source, options.out)
     print(f"{options.out}: features of {len(manifest.ids)} conversations, {sum(manifest.lengths)} tokens")
     return 0
 
 
 def _draft_vocabulary(options: argparse.Namespace) -> int:
-    from transformers import AutoTokenizer
-
     from sglang_auf.checkpoints import draft_vocabulary
-    from sglang_auf.checkpoints.card import load_card
-    from sglang_auf.checkpoints.weights import size
-    from sglang_auf.errors import CardError
-    from sglang_auf.files import read_json
-    from sglang_auf.training.data.conversations import load_conversations
-    from sglang_auf.training.data.features import find_target
+    from sglang_auf.training.data.frequent_tokens import frequent_tokens
 
-    card, config = load_card(options.drafter), read_json(options.drafter / "config.json", CardError)
-    conversations = load_conversations(
-        options.data,
-        AutoTokenizer.from_pretrained(find_target(options.target)),
-        max_length=size(config, "max_position_embeddings"),
-        min_answer_tokens=1,
-        thinking=None if card.thinking is None else card.thinking == "on",
-        vocab_size=size(config, "vocab_size"),
-        split=options.split,
-    ).conversations
-    answers = (compress(conversation.input_ids, conversation.loss_mask) for conversation in conversations)
-    vocabulary = draft_vocabulary.most_frequent(answers, options.size)
-    draft_vocabulary.check(vocabulary, config)
+    vocabulary = frequent_tokens(options.drafter, options.target, options.data, options.size, split=options.split)
     file = draft_vocabulary.write(vocabulary, options.drafter, force=options.force)
     print(f"{file}: {len(vocabulary.tokens)} tokens, which are {vocabulary.coverage:.4%} of {vocabulary.answer_tokens}")
     return 0

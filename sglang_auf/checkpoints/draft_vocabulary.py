@@ -9,8 +9,7 @@ answer changes. A draft that the list rules out costs accepted tokens; what is l
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, f
 
 from sglang_auf.checkpoints.weights import head_of, size
 from sglang_auf.errors import CardError, ConfigError
-from sglang_auf.files import read_json
+from sglang_auf.files import read_json, write_whole
 
 FILE = "draft_vocabulary.json"
 """Beside the drafter's weights."""
@@ -85,42 +84,16 @@ def check(vocabulary: DraftVocabulary, config: Mapping[str, Any]) -> None:
         )
 
 
-def most_frequent(answers: Iterable[Iterable[int]], count: int) -> DraftVocabulary:
-    """The `count` tokens that the answers hold most often; of equally frequent ones the lower ids.
-
-    Fewer where the answers have fewer. Raises ConfigError where there is nothing to count.
-    """
-    seen: Counter[int] = Counter()
-    for answer in answers:
-        seen.update(answer)
-    if count < 1 or not seen:
-        raise ConfigError(
-            f"{count} of {len(seen)} distinct tokens",
-            "1 or more, and answers that hold some",
-            "give another --size, or other --data",
-        )
-    chosen = sorted(seen, key=lambda token: (-seen[token], token))[:count]
-    return DraftVocabulary(
-        coverage=sum(seen[token] for token in chosen) / seen.total(),
-        answer_tokens=seen.total(),
-        tokens=tuple(sorted(chosen)),
-    )
-
-
 def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) -> Path:
     """Write the list beside the weights, whole or not at all.
 
     Raises ConfigError where there is one and not `force`, and where it cannot be written.
     """
-    from sglang_auf.training.data.feature_files import (
-        write_whole,  # torch: nothing that a server's start should wait for
-    )
-
     file = drafter / FILE
     if file.exists() and not force:
         raise ConfigError(f"{file} exists", "a drafter without one", "give --force to replace it")
     try:
-        write_whole(file, (vocabulary.model_dump_json() + "\n").encode())
+        write_whole(file, vocabulary.model_dump_json() + "\n")
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", "a directory to write to", "make room, or mend it") from error
     return file

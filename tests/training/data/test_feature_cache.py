@@ -18,10 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_auf import cli
 from sglang_auf.errors import AufError, ConfigError, DataError
-from sglang_auf.training.data import feature_files
 from sglang_auf.training.data.batching import collate
 from sglang_auf.training.data.conversations import Conversation, load_conversations
-from sglang_auf.training.data.feature_cache import CachedFeatures
+from sglang_auf.training.data.feature_cache import CachedFeatures, check_contents
 from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
 from tests.support.tiny_models import VOCABULARY, target_config, write_target
@@ -99,7 +98,8 @@ class Usage(NamedTuple):
 
 
 def shards_of(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.glob("shard-*"))
+    """Names of the shards, also of half-written ones."""
+    return sorted(path.name for path in directory.iterdir() if "shard-" in path.name)
 
 
 def batch(conversations: Sequence[Conversation], rows: Sequence[int]) -> tuple[list[str], Tensor, Tensor]:
@@ -160,8 +160,8 @@ def test_goes_on_after_a_kill(target: Path, finished: Path, conversations: list[
     with pytest.raises(Killed):
         dying = Counting(target, TAPS, dies_before="data/3")
         write_cache(conversations, dying, tmp_path, shard_bytes=SHARD_BYTES)
-    (tmp_path / "shard-00002.safetensors.writing").write_bytes(b"half a sh")
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in shards_of(tmp_path)[:2]}
+    (tmp_path / ".shard-00002.safetensors.writing-0a1b2c3d").write_bytes(b"half a sh")
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in shards_of(tmp_path)[1:]}
     with pytest.raises(DataError, match="lacks 2 of 4 shards") as caught:
         CachedFeatures(tmp_path, target, TAPS)
     assert "run `sglang-auf features` again" in caught.value.remedy
@@ -192,8 +192,10 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_shard(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(os, "fsync", dies)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # who was killed cleans nothing up
         write_cache(conversations, source, tmp_path, shard_bytes=SHARD_BYTES)
-    assert shards_of(tmp_path) == ["shard-00000.safetensors", "shard-00001.safetensors.writing"]
+    half, done = shards_of(tmp_path)
+    assert half.startswith(".shard-00001.safetensors.writing-") and done == "shard-00000.safetensors"
     write_cache(conversations, source, tmp_path, shard_bytes=SHARD_BYTES)
     assert len(shards_of(tmp_path)) == len(SHARDS)
     CachedFeatures(tmp_path, target, TAPS)(*batch(conversations, range(len(LENGTHS))))
@@ -215,7 +217,7 @@ def test_a_full_disk_leaves_finished_shards(
     assert "finished shards stay" in caught.value.remedy
     assert shards_of(tmp_path) == ["shard-00000.safetensors", "shard-00001.safetensors"]
     for shard in shards_of(tmp_path):
-        feature_files.check_contents(tmp_path / shard)
+        check_contents(tmp_path / shard)
     write_cache(conversations, source, tmp_path, shard_bytes=SHARD_BYTES)
     cached = CachedFeatures(tmp_path, target, TAPS)
     everything = batch(conversations, range(len(LENGTHS)))
