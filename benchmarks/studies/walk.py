@@ -1,9 +1,9 @@
 """Answers of a plain server, walked by a drafter as serving would walk them: tau at T=0 without a server.
 
-A greedy answer does not depend on the drafter, so one run of plain decoding gives the text that every drafter is walked
-over, prompt by prompt, to the same tau. What may differ from a served run: the target's features are transformers'
-here and SGLang's there, equal but for rounding; and the last step of an answer accepts no further than the text goes,
-where a server counts drafts that it accepted and then cut off.
+A greedy answer does not depend on the drafter, so one run of plain decoding gives the text for every drafter, and the
+walk over it gives the tau of a served run. Two things may differ. The target's features come from transformers here and
+from SGLang there, which round differently. And the last step of an answer accepts no draft past the end of the text,
+whereas a server counts drafts that it accepted and then cut off.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from sglang_auf.training.losses.step import TrainingStep
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Features of the answers under some taps."""
+    """The answers with their features under one set of tapped layers."""
 
     source: OnlineFeatures
     batches: list[tuple[list[Record], Batch]]
 
 
 class Walker:
-    """Walks drafters over the same answers; features are computed once for each set of tapped layers."""
+    """Walks drafters over the same answers. Features are computed once for each set of tapped layers."""
 
     def __init__(self, target: str, answers: Sequence[Record]) -> None:
-        """answers: of a plain run, greedy. Raises DataError where one has no token ids, or none is long enough."""
+        """answers: greedy ones of a plain run. Raises DataError where one has no token ids, or none is long enough."""
         self._target = find_target(target)
         self._answers = [record for record in answers if not record.failed and record.completion_tokens > 1]
         for record in self._answers:
@@ -50,12 +50,12 @@ class Walker:
                     "ask an SGLang server with `python -m benchmarks run --plain`",
                 )
         if not self._answers:
-            raise DataError("no answer of two tokens or more", "answers to walk", "ask the plain server first")
+            raise DataError("no answer of two tokens or more", "answers to walk")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._known: dict[tuple[int, ...], _Known] = {}
 
     def walk(self, drafter: Path) -> list[Record]:
-        """One record an answer, without times. Raises CardError for a broken drafter."""
+        """One record for each answer, without times. Raises CardError for a broken drafter."""
         model = load_drafter(drafter)
         known = self._features(model.config.target_layer_ids)
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")

@@ -1,9 +1,9 @@
-"""Held-out tau: the drafter walks answers it was not trained on as serving would walk them.
+"""Held-out tau: the drafter walks answers that it was not trained on, as serving would.
 
-The text is the target's own, so its next tokens stand in for verification. The first token of an answer is prefill's
-and the first anchor; a block drafted at anchor a is accepted up to its first token that differs from the text, A of
-them, and the next anchor is a + A + 1. Tau, alpha_k and the histogram are those of acceptance.py, one request an
-answer. Accuracy and loss, by which others choose checkpoints, stand beside them.
+The text is the target's own, so its next tokens stand in for verification. The first token of an answer comes from
+prefill and is the first anchor. Of a block drafted at anchor a the A tokens before the first that differs from the text
+are accepted, and the next anchor is a + A + 1. Tau, alpha_k and the histogram are those of acceptance.py, with one
+request for each answer. Accuracy and loss, by which others choose checkpoints, are computed too.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Blocks in one call of the drafter.
+# Blocks in one call of the drafter, by device.
 BLOCKS = {"cpu": 512}
 DEFAULT_BLOCKS = 2048
 
 BATCH_TOKENS = 4096
-"""Tokens of text at one time where no recipe says."""
+"""Padded tokens of a batch where there is no recipe."""
 
 SAMPLED = 16
-"""Blocks of a row on which accuracy and loss are taken."""
+"""Blocks of each row that accuracy and loss are computed on."""
 
 KEPT_BYTES = 2**31
-"""Features are kept between evaluations up to this size, and computed anew above it."""
+"""Features are kept between evaluations up to this size, and computed again above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class HeldOut:
     """What a drafter does on held-out answers.
 
     tau_macro: mean over answers. tau_micro, alpha (alpha_1..), histogram: over all their steps (acceptance.py).
-    answers: those with a verify step, which are two tokens long or more. accuracy: of all slots of sampled blocks,
-    given the text before the block (of a Domino drafter the base branch). loss: the objective's on these blocks, at
-    the end of its schedule.
+    answers: number of those with a verify step, which have two tokens or more. accuracy: over all slots of sampled
+    blocks, given the text before the block (Domino: of the base branch). loss: of the objective on these blocks, at the
+    end of its schedule.
     """
 
     tau_macro: float | None
@@ -76,11 +76,11 @@ def heldout_tau(
     precision: Literal["bf16", "fp32"] = "bf16",
     vocabulary: Tensor | None = None,
 ) -> HeldOut:
-    """Walk all answers of `batches`, which lie on the step's device. precision: the recipe's.
+    """Walk all answers of `batches`, which are on the step's device. precision: the recipe's.
 
     vocabulary [n]: ascending ids of the tokens that may be drafted, None for all; accuracy and loss are over all.
-    Equal weights give equal figures: no shared random generator is used. Gradients and train/eval modes stay as they
-    are (no module of a drafter depends on the mode).
+    Equal weights give equal figures, since no shared random generator is used. Gradients and train/eval modes do not
+    change (no module of a drafter depends on the mode).
     """
     answers: list[Acceptance] = []
     terms: list[Terms] = []
@@ -105,11 +105,11 @@ def heldout_tau(
 
 
 def accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | None = None) -> Tensor:
-    """[R, S] long: how many drafts a block starting at each position has accepted; 0 where none may start.
+    """[R, S] int64: the number of accepted drafts of a block that starts at each position; 0 where none may start.
 
-    At all anchors of an answer, though the walk stops at one in tau of them: the text is known, so they need not wait
-    for one another, and a few wide products cost less than many narrow ones (on a CPU half, at a tau of 2, even where
-    the walk step by step keeps the context's keys and values).
+    Drafts from every anchor at once, although the walk visits one in tau: the text is known, so blocks are independent,
+    and few large matmuls beat many small ones (half the time on a CPU at tau 2, compared with a walk that keeps the
+    keys and values of the context).
     """
     positions = anchor_positions(batch.loss_mask)
     widest = max(1, int(positions.sum(1).max()))
@@ -124,7 +124,7 @@ def accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | No
 
 
 def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Acceptance]:
-    """The acceptance of every answer: runs of True in loss_mask [R, S], with accepted [R, S] of accepted_by_anchor."""
+    """The acceptance of every answer, which is a run of True in loss_mask [R, S]. accepted: of accepted_by_anchor."""
     for mask, row in zip(loss_mask.tolist(), accepted.tolist(), strict=True):
         end = 0
         for is_answer, run in groupby(mask):
@@ -140,7 +140,7 @@ def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Accep
 
 
 def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor, vocabulary: Tensor | None) -> Tensor:
-    """Accepted drafts of each valid block [blocks], never past the end of the answer."""
+    """Number of accepted drafts of each valid block [blocks], none past the end of the answer."""
     hidden, tokens, inside = step.blocks(batch, anchors, valid)
     labels, mask = tokens[:, 1:], inside[:, 1:]
     if step.drafter.config.head == "dflash":
@@ -149,8 +149,8 @@ def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor, 
         place = torch.full((len(step.head),), -1, device=labels.device)  # no draft is -1
         place[vocabulary] = torch.arange(len(vocabulary), device=labels.device)
         return leading_matches(hidden[:, 1:], step.head[vocabulary], place[labels], mask, chunk=step.chunk)
-    # Serving feeds the GRU with what it drafted. As long as a block is accepted that is the text, and later slots do
-    # not count, so that the rollout and the GRU over the text accept the same.
+    # Serving feeds the GRU with its drafts. As long as drafts are accepted they equal the text, and later slots do not
+    # count, so a GRU over the text accepts the same.
     given = step.embedding[tokens[:, :-1]]
     projector = step.drafter.embed_proj
     states = F.pad(correction_inputs(step.drafter.prefix_gru, projector, hidden[:, 1:-1], given), (0, 0, 1, 0))
@@ -168,11 +168,11 @@ def _accuracy_and_loss(terms: list[Terms]) -> tuple[float, float]:
 def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None = None) -> HeldOut:
     """Walk a drafter's checkpoint through the answers in `data`, on the GPU if there is one.
 
-    drafter: directory or hub id. target: these, or a prepared target. data: file, folder or hub data set of rows with
-    answers. limit: so many conversations, those that a recipe with this data and data.held_out `limit` does not train
-    on; None: all. A draft vocabulary beside the weights is kept to, as a server keeps to it. The loss is that of all
-    slots alike (Domino: decayed, which it has no loss without). Raises CardError, TargetError, DataError or, for a
-    limit below 1, ConfigError.
+    drafter: directory or hub id. target: directory, hub id or prepared target. data: file, folder or hub data set of
+    rows with answers. limit: number of conversations, those that a recipe with this data and data.held_out `limit` does
+    not train on; None: all. As in serving, only tokens of a draft vocabulary beside the weights are drafted. The loss
+    has the same credit for all slots (Domino: decay, since it has no such objective). Raises CardError, TargetError,
+    DataError or, for a limit below 1, ConfigError.
     """
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -212,14 +212,14 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
 
 
 class HeldOutAnswers:
-    """The same answers, in the same batches, at every evaluation."""
+    """The held-out answers of a run, walked every so often: the same answers in the same batches each time."""
 
     def __init__(self, conversations: Sequence[Conversation], maker: BatchMaker, recipe: Recipe) -> None:
         self._conversations, self._maker, self._recipe = conversations, maker, recipe
         self._kept: list[Batch] = []
 
     def figures(self, step: TrainingStep) -> dict[str, float | None]:
-        """What the drafter does on them now; tau is the macro mean, by which the best checkpoint is chosen."""
+        """The drafter's figures on them now. tau is the macro mean, by which the best checkpoint is chosen."""
         found = heldout_tau(step, self._batches(), precision=self._recipe.precision)
         figures = {"tau": found.tau_macro, "tau_micro": found.tau_micro}
         figures |= {f"alpha_{k}": alpha for k, alpha in enumerate(found.alpha, start=1)}

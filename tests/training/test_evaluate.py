@@ -28,7 +28,7 @@ from tests.support.training_runs import tiny_recipe, write_models
 
 VOCABULARY = 5
 MASK = 4
-"""Texts are of the four tokens below it: one draft in four is right by chance, so that blocks of all lengths occur."""
+"""Texts hold the four tokens below it. One draft in four is right by chance, so that all acceptance lengths occur."""
 
 
 def config(block_size: int, head: str = "dflash", hidden: int = 32) -> DrafterConfig:
@@ -69,7 +69,7 @@ def random_step(block_size: int, head: str) -> TrainingStep:
 
 
 def make_batch(masks: list[str], features: int) -> Batch:
-    """One row a string, "A" for an answer's token, anything else for other text."""
+    """One string for each row: "A" is a token of an answer, anything else is other text."""
     generator = torch.Generator().manual_seed(3)
     longest = max(map(len, masks))
     loss_mask = torch.tensor([[letter == "A" for letter in mask.ljust(longest, ".")] for mask in masks])
@@ -163,7 +163,7 @@ def test_equals_a_walk_one_block_at_a_time(head: str, block_size: int, monkeypat
 
 
 def test_domino_correction_matters() -> None:
-    """Else the walk above would pass without one."""
+    """Otherwise the walk above would pass without it."""
     step, batch = random_step(4, "domino"), make_batch(ROWS, 64)
     corrected = heldout_tau(step, [batch], precision="fp32").histogram
     torch.nn.init.zeros_(step.drafter.embed_proj[2].weight)
@@ -171,7 +171,7 @@ def test_domino_correction_matters() -> None:
 
 
 class Oracle(Drafter):
-    """Drafts the text itself, which lies one-hot in the features it is not meant to look at; or never the text."""
+    """Drafts the text itself, which is one-hot in the features past the anchor; or, if not `right`, never the text."""
 
     def __init__(self, block_size: int, right: bool) -> None:
         super().__init__(config(block_size, hidden=VOCABULARY))
@@ -213,7 +213,7 @@ def test_useless_drafter_has_tau_one() -> None:
 )
 @pytest.mark.parametrize("rest", ["", "uuuuuu", "uAAAAAA"], ids=["row ends", "text follows", "answer follows"])
 def test_nothing_is_accepted_past_the_end_of_an_answer(tokens: int, histogram: tuple[int, ...], rest: str) -> None:
-    """The oracle knows what follows too. A last step of fewer than B tokens is cut, as a stop cuts one in serving."""
+    """The oracle also knows what follows. A last step of fewer than B tokens is cut, as serving cuts one at a stop."""
     found = oracle(4, "u" + "A" * tokens + rest)
     following = (0, 1, 0, 1) if "A" in rest else (0, 0, 0, 0)
     assert found.histogram == tuple(a + b for a, b in zip(histogram, following, strict=True))

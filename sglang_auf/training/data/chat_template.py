@@ -1,8 +1,8 @@
-"""Where the answers lie in a conversation that a tokenizer's own chat template has written.
+"""Find the answers in a conversation that is rendered by a tokenizer's own chat template.
 
-Templates do not say where an answer begins and ends, and some write it differently as the conversation goes on: Qwen3
-puts an empty think block before the last answer and none before earlier ones. So a conversation is rendered as serving
-renders it at each of its turns, and every border is checked: as text, and as tokens.
+Templates do not say where an answer begins and ends, and some write an answer differently once the conversation goes
+on: Qwen3 puts an empty think block before the last answer and none before earlier ones. So a conversation is rendered
+as serving renders it at each of its turns, and every border is checked, both in the text and in the tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Span:
 
 
 class ChatTemplate:
-    """The template of a tokenizer in one thinking mode (None: as the template does by itself)."""
+    """The template of a tokenizer in one thinking mode (None: the template's own default)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> None:
         self._tokenizer = tokenizer
@@ -36,7 +36,7 @@ class ChatTemplate:
         switches = [{"enable_thinking": mode} for mode in (True, False)] if _knows_thinking(tokenizer) else []
         mode = {} if thinking is None or not switches else {"enable_thinking": thinking}
         self._modes = [mode, *(switch for switch in switches if switch != mode)]
-        """The mode of the rows comes first; the others tell how a header may be written in an earlier turn."""
+        """The mode of the rows comes first; the others are ways in which an earlier turn's header may be written."""
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
         """Token ids of a conversation that ends with an answer, and the span of every answer in it. Raises BadRow."""
@@ -46,15 +46,15 @@ class ChatTemplate:
         return self._locate(text, messages, _answers(messages))
 
     def encode_prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
-        """The same for a conversation up to the beginning of its next answer, as a server gets it."""
+        """The same for a conversation that ends where its next answer begins, as a server gets it."""
         return self._locate(self._prompt(messages), messages, _answers(messages))
 
     def user_turn(self) -> tuple[list[int], int]:
-        """Token ids of a conversation up to where its first user would begin to speak, and the token after. BadRow."""
-        said = "q7zxv"  # in no template
+        """Token ids before the first user message, and the first token after that message. Raises BadRow."""
+        said = "q7zxv"  # a text that no template holds
         opening, *rest = self._render([{"role": "user", "content": said}]).split(said)
         if len(rest) != 1 or not opening or not rest[0]:
-            raise BadRow("the chat template does not write what a user says between something and something")
+            raise BadRow("the chat template puts no text before and after a user message")
         ids, after = self._tokens([opening, rest[0]])
         return ids, after[0]
 
@@ -71,7 +71,7 @@ class ChatTemplate:
         return ids, [self._span(ids, *places[k : k + 2]) for k in range(0, len(places), 2)]
 
     def _borders(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int]:
-        """Where answer `index` begins in text, and where what the template writes after it ends; in characters."""
+        """Characters of `text` where answer `index` begins, and where what the template adds after it ends."""
         headers = [self._render(messages[:index], mode, add_generation_prompt=True) for mode in self._modes]
         alone = self._render(messages[: index + 1])
         start = _longest_beginning(text, headers)
@@ -81,7 +81,7 @@ class ChatTemplate:
         return start, start + len(answer)
 
     def _span(self, ids: Sequence[int], start: int, end: int) -> Span:
-        """The end-of-turn token is the last special one; what follows it, a newline, is the template's alone."""
+        """The end-of-turn token is the last special one. A newline after it is the template's."""
         special = next((k for k in reversed(range(start, end)) if ids[k] in self._special), None)
         return Span(start, end if special is None else special + 1, special is not None)
 
@@ -105,7 +105,7 @@ class ChatTemplate:
         return text
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Each text once, since the last answer mostly ends where the whole does."""
+        """Token ids of each text. Some are equal, as the last answer mostly ends with the conversation."""
         unique = list(dict.fromkeys(texts))
         ids = dict(zip(unique, self._tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
         return [ids[text] for text in texts]

@@ -1,11 +1,11 @@
-"""Training text: chat rows as token ids, with a mask on what the target would have had to say.
+"""Training text: chat rows as token ids, with a mask on the tokens that the target generated.
 
 The loss is on the answers of all turns, each with its end-of-turn token, and on nothing else: not on prompts, role
 headers, an empty think block, or what the template writes after the end of a turn. An answer that was cut at a token
-limit (finish_reason "length") has no end of turn of its own, and the template's is not taken for one.
+limit (finish_reason "length") did not end its turn, so the template's end-of-turn token is not part of it.
 
-Rows with `prompt_ids` and `response_ids` are those tokens; they are not rendered again. Every row that cannot be used
-is counted and named with the reason.
+Rows with `prompt_ids` and `response_ids` are used as these tokens and are not rendered again. Every row that cannot be
+used is counted and named with the reason.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.chat_template import ChatTemplate, Span
-from sglang_auf.training.data.rows import BadRow, Message, Row, Source, grouped, messages_of, named, read_rows
+from sglang_auf.training.data.rows import BadRow, ChatRow, Message, Source, grouped, messages_of, named, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Token ids of one row and, of the same length, True on every token that is a label."""
+    """Token ids of one row; loss_mask, of the same length, is True on every token that is a label."""
 
     id: str
     input_ids: list[int]
@@ -69,8 +69,8 @@ def load_conversations(
     """Read chat rows (see rows.py for sources and forms) into conversations, in the order of the source.
 
     max_length: tokens of a row; longer ones are rejected, or cut to it. min_answer_tokens: a block's size, since fewer
-    fill no block. thinking: enable_thinking for templates that know it, None for the template's own way.
-    vocab_size: of the target, in which all ids must lie (default: the tokenizer's). Raises DataError if no row remains.
+    fill no block. thinking: enable_thinking for templates that know it, None for the template's default.
+    vocab_size: the target's, which bounds all ids (default: the tokenizer's). Raises DataError if no row remains.
     """
     digest = hashlib.sha256()
     reader = _Reader(tokenizer, thinking, vocab_size or len(tokenizer))
@@ -98,16 +98,15 @@ def load_conversations(
 def split_held_out(
     conversations: Sequence[Conversation], *, fraction: float | None = None, count: int | None = None, seed: int = 0
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, held out), by a hash of the id: the same row falls on the same side in every run with this seed.
+    """(to train on, held out), by a hash of the id: the same row is on the same side in every run with this seed.
 
-    fraction: share held out; adding rows moves no other row. count: so many, those of the smallest hashes.
+    fraction: share held out; adding rows moves no other row. count: rows held out, those with the smallest hashes.
     """
     shares = [fraction is not None and 0 < fraction < 1, count is not None and count > 0]
     if sum(shares) != 1 or (fraction is not None and count is not None):
         raise ConfigError(
             f"held out: fraction {fraction}, count {count}",
             "one of the two: a fraction between 0 and 1, or a count of 1 or more",
-            "set one and leave the other out",
         )
 
     def place(conversation: Conversation) -> int:
@@ -124,20 +123,20 @@ def split_held_out(
         raise DataError(
             f"{len(train)} rows to train on and {len(held_out)} held out",
             "some of each",
-            "give more rows, or hold out another share",
+            "give more rows, or hold out fewer or more",
         )
     return train, held_out
 
 
 class _Reader:
-    """One row to one conversation."""
+    """Turns rows into conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None, vocab_size: int) -> None:
         self._template = ChatTemplate(tokenizer, thinking) if tokenizer.chat_template else None
-        # Rows share one int object a token: a list then takes 8 bytes for each of its tokens, not 36.
+        # Rows share one int object for each token: a list then takes 8 bytes a token, not 36.
         self._ids = list(range(vocab_size))
 
-    def read(self, row: Row) -> Conversation:
+    def read(self, row: ChatRow) -> Conversation:
         """Raises BadRow."""
         if row.fault:
             raise BadRow(row.fault)
@@ -158,7 +157,7 @@ class _Reader:
         return ids[: spans[-1].end], spans
 
     def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span]]:
-        """The ids as they are. Answers of earlier turns, if any, lie in the prompt: there the template finds them."""
+        """The ids as given. The template finds answers of earlier turns, if any, in the prompt."""
         for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise BadRow(f"{name} that are no list of token ids")
@@ -183,7 +182,7 @@ class _Reader:
 
 
 def _until_last_answer(messages: list[Message]) -> list[Message]:
-    """Without questions after the last answer, which nobody answered."""
+    """Messages up to the last answer; questions after it have no answer."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise BadRow("no answer (a prompt row? `sglang-auf regenerate` writes answers)")
@@ -191,7 +190,7 @@ def _until_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def _require_answers(messages: Sequence[Message]) -> None:
-    """Every answer says something, and something was asked before it."""
+    """Raise BadRow unless every answer has text and a question before it."""
     asked = False
     for message in messages:
         asked = asked or message["role"] == "user"
@@ -202,7 +201,7 @@ def _require_answers(messages: Sequence[Message]) -> None:
 
 
 def _cut(fields: Mapping[str, Any], answers: int) -> list[bool]:
-    """For each answer, whether a token limit ended it: finish_reasons names all, finish_reason the last alone."""
+    """For each answer, whether a token limit ended it. finish_reasons is of all answers, finish_reason of the last."""
     reasons = fields.get("finish_reasons")
     if reasons is None:
         reasons = [None] * (answers - 1) + [fields.get("finish_reason")]
@@ -212,7 +211,7 @@ def _cut(fields: Mapping[str, Any], answers: int) -> list[bool]:
 
 
 def _own_ends(spans: Sequence[Span], cuts: Sequence[bool]) -> list[Span]:
-    """Without the end-of-turn token where a limit cut the answer: the template wrote it, not the target."""
+    """Spans without the end-of-turn token where a limit cut the answer: the template wrote it, not the target."""
     return [
         replace(span, end=span.end - 1) if cut and span.closed else span for span, cut in zip(spans, cuts, strict=True)
     ]
@@ -231,7 +230,7 @@ def _require_size(conversation: Conversation, max_length: int, min_answer_tokens
 def _report(
     source: object, kept: int, rejected: Mapping[str, Sequence[str]], truncated: Sequence[str], max_length: int
 ) -> None:
-    """Say what was left out and what was cut. Raises DataError if nothing is left."""
+    """Log what was left out and what was cut. Raises DataError if nothing is left."""
     if not kept:
         reasons = "; ".join(f"{reason}: {named(rows)}" for reason, rows in rejected.items())
         raise DataError(
@@ -240,8 +239,8 @@ def _report(
             "make some with `sglang-auf regenerate`, or raise the length limit",
         )
     for reason, rows in rejected.items():
-        log.warning(
+        logger.warning(
             "%d of %d rows rejected, %s: %s", len(rows), kept + sum(map(len, rejected.values())), reason, named(rows)
         )
     if truncated:
-        log.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))
+        logger.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))

@@ -156,10 +156,7 @@ def _agreed(asked: CacheManifest, out: Path) -> CacheManifest:
         _require_rows(manifest, asked, out)
         return manifest
     if others := sorted(path.name for path in out.iterdir() if path.name != LOCK):
-        raise ConfigError(
-            f"{out} holds {named(others)}",
-            f"a new directory, or a feature cache with its {MANIFEST}",
-        )
+        raise ConfigError(f"{out} holds {named(others)}", f"a new directory, or a feature cache with its {MANIFEST}")
     return asked
 
 

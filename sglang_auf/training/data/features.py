@@ -1,6 +1,6 @@
 """Features: the target's hidden states, from which a drafter knows the text so far.
 
-Computed here, by the frozen target as the text comes, or read from a cache (feature_cache.py).
+The frozen target computes them here, batch by batch, or they are read from a cache (feature_cache.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sglang_auf.files import find_model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 LOGIT_ROWS = 256
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at one time."""
 
 CPU_TOKENS = 1280
-"""Padded tokens of one forward on a CPU: fewer read the weights too often, more do not stay in the caches."""
+"""Padded tokens of one forward on a CPU: with fewer the weights are read too often, with more the caches overflow."""
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")
 """What is fetched of a target on the hub: configuration, tokenizer, weights."""
@@ -39,12 +39,12 @@ def find_target(name: str, revision: str | None = None) -> Path:
 
 
 class FeatureSource(Protocol):
-    """Where the trainer gets features from. device: where they are, and where input_ids and lengths may be."""
+    """Where the trainer gets features from. device: of the features that it returns."""
 
     device: torch.device
 
     def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """[R, S, T * H] of R conversations in the target's dtype; zero at and after a row's length.
+        """Features [R, S, T * H] of R conversations in the target's dtype; zero at and after a row's length.
 
         ids: of the conversations. input_ids [R, S]: right padded. lengths [R].
         """
@@ -52,10 +52,10 @@ class FeatureSource(Protocol):
 
 
 class FrozenTarget:
-    """The embedding, the head and the first layers of a target; nothing in it learns.
+    """The embedding, the head and the first layers of a target, none of them trained.
 
     embedding, head [V, H]: one tensor if the target ties them. config: the language model's, as transformers reads it.
-    facts: what caches and cards know it by.
+    facts: by which caches and cards identify it.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class FrozenTarget:
     ) -> None:
         """layers: how many of them to keep, from the first (None: all; 0 where features come from a cache).
 
-        Raises TargetError when `directory` holds no whole causal language model, ConfigError for another dtype.
+        Raises TargetError when `directory` holds no complete causal language model, ConfigError for another dtype.
         """
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one of these")
+            raise ConfigError(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
         self.directory = Path(directory)
         self.facts = TargetFacts.of(self.directory)
         self.dtype = DTYPES[dtype]
@@ -92,9 +92,9 @@ class FrozenTarget:
 class OnlineFeatures(FrozenTarget):
     """Features computed by the target itself: the outputs of the tapped layers, side by side in layer order.
 
-    They are what SGLang captures in front of the next layer: hidden_states[k + 1] of transformers for layer k.
-    A row's features do not depend on other rows or on padding, but for rounding: products in bfloat16 may end in other
-    bits in a batch of another shape. The same batch gives the same bits on one machine and number of threads.
+    SGLang captures the same before the next layer; for layer k it is hidden_states[k + 1] of transformers.
+    A row's features do not depend on other rows or on padding, except for rounding: products in bfloat16 may round
+    differently in a batch of another shape. The same batch gives the same bits on one machine and number of threads.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class OnlineFeatures(FrozenTarget):
         device: str = "cpu",
         argmax: bool = False,
     ) -> None:
-        """layer_ids: 0-based, ascending. argmax: keep also the layers after the last tap, which with_argmax needs.
+        """layer_ids: 0-based, ascending. argmax: also keep the layers after the last tap, which with_argmax needs.
 
         Raises ConfigError for layers that cannot be tapped; otherwise as FrozenTarget.
         """
@@ -121,7 +121,7 @@ class OnlineFeatures(FrozenTarget):
         return len(self.layer_ids) * self.hidden_size
 
     def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """As FeatureSource; ids are not looked at."""
+        """As FeatureSource; ids are not used."""
         features = self._blank(input_ids)
         for row, (tapped, _) in enumerate(self._rows(input_ids, lengths)):
             features[row, : len(tapped)] = tapped
@@ -157,7 +157,10 @@ class OnlineFeatures(FrozenTarget):
                 yield tapped[row, :length], last[row, :length]
 
     def _forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, S] -> [R, S, T * H] and [R, S, H]. No padding mask: causal attention never looks right, where it is."""
+        """[R, S] -> [R, S, T * H] and [R, S, H].
+
+        No padding mask is needed: padding is on the right, and causal attention never looks ahead.
+        """
         tapped: list[Tensor] = []
         hooks = [
             self._decoder.layers[layer].register_forward_hook(lambda _module, _inputs, states: tapped.append(states))
@@ -181,12 +184,11 @@ def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
     raise ConfigError(
         f"target layers {list(layer_ids)}",
         f"one or more of 0..{tappable - 1}, ascending: SGLang taps these of {target.name}'s {target.num_layers} layers",
-        "choose other layers",
     )
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:
-    """The model in `directory`, every weight of it read from there. Raises TargetError."""
+    """The model in `directory`. Raises TargetError, also where it lacks a weight."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
@@ -198,7 +200,7 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
             "a causal language model with its weights",
             "fetch the target again, or give another",
         ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(report["missing_keys"]):  # which transformers would fill with random numbers
         raise TargetError(
             f"{directory} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
             "a checkpoint with every weight of the target",

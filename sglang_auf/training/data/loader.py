@@ -24,7 +24,7 @@ DTYPE_OF_PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """sha256: of all that was read. facts: counts and reasons, as plain JSON."""
+    """sha256: of all that was read. facts: counts, and reasons for rejected rows, as JSON values."""
 
     train: list[Conversation]
     held_out: list[Conversation]
@@ -33,7 +33,7 @@ class TrainingData:
 
 
 def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
-    """Read, check and split the sources of a recipe. Raises DataError, or ConfigError where it names none."""
+    """Read, check and split the sources of a recipe. Raises DataError, or ConfigError where it has none."""
     from transformers import AutoTokenizer
 
     settings = recipe.data
@@ -67,21 +67,21 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
 
 
 class Plan:
-    """The micro-batches of every step of a run, from lengths, seed and sizes alone."""
+    """The micro-batches of every step of a run, which depend on lengths, seed and sizes alone."""
 
     def __init__(self, conversations: Sequence[Conversation], recipe: Recipe) -> None:
         self._lengths = [len(conversation) for conversation in conversations]
         self._recipe = recipe
         self._epochs: list[list[list[int]]] = []
         self._ends: list[int] = []
-        """Steps up to the end of each epoch."""
+        """Number of steps up to the end of each epoch."""
         schedule = recipe.schedule
         while len(self._epochs) < (schedule.epochs or 1) or (schedule.max_steps or 0) > self._ends[-1]:
             self._plan_epoch()
         self.steps: int = schedule.max_steps or self._ends[-1]
 
     def at(self, step: int) -> tuple[int, list[list[int]]]:
-        """(epoch, row numbers of each micro-batch) of step 0..steps-1."""
+        """(epoch, row numbers of each micro-batch) of a step, 0..steps-1."""
         epoch = next(number for number, end in enumerate(self._ends) if step < end)
         first = step - (self._ends[epoch - 1] if epoch else 0)
         size = self._recipe.batch.micro_batches
@@ -102,10 +102,10 @@ class Plan:
 
 
 class BatchMaker:
-    """Batches of one run, on one device. target: the frozen one, for its embedding and head."""
+    """Makes the batches of one run, on one device. target: frozen, for its embedding and head."""
 
     def __init__(self, recipe: Recipe, target: Path, device: torch.device) -> None:
-        """Raises ConfigError, TargetError or DataError where target or cache are not what the recipe needs."""
+        """Raises ConfigError, TargetError or DataError where the target or the cache does not fit the recipe."""
         self._recipe = recipe
         labels, layers = recipe.objective.labels, recipe.drafter.target_layer_ids
         dtype = DTYPE_OF_PRECISION[recipe.precision]

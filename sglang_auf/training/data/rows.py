@@ -1,4 +1,4 @@
-"""Rows of chat data as people keep them, brought into one form: a list of messages.
+"""Rows of chat data in the forms that are in use, brought into one: a list of messages.
 
 Read from JSONL files, from a JSON file that is one list (as ShareGPT comes), from a folder that the `datasets` library
 understands, or from a data set of the hub ("owner/name", "owner/name@revision"). A row may hold its conversation as
@@ -7,7 +7,7 @@ understands, or from a data set of the hub ("owner/name", "owner/name@revision")
     {"conversations": [{"from": "human", "value": ...}, ...]}        ShareGPT
     {"turns": ["...", ...]}                                          user turns alone: a prompt row
 
-What cannot be used is never dropped in silence: it comes out as a Row with a fault.
+A row that cannot be used is never dropped in silence: it comes out as a ChatRow with a fault.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = str | Path
 Message: TypeAlias = dict[str, str]
-"""role, content, and reasoning_content where the row has it"""
+"""role, content, and reasoning_content where the row has it."""
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 NAMED = 10
-"""Rows that a message names one by one; the rest is counted."""
+"""Rows that a message names; the others are counted."""
 
 
 class BadRow(Exception):
-    """Why one row cannot be used: words that are the same for every row with that fault."""
+    """Why one row cannot be used, in words that are the same for every row with that fault."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row. place: where it was read ("file.jsonl:17"). fault: why it cannot be used; its fields are empty then.
+class ChatRow:
+    """place: where the row was read ("file.jsonl:17"). fault: why it cannot be used; its fields are empty then.
 
     position: among the rows of its source, from 0.
     """
@@ -52,28 +52,28 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """What log lines and errors call it."""
         return f"{self.id} ({self.place})" if self.id else self.place
 
 
-def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str = "train") -> Iterator[Row]:
-    """Every row of the sources, in order; `digest` is fed with all that is read.
+def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str = "train") -> Iterator[ChatRow]:
+    """Every row of the sources, in order. digest: updated with all that is read. split: of a folder or hub data set.
 
-    A row without an id gets one from its place. The second row of an id is faulty. split: of a folder or hub data set.
-    Raises DataError when a source cannot be read at all.
+    A row without an id gets one from its place. The second row of an id has a fault. Raises DataError when a source
+    cannot be read at all.
     """
     seen: set[str] = set()
     for source in [sources] if isinstance(sources, str | Path) else sources:
         for position, (number, place, value) in enumerate(_values(source, digest, split)):
             row = _row(place, f"{Path(source).stem}/{number}", value)
             if row.fault is None and row.id in seen:
-                row = Row(place, row.id, fault="an id for the second time")
+                row = ChatRow(place, row.id, fault="an id for the second time")
             seen.add(row.id)
             yield replace(row, position=position)
 
 
 def messages_of(fields: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a row, ShareGPT's roles translated. Raises BadRow."""
+    """The conversation of a row, with ShareGPT's roles translated. Raises BadRow."""
     key = next((key for key in ("messages", "conversations", "turns") if fields.get(key) is not None), None)
     if key is None:
         raise BadRow("none of messages, conversations and turns")
@@ -86,7 +86,7 @@ def messages_of(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def grouped(faults: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """(reason, row) pairs to reason -> rows."""
+    """(reason, row) pairs as reason -> rows."""
     groups: dict[str, list[str]] = {}
     for reason, row in faults:
         groups.setdefault(reason, []).append(row)
@@ -94,22 +94,22 @@ def grouped(faults: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def named(rows: Sequence[str]) -> str:
-    """Some rows by name and the count of the others, for messages."""
+    """The first rows by name and the count of the others, for messages."""
     more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     return ", ".join(rows[:NAMED]) + more
 
 
-def _row(place: str, default_id: str, value: Any) -> Row:
+def _row(place: str, default_id: str, value: Any) -> ChatRow:
     if isinstance(value, BadRow):
-        return Row(place, "", fault=str(value))
+        return ChatRow(place, "", fault=str(value))
     if not isinstance(value, dict):
-        return Row(place, "", fault="no JSON object")
+        return ChatRow(place, "", fault="no JSON object")
     found = value.get("id")
     if found is None:
-        return Row(place, default_id, value)
+        return ChatRow(place, default_id, value)
     if isinstance(found, bool) or not isinstance(found, str | int) or not _is_unicode(str(found)) or found == "":
-        return Row(place, "", fault="an id that is neither text nor a number")
-    return Row(place, str(found), value)
+        return ChatRow(place, "", fault="an id that is neither text nor a number")
+    return ChatRow(place, str(found), value)
 
 
 def _message(part: Any, key: str) -> Message:
@@ -157,11 +157,10 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, st
                 raise DataError(
                     f"no file {path.absolute()}",
                     "a JSONL file, a folder of data, or a hub data set (owner/name, owner/name@revision)",
-                    "check the path",
                 )
             yield from _data_set(name, split, revision or None, digest)
     except OSError as error:
-        raise DataError(f"{source}: {error}", "data that can be read", "check the file and its permissions") from error
+        raise DataError(f"{source}: {error}", "data that can be read") from error
 
 
 def _lines(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
@@ -177,7 +176,7 @@ def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
     digest.update(content)
     rows = _decoded(content)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no JSON list", "one list of rows", "name it .jsonl if it has one row a line")
+        raise DataError(f"{path} is no JSON list", "one list of rows", "name it .jsonl if it has one row on each line")
     for number, row in enumerate(rows):
         yield number, f"{path.name}[{number}]", row
 
@@ -194,7 +193,7 @@ def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Ite
 
     try:
         rows = load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # the library lets through its own, the hub's, pyarrow's and the system's errors
+    except Exception as error:  # its own errors, the hub's, pyarrow's and the system's
         raise DataError(
             f"data set {name}{f' at {revision}' if revision else ''}: {type(error).__name__}: {error}",
             f"a data set with the split {split!r} that the datasets library can load",

@@ -1,11 +1,14 @@
-"""Cross-entropy through the target's frozen head, on the slots that carry loss and next to no others.
+"""Cross-entropy through the target's frozen head, on the slots that carry loss and few others.
 
-The head is most of a drafter's training: anchors x slots x vocabulary logits. Two things keep it small here. Logits
-exist for `chunk` rows at a time: the head has no gradient of its own, so the gradient a row sends to its hidden state,
-(softmax - onehot) @ head, is known at once and is all that is kept. And where an objective stops a block at its first
-failure, the blocks are walked in waves: slot 1 of all, slot 2 of those whose slot 1 was right, and so on. A product of
-few rows takes as long as reading the head does, so where few blocks are left a wave holds several of their slots, and
-what turns out to lie beyond a failure is dropped.
+Most of the cost of training a drafter is the head: anchors x slots x vocabulary logits. Two things reduce it.
+
+Chunks: only the logits of `chunk` rows are in memory at a time. The head is not trained, so the gradient that a row
+sends to its hidden state, (softmax - onehot) @ head, is computed with the loss, and only it is kept. For the dense case
+on GPUs, Liger-Kernel's FusedLinearCrossEntropy and Apple's cut-cross-entropy (arXiv 2411.09009) do the same.
+
+Waves, which are our own: where an objective stops a block at its first failure, slot 1 of all blocks is computed, then
+slot 2 of those whose slot 1 was right, and so on. A product of few rows takes as long as reading the head, so where few
+blocks are left a wave holds several of their slots, and rows beyond a failure are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from sglang_auf.training.losses.objectives import Slots
 
 FURTHER_SLOTS = 0.25
-"""Share of a chunk's rows up to which a wave takes further slots of its blocks along."""
+"""A wave takes several slots of each block as long as they fill no more than this share of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadLoss:
-    """rows [n]: flat index (block * slots + slot) of each row that carries loss; ce [n]: its loss, differentiable."""
+    """rows [n]: flat index (block * K + slot) of each row that carries loss; ce [n]: its cross-entropy, differentiable.
+
+    slots: what the credit of the objective is computed from (objectives.py).
+    """
 
     slots: Slots
     rows: Tensor
@@ -38,7 +44,7 @@ def head_loss(
 ) -> HeadLoss:
     """Cross-entropy of the valid slots of each block up to its `failures`-th wrong one (None: of all valid slots).
 
-    hidden [blocks, K, H], head [V, H], labels [blocks, K], mask [blocks, K] bool. The gradient reaches `hidden` alone.
+    hidden [blocks, K, H], head [V, H], labels [blocks, K], mask [blocks, K] bool. Only `hidden` gets a gradient.
     """
     flat, flat_labels = hidden.detach().flatten(0, 1), labels.flatten()
     correct = torch.zeros_like(mask)
@@ -70,7 +76,7 @@ def corrected_head_loss(
     """The same for Domino's final branch, whose logits are hidden @ head.T + states @ correction.T.
 
     states [blocks, K, rank] and correction [V, rank] are trained, so the rows run inside autograd, in chunks whose
-    logits are made again for the backward pass.
+    logits are computed again in the backward pass.
     """
     correct = torch.zeros_like(mask)
     log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -111,7 +117,7 @@ def leading_matches(
     chunk: int,
     correction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """How many slots of each block, from its first on, are drafted as labelled: [blocks], what verification accepts.
+    """Number of leading slots of each block whose argmax is the label: [blocks], what verification accepts.
 
     hidden, head, labels, mask as in head_loss; a slot that is not valid ends the block. correction: `states` and
     `correction` of corrected_head_loss.
@@ -129,9 +135,9 @@ def leading_matches(
 
 
 def _waves(mask: Tensor, correct: Tensor, failures: int | None, chunk: int) -> Iterator[Tensor]:
-    """Flat row indices to compute, at least one wave of them: all that _kept will keep, and few beyond.
+    """Yield flat row indices wave by wave, at least one wave: every row that `_kept` keeps, and few others.
 
-    `correct` must be up to date with a wave before the next one is asked for.
+    The caller updates `correct` with the results of a wave before it takes the next one.
     """
     if failures is None:
         yield mask.flatten().nonzero()[:, 0]
@@ -155,7 +161,7 @@ def _kept(mask: Tensor, correct: Tensor, failures: int | None) -> Tensor:
 
 
 def _inside(kept: Tensor, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """`rows` and their values without the rows that are not kept; the very tensors where all are."""
+    """`rows` and their values without the rows that are not kept; the same tensors where all are kept."""
     inside = kept.flatten()[rows]
     return (rows, *values) if inside.all() else tuple(each[inside] for each in (rows, *values))
 
@@ -165,16 +171,16 @@ def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
     """Loss [n], argmax == label [n], and d loss / d hidden [n, H] of some rows."""
     logits = hidden.to(head.dtype) @ head.T
     label = labels[:, None]
-    # argmax over a vocabulary in bf16 is slow on a CPU; the maximum is not, and few labels reach it while training.
+    # On a CPU argmax over a vocabulary in bf16 is slow, but amax is not, and few labels reach it in training.
     right = logits.gather(1, label)[:, 0] == logits.amax(-1)
     reached = right.nonzero()[:, 0]
-    right[reached] = logits[reached].argmax(-1) == labels[reached]  # of equal logits the first is drafted
-    # float32 where that costs little; on a CPU bf16 passes over the vocabulary are what can be afforded. The loss is
-    # then exact to 0.4 % of the label's probability, its gradient to what the bf16 product below keeps anyway.
+    right[reached] = logits[reached].argmax(-1) == labels[reached]  # of equal logits the first counts
+    # float32 where that costs little. On a CPU it is too slow, so the softmax stays in bf16: the loss is then exact to
+    # 0.4 % of the label's probability, and the gradient loses no more than in the bf16 product below.
     logits = logits.float() if logits.device.type != "cpu" else logits
     q = logits.softmax(-1)
     ce = -q.gather(1, label).float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, 0]
-    q[torch.arange(len(label), device=q.device), labels] -= 1.0  # scatter_add_ would copy q whole
+    q[torch.arange(len(label), device=q.device), labels] -= 1.0  # scatter_add_ would copy all of q
     return ce, right, q.to(head.dtype) @ head
 
 

@@ -1,8 +1,9 @@
-"""Training objectives: which slots of a block carry loss, and how much.
+"""Training objectives: the credit of a slot, that is how much loss each slot of a block carries, is decided here.
 
 All are one family (arXiv 2607.01893, section 3): L = sum(m c CE) / sum(m c) over every slot of every block of the
-global batch. m is the validity mask, CE the cross-entropy of a slot, and the credit c, which carries no gradient, IS
-the objective. A new objective is one function and one line in a registry.
+global batch. m is the validity mask, CE the cross-entropy of a slot, and c its credit, which has no gradient. The
+objectives differ in c alone. A new one is a function from Slots to c, such as `auf`, and a line in OBJECTIVES.
+step.py calls the function (`_reduce`) and adds up the loss.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from sglang_auf.settings import Settings
 
-class ObjectiveSettings(BaseModel):
-    """An objective by name, and the constants of those that have any.
+
+class ObjectiveSettings(Settings):
+    """An objective by name, and the constants of the objectives that have any.
 
     gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
-    drafter's confidence. first_error: extra weight at the first failure, L2R's and auf+focus's. labels: what a slot is
+    drafter's confidence. first_error: extra weight at the first failure, for l2r and auf+focus. labels: what a slot is
     compared with, the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of
     Domino's base branch, linear from start to end over the first lambda_ratio of training.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     gamma: float = Field(default=7.0, gt=0)
@@ -51,10 +52,10 @@ class ObjectiveSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """What a credit may look at, all [blocks, slots], without gradient.
+    """What a credit is computed from, all [blocks, slots], without gradient.
 
-    correct: the drafter's argmax is the label. log_q: log probability the drafter gives the label. mask: the slot is
-    valid. Where an objective stops a block (Objective.failures), later slots hold False and 0.
+    correct: the drafter's argmax is the label. log_q: log probability that the drafter gives the label. mask: the slot
+    is valid. Where an objective stops a block (Objective.failures), correct is False and log_q 0 in later slots.
     """
 
     correct: Tensor
@@ -67,9 +68,9 @@ Credit = Callable[[Slots, ObjectiveSettings], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """credit [blocks, slots] float32, from Slots.
+    """credit: a function from Slots to [blocks, slots] float32.
 
-    failures: slots after that many wrong ones have no credit, so nobody needs their logits; None: all slots have some.
+    failures: slots after that many wrong ones have no credit, so their logits are not computed; None: all slots count.
     """
 
     credit: Credit
@@ -77,13 +78,13 @@ class Objective:
 
 
 def first_failures(slots: Slots, count: int = 1) -> Tensor:
-    """1 up to and including the count-th wrong valid slot, 0 after it. AUF's support for count 1."""
+    """1 up to and including the count-th wrong valid slot, 0 after it. With count 1 this is AUF's support."""
     wrong = (~slots.correct & slots.mask).int()
     return ((wrong.cumsum(-1) - wrong) < count).float()
 
 
 def full(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """Every slot alike."""
+    """The same credit for every slot."""
     return torch.ones_like(slots.log_q)
 
 
@@ -94,28 +95,28 @@ def decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
 
 
 def auf(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """Accept until fail, arXiv 2607.01893 equation 1: the slots serving would look at, the failing one included."""
+    """Accept until fail, arXiv 2607.01893 equation 1: the slots that verification looks at, up to the failing one."""
     return first_failures(slots)
 
 
 def auf_decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """AUF's support with the decay inside it."""
+    """AUF's support, with the decay inside it."""
     return first_failures(slots) * decay(slots, settings)
 
 
 def auf_2(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """Accept until the second failure: one slot more, or a run of them, once the first has been mended. Our own."""
+    """Accept until the second failure: also the slots up to the next wrong one, as if the first were right. Our own."""
     return first_failures(slots, 2)
 
 
 def auf_focus(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """AUF's support, and first_error more at its end, where a block stops: L2R's focus inside AUF. Our own."""
+    """AUF's support, and first_error more at the failing slot: L2R's focus inside AUF. Our own."""
     wrong = ~slots.correct & slots.mask
     return first_failures(slots) * (1 + settings.first_error * wrong)
 
 
 def dpace(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """D-PACE, arXiv 2605.18810: sum over m >= i of the product of smoothed confidences of the slots up to m."""
+    """D-PACE, arXiv 2605.18810: for slot i, sum over m >= i of the product of smoothed confidences of slots <= m."""
     q = (1 - settings.alpha) * slots.log_q.exp() + settings.alpha
     reach = torch.where(slots.mask, q, 1.0).cumprod(-1)
     reach = torch.where(slots.mask, reach, 0.0)
@@ -144,7 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
 class DominoObjective:
     """Credits of Domino's two branches, by name in OBJECTIVES.
 
-    final_sees: the branch whose argmax says where a block of the final branch fails.
+    final_sees: the branch whose argmax decides where a block of the final branch fails.
     """
 
     base: str

@@ -1,7 +1,8 @@
 """One micro-batch: conversations and anchors in, loss terms out.
 
-The terms are sums, not means: the trainer adds them over ranks and accumulation steps and divides once, so that the
-loss is the ratio of two sums over the global batch however it was cut up.
+The drafter drafts the blocks, cross_entropy.py computes the loss of their slots, and objectives.py decides the credit
+of each slot. The terms are sums, not means: the trainer adds them over ranks and accumulation steps and divides once,
+so that the loss is the ratio of two sums over the global batch however it is split.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
 
-# Rows of logits that exist at one time. On a CPU about what stays in the caches.
+# Rows of logits in memory at one time. On a CPU about as many as stay in the caches.
 CHUNK = {"cpu": 256}
 DEFAULT_CHUNK = 1024
 
 
 @dataclass(slots=True)
 class Terms:
-    """numerators, denominators [branches]: loss is their ratio; numerators alone carry gradient.
+    """numerators, denominators [branches]: the loss is their ratio; only numerators have a gradient.
 
-    weights [branches]: share of each branch in the loss. metrics: sums over this micro-batch; slot-wise ones are [K].
+    weights [branches]: share of each branch in the loss. metrics: sums over this micro-batch; those by slot are [K].
     """
 
     numerators: Tensor
@@ -37,7 +38,7 @@ class Terms:
 
 
 class TrainingStep(nn.Module):  # type: ignore[misc]
-    """The drafter with the target's frozen tables around it. embedding, head [V, H]."""
+    """The drafter with the target's frozen tables. embedding, head [V, H]. settings: an objective for this drafter."""
 
     embedding: Tensor
     head: Tensor
@@ -54,7 +55,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
     ) -> Terms:
         """Terms of the blocks at `anchors` [R, N] where `valid`. progress: share of training done, for the schedule.
 
-        diagnostics: also count what slots without credit get right, which needs their logits.
+        diagnostics: also count the right slots among those without credit, which needs their logits.
         """
         assert (batch.labels is None) == (self.settings.labels == "text")
         hidden, tokens, mask = self.blocks(batch, anchors, valid)
@@ -89,7 +90,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
     def _domino(
         self, hidden: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor, progress: float, diagnostics: bool
     ) -> Terms:
-        """Two branches: hidden, tokens, labels, mask [blocks, K]; slot k predicts anchor + k + 1, teacher forced."""
+        """Two branches. hidden, tokens, labels, mask [blocks, K]; slot k predicts anchor + k + 1, teacher forced."""
         arm = DOMINO_OBJECTIVES[self.settings.name]
         base_objective, final_objective = OBJECTIVES[arm.base], OBJECTIVES[arm.final]
         base = head_loss(hidden, self.head, labels, mask, failures=base_objective.failures, chunk=self.chunk)
@@ -124,7 +125,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
     def _metrics(
         self, slots: Slots, credit: Tensor, hidden: Tensor, labels: Tensor, diagnostics: bool
     ) -> dict[str, Tensor]:
-        """Sums behind r_active, support accuracy, alpha_k and, as a diagnostic, common-mask accuracy."""
+        """Sums for r_active, support accuracy and alpha_k and, with diagnostics, for common-mask accuracy."""
         support = (credit > 0) & slots.mask
         right = slots.correct & slots.mask
         prefix = right.cumprod(-1).bool()
@@ -148,15 +149,18 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
 
 
 def _window(rows: Tensor, anchors: Tensor, width: int) -> Tensor:
-    """rows [R, S] at anchors [R, N] .. + width - 1 -> [R, N, width]; past the end the last column repeats."""
+    """rows [R, S] at anchors [R, N] and the next width - 1 positions: [R, N, width]; past the end the last column."""
     index = anchors[..., None] + torch.arange(width, device=anchors.device)
     index = index.clamp(max=rows.shape[1] - 1)
     return rows.gather(1, index.flatten(1)).view(index.shape)
 
 
 def _reduce(
-    loss: HeadLoss, objective: Objective, settings: ObjectiveSettings, judged: Slots | None = None
+    loss: HeadLoss, objective: Objective, settings: ObjectiveSettings, credit_slots: Slots | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(m c CE), sum(m c) and c. judged: the slots that decide the credit, where they are not the loss's own."""
-    credit = objective.credit(judged or loss.slots, settings) * loss.slots.mask
+    """sum(m c CE), sum(m c) and the masked credit m c.
+
+    credit_slots: the slots that the credit is computed from (objectives.py); None: the loss's own.
+    """
+    credit = objective.credit(credit_slots or loss.slots, settings) * loss.slots.mask
     return (credit.view(-1)[loss.rows] * loss.ce).sum(), credit.sum(), credit

@@ -358,7 +358,7 @@ def test_held_out_needs_rows_on_both_sides() -> None:
 
 @pytest.mark.skipif(not default_directory("smollm2-135m").is_dir(), reason="smollm2-135m is not prepared")
 def test_smollm2_text_gives_the_ids_that_serving_saw(tmp_path: Path) -> None:
-    """A reply of the real server: what it says it read and wrote equals what we make of its text."""
+    """A reply of the real server: its own prompt and output ids equal the ids that we get from its text."""
     from transformers import AutoTokenizer
 
     system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]

@@ -1,4 +1,4 @@
-"""The cache gives what the target gives, or says why not."""
+"""A cache that is written and read: it gives what the target gives, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKEN_BYTES = len(TAPS) * 64 * 2
 SHARD_BYTES = 30 * TOKEN_BYTES
 LENGTHS = (12, 9, 20, 31, 7, 3)
 SHARDS = [[0, 1], [2], [3], [4, 5]]
-"""What fits into shards of 30 tokens; a row that does not has one of its own."""
+"""Rows of each shard of 30 tokens; a longer row has a shard of its own."""
 
 
 class Killed(BaseException):
@@ -70,12 +70,12 @@ def finished(
 
 @pytest.fixture
 def cache(finished: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(finished, tmp_path / "cache")
 
 
 class Counting(OnlineFeatures):
-    """Notes what it computes; optionally dies before one conversation."""
+    """Records what it computes; optionally dies before one conversation."""
 
     def __init__(self, *args: Any, dies_before: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,7 +108,7 @@ def batch(conversations: Sequence[Conversation], rows: Sequence[int]) -> tuple[l
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding to bfloat16, token by token: two tokens' features would differ by as much as they are."""
+    """Equal except for rounding to bfloat16, token by token; features of two different tokens would differ far more."""
     assert found.dtype == expected.dtype == torch.bfloat16 and found.shape == expected.shape
     distance, size = (found.float() - expected.float()).norm(dim=-1), expected.float().norm(dim=-1)
     assert (distance <= 0.05 * size).all() and size.sum() > 0
@@ -167,7 +167,7 @@ def test_goes_on_after_a_kill(target: Path, finished: Path, conversations: list[
     assert "run `sglang-auf features` again" in caught.value.remedy
 
     resumed = Counting(target, TAPS)
-    # Another size of shards changes nothing: the cache goes by the plan it was begun with.
+    # Another shard size changes nothing: the cache keeps the plan that it was begun with.
     write_cache(conversations, resumed, tmp_path, shard_bytes=10 * SHARD_BYTES)
     assert sorted(resumed.computed) == ["data/3", "data/4", "data/5"]
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
@@ -192,7 +192,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_shard(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(os, "fsync", dies)
-        patched.setattr(Path, "unlink", lambda *_, **__: None)  # who was killed cleans nothing up
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes nothing
         write_cache(conversations, source, tmp_path, shard_bytes=SHARD_BYTES)
     half, done = shards_of(tmp_path)
     assert half.startswith(".shard-00001.safetensors.writing-") and done == "shard-00000.safetensors"
@@ -250,7 +250,7 @@ def changed_target(target: Path, tmp_path: Path) -> Path:
 
 
 def refusals(cache: Path, target: Path, conversations: list[Conversation], layers: tuple[int, ...], dtype: str) -> str:
-    """The message, which is one and the same for reading and for going on with the writing."""
+    """The message, which is the same for reading and for continuing to write."""
     before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     with pytest.raises(DataError) as reading:
         CachedFeatures(cache, target, layers, dtype=dtype)

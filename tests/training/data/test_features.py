@@ -56,7 +56,7 @@ def target(request: pytest.FixtureRequest) -> Path:
 
 
 def batch(seed: int = 0) -> tuple[list[str], Tensor, Tensor]:
-    """Right padded with tokens that are no zeros."""
+    """Right padded, with tokens other than 0."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCABULARY, (len(LENGTHS), max(LENGTHS)), generator=generator)
     return [f"row{row}" for row in range(len(LENGTHS))], input_ids, torch.tensor(LENGTHS)

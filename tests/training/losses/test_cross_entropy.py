@@ -1,4 +1,4 @@
-"""The walked, chunked head against all logits at once in plain autograd: losses, who was right, and every gradient."""
+"""The head in waves and chunks against all logits at once in plain autograd: losses, right slots, every gradient."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_block_without_a_valid_slot_among_others(check: Any, name: str) -> Non
 
 
 def signs(case: Case) -> list[str]:
-    """'+' right, '-' wrong, '.' not valid, a string a block."""
+    """One string for each block: '+' right, '-' wrong, '.' not valid."""
     correct = (case.hidden @ case.head.T).argmax(-1) == case.labels
     marks = [["+" if right else "-" for right in row] for row in correct.tolist()]
     valid = case.mask.tolist()
@@ -165,7 +165,7 @@ def walked(case: Case) -> list[int]:
 
 
 def sizes_of_products(case: Case, monkeypatch: pytest.MonkeyPatch, chunk: int) -> list[int]:
-    """Rows of each product with the head; the rows that carry loss are checked on the way."""
+    """Rows of each product with the head; the rows that carry loss are checked too."""
     computed: list[int] = []
     original = head_module._rows
 
@@ -248,7 +248,7 @@ def test_slots_say_who_was_right_up_to_the_failure_and_nothing_beyond(chunk: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_equal_logits_the_first_is_what_is_drafted(dtype: torch.dtype) -> None:
-    """Ties are common in bf16: a label behind an equal one is wrong, as argmax has it when serving."""
+    """Ties are common in bf16: a label after an equal logit is wrong, since serving takes the first argmax."""
     head = torch.zeros(VOCABULARY, HIDDEN, dtype=dtype)
     head[4] = head[9] = 1.0
     hidden = torch.ones(1, 3, HIDDEN)
@@ -292,7 +292,7 @@ def test_bfloat16_on_a_cpu_stays_within_its_rounding(name: str) -> None:
     case = make_case(blocks=40, width=4, valid=1.0)
     hidden, head = case.hidden.bfloat16(), case.head.bfloat16()
     rounded = (hidden @ head.T).float()
-    # Where two logits are equal after rounding the argmax is a coin's; labels stay the same for both sides.
+    # Where two logits are equal after rounding either may be the argmax; labels are the same on both sides.
     case.labels = torch.where(case.labels == (case.hidden @ case.head.T).argmax(-1), rounded.argmax(-1), case.labels)
     ours, dense = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
     loss = head_loss(ours, head, case.labels, case.mask, failures=OBJECTIVES[name].failures, chunk=64)

@@ -47,7 +47,7 @@ def credit(name: str, block: Slots, **values: float) -> list[float]:
 @pytest.mark.parametrize(
     ("correct", "mask", "support"),
     [
-        ("-+++", "1111", [1, 0, 0, 0]),  # the first slot is wrong: it alone
+        ("-+++", "1111", [1, 0, 0, 0]),  # the first slot is wrong: only this one
         ("--++", "1111", [1, 0, 0, 0]),  # later errors do not count
         ("+-++", "1111", [1, 1, 0, 0]),  # the failing slot is kept
         ("+++-", "1111", [1, 1, 1, 1]),  # the last one is wrong: all
@@ -156,7 +156,7 @@ def test_credits_follow_their_definitions(data: st.DataObject) -> None:
         (found * mask).double(), credits(name, correct, q, mask, **constants), rtol=1e-5, atol=1e-6
     )
 
-    if objective.failures is not None:  # then what it says of later slots must not depend on them
+    if objective.failures is not None:  # then its credit of later slots must not depend on them
         wrong = (~correct & mask).int()
         computed = (wrong.cumsum(-1) - wrong) < objective.failures
         unseen = Slots(correct & computed, torch.where(computed, q.log(), 0.0), mask)

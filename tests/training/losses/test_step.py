@@ -1,4 +1,4 @@
-"""One micro-batch: labels, what each arm adds up, and the counts, against plain ones block by block."""
+"""One micro-batch: labels, the sums of each arm, and the counts, against a plain computation block by block."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCALES = {"embed_proj.2.weight": 1.0}
 
 
 def answers(*rows: str) -> torch.Tensor:
-    """loss_mask from strings: 'a' a token of an answer, anything else not."""
+    """loss_mask from strings: 'a' is a token of an answer, anything else is not."""
     width = max(map(len, rows))
     return torch.tensor([[sign == "a" for sign in row.ljust(width)] for row in rows])
 
@@ -79,7 +79,7 @@ class RecordingGRU(PrefixGRU):
 
 
 WORDS = 24
-# Every token is another one, so that a slot compared with a wrong place is wrong.
+# All tokens differ, so that a slot compared with a wrong place is wrong.
 TEXT = torch.stack([torch.arange(4, 16), torch.arange(23, 11, -1)])
 TEXT_MASK = answers("uuuaaaaaaaaa", "uuaaaaaauuaa")
 LENGTHS = torch.tensor([12, 12])
@@ -170,7 +170,7 @@ def test_what_lies_past_the_length_of_a_row_does_not_count() -> None:
 
 @HEADS
 def test_labels_may_be_the_targets(head: str) -> None:
-    """Slots are then held against batch.labels at their position; what a block starts from stays the text."""
+    """Slots are then compared with batch.labels at their position; the anchor token is still the text's."""
     choices = TEXT.roll(3, dims=1)
     anchors, valid = draw_anchors(TEXT_MASK, 20, generators(0, 1))
     step = scripted_step(head, choices, SHIFT_OF[head], labels="target")
@@ -240,7 +240,7 @@ def make_setting(head: str, block_size: int = BLOCK) -> Setting:
 
 @dataclass
 class Plain:
-    """All drafted slots of the valid blocks, [blocks, K]: what the arms are made of."""
+    """All drafted slots of the valid blocks [blocks, K], from which the arms are computed."""
 
     base: torch.Tensor
     final: torch.Tensor
@@ -256,7 +256,7 @@ class Plain:
 
 
 def plain(setting: Setting) -> Plain:
-    """Block by block, with the features cut off at the anchor and the GRU run anew for every slot."""
+    """Block by block, with the features cut off at the anchor and the GRU run again for every slot."""
     drafter, batch = setting.drafter, setting.batch
     width, domino = drafter.config.block_size, drafter.config.head == "domino"
     base, final, labels, mask = [], [], [], []
@@ -289,7 +289,7 @@ def plain(setting: Setting) -> Plain:
 
 @functools.cache
 def known(head: str) -> tuple[Setting, Plain]:
-    """A setting that no test changes, with what it is made of."""
+    """A setting that no test changes, and its parts."""
     setting = make_setting(head)
     return setting, plain(setting)
 
@@ -365,7 +365,7 @@ def test_domino_arms_are_their_definitions_with_every_gradient(name: str) -> Non
 
 
 def test_the_arms_of_this_setting_differ() -> None:
-    """Or the tests above would not tell one from another."""
+    """Otherwise the tests above could not distinguish them."""
     for head, names in (("dflash", OBJECTIVES), ("domino", DOMINO_OBJECTIVES)):
         setting, _ = known(head)
         terms = [torch.cat([some.numerators.detach(), some.denominators]) for some in map(setting.run, names)]
@@ -382,7 +382,7 @@ def test_a_domino_block_of_two_has_a_base_slot_alone(name: str) -> None:
     torch.testing.assert_close(terms.denominators, torch.stack(denominators))
 
 
-# --- sums that may be cut up ---
+# --- sums over parts of a batch ---
 
 
 EVERY_ARM = [("dflash", name) for name in OBJECTIVES] + [("domino", name) for name in DOMINO_OBJECTIVES]
@@ -457,7 +457,7 @@ def test_without_a_block_all_is_zero_and_every_weight_still_gets_its_gradient(he
 
 @pytest.mark.parametrize(("head", "name"), EVERY_ARM)
 def test_counts_are_those_of_a_walk_over_the_blocks(head: str, name: str) -> None:
-    """tried[k]: blocks whose slots before k are all the answer's and right, slot k being the answer's too."""
+    """tried[k]: blocks whose slots before k are all valid and right, and whose slot k is valid."""
     setting, slots = known(head)
     right, mask = slots.correct("base").tolist(), slots.mask.tolist()
     width = BLOCK - 1
@@ -487,7 +487,7 @@ def test_counts_are_those_of_a_walk_over_the_blocks(head: str, name: str) -> Non
 
 
 def test_this_settings_counts_are_worth_counting() -> None:
-    """Blocks that outlast their answer, one of them into the next, and blocks that get far: else little would show."""
+    """Some blocks reach past their answer, one into the next answer, and some have many right slots."""
     setting, slots = known("dflash")
     ends = [valid[0] and not all(valid) for valid in slots.mask.tolist()]
     assert any(ends) and not all(ends)
