@@ -14,7 +14,6 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -96,34 +95,26 @@ def load_conversations(
 
 
 def split_held_out(
-    conversations: Sequence[Conversation], *, fraction: float | None = None, count: int | None = None, seed: int = 0
+    conversations: Sequence[Conversation], *, count: int, seed: int = 0
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, held out), by a hash of the id: the same row is on the same side in every run with this seed.
+    """(to train on, held out). The `count` rows whose ids have the smallest hashes are held out, in any order of rows.
 
-    fraction: share held out; adding rows moves no other row. count: rows held out, those with the smallest hashes.
+    Raises ConfigError for a count below 1, DataError where no row is left on one side.
     """
-    shares = [fraction is not None and 0 < fraction < 1, count is not None and count > 0]
-    if sum(shares) != 1 or (fraction is not None and count is not None):
-        raise ConfigError(
-            f"held out: fraction {fraction}, count {count}",
-            "one of the two: a fraction between 0 and 1, or a count of 1 or more",
-        )
+    if count < 1:
+        raise ConfigError(f"{count} conversations held out", "1 or more")
 
     def place(conversation: Conversation) -> int:
         return int.from_bytes(hashlib.sha256(f"{seed}/{conversation.id}".encode()).digest())
 
-    if fraction is not None:
-        border = int(Fraction(fraction) * 2**256)
-    else:
-        assert count is not None
-        border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
+    border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
     train = [conversation for conversation in conversations if place(conversation) >= border]
     held_out = [conversation for conversation in conversations if place(conversation) < border]
     if not train or not held_out:
         raise DataError(
             f"{len(train)} rows to train on and {len(held_out)} held out",
             "some of each",
-            "give more rows, or hold out fewer or more",
+            "give more rows, or hold out fewer",
         )
     return train, held_out
 
