@@ -8,6 +8,7 @@ so that the loss is the ratio of two sums over the global batch however it is sp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.domino import correction_inputs
-from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, Objective, ObjectiveSettings, Slots
+
+if TYPE_CHECKING:  # a loss asks for tensors only; how they came together is the data's business
+    from sglang_auf.training.data.batching import Batch
 
 # Rows of logits in memory at one time. On a CPU about as many as stay in the caches.
 CHUNK = {"cpu": 256}
