@@ -281,7 +281,8 @@ def _prompts(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     from sglang_auf.training.data.features import find_target
-    from sglang_auf.training.generation.prompts import PromptSettings, write_prompts
+    from sglang_auf.training.generation.prompts import write_prompts
+    from sglang_auf.training.generation.settings import PromptSettings
 
     settings = _settings(PromptSettings, options)
     rows, outcomes = write_prompts(settings, AutoTokenizer.from_pretrained(find_target(settings.target)))
@@ -292,7 +293,8 @@ def _prompts(options: argparse.Namespace) -> int:
 
 
 def _regenerate(options: argparse.Namespace) -> int:
-    from sglang_auf.training.generation.regenerate import RegenerateSettings, regenerate
+    from sglang_auf.training.generation.regenerate import regenerate
+    from sglang_auf.training.generation.settings import RegenerateSettings
 
     settings = _settings(RegenerateSettings, options)
     print(f"{regenerate(settings)} rows in {settings.out}")

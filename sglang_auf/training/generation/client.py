@@ -1,10 +1,9 @@
-"""One answer of an OpenAI-compatible server, with its exact token ids where the server gives them."""
+"""Clients of OpenAI-compatible servers: how to connect, and the one that asks the target for training text."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,26 +16,71 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ConfigError, ServerError
+from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.rows import Message
+from sglang_auf.training.generation.settings import GenerationSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-
-# SGLang's request fields: exact ids in the reply, and no shaping of the distribution by generation_config.json.
-EXTRAS = {
-    "return_input_ids_in_sglext": True,
-    "return_output_ids_in_sglext": True,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
+EXACT_IDS = {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True}
+"""SGLang's request fields for exact token ids in the reply."""
+UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""SGLang's request fields that keep a model's generation_config.json from shaping the distribution."""
 FINISHED = ("stop", "length")
 
 
+def openai_client(
+    base_url: str,
+    *,
+    connections: int,
+    timeout_s: float,
+    retries: int,
+    on_request: Callable[[httpx.Request], Awaitable[None]] | None = None,
+) -> openai.AsyncOpenAI:
+    """base_url: with its path ("/v1"). connections: open at once, at most. timeout_s: of one HTTP request.
+
+    retries: how often a failed request is sent again if the failure may pass; the pauses grow. on_request: called for
+    each HTTP request, also for retries.
+    """
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    hooks = {"request": [on_request]} if on_request else {}
+    return openai.AsyncOpenAI(
+        base_url=base_url,
+        api_key=client_api_key(),
+        max_retries=retries,
+        timeout=httpx.Timeout(timeout_s, connect=30.0, pool=None),
+        http_client=openai.DefaultAsyncHttpxClient(limits=limits, event_hooks=hooks),
+    )
+
+
+def template_fields(thinking: str) -> dict[str, Any]:
+    """Request fields for the template's variable enable_thinking; none where `thinking` is "server"."""
+    enabled = enable_thinking(thinking)
+    return {} if enabled is None else {"chat_template_kwargs": {"enable_thinking": enabled}}
+
+
+class SglExt(BaseModel):
+    """SGLang's extension of a reply. Only the fields that are read here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_ids: list[int] | None = None
+    output_ids: list[list[int]] | None = Field(default=None, min_length=1)
+    spec_tokens_details: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, reply: BaseModel) -> Self:
+        """The extension of a reply or of a chunk; empty if there is none. Raises ValueError if it cannot be read."""
+        try:
+            return cls.model_validate((reply.model_extra or {}).get("sglext") or {})
+        except ValidationError as error:
+            raise ValueError(f"sglext of the reply cannot be read: {error.errors()[0]['msg']}") from error
+
+
 class AnswerError(Exception):
-    """Why a question got no answer. server: the server was at fault, not the question."""
+    """Why a question got no answer. server: the fault is the server's, not the question's."""
 
     def __init__(self, reason: str, server: bool) -> None:
         super().__init__(reason)
@@ -45,7 +89,7 @@ class AnswerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """tokens: generated ones, 0 where the server does not count. Ids are None where it gives none."""
+    """tokens: generated ones, 0 where the server does not count. The ids are None where the server gives none."""
 
     text: str
     reasoning: str | None
@@ -55,40 +99,25 @@ class Answer:
     tokens: int
 
 
-class _SglExt(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class TargetClient:
+    """Asks the server at settings.base_url, to which "/v1" is added where it has no path."""
 
-    input_ids: list[int] | None = None
-    output_ids: list[list[int]] | None = Field(default=None, min_length=1)
-
-
-class ChatServer:
-    """base_url: with its path ("/v1"), which is added where there is none. Failures that may pass are tried again by
-    the client, `retries` times with growing pauses."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        concurrency: int,
-        temperature: float,
-        max_tokens: int,
-        thinking: bool | None,
-        timeout_s: float,
-        retries: int,
-    ) -> None:
-        self.base_url = base_url.rstrip("/") + ("" if urlsplit(base_url).path.strip("/") else "/v1")
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._client = openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=os.environ.get(KEY_VARIABLE, "EMPTY"),
-            max_retries=retries,
-            timeout=httpx.Timeout(timeout_s, connect=30.0, pool=None),
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+    def __init__(self, settings: GenerationSettings, thinking: str = "server") -> None:
+        path = "" if urlsplit(settings.base_url).path.strip("/") else "/v1"
+        self.base_url = settings.base_url.rstrip("/") + path
+        self._openai = openai_client(
+            self.base_url,
+            connections=settings.concurrency,
+            timeout_s=settings.timeout_s,
+            retries=settings.retries,
         )
-        self._options: dict[str, Any] = {"temperature": temperature, "top_p": 1.0, "max_tokens": max_tokens}
-        self._wanted = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
-        self._extras: dict[str, Any] = dict(EXTRAS)
+        self._options: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "top_p": 1.0,
+            "max_tokens": settings.max_tokens,
+        }
+        self._template_fields = template_fields(thinking)
+        self._extras: dict[str, Any] = {**EXACT_IDS, **UNSHAPED}
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,12 +125,12 @@ class ChatServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
+        await self._openai.close()
 
     async def only_model(self) -> str:
-        """The model a server lists, if it is the only one. Raises ConfigError or ServerError."""
+        """The model that the server lists, if it is the only one. Raises ConfigError or ServerError."""
         try:
-            models = [model.id async for model in await self._client.models.list()]
+            models = [model.id async for model in await self._openai.models.list()]
         except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError) as error:
             raise self._unusable(error) from error
         if len(models) != 1:
@@ -111,16 +140,19 @@ class ChatServer:
         return models[0]
 
     async def answer(self, model: str, messages: Sequence[Message], seed: int) -> Answer:
-        """Raises AnswerError, or ServerError where no question would get an answer."""
+        """Raises AnswerError, or ServerError if the server would answer no question at all."""
         question: dict[str, Any] = {"model": model, "messages": messages, "seed": seed, **self._options}
         with self._faults():
             return _read(await self._ask(question))
 
-    async def go_on(self, model: str, ids: Sequence[int], end: int | None, seed: int) -> Answer:
-        """What the model says after `ids`, without a template, to its own end or to token `end`; raises as `answer`."""
-        more = None if end is None else {"stop_token_ids": [end]}  # a field of SGLang's and vLLM's
+    async def complete(self, model: str, ids: Sequence[int], end: int | None, seed: int) -> Answer:
+        """How the model continues `ids`, without a template. Raises as `answer` does.
+
+        end: a token that ends the text, beside the model's own end token.
+        """
+        more = None if end is None else {"stop_token_ids": [end]}  # a field of SGLang and vLLM
         with self._faults():
-            reply = await self._client.completions.create(
+            reply = await self._openai.completions.create(
                 model=model, prompt=list(ids), seed=seed, extra_body=more, **self._options
             )
         if not isinstance(reply, Completion) or not reply.choices:
@@ -146,20 +178,22 @@ class ChatServer:
             raise AnswerError(f"{type(error).__name__}: {str(error)[:300]}{cause}", server=True) from error
 
     async def _ask(self, question: dict[str, Any]) -> object:
-        """A server that refuses the extra fields is asked without them, from then on."""
+        """Ask with the extra fields. Once a server has refused them, they are left out."""
         extras = self._extras
         try:
-            return await self._client.chat.completions.create(**question, extra_body={**extras, **self._wanted})
+            return await self._openai.chat.completions.create(
+                **question, extra_body={**extras, **self._template_fields}
+            )
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             if not extras:
                 raise
-        reply = await self._client.chat.completions.create(**question, extra_body=self._wanted)
+        reply = await self._openai.chat.completions.create(**question, extra_body=self._template_fields)
         if self._extras:
             self._extras = {}
-            log.warning(
-                "the server refuses the request fields %s: its answers come as text only, without exact token ids, and "
-                "its own defaults of sampling hold",
-                ", ".join(EXTRAS),
+            logger.warning(
+                "the server refuses the request fields %s: answers come without exact token ids, and the server's "
+                "defaults of sampling apply",
+                ", ".join(extras),
             )
         return reply
 
@@ -167,21 +201,18 @@ class ChatServer:
         return ServerError(
             f"{type(error).__name__} from {self.base_url}: {str(error)[:300]}",
             "an OpenAI-compatible server that is up, and a model it serves",
-            f"check --base-url and --model; an API key is read from {KEY_VARIABLE}",
+            f"check --base-url and --model; an API key is read from {CLIENT_API_KEY}",
         )
 
 
 def _read(reply: object) -> Answer:
-    """Raises AnswerError for a reply that is none."""
+    """Raises AnswerError for a reply that is no answer, ValueError for a sglext that cannot be read."""
     if not isinstance(reply, ChatCompletion) or not reply.choices:
         raise AnswerError("the reply is no chat completion", server=True)
     choice = reply.choices[0]
     if choice.finish_reason not in FINISHED:
         raise AnswerError(f"the answer ended with finish_reason {choice.finish_reason!r}", server=False)
-    try:
-        extension = _SglExt.model_validate((reply.model_extra or {}).get("sglext") or {})
-    except ValidationError as error:
-        raise AnswerError(f"sglext of the reply cannot be read: {error.errors()[0]['msg']}", server=True) from error
+    extension = SglExt.of(reply)
     reasoning = (choice.message.model_extra or {}).get("reasoning_content")
     response_ids = extension.output_ids[0] if extension.output_ids else None
     return Answer(

@@ -1,36 +1,33 @@
-"""The JSONL file that `regenerate` appends answers to: what is in it survives a kill, and nothing is asked twice.
+"""The JSONL file that `prompts` and `regenerate` append rows to. It survives a kill, and nothing in it is asked twice.
 
-One row a line, written whole with one flush. A kill in the middle of a write leaves a last line without its newline: it
-is cut off when the file is opened again, and its row is not counted as done. A manifest beside the file says what made
-it, and a run with other settings is refused, since a mix of two would look like data of one.
+Each row is one line, written at once. A kill in the middle of a write leaves a last line without its newline; that line
+is cut off when the file is opened again. A manifest beside the file holds the settings that made it. A run with other
+settings is refused, because the file would mix rows of both.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from sglang_auf.errors import DataError
+from sglang_auf.files import locked, remove_unfinished, write_whole
+from sglang_auf.settings import Settings, checked
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Manifest(BaseModel):
-    """What decides the answers in a file.
+class OutputManifest(Settings):
+    """What decides the rows of a file.
 
-    input_sha256: of the prompts. version: of this package; it is there for the record, and may differ.
+    input_sha256: digest of what is asked. version: of this package, recorded only; it may differ.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     model: str
@@ -42,56 +39,54 @@ class Manifest(BaseModel):
     version: str
 
 
-class AnswerFile:
-    """Open it with `with`, which raises DataError where the file cannot be continued. done: ids of its rows."""
+class OutputFile:
+    """Used in a `with`, which raises DataError if the file cannot be continued. done: ids of its rows."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: OutputManifest) -> None:
         self.path = path
         self.done: set[str] = set()
         self._manifest = manifest
+        self._opened = ExitStack()
         self._descriptor = -1
         self._size = 0
 
     def __enter__(self) -> Self:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._size = os.fstat(self._descriptor).st_size
-            self._check_manifest()
-            self._read()
-        except BlockingIOError:
-            self._close()
-            raise DataError(
-                f"{self.path} is being written by another process", "one writer", "wait for it, or give another --out"
-            ) from None
-        except OSError as error:
-            self._close()
-            raise self._unwritable(error) from error
-        except DataError:
-            self._close()
-            raise
+        with ExitStack() as opened:
+            try:
+                opened.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
+                self._descriptor = opened.enter_context(self.path.open("ab", buffering=0)).fileno()
+                self._size = os.fstat(self._descriptor).st_size
+                self._check_manifest()
+                self._read()
+            except BlockingIOError:
+                raise DataError(
+                    f"{self.path} is being written by another process",
+                    "one writer",
+                    "wait for it, or give another --out",
+                ) from None
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            self._close()
+        with self._opened:
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """One finished row. If it cannot be written whole (disk full), what was written of it is taken back."""
+        """Add one finished row. If it cannot be written completely (disk full), nothing of it stays."""
         rest = memoryview(json.dumps(row).encode() + b"\n")
         size = self._size + len(rest)
         try:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
-            with suppress(OSError):  # a torn line is cut off when the file is opened again
+            with suppress(OSError):  # otherwise the line is cut off when the file is opened again
                 os.ftruncate(self._descriptor, self._size)
             raise self._unwritable(error) from error
         self._size = size
@@ -103,36 +98,30 @@ class AnswerFile:
             if self._size:
                 raise DataError(
                     f"{self.path} has rows, and no {file.name} says what made them",
-                    "a new file, or one that this command has begun",
+                    "a new file, or one that this command began",
                     "give another --out",
                 )
-            _write_atomically(file, self._manifest.model_dump_json(indent=2) + "\n")
+            remove_unfinished(file)
+            write_whole(file, self._manifest.model_dump_json(indent=2) + "\n")
             return
-        try:
-            before = Manifest.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise DataError(
-                f"{file}: {'.'.join(map(str, problem['loc']))} {problem['msg']}",
-                "a manifest written by this version",
-                "give another --out",
-            ) from None
+        expected = "a manifest written by this version"
+        before = checked(OutputManifest, file.read_bytes(), str(file), expected, "give another --out", DataError)
         was, now = before.model_dump(exclude={"version"}), self._manifest.model_dump(exclude={"version"})
         differences = [f"{name} was {was[name]} and is {now[name]}" for name in now if was[name] != now[name]]
         if differences:
             raise DataError(
                 f"{self.path} was begun with other settings: {'; '.join(differences)}",
-                "the settings it was begun with",
+                "the same settings",
                 "give those, or another --out",
             )
 
     def _read(self) -> None:
-        """Collect the ids of complete lines, and cut a torn last line off."""
+        """Collect the ids of complete lines, and cut off an incomplete last line."""
         complete = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
-                    log.warning("%s: line %d was torn by a kill; it is cut off and asked again", self.path, number)
+                    logger.warning("%s: line %d is incomplete; it is cut off and asked again", self.path, number)
                     os.ftruncate(self._descriptor, complete)
                     break
                 complete += len(line)
@@ -157,21 +146,6 @@ class AnswerFile:
             "make room, then run the same command again: it asks only what is missing",
         )
 
-    def _close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
 
 def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".manifest.json")
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    """The whole file or none, whenever the process or the machine stops."""
-    draft = file.with_name(file.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as output:
-        output.write(text)
-        output.flush()
-        os.fsync(output.fileno())
-    draft.replace(file)

@@ -1,4 +1,4 @@
-"""The file of answers: one writer, whole rows, and no file continued that cannot be trusted."""
+"""The output file has one writer and complete rows, and a damaged file is not continued."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sglang_auf.errors import DataError
-from sglang_auf.training.generation.output_file import AnswerFile, Manifest
+from sglang_auf.training.generation.output_file import OutputFile, OutputManifest
 
-MANIFEST = Manifest(
+MANIFEST = OutputManifest(
     model="toy", temperature=0.0, max_tokens=8, seed=1, thinking="server", input_sha256="0" * 64, version="0"
 )
 
@@ -19,7 +19,7 @@ def test_row_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     """The system's own refusal in the middle of a write, by a limit on the size of files."""
     out = tmp_path / "answers.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with AnswerFile(out, MANIFEST) as file:
+    with OutputFile(out, MANIFEST) as file:
         file.append({"id": "a", "text": "x" * 100})
         before = out.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
@@ -34,22 +34,22 @@ def test_row_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "new" / "answers.jsonl"
-    with AnswerFile(out, MANIFEST), pytest.raises(DataError, match="written by another"), AnswerFile(out, MANIFEST):
+    with OutputFile(out, MANIFEST), pytest.raises(DataError, match="written by another"), OutputFile(out, MANIFEST):
         pass
-    with AnswerFile(out, MANIFEST) as file:
+    with OutputFile(out, MANIFEST) as file:
         assert file.done == set()
 
 
 def test_damaged_file_is_not_continued(tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    with AnswerFile(out, MANIFEST) as file:
+    with OutputFile(out, MANIFEST) as file:
         file.append({"id": "a"})
     out.write_bytes(out.read_bytes() + b"\0\0\0\n")
-    with pytest.raises(DataError, match=r"line 2 of .*answers.jsonl is no row"), AnswerFile(out, MANIFEST):
+    with pytest.raises(DataError, match=r"line 2 of .*answers.jsonl is no row"), OutputFile(out, MANIFEST):
         pass
 
 
 def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written"), AnswerFile(tmp_path / "file" / "answers.jsonl", MANIFEST):
+    with pytest.raises(DataError, match="cannot be written"), OutputFile(tmp_path / "file" / "answers.jsonl", MANIFEST):
         pass

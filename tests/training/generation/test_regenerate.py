@@ -1,4 +1,4 @@
-"""Regeneration: what is asked and written, what a kill leaves, what a failure costs, and what is refused."""
+"""What `regenerate` asks and writes, what a kill or a failure leaves, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from sglang_auf.errors import ConfigError, DataError, ServerError
 from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.generation import output_file
 from sglang_auf.training.generation.output_file import manifest_path
-from sglang_auf.training.generation.regenerate import GIVE_UP_AFTER, RegenerateSettings, regenerate
+from sglang_auf.training.generation.regenerate import regenerate
+from sglang_auf.training.generation.settings import RegenerateSettings
+from sglang_auf.training.generation.workers import GIVE_UP_AFTER
 from tests.support.http_servers import serving
 from tests.support.toy_tokenizer import toy_tokenizer
 
@@ -37,9 +39,9 @@ SOON = {"retry-after-ms": "1"}
 
 @dataclass
 class Server:
-    """An OpenAI-compatible server that does what the question says: ABORT, REFUSE, CUT, and BUSY for its first time.
+    """An OpenAI-compatible server that does what the question says: ABORT, REFUSE, CUT, and BUSY the first time.
 
-    strict: unknown request fields are refused. down: every answer is a 503. together: answers come only when so many
+    strict: it refuses unknown request fields. down: every answer is a 503. together: answers come only when this many
     questions are in flight.
     """
 
@@ -449,13 +451,14 @@ def test_command_line(
 def test_wrong_values(tmp_path: Path, flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["regenerate", "prompts.jsonl", "--base-url", "http://x", "--out", str(tmp_path / "o.jsonl"), *flag]
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"sglang-auf regenerate: found: {' '.join(flag)};")
+    name, value = flag
+    assert re.match(f"sglang-auf regenerate: found: {name} '?{value}'?;", capsys.readouterr().err)
 
 
 def test_help_names_the_defaults_that_hold(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["regenerate", "--help"])
-    shown = re.findall(r"--([\w-]+) [^-]*?\(default:\s+([\w.]+)\)", capsys.readouterr().out)
+    shown = re.findall(r"--([\w-]+) \S+\s+[^-]*?\(default:\s+([\w.]+)\)", capsys.readouterr().out)
     named = {flag.replace("-", "_"): value for flag, value in shown}
     fields = RegenerateSettings.model_fields
     assert set(named) == {name for name, info in fields.items() if not info.is_required() and info.default is not None}
