@@ -1,4 +1,4 @@
-"""One request to an SGLang server with the official OpenAI client, and what the reply says of speculation."""
+"""One request to an SGLang server, and the speculation counts of its reply."""
 
 from __future__ import annotations
 
@@ -10,44 +10,25 @@ from typing import Any, Self
 import httpx
 import openai
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.harness.config import Workload
-from benchmarks.harness.server_info import api_key
 from sglang_auf.acceptance import Acceptance
-
-# A model's generation_config.json may set any of these; the benchmark's conditions must not depend on it.
-UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# SGLang's request fields that make a reply carry token ids and speculation counts.
-DETAILS = {
-    "return_spec_tokens_details": True,
-    "return_input_ids_in_sglext": True,
-    "return_output_ids_in_sglext": True,
-}
+from sglang_auf.training.generation.client import EXACT_IDS, UNSHAPED, SglExt, openai_client, template_fields
 
 
 class ReplyError(Exception):
-    """A reply that came with status 200 and cannot be counted."""
+    """A reply with status 200 that cannot be counted."""
 
 
 FAILURES = (openai.APIError, httpx.HTTPError, ReplyError)
-"""What a request may end in. httpx: the openai client lets errors in the middle of a stream through."""
-
-
-class SglExt(BaseModel):
-    """SGLang's extension of a reply; only what the benchmark reads."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    spec_tokens_details: dict[str, Any] | None = None
-    input_ids: list[int] | None = None
-    output_ids: list[list[int]] | None = None
+"""What a request may raise. In the middle of a stream the openai client lets httpx's errors through."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation. proposed: drafts, where
-    the server says it. Times in seconds.
+    """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation.
+
+    proposed: number of drafts, if the server gives it. ttft_s: time to the first token, of streams only.
     """
 
     text: str = ""
@@ -66,27 +47,20 @@ class Reply:
 
 
 class ChatClient:
-    """Asks one server. A failed request is an answer too: nothing is retried behind the caller's back."""
+    """Asks one server. Nothing is retried, because a failed request is a result too."""
 
     def __init__(self, base_url: str, model: str, workload: Workload, stream: bool) -> None:
-        limits = httpx.Limits(max_connections=workload.concurrency, max_keepalive_connections=workload.concurrency)
-        self._openai = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1",
-            api_key=api_key(),
-            max_retries=0,
-            timeout=workload.timeout_s,
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+        self._openai = openai_client(
+            f"{base_url}/v1", connections=workload.concurrency, timeout_s=workload.timeout_s, retries=0
         )
         self._stream = stream
-        extra: dict[str, Any] = {**UNSHAPED, **DETAILS}
-        if workload.thinking != "server":
-            extra["chat_template_kwargs"] = {"enable_thinking": workload.thinking == "on"}
+        details = {"return_spec_tokens_details": True, **EXACT_IDS}
         self._options: dict[str, Any] = {
             "model": model,
             "temperature": workload.temperature,
             "top_p": 1.0,
             "max_tokens": workload.max_tokens,
-            "extra_body": extra,
+            "extra_body": {**UNSHAPED, **details, **template_fields(workload.thinking)},
         }
 
     async def __aenter__(self) -> Self:
@@ -98,7 +72,7 @@ class ChatClient:
         await self._openai.close()
 
     async def ask(self, messages: list[ChatCompletionMessageParam], seed: int | None = None, **options: Any) -> Reply:
-        """One answer. options override the workload's (warm-up: max_tokens). Raises one of FAILURES."""
+        """One answer. Raises one of FAILURES. options: override those of the workload."""
         arguments: dict[str, Any] = {**self._options, "messages": messages, **options}
         if seed is not None:
             arguments["seed"] = seed
@@ -144,14 +118,11 @@ def _count(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
 
 
 def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
-    """Take what SGLang added to a reply, or to one chunk of it."""
-    raw = (part.model_extra or {}).get("sglext")
-    if raw is None:
-        return
+    """Add to `reply` the SGLang extension of a reply, or of one chunk of it."""
     try:
-        extension = SglExt.model_validate(raw)
-    except ValidationError as error:
-        raise ReplyError(f"sglext of the reply cannot be read: {error.errors()[0]['msg']}") from None
+        extension = SglExt.of(part)
+    except ValueError as error:
+        raise ReplyError(str(error)) from None
     if extension.input_ids is not None:
         reply.prompt_ids = extension.input_ids
     if extension.output_ids:
@@ -166,7 +137,7 @@ def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
 
 
 def histogram_of(details: dict[str, Any]) -> list[int]:
-    """Counts of sglext.spec_tokens_details: the plugin's own fields, or SGLang's for its built-in algorithms."""
+    """The histogram in sglext.spec_tokens_details, in the fields of this plugin or of SGLang's built-in algorithms."""
     try:
         if "accepted_histogram" in details:
             histogram, steps = [int(n) for n in details["accepted_histogram"]], int(details["verify_steps"])

@@ -1,7 +1,7 @@
-"""Two servers behind SGLang's router; one is killed under load. Clients that retry must lose nothing.
+"""Two servers behind SGLang's router, of which one is killed under load. Clients that retry must lose nothing.
 
-First the same questions with both servers up: what the replies report of verify steps must add up to the totals of the
-two servers. Then again, and in the middle of it one server and all its processes are killed outright.
+First all questions are asked with both servers up: the verify steps in the replies must add up to the totals of the two
+servers. Then they are asked again, and in the middle one server and all its processes are killed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import openai
 
 from benchmarks.harness.config import FailoverConfig
 from benchmarks.harness.results import Measured, StrictModel
-from benchmarks.harness.server_info import api_key, call, server_facts
+from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.harness.template_prompts import demo_prompts
 from sglang_auf.errors import ConfigError, ServerError
+from sglang_auf.training.generation.client import SglExt, openai_client
 
 ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
 
 
 class Load(StrictModel):
-    """What became of the requests of one part. sent: HTTP requests, retries included."""
+    """Results of the requests of one part. sent: HTTP requests, retries included."""
 
     asked: int
     sent: int
@@ -74,8 +75,8 @@ def measure_failover(config: FailoverConfig) -> FailoverReport:
             for name in "ab"
         ]
         urls = [server.base_url for server in servers]
-        # In turns, so that both have work. The client retries, not the router: an answer that broke off is asked again
-        # as a whole either way, and the client sees how often.
+        # round_robin gives both servers work. The client retries, not the router: either has to ask again for the
+        # complete answer, and the client can count how often.
         options = ["--policy", "round_robin", "--disable-retries", "--health-check-interval-secs", "2"]
         program = ["-m", f"{ROUTER}.launch_router", "--worker-urls", *urls, *options]
         router = running.enter_context(launch(program, log_file=config.out / "router.log"))
@@ -104,7 +105,7 @@ async def _measure(config: FailoverConfig, servers: Sequence[Server], router: Se
 
     killing = asyncio.create_task(kill())
     killed = await clients.ask(prompts, references)
-    if not killing.done():  # so few were answered that the load has ended first
+    if not killing.done():  # the load ended before kill_after answers came
         killing.cancel()
         raise ServerError(
             f"{killed.lost} of {killed.asked} requests lost with both servers up: {'; '.join(killed.named[:1])}",
@@ -127,7 +128,7 @@ def _totals(server: Server) -> dict[str, int]:
 
 
 class _Clients:
-    """Several clients at one URL, who ask again when a server breaks off or is not there."""
+    """Several clients of one URL. They ask again when a server breaks off or is down."""
 
     def __init__(self, base_url: str, model: str, config: FailoverConfig) -> None:
         self.base_url, self.model, self.config = base_url, model, config
@@ -135,16 +136,15 @@ class _Clients:
         self._sent = 0
 
     async def ask(self, prompts: Sequence[str], references: dict[str, str]) -> Load:
-        """All prompts once. references: greedy answers by prompt, filled by the first call and compared with later."""
+        """Ask all prompts once. references: prompt -> greedy answer; the first call fills it, later calls compare."""
         self.answered = self._sent = 0
         free = asyncio.Semaphore(self.config.clients)
-        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._count]})
-        async with openai.AsyncOpenAI(
-            base_url=f"{self.base_url}/v1",
-            api_key=api_key(),
-            max_retries=self.config.retries,
-            timeout=self.config.timeout_s,
-            http_client=http_client,
+        async with openai_client(
+            f"{self.base_url}/v1",
+            connections=self.config.clients,
+            timeout_s=self.config.timeout_s,
+            retries=self.config.retries,
+            on_request=self._count,
         ) as client:
             replies = await asyncio.gather(*(self._one(client, free, prompt) for prompt in prompts))
         load = Load(asked=len(prompts), sent=self._sent, lost=0, wrong=0, verify_steps=0, emitted=0, named=[])
@@ -157,7 +157,7 @@ class _Clients:
             if references.setdefault(prompt, text) != text:
                 load.wrong += 1
                 load.named.append(f"{text!r} for {references[prompt]!r}")
-            details = reply.sglext["spec_tokens_details"]
+            details = SglExt.of(reply).spec_tokens_details or {}
             load.verify_steps += details["verify_steps"]
             load.emitted += reply.usage.completion_tokens - 1
         return load

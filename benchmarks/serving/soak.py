@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.harness.config import SoakConfig
 from benchmarks.harness.results import Measured, StrictModel
-from benchmarks.harness.server_info import api_key, call, flush_cache, server_facts
+from benchmarks.harness.server_info import call, flush_cache, server_facts
 from benchmarks.harness.servers import Server, family, serve
 from benchmarks.serving.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
 from sglang_auf.errors import ServerError
@@ -102,14 +102,14 @@ def soak(config: SoakConfig) -> SoakReport:
 
 
 async def _references(base_url: str, config: SoakConfig) -> list[Question]:
-    sender = Sender(base_url, server_facts(base_url).model, api_key(), config.timeout_s)
+    sender = Sender(base_url, server_facts(base_url).model, config.timeout_s)
     found = await asyncio.gather(*map(sender.reference, questions(config.questions)))
     await sender.client.close()
     return found
 
 
 async def _soak(server: Server, known: list[Question], config: SoakConfig) -> SoakReport:
-    sender = Sender(server.base_url, server_facts(server.base_url).model, api_key(), config.timeout_s)
+    sender = Sender(server.base_url, server_facts(server.base_url).model, config.timeout_s)
     tally, samples = Tally(), []
     draws = random.Random(config.seed)
     for kind in KINDS:  # what is loaded or opened on first use is there before the first count

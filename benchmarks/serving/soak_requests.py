@@ -1,4 +1,4 @@
-"""The kinds of request that a soak sends, each checked against what plain decoding answered before."""
+"""The kinds of request that a soak sends. Each answer is checked against the one of plain decoding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import httpx
 import openai
 
 from benchmarks.harness.template_prompts import demo_prompts
+from sglang_auf.training.generation.client import openai_client
 
 LENGTHS = (8, 40, 160)
-"""New tokens of an answer, in turn: short ones leave while long ones stay, so that batches never settle."""
+"""New tokens of an answer, used in turn: short answers end while long ones go on, so that batches keep changing."""
 
 GRAMMAR = {
     "type": "json_schema",
@@ -30,6 +31,8 @@ GRAMMAR = {
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 40}}
 LEFT_AFTER = 3
 ABANDONED_S = 0.3
+CONNECTIONS = 1000
+"""More than a soak has clients, so that no request waits in the client."""
 
 
 class Wrong(Exception):
@@ -38,7 +41,8 @@ class Wrong(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, the new tokens asked for, and plain decoding's texts: greedy, with the seed, under the grammar."""
+    """max_tokens: new tokens to ask for. greedy, seeded, constrained: texts of plain decoding; seeded is sampled with
+    the seed, constrained follows the grammar."""
 
     prompt: str
     max_tokens: int
@@ -62,16 +66,16 @@ def questions(count: int) -> list[Question]:
 class Sender:
     """Asks one server under the name `model`. Nothing is retried."""
 
-    def __init__(self, base_url: str, model: str, key: str, timeout_s: float) -> None:
-        # A client of its own for each request would open a connection each; one for all is what programs have.
-        self.client = openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key=key, max_retries=0, timeout=timeout_s)
+    def __init__(self, base_url: str, model: str, timeout_s: float) -> None:
+        # One client for all requests, as programs have it: a client for each would also open a connection for each.
+        self.client = openai_client(f"{base_url}/v1", connections=CONNECTIONS, timeout_s=timeout_s, retries=0)
         self.model = model
 
     async def chat(self, question: Question, **changes: Any) -> Any:
         return await self.client.chat.completions.create(**({"model": self.model} | question.asked | changes))
 
     async def reference(self, question: Question) -> Question:
-        """The question with the texts of this server, which decodes plainly."""
+        """The question with the texts of this server, which must decode plainly."""
         texts = [
             (await self.chat(question, **changes)).choices[0].message.content or ""
             for changes in ({}, SAMPLED | {"seed": question.seed}, {"response_format": GRAMMAR})
@@ -140,7 +144,7 @@ async def left(sender: Sender, question: Question) -> None:
 
 
 async def abandoned(sender: Sender, question: Question) -> None:
-    """A client whose patience ends before the answer does."""
+    """A client that gives up before the answer is complete."""
     try:
         await sender.chat(question, timeout=ABANDONED_S)
     except openai.APITimeoutError:
@@ -165,7 +169,7 @@ REFUSALS = (400, 404, 422)
 
 
 async def bad(sender: Sender, question: Question) -> None:
-    """Must be refused as the client's fault, with a reason. Which one: by the question, so that all have their turn."""
+    """A request that must be refused as the client's fault, with a reason. The question decides which of BAD it is."""
     changes = BAD[question.seed % len(BAD)]
     try:
         await sender.chat(question, **changes)
@@ -192,7 +196,7 @@ KINDS: dict[Kind, int] = {
 """Each kind and how often it is drawn."""
 
 BROKEN = (openai.APIConnectionError, httpx.HTTPError)
-"""What a request ends in when the server is gone or hangs up; a timeout too."""
+"""What a request raises when the server is gone, hangs up or does not answer in time."""
 
 
 def _same(text: str | None, reference: str) -> None:

@@ -1,0 +1,83 @@
+"""The client that benchmarks and training share: retries, connections, and SGLang's extension of a reply."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from openai.types.chat import ChatCompletion
+
+from sglang_auf.training.generation.client import SglExt, openai_client, template_fields
+from tests.support.http_servers import serving
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_each_request_and_each_retry_is_counted_and_carries_the_key(
+    retries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    app, sent = FastAPI(), []
+    app.get("/v1/models")(lambda: JSONResponse({"message": "busy"}, 503, {"retry-after-ms": "1"}))
+
+    async def count(request: httpx.Request) -> None:
+        sent.append(request.headers["authorization"])
+
+    async def ask(url: str) -> None:
+        async with openai_client(url, connections=1, timeout_s=9, retries=retries, on_request=count) as client:
+            with pytest.raises(openai.InternalServerError):
+                await client.models.list()
+
+    with serving(app) as url:
+        asyncio.run(ask(f"{url}/v1"))
+    assert sent == ["Bearer sesame"] * (1 + retries)
+
+
+def test_no_more_connections_are_open_than_asked_for() -> None:
+    app, most, open_now = FastAPI(), 0, 0
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        nonlocal most, open_now
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0.05)
+        open_now -= 1
+        return {"object": "list", "data": []}
+
+    async def ask(url: str) -> None:
+        async with openai_client(url, connections=2, timeout_s=9, retries=0) as client:
+            await asyncio.gather(*(client.models.list() for _ in range(6)))
+
+    with serving(app) as url:
+        asyncio.run(ask(f"{url}/v1"))
+    assert most == 2
+
+
+def reply(**extra: Any) -> ChatCompletion:
+    return ChatCompletion.model_validate(
+        {"id": "", "choices": [], "created": 0, "model": "", "object": "chat.completion"} | extra
+    )
+
+
+def test_extension_of_a_reply() -> None:
+    details = {"verify_steps": 1}
+    found = SglExt.of(reply(sglext={"output_ids": [[1, 2]], "spec_tokens_details": details, "routed_experts": "x"}))
+    assert found == SglExt(output_ids=[[1, 2]], spec_tokens_details=details)
+    assert SglExt.of(reply()) == SglExt.of(reply(sglext=None)) == SglExt()
+
+
+@pytest.mark.parametrize("sglext", [{"output_ids": []}, {"output_ids": [1]}, {"input_ids": "ab"}, "ab"])
+def test_extension_that_cannot_be_read(sglext: object) -> None:
+    with pytest.raises(ValueError, match="sglext of the reply cannot be read"):
+        SglExt.of(reply(sglext=sglext))
+
+
+def test_thinking_is_sent_unless_the_server_decides() -> None:
+    assert template_fields("on") == {"chat_template_kwargs": {"enable_thinking": True}}
+    assert template_fields("off") == {"chat_template_kwargs": {"enable_thinking": False}}
+    assert template_fields("server") == {}
