@@ -41,8 +41,10 @@ class Wrong(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """max_tokens: new tokens to ask for. greedy, seeded, constrained: texts of plain decoding; seeded is sampled with
-    the seed, constrained follows the grammar."""
+    """max_tokens: new tokens to ask for. greedy, seeded, constrained: the texts of plain decoding for it.
+
+    seeded is sampled with `seed`; constrained follows GRAMMAR.
+    """
 
     prompt: str
     max_tokens: int

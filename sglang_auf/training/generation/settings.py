@@ -22,7 +22,7 @@ class GenerationSettings(Settings):
     )
     temperature: float
     max_tokens: int
-    seed: int = Field(default=42, ge=0, lt=2**31, description="sampling seed that each request's derives from")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="each request's sampling seed derives from it")
     concurrency: int = Field(default=64, ge=1, description="conversations in flight")
     timeout_s: float = Field(default=3600.0, gt=0, description="seconds one answer may take")
     retries: int = Field(default=6, ge=0, description="how often a failed request is sent again, with growing pauses")
@@ -37,10 +37,8 @@ class PromptSettings(GenerationSettings):
     opening: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = Field(
         default=(), description="what users begin with; given several times, in turn (default: the model begins)"
     )
-    temperature: float = Field(default=1.0, gt=0, le=2, description="of the prompts")
-    max_tokens: int = Field(
-        default=256, ge=1, description="of one prompt, without its opening; longer ones are not kept"
-    )
+    temperature: float = Field(default=1.0, gt=0, le=2, description="sampling temperature")
+    max_tokens: int = Field(default=256, ge=1, description="new tokens of one prompt at most; longer ones are not kept")
 
 
 class RegenerateSettings(GenerationSettings):
@@ -49,8 +47,8 @@ class RegenerateSettings(GenerationSettings):
     inputs: tuple[str, ...] = Field(min_length=1, description="JSONL or JSON file, folder, or hub data set")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy")
     max_tokens: int = Field(default=2048, ge=1, description="new tokens of one answer at most")
-    limit: int | None = Field(default=None, ge=1, description="ask only the first N rows of each input")
+    limit: int | None = Field(default=None, ge=1, description="rows of each input at most, from its first")
     thinking: Literal["server", "on", "off"] = Field(
-        default="server", description="template switch enable_thinking: on, off, or as the server has it"
+        default="server", description="template switch enable_thinking: on, off, or server to leave it as it is"
     )
-    split: str = Field(default="train", min_length=1, description="of a folder or hub data set")
+    split: str = Field(default="train", min_length=1, description="split of a folder or hub data set")
