@@ -14,6 +14,7 @@ from benchmarks.harness.manifest import Manifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
+from benchmarks.reports.numbers import interval_text, number
 from benchmarks.reports.page import Section, Table, write_page
 from benchmarks.stats.intervals import Interval, by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
@@ -162,7 +163,7 @@ def tau_table(runs: Mapping[str, RunSummary]) -> Table:
     for name, run in runs.items():
         of_tasks = [run.tasks.get(task) for task in tasks]
         cells = [_with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
-        rows.append([name, *cells, _with_interval(run.macro.tau, run.macro.tau_interval), _number(run.micro.tau)])
+        rows.append([name, *cells, _with_interval(run.macro.tau, run.macro.tau_interval), number(run.micro.tau)])
     return rows
 
 
@@ -170,7 +171,7 @@ def _alpha_table(alpha: Mapping[str, Sequence[float | None]]) -> Table:
     longest = max(map(len, alpha.values()), default=0)
     rows = [["run", *(f"alpha_{k}" for k in range(1, longest + 1))]]
     for name, values in alpha.items():
-        rows.append([name, *map(_number, values), *["-"] * (longest - len(values))])
+        rows.append([name, *map(number, values), *["-"] * (longest - len(values))])
     return rows
 
 
@@ -183,7 +184,7 @@ def _speed_table(runs: Sequence[MeasuredRun]) -> Table:
             for part in (latency.ttft, latency.itl)
         ]
         counts = [speed.concurrency, speed.requests, speed.failed]
-        rows.append([run.name, *map(str, counts), _number(speed.tokens_per_s, 1), *times])
+        rows.append([run.name, *map(str, counts), number(speed.tokens_per_s, 1), *times])
     return rows
 
 
@@ -192,7 +193,7 @@ def _paper_table() -> Table:
     for head, arms in (("DFlash", paper.DFLASH), ("Domino", paper.DOMINO)):
         for arm, by_temperature in arms.items():
             for temperature, row in enumerate(by_temperature):
-                rows.append([f"{head} {arm}", str(temperature), *map(_number, row), _number(paper.mean(row))])
+                rows.append([f"{head} {arm}", str(temperature), *map(number, row), number(paper.mean(row))])
     return rows
 
 
@@ -241,8 +242,4 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:
-    return _number(value) + (f" ({interval.low:.2f}..{interval.high:.2f})" if interval else "")
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return number(value) + (f" ({interval_text(interval)})" if interval else "")
