@@ -1,11 +1,11 @@
-"""The benchmark tasks as data: where the rows come from, how a row becomes a prompt, and which rows are asked.
+"""The benchmark tasks: where the rows come from, how a row becomes a prompt, and which rows are asked.
 
-The six of Spec-AUF (arXiv 2607.01893): GSM8K 200, MATH-500 200, HumanEval 164, MBPP 200, MT-Bench 80 of two turns,
-Alpaca 200. The paper does not say how its 200 were chosen nor which Alpaca it used. Here: the rows in file order are
-shuffled by `random.Random(42)` and the first ones are asked, which is also what the public DFlash scripts do; Alpaca
-is the instruction set of AlpacaEval. A limit takes the head of the same order, so a small run is part of a large one.
+The six tasks of Spec-AUF (arXiv 2607.01893): GSM8K 200, MATH-500 200, HumanEval 164, MBPP 200, MT-Bench 80 of two
+turns, Alpaca 200. The paper does not say how its 200 were chosen nor which Alpaca it used. This benchmark shuffles the
+rows in file order by `random.Random(42)` and asks the first ones, as the public DFlash scripts do. Its Alpaca is the
+instruction set of AlpacaEval. A limit takes the head of the same order, so a small run is part of a large one.
 
-A task's version grows whenever its prompts would change: figures compare only where versions are the same.
+A task's version grows whenever its prompts change. Figures compare only where versions are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.hub import HubFile, read_hub_rows
 from sglang_auf.errors import ConfigError, DataError
 
 SELECTION_SEED = 42
@@ -29,8 +28,17 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a Hugging Face data set. revision: a commit, or "main" where none could be verified."""
+
+    repo: str
+    filename: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation: the user's turns; the answers between them are the model's own."""
+    """One conversation. turns: what the user says; the model's own answers come between them."""
 
     task: str
     id: str
@@ -39,7 +47,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """count: prompts asked. source None: rows of the sample file that ships here. turns: hub row -> user turns."""
+    """count: number of prompts asked. source: None for a task of SAMPLE_FILE. turns: hub row -> user turns.
+
+    row_id: the column of a hub row that identifies it; None: the row's index does.
+    """
 
     name: str
     count: int
@@ -95,7 +106,7 @@ PAPER_TASKS = (
     Task(
         "mt_bench",
         80,
-        # No commit of this repository could be verified; the one that "main" was is recorded with every run.
+        # No commit of this repository could be verified. Every run records the commit that "main" was.
         source=HubFile("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", "main"),
         turns=lambda row: row["turns"],
         row_id="question_id",
@@ -108,7 +119,7 @@ PAPER_TASKS = (
     ),
 )
 
-# The same six styles in our own words, four prompts each, shipped with the code: no network needed.
+# Four prompts of our own in the style of each task. They ship with the code and need no network.
 SAMPLE_TASKS = tuple(Task(f"sample_{task.name}", 4) for task in PAPER_TASKS)
 
 TASKS = {task.name: task for task in PAPER_TASKS + SAMPLE_TASKS}
@@ -117,7 +128,7 @@ GROUPS = {"paper": [task.name for task in PAPER_TASKS], "sample": [task.name for
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The prompts of one task that a run asks, and where they came from."""
+    """The prompts of one task that a run asks. origin: where they come from, for the run's record."""
 
     task: Task
     prompts: tuple[Prompt, ...]
@@ -125,13 +136,13 @@ class Selection:
 
     @property
     def sha256(self) -> str:
-        """Of ids and turns in order: equal digests mean the same questions."""
+        """Digest of ids and turns in order. Equal digests mean the same questions."""
         text = json.dumps([[prompt.id, prompt.turns] for prompt in self.prompts], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def resolve(names: Iterable[str]) -> list[Task]:
-    """Names of tasks and groups to tasks, in order, each once."""
+    """The tasks of these task and group names, in order, each once. Raises ConfigError for an unknown name."""
     expanded = [member for name in names for member in GROUPS.get(name, [name])]
     for name in expanded:
         if name not in TASKS:
@@ -144,20 +155,23 @@ def resolve(names: Iterable[str]) -> list[Task]:
 
 
 def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -> Selection:
-    """The prompts of one task, always the same ones in the same order for the same rows."""
+    """The prompts of one task: the same ones in the same order for the same rows. Raises DataError.
+
+    data_dir: directory of <task>.jsonl files, read instead of the hub.
+    """
     if task.source is None:
         prompts, origin = read_prompts(SAMPLE_FILE, task.name, sample=True), f"sample file, version {task.version}"
     elif data_dir is not None:
         path = data_dir / f"{task.name}.jsonl"
         prompts, origin = read_prompts(path, task.name), path.name
     else:
-        prompts, origin = _hub_prompts(task, task.source)
+        prompts, origin = _read_hub_prompts(task, task.source)
     wanted = task.count if limit is None else min(task.count, limit)
     if len(prompts) < wanted:
         raise DataError(
             f"{len(prompts)} prompts for task {task.name} ({origin})",
             f"at least {wanted}",
-            f"give the whole data set, or ask fewer with --limit {max(len(prompts), 1)}",
+            f"give the complete data set, or ask fewer with --limit {max(len(prompts), 1)}",
         )
     order = list(range(len(prompts)))
     random.Random(SELECTION_SEED).shuffle(order)
@@ -165,7 +179,7 @@ def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -
 
 
 def first_turns(selections: Iterable[Selection]) -> list[Selection]:
-    """The same prompts without their later turns, whose history would be the model's own answers."""
+    """The same prompts with their first turn only. The history of a later turn holds the model's own answers."""
     return [
         replace(chosen, prompts=tuple(replace(prompt, turns=prompt.turns[:1]) for prompt in chosen.prompts))
         for chosen in selections
@@ -173,35 +187,35 @@ def first_turns(selections: Iterable[Selection]) -> list[Selection]:
 
 
 def in_turn(selections: Iterable[Selection]) -> list[Prompt]:
-    """One prompt of each task after the other, so that a head of the list has something of every task."""
+    """The prompts with the tasks taking turns, so that the head of the list has prompts of every task."""
     rows = zip_longest(*(chosen.prompts for chosen in selections))
     return [prompt for row in rows for prompt in row if prompt is not None]
 
 
 def keep(selections: Iterable[Selection], prompts: Iterable[Prompt]) -> list[Selection]:
-    """The selections with only these prompts; a task that has none of them is left out."""
+    """The selections with only these prompts. A task that has none of them is left out."""
     wanted = set(prompts)
     kept = [replace(chosen, prompts=tuple(p for p in chosen.prompts if p in wanted)) for chosen in selections]
     return [chosen for chosen in kept if chosen.prompts]
 
 
 def read_prompts(path: Path, task: str, sample: bool = False) -> list[Prompt]:
-    """Rows `{"id": str, "turns": [str, ...]}` of a JSONL file, prompts as they are sent; other keys are ignored.
+    """Prompts, as they are sent, of a JSONL file with rows `{"id": str, "turns": [str, ...]}`. Other keys are ignored.
 
-    sample: the file holds several tasks; only rows whose "task" is this one are taken.
+    sample: the file holds several tasks; take only the rows whose "task" is this one. Raises DataError.
     """
     if not path.is_file():
         raise DataError(
             f"no file {path}",
             f'{task}.jsonl with one {{"id": ..., "turns": [...]}} a line',
-            "check --data-dir, or leave it out to download from the hub",
+            "leave --data-dir out to download from the hub",
         )
     prompts: dict[str, Prompt] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            row = _row(path, number, line)
+            row = _parse(path, number, line)
             if sample and row.get("task") != task:
                 continue
             if row["id"] in prompts:
@@ -210,7 +224,7 @@ def read_prompts(path: Path, task: str, sample: bool = False) -> list[Prompt]:
     return list(prompts.values())
 
 
-def _row(path: Path, number: int, line: bytes) -> Row:
+def _parse(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -224,12 +238,10 @@ def _row(path: Path, number: int, line: bytes) -> Row:
 
 
 def _bad_row(path: Path, number: int, found: str) -> DataError:
-    return DataError(
-        f"{found} in {path}, line {number}", '{"id": "...", "turns": ["...", ...]}', "mend or remove the line"
-    )
+    return DataError(f"{found} in {path}, line {number}", '{"id": "...", "turns": ["...", ...]}')
 
 
-def _hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
+def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
     assert task.turns is not None
     rows, commit = read_hub_rows(source)
     try:
@@ -244,3 +256,35 @@ def _hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
             "clear the hub cache, or read a local copy with --data-dir",
         ) from None
     return prompts, f"{source.repo}/{source.filename}@{commit}"
+
+
+def read_hub_rows(source: HubFile) -> tuple[list[Row], str]:
+    """The rows of a hub file in file order, and the commit that they come from. Raises DataError.
+
+    Not `datasets.load_dataset`, which says nothing of the commit that "main" was, and cannot read a file that only
+    the hub's cache has.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(source.repo, source.filename, repo_type="dataset", revision=source.revision))
+    except Exception as error:  # the hub client raises its own, requests', httpx' and the system's errors
+        raise DataError(
+            f"{source.repo}/{source.filename} cannot be fetched: {type(error).__name__}: {error}",
+            "a reachable hub, or the file in its cache",
+            "give the rows as <task>.jsonl files with --data-dir, or use --tasks sample, which needs no network",
+        ) from error
+    return _rows_of(path), path.parts[path.parts.index("snapshots") + 1]  # .../snapshots/<commit>/<filename>
+
+
+def _rows_of(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+        return rows
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        rows = json.loads(text)
+        return rows
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
