@@ -1,12 +1,13 @@
-"""95 % intervals of tau and alpha_k by bootstrap over prompts: how far a figure would move with other prompts.
+"""95 % intervals: of tau and alpha_k by bootstrap over prompts, and of the mean of a few seeds by Student's t.
 
-Conversations are drawn with replacement inside each task, so both turns of an MT-Bench prompt come and go together,
-and every task keeps its weight. One fewer is drawn than there are, which makes the spread of a mean unbiased (drawing
-all n of them is short by a factor (n-1)/n in its variance). With few prompts an interval is narrow all the same: the
-percentiles of a few values do not reach as far as Student's t would.
+The bootstrap shows how far a figure would move with other prompts. It does not cover other training seeds or machines.
+It draws conversations with replacement inside each task, so every task keeps its weight, and both turns of an MT-Bench
+prompt are drawn together. It draws n - 1 of n conversations, which makes the variance of a mean unbiased: with n draws
+it is too small by a factor (n-1)/n. With few prompts the percentile bootstrap is too narrow; it has no Student-t tails.
 
-The draws of a task depend on its name and size alone: two runs of the same prompts are resampled alike, which is what
-makes their difference a paired one. What is not in these intervals: other training seeds, other machines.
+The draws of a task depend on its name and its number of conversations only. Two runs of the same prompts are therefore
+resampled alike, and their difference is a paired one. `scipy.stats.bootstrap` cannot stratify (draw inside each task)
+and pair at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Conversations = dict[str, Floats]
 
 
 class Interval(BaseModel):
-    """low and high: percentiles of the resampled figure that leave (1 - LEVEL) / 2 on either side."""
+    """low, high: bounds of an interval that leaves (1 - LEVEL) / 2 on either side."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,18 +42,29 @@ class Interval(BaseModel):
 
     @classmethod
     def of(cls, resampled: Floats) -> Interval:
+        """The percentiles of a resampled figure."""
         low, high = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
         return cls(low=float(low), high=float(high))
 
 
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Student's t interval of the mean of a few values; None with fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return Interval(low=float(low), high=float(high))
+
+
 def task_tau_interval(task: str, records: Iterable[Record]) -> Interval | None:
-    """Of one task's macro tau; None with fewer than three conversations that have a tau."""
+    """The interval of one task's macro tau; None with fewer than three conversations that have a tau."""
     resampled = _resampled_tau(task, _conversations(records))
     return None if resampled is None else Interval.of(resampled)
 
 
 def task_alpha_intervals(task: str, records: Iterable[Record]) -> list[Interval | None]:
-    """Of one task's alpha_1 ..; None where some resample never got so far."""
+    """The intervals of one task's alpha_1, alpha_2, ...; None where alpha_k is undefined in some resample."""
     conversations = _conversations(records)
     drawn = _drawn_sums(task, conversations)
     if drawn is None:
@@ -65,7 +77,7 @@ def task_alpha_intervals(task: str, records: Iterable[Record]) -> list[Interval 
 
 
 def macro_tau_interval(records: Iterable[Record]) -> Interval | None:
-    """Of the mean over tasks; None where a task has no interval of its own."""
+    """The interval of tau's mean over tasks; None where a task has no interval."""
     means = [_resampled_tau(task, _conversations(of_task)) for task, of_task in by_task(records).items()]
     known = [mean for mean in means if mean is not None]
     return Interval.of(np.mean(known, axis=0)) if known and len(known) == len(means) else None
@@ -74,10 +86,10 @@ def macro_tau_interval(records: Iterable[Record]) -> Interval | None:
 def paired_difference(
     pairs: Sequence[tuple[Sequence[Record], Sequence[Record]]],
 ) -> dict[str, tuple[float, Interval | None]]:
-    """tau of the first - tau of the second of each pair, meaned over pairs: by task, and as "macro" over tasks.
+    """tau of the first minus tau of the second run of each pair, averaged over pairs: task -> (difference, interval).
 
-    Each pair is compared on the conversations that have a tau in both; the intervals are over prompts. Tasks that a
-    pair lacks are left out.
+    The key "macro" holds the mean over tasks. Each pair is compared on the conversations that have a tau in both, and
+    tasks that a pair lacks are left out.
     """
     found: dict[str, list[tuple[float, Floats | None]]] = defaultdict(list)
     for ours, theirs in pairs:
@@ -110,7 +122,7 @@ def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _conversations(records: Iterable[Record]) -> Conversations:
-    """Of the requests that have a tau, in the order of their prompt ids."""
+    """The requests that have a tau, by prompt id, sorted."""
     rows: dict[str, list[Floats]] = defaultdict(list)
     for record in records:
         counts = record.acceptance
@@ -131,7 +143,7 @@ def _resampled_tau(task: str, conversations: Conversations) -> Floats | None:
 
 
 def _drawn_sums(task: str, conversations: Conversations) -> Floats | None:
-    """[RESAMPLES, figures]: sums over conversations drawn with replacement, one fewer than there are."""
+    """[RESAMPLES, figures]: sums over n - 1 conversations drawn with replacement from n; None where n < 3."""
     count = len(conversations)
     if count < 3:
         return None

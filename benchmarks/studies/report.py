@@ -18,7 +18,7 @@ from benchmarks.harness.records import Record
 from benchmarks.reports import figures
 from benchmarks.reports.page import Section, Table, write_page
 from benchmarks.reports.report import alpha_over_tasks
-from benchmarks.stats.intervals import Interval, paired_difference
+from benchmarks.stats.intervals import Interval, paired_difference, t_interval
 from benchmarks.stats.summary import TaskSummary, macro, summarize_tasks
 from benchmarks.studies.config import Claim, Study, load_study
 from benchmarks.studies.run import STUDY, read_kept, read_training, served_name
@@ -139,16 +139,6 @@ def judge(claim: Claim, intervals: Sequence[Interval | None]) -> Verdict:
     if low > 0:
         return "yes"
     return "no" if high < 0 else "not shown"
-
-
-def t_interval(values: Sequence[float]) -> Interval | None:
-    """Of the mean of a few values, 95 %, Student's t; None with fewer than two."""
-    if len(values) < 2:
-        return None
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return Interval(low=fmean(values) - half, high=fmean(values) + half)
 
 
 def _accuracy(results: Results, arm: str, seed: int) -> float:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -165,9 +166,6 @@ def chance_right(r_active: float, block_size: int) -> float:
             f"{1 / block_size:.3f} to {slots / block_size:.3f}: one slot is always kept, and the anchor is none",
             "give --r-active such a value",
         )
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        kept = sum(middle**slot for slot in range(slots))
-        low, high = (middle, high) if kept < r_active * block_size else (low, middle)
-    return high
+    kept = min(max(r_active * block_size, 1.0), float(slots))  # rounding must not move it out of reach
+    root = brentq(lambda chance: sum(chance**slot for slot in range(slots)) - kept, 0.0, 1.0, xtol=2.0**-50)
+    return float(root)

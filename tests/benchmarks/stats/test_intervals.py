@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks.harness.records import Record
 from benchmarks.stats.intervals import (
     Interval,
     macro_tau_interval,
     paired_difference,
+    t_interval,
     task_alpha_intervals,
     task_tau_interval,
 )
@@ -50,6 +53,22 @@ def answers(count: int, seed: int, task: str = "gsm8k", lift: float = 0.0) -> li
             steps[accepted] += 1
         found.append(record(f"p{i:03}", steps, task))
     return found
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [0.012, 0.034, -0.01, 0.02], [-5.0, 1e-3], [0.0] * 3])
+def test_the_interval_of_a_few_values_is_students(values: list[float]) -> None:
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    found = t_interval(values)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((fmean(values) - half, fmean(values) + half), abs=1e-9)
+
+
+def test_the_interval_of_one_two_three() -> None:
+    """Mean 2, standard error 1 / sqrt 3, quantile 4.3027 at two degrees of freedom; one value has no interval."""
+    found = t_interval([1.0, 2.0, 3.0])
+    assert found is not None
+    assert found.high - 2 == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+    assert t_interval([1.0]) is None
 
 
 def test_an_interval_of_many_prompts_is_the_normal_one() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.stats.intervals import Interval
 from benchmarks.studies.config import Claim, Study
-from benchmarks.studies.report import Results, findings, judge, t_interval, write_study_report
+from benchmarks.studies.report import Results, findings, judge, write_study_report
 from tests.benchmarks.stats.test_intervals import answers
 
 
@@ -39,15 +39,6 @@ def claim(**changes: Any) -> Claim:
 )
 def test_a_verdict_needs_every_interval(expected: str, intervals: list[Interval | None], verdict: str) -> None:
     assert judge(claim(expected=expected, margin=0.02), intervals) == verdict
-
-
-def test_the_interval_over_seeds_is_students() -> None:
-    """Of 1, 2, 3: mean 2, standard error 1 / sqrt 3, quantile 4.303 at two degrees of freedom."""
-    found = t_interval([1.0, 2.0, 3.0])
-    assert found is not None
-    assert found.high - 2 == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
-    assert found.low + found.high == pytest.approx(4)
-    assert t_interval([1.0]) is None
 
 
 def results(lift: float, accuracies: dict[str, list[float]]) -> Results:

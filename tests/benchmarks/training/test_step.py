@@ -52,6 +52,9 @@ def test_the_chance_of_a_right_slot_gives_the_share() -> None:
     assert sum(chance**slot for slot in range(15)) == pytest.approx(4.0)
     assert chance_right(1 / 8, 8) == pytest.approx(0, abs=1e-9)
     assert chance_right(7 / 8, 8) == pytest.approx(1)
+    for size in (2, 49, 98, 103):  # where B * (1 / B) or B * ((B - 1) / B) is not exact
+        assert chance_right(1 / size, size) == pytest.approx(0, abs=1e-9)
+        assert size == 2 or chance_right((size - 1) / size, size) == pytest.approx(1)
     for impossible in (0.1, 0.9):
         with pytest.raises(ConfigError, match="--r-active"):
             chance_right(impossible, 8)
