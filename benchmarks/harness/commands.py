@@ -1,4 +1,4 @@
-"""`sglang-auf` commands run from a benchmark, each in a process of its own that ends with it."""
+"""Run `sglang-auf` commands from a benchmark. Each is a process that ends when the benchmark does."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from benchmarks.harness.servers import die_with_parent
 from sglang_auf.errors import TrainingError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def sglang_auf(arguments: Sequence[str], threads: int | None = None) -> None:
-    """Run one command, its output on this terminal. Raises TrainingError where it fails.
+    """Run one command with its output on this terminal. Raises TrainingError when it fails.
 
-    threads: how many it may compute with on a CPU; None: as many as it likes.
-    Interrupted, it waits for the command, which has had the same Ctrl-C and saves what it has.
+    threads: threads that it computes with on a CPU; None: no limit. A Ctrl-C reaches the command too; this function
+    then waits until the command has saved its work.
     """
-    log.info("sglang-auf %s", " ".join(arguments))
+    logger.info("sglang-auf %s", " ".join(arguments))
     process = subprocess.Popen(
         [sys.executable, "-m", "sglang_auf.cli", *arguments],
         preexec_fn=die_with_parent,
@@ -38,5 +38,5 @@ def sglang_auf(arguments: Sequence[str], threads: int | None = None) -> None:
         raise TrainingError(
             f"sglang-auf {arguments[0]} ended with exit code {code}",
             "exit code 0",
-            "see its message above; the same command goes on from what is done",
+            "see its message above; the same command continues after what is done",
         )

@@ -1,28 +1,21 @@
-"""SGLang's own routes, beside the OpenAI ones: what a server is, and the log-probabilities of its next token."""
+"""SGLang's own routes (those that OpenAI lacks): what a server is, and the log-probabilities of its next token."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.config import RunConfig
+from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ServerError
+from sglang_auf.settings import Settings
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 FLUSH_S = 10.0
 
 
-def api_key() -> str:
-    return os.environ.get(KEY_VARIABLE, "EMPTY")
-
-
-class ServerFacts(BaseModel):
-    """drafter, algorithm and block_size are None on a server that decodes plainly. model: the name it is served as."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ServerFacts(Settings):
+    """What a server runs. model: the name it is served as. drafter, algorithm, block_size: None for plain decoding."""
 
     target: str
     model: str
@@ -35,7 +28,7 @@ class ServerFacts(BaseModel):
 
 
 def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
-    """Ask a server what it is. model: the name requests will carry, None for the first one the server lists."""
+    """Ask a server what it runs. model: the name that requests will carry; None: the first one the server lists."""
     info = call(base_url, "/server_info")
     try:
         speculating = info["speculative_algorithm"] is not None
@@ -50,15 +43,13 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
             sglang=info["version"],
         )
     except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(
-            f"{base_url}/server_info or /v1/models without {error}", "an SGLang server", "check the URL"
-        ) from None
+        raise ServerError(f"{base_url}/server_info or /v1/models without {error}", "an SGLang server") from None
 
 
 def card_warnings(config: RunConfig) -> list[str]:
-    """In what a run differs from the drafter's training: what `sglang_auf` servers say at /v1/auf/card.
+    """The ways in which a run differs from the drafter's training, by the server's /v1/auf/card.
 
-    [] where the server has no such route: SGLang's own server, with or without AUF. Raises ServerError otherwise.
+    [] where the server has no such route, as SGLang's own server. Raises ServerError where the request fails otherwise.
     """
     try:
         card = call(config.base_url, "/v1/auf/card")
@@ -76,9 +67,9 @@ def card_warnings(config: RunConfig) -> list[str]:
 
 
 def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[int]) -> tuple[dict[int, float], float]:
-    """Greedy log-probabilities after input_ids, by one prefill: (those of the candidates, the largest of all).
+    """Log-probabilities of the token after input_ids, by one prefill: (candidate -> value, the largest of all tokens).
 
-    A difference of two log-probabilities at one position is the difference of the two logits.
+    The difference of two log-probabilities at one position is the difference of the two logits. Raises ServerError.
     """
     request = {
         "input_ids": input_ids,
@@ -98,12 +89,10 @@ def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[in
 
 
 def flush_cache(base_url: str) -> None:
-    """Forget cached prefixes, so that prompts asked before are prefilled again. The server must be idle."""
+    """Forget cached prefixes, so that earlier prompts are prefilled again. Raises ServerError unless it is idle."""
     url = f"{base_url}/flush_cache"
     try:
-        response = httpx.post(
-            url, params={"timeout": FLUSH_S}, headers={"Authorization": f"Bearer {api_key()}"}, timeout=2 * FLUSH_S
-        )
+        response = httpx.post(url, params={"timeout": FLUSH_S}, headers=_authorization(), timeout=2 * FLUSH_S)
         response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerError(
@@ -112,15 +101,19 @@ def flush_cache(base_url: str) -> None:
 
 
 def call(base_url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """GET, or POST of a JSON body. ServerError when the server is down, refuses, or does not answer in JSON."""
-    url, headers = base_url + path, {"Authorization": f"Bearer {api_key()}"}
+    """The JSON reply to a GET, or to a POST of `body`. Raises ServerError when the server is down or refuses."""
+    url, headers = base_url + path, _authorization()
     try:
         response = httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=120.0)
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:
         found = f"status {error.response.status_code}: {error.response.text[:200]}"
-        remedy = f"check the URL; an API key is read from {KEY_VARIABLE}"
+        remedy = f"check the URL; an API key is read from {CLIENT_API_KEY}"
     except (httpx.HTTPError, ValueError) as error:
         found, remedy = f"{type(error).__name__}: {error}", "start the server (python -m server) or check the URL"
     raise ServerError(f"{found} from {url}", "an SGLang server that is up", remedy)
+
+
+def _authorization() -> dict[str, str]:
+    return {"Authorization": f"Bearer {client_api_key()}"}

@@ -1,4 +1,4 @@
-"""Servers that the benchmark starts itself, most through `python -m server`, and always ends."""
+"""Servers that the benchmark starts itself, most of them with `python -m server`, and always ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ import psutil
 
 from sglang_auf.errors import ServerError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DRAIN_S = 30.0
+KILLED_S = 10.0
 POLL_S = 0.5
 REST_S = 0.2
 LOG_LINES = 20
@@ -34,26 +35,22 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that is up. pause: stop all its processes, so that an idle engine takes no CPU from its rival."""
+    """A server that is up. base_url: without /v1. process: the one that was started."""
 
     base_url: str
     process: subprocess.Popen[bytes]
 
     def pause(self) -> None:
-        time.sleep(REST_S)  # the engine tidies up after its last answer; SGLang's watchdog minds a pause in the middle
-        self._signal(signal.SIGSTOP)
+        """Stop all its processes, so that an idle engine takes no CPU from its rival."""
+        time.sleep(REST_S)  # the engine still works after its last answer, and SGLang's watchdog would see the pause
+        _signal(family(self.process), signal.SIGSTOP)
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
+        _signal(family(self.process), signal.SIGCONT)
 
     def kill(self) -> None:
         """End all its processes at once, as a machine that fails does."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in family(self.process):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        _signal(family(self.process), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -76,7 +73,7 @@ def serve(
     log_file: Path,
     timeout_s: float = 900.0,
 ) -> contextlib.AbstractContextManager[Server]:
-    """A server of a profile, as `launch` has it. settings: key=value, each passed as --set."""
+    """`launch` a server of a profile. plain: without a drafter. settings: key=value, each passed as --set."""
     arguments = ["-m", "server", "--profile", profile]
     for setting in settings:
         arguments += ["--set", setting]
@@ -94,16 +91,16 @@ def launch(
     log_file: Path,
     timeout_s: float = 900.0,
 ) -> Iterator[Server]:
-    """Start a server and wait until it is ready; end it and every process it made on the way out.
+    """Start a server and wait until it is ready. After the block, end it and every process that it started.
 
-    program: arguments of Python, without --host and --port. environment: variables added to this process's own.
-    log_file: where its output goes. ServerError with the end of the log when it ends before it is ready, or is not
-    ready within timeout_s.
+    program: arguments of Python, without --host and --port. port: None for a free one. environment: variables added to
+    those of this process. log_file: where its output goes. Raises ServerError, with the end of the log, when the server
+    ends before it is ready or is not ready within timeout_s.
     """
     port = port or free_port()
     arguments = [sys.executable, *program, "--host", "127.0.0.1", "--port", str(port)]
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    log.info("starting %s (log: %s)", " ".join(arguments[1:]), log_file)
+    logger.info("starting %s (log: %s)", " ".join(arguments[1:]), log_file)
     with log_file.open("wb") as output:
         process = subprocess.Popen(
             arguments,
@@ -123,37 +120,37 @@ def launch(
 
 
 def free_port() -> int:
-    """A port that nobody listens at, from below those that Linux gives to connections. ServerError if none is found.
+    """A port on which nobody listens. Raises ServerError if none is found.
 
-    A server binds its port only when its models are loaded, and the engines beside it open connections all the while.
+    It is below the ports that Linux gives to connections: a server binds its port only after it has loaded its models,
+    and other engines open connections in the meantime.
     """
     for number in random.sample(range(20_000, 32_000), PORTS_TRIED):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", number))
             return number
-    raise ServerError(f"{PORTS_TRIED} ports of 127.0.0.1 that cannot be bound", "a free one", "end what listens there")
+    raise ServerError(f"{PORTS_TRIED} ports of 127.0.0.1 that cannot be bound", "a free one")
 
 
 def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
-    """SIGTERM and time to drain, then SIGKILL to whatever is left of the family and of its process group."""
+    """Ask a server to end, kill what is left of its family and its process group, and wait until all have ended.
+
+    drain_s: seconds that the server has for the requests in flight.
+    """
     members = family(process)
-    for member in members:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGCONT)  # a paused process would never see the SIGTERM
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(drain_s)
-    for member in members:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
+    _signal(members, signal.SIGCONT)  # a paused process would never see the SIGTERM
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(drain_s)
+    _signal(members, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait()  # before psutil waits, which would take the exit code
+    psutil.wait_procs(members, timeout=KILLED_S)
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The server's process and all its descendants; empty when it has ended."""
+    """A process and all its descendants; empty when it has ended."""
     try:
         leader = psutil.Process(process.pid)
         return [leader, *leader.children(recursive=True)]
@@ -161,8 +158,14 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
 def die_with_parent() -> None:
-    """Runs in the child before exec: should the benchmark itself be killed outright, the kernel ends the server."""
+    """Run in a child before exec, so that the kernel ends it when the benchmark itself is killed."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

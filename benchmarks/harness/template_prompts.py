@@ -1,6 +1,6 @@
-"""Training prompts for `make train-demo`: made from templates, so that the demo needs no download.
+"""Training prompts for `make train-demo`, made from templates, so that the demo needs no download.
 
-They are none of the benchmark's and none of the bundled sample's; only the kinds of task are alike.
+No prompt of the benchmark or of the bundled sample is among them. Only the kinds of task are alike.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMS = ("Explain to a child {}.", "Write a short paragraph about {}.", "Give fi
 
 
 def demo_prompts(count: int, seed: int = 0) -> list[dict[str, object]]:
-    """`count` distinct rows {"id", "turns"}, in thirds of arithmetic, code and explanation."""
+    """`count` distinct rows {"id", "turns"}: arithmetic, code and explanation in turn."""
     random_numbers = random.Random(seed)
     makers: list[Callable[[], Iterator[str]]] = [lambda: _sums(random_numbers), _code, _explanations]
     kinds = itertools.cycle([maker() for maker in makers])

@@ -31,13 +31,6 @@ def becomes(process: psutil.Process, status: str) -> bool:
     return process.status() == status
 
 
-def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 60
-    while not gone(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return gone(pid)
-
-
 def child_of(log_file: Path) -> int:
     return int(log_file.read_text().split()[1])
 
@@ -51,15 +44,15 @@ def test_a_server_is_up_inside_and_gone_outside(tmp_path: Path) -> None:
         assert not gone(pid)
         assert not gone(child)
     assert "a=1 b=2" in log_file.read_text()
-    assert wait_until_gone(pid)
-    assert wait_until_gone(child)
+    assert gone(pid)
+    assert gone(child)
 
 
 def test_a_server_is_ended_when_the_work_with_it_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), serve("toy", plain=False, log_file=tmp_path / "log") as server:
         raise RuntimeError
-    assert wait_until_gone(server.process.pid)
-    assert wait_until_gone(child_of(tmp_path / "log"))
+    assert gone(server.process.pid)
+    assert gone(child_of(tmp_path / "log"))
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
@@ -74,7 +67,7 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     why = pytest.raises(ServerError, match="not ready after")
     with why, serve("toy", plain=False, log_file=tmp_path / "log", timeout_s=1.5):
         pytest.fail("it started")
-    assert wait_until_gone(child_of(tmp_path / "log"))
+    assert gone(child_of(tmp_path / "log"))
 
 
 def test_a_paused_server_stands_still_and_goes_on(tmp_path: Path) -> None:
@@ -87,7 +80,7 @@ def test_a_paused_server_stands_still_and_goes_on(tmp_path: Path) -> None:
         server.resume()
         assert httpx.get(f"{server.base_url}/server_info", timeout=60).status_code == 200
         server.pause()
-    assert all(wait_until_gone(process.pid) for process in family)
+    assert all(gone(process.pid) for process in family)
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
