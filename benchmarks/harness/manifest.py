@@ -1,4 +1,4 @@
-"""run.json: what a run asked, of which server, with which versions; and whether a resumed run is still that run."""
+"""run.json: what a run asked of which server, with which versions. A resumed run must agree with it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.tasks import Selection
 from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.files import write_whole
+from sglang_auf.settings import checked
 
-# Settings that say how a run is done, not what it measures.
 INCIDENTAL = {"base_url", "data_dir", "out", "timeout_s"}
+"""Settings that say how a run is done, not what it measures."""
 
 
 class TaskOrigin(StrictModel):
-    """version: of the task's prompts and selection. sha256: of the prompts asked."""
+    """Where a task's prompts come from. version: the task's. prompts: how many were asked. sha256: their digest."""
 
     version: int
     origin: str
@@ -28,13 +30,13 @@ class TaskOrigin(StrictModel):
 
 
 class Session(Measured):
-    """One call of the benchmark that wrote into this run; more than one after a resume."""
+    """One call of the benchmark that wrote into a run. A resumed run has several."""
 
     started_at: str
 
 
-class Manifest(StrictModel):
-    """warnings: conditions of the run that are not those its drafter was trained for."""
+class RunManifest(StrictModel):
+    """What run.json holds. warnings: how the run's conditions differ from those that its drafter was trained for."""
 
     config: RunConfig
     server: ServerFacts
@@ -55,38 +57,31 @@ class Manifest(StrictModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         if not path.is_file():
-            raise DataError(f"no file {path}", "the run.json of a run", "name the directory of a run that has started")
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise DataError(
-                f"{path}: {error.errors()[0]['loc']} {error.errors()[0]['msg']}",
-                "a run.json written by this version of the benchmark",
-                "start the run again in another directory",
-            ) from None
-
-    def write(self, path: Path) -> None:
-        """Atomically: a kill leaves the old file or the new one."""
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        fresh.replace(path)
-
-    def begin_session(self) -> None:
-        self.sessions.append(
-            Session(
-                started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
+            raise DataError(f"no file {path}", "the run.json of a run that has started")
+        return checked(
+            cls,
+            path.read_bytes(),
+            str(path),
+            "a run.json written by this version of the benchmark",
+            "start the run again in another directory",
+            DataError,
         )
 
+    def write(self, path: Path) -> None:
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
+
+    def begin_session(self) -> None:
+        self.sessions.append(Session(started_at=datetime.now(UTC).isoformat(timespec="seconds")))
+
     def identity(self) -> dict[str, Any]:
-        """Everything that must be equal for records to belong together, flat: name -> value."""
+        """Setting -> value, flat, for all that must be equal in runs whose records belong together."""
         config = self.config.model_dump(mode="json", exclude=INCIDENTAL)
         server = {f"server.{name}": value for name, value in self.server.model_dump().items()}
         tasks = {f"{name}.prompts": (origin.version, origin.sha256) for name, origin in self.tasks.items()}
         return {**config, **server, **tasks}
 
-    def require_same(self, other: Manifest, where: Path) -> None:
-        """ConfigError naming every setting in which the run in `where` (self) and the wanted one (other) differ."""
+    def require_same(self, other: RunManifest, where: Path) -> None:
+        """Raises ConfigError, which names every setting in which `other` differs from this run, the one in `where`."""
         mine, theirs = self.identity(), other.identity()
         changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if changed:

@@ -1,4 +1,4 @@
-"""One JSON line per request, written so that a killed run loses at most the line it was writing."""
+"""One JSON line per request, written so that a killed run loses at most the line that it was writing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field
 
+from benchmarks.harness.results import StrictModel
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import DataError
+from sglang_auf.settings import checked
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, str, int]
 """task, prompt id, turn"""
 
 
-class Record(BaseModel):
-    """One request and its answer. Times in seconds; started_at is Unix time. error None: it was answered."""
+class Record(StrictModel):
+    """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     task: str
     prompt_id: str
@@ -36,7 +38,7 @@ class Record(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     verify_steps: int = 0
-    accepted_histogram: list[int] = []
+    accepted_histogram: list[int] = Field(default_factory=list)
     proposed: int | None = None
     block_size: int | None = None
     started_at: float
@@ -54,29 +56,32 @@ class Record(BaseModel):
 
     @property
     def acceptance(self) -> Acceptance:
-        """The empty sum for a failed request and for one without a verify step."""
+        """Its counts of verify steps; the empty sum for a failed request and for one without a verify step."""
         if self.failed:
             return Acceptance()
         return Acceptance.of_request(self.accepted_histogram, self.completion_tokens, self.proposed)
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """One record a request: the last one, because a resumed run asks again what failed before."""
+    """The last record of each request: a resumed run asks again what failed before."""
     return list({record.key: record for record in records}.values())
 
 
 def read_records(path: Path) -> list[Record]:
-    """All complete lines of a record file. A last line without its newline was torn by a kill and is left out."""
+    """All complete lines of a record file. A last line without its newline was cut by a kill and is left out.
+
+    Raises DataError.
+    """
     if not path.is_file():
-        raise DataError(f"no file {path}", "the records of a run", "name the directory of a run that has started")
+        raise DataError(f"no file {path}", "the records of a run that has started")
     complete, torn = _split(path)
     if torn:
-        log.warning("%s: the last line was torn when the run was interrupted; it is dropped", path)
+        logger.warning("%s: the last line was torn when the run was interrupted; it is dropped", path)
     return [_parse(path, number, line) for number, line in enumerate(complete.split(b"\n")[:-1], start=1)]
 
 
-def mend(path: Path) -> None:
-    """Cut a torn last line off, so that the next record starts on a line of its own."""
+def drop_torn_line(path: Path) -> None:
+    """Remove a torn last line, so that the next record starts on a line of its own."""
     complete, torn = _split(path)
     if torn:
         with path.open("r+b") as file:
@@ -90,19 +95,18 @@ def _split(path: Path) -> tuple[bytes, bytes]:
 
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
-    try:
-        return Record.model_validate_json(line)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise DataError(
-            f"{path}, line {number}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".replace(":  ", ": "),
-            "a record written by this version of the benchmark",
-            "remove the line, or start the run again in another directory",
-        ) from None
+    return checked(
+        Record,
+        line,
+        f"{path}, line {number}",
+        "a record written by this version of the benchmark",
+        "remove the line, or start the run again in another directory",
+        DataError,
+    )
 
 
 class RecordWriter:
-    """Appends records, each flushed to the system before the next request is counted as done."""
+    """Appends records, and flushes each to the system before its conversation goes on."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")

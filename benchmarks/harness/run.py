@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from benchmarks.harness.client import FAILURES, ChatClient, Reply
 from benchmarks.harness.config import RunConfig
-from benchmarks.harness.manifest import Manifest
-from benchmarks.harness.records import Key, Record, RecordWriter, latest, mend, read_records
+from benchmarks.harness.manifest import RunManifest
+from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
 from benchmarks.harness.server_info import card_warnings, server_facts
 from benchmarks.harness.tasks import Prompt, Selection
 from sglang_auf.errors import ConfigError, ServerError
@@ -32,7 +32,7 @@ class Run:
     """A run that can be asked. records: what is known so far, by key; a failure stays until it is asked again."""
 
     config: RunConfig
-    manifest: Manifest
+    manifest: RunManifest
     records: dict[Key, Record]
 
     @classmethod
@@ -41,7 +41,7 @@ class Run:
         server = server_facts(config.base_url, config.model)
         if config.plain != (server.algorithm is None):
             raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
-        manifest, path = Manifest.of(config, server, selections), config.out / MANIFEST
+        manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
         manifest.warnings = [] if config.plain else card_warnings(config)
         for warning in manifest.warnings:
             log.warning("%s", warning)
@@ -49,7 +49,7 @@ class Run:
         if path.exists():
             if not resume:
                 raise ConfigError(f"a run in {config.out}", "an empty directory", "add --resume, or another --out")
-            before = Manifest.read(path)
+            before = RunManifest.read(path)
             before.require_same(manifest, config.out)
             manifest.sessions = before.sessions
             if (config.out / RECORDS).exists():
@@ -60,7 +60,7 @@ class Run:
         """Make the directory ready for records; after warm_up, so that a refused server leaves nothing behind."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         if (self.config.out / RECORDS).exists():
-            mend(self.config.out / RECORDS)
+            drop_torn_line(self.config.out / RECORDS)
         self.manifest.begin_session()
         self.manifest.write(self.config.out / MANIFEST)
 

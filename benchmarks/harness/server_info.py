@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+from pydantic import ConfigDict
 
 from benchmarks.harness.config import RunConfig
+from benchmarks.harness.results import StrictModel
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ServerError
-from sglang_auf.settings import Settings
 
 FLUSH_S = 10.0
 
 
-class ServerFacts(Settings):
+class ServerFacts(StrictModel):
     """What a server runs. model: the name it is served as. drafter, algorithm, block_size: None for plain decoding."""
+
+    model_config = ConfigDict(frozen=True)
 
     target: str
     model: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.config import ReportConfig
-from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
@@ -29,7 +29,7 @@ class MeasuredRun:
     """A benchmark run as it lies on disk."""
 
     name: str
-    manifest: Manifest
+    manifest: RunManifest
     records: list[Record]
     summary: RunSummary
 
@@ -220,7 +220,7 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def _measured(directory: Path, name: str) -> MeasuredRun:
-    manifest = Manifest.read(directory / MANIFEST)
+    manifest = RunManifest.read(directory / MANIFEST)
     records = latest(read_records(directory / RECORDS))
     asked, due = len({record.key[:2] for record in records}), sum(task.prompts for task in manifest.tasks.values())
     if asked < due:

@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 
 from benchmarks.harness.config import Questions, RunConfig, SweepConfig
-from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.run import Run
 from benchmarks.harness.server_info import flush_cache
@@ -21,7 +21,7 @@ from sglang_auf.errors import ConfigError
 AUF, PLAIN = "auf", "plain"
 
 
-AskedRun = tuple[RunSummary, Manifest]
+AskedRun = tuple[RunSummary, RunManifest]
 
 
 class SweepLevel(StrictModel):

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from benchmarks.harness.records import Record
+from benchmarks.harness.results import StrictModel
 from sglang_auf.acceptance import reached_at_least
 
 RESAMPLES = 2000
@@ -32,10 +33,10 @@ Conversations = dict[str, Floats]
 """prompt id -> sums over its requests: [requests, tau, survival 0, survival 1, ...]"""
 
 
-class Interval(BaseModel):
+class Interval(StrictModel):
     """low, high: bounds of an interval that leaves (1 - LEVEL) / 2 on either side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     low: float
     high: float

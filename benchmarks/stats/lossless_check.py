@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.harness.config import LosslessConfig
-from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
@@ -18,7 +18,7 @@ FREE = {"plain", "stream", "concurrency", "warmup", "seed", "model", "tasks", "l
 
 def check_runs(config: LosslessConfig) -> Losslessness:
     """Compare two run directories. Tasks that only one of them has count as missing."""
-    ours, theirs = Manifest.read(config.speculating / MANIFEST), Manifest.read(config.plain / MANIFEST)
+    ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:
         _require_baseline(config.base_url, theirs)
@@ -70,7 +70,7 @@ class PlainJudge:
         return Candidates(values[fork.speculating], values[fork.plain], best)
 
 
-def _require_comparable(ours: Manifest, theirs: Manifest) -> None:
+def _require_comparable(ours: RunManifest, theirs: RunManifest) -> None:
     if ours.config.plain or not theirs.config.plain:
         raise ConfigError(
             f"a {_kind(ours)} run, then a {_kind(theirs)} one",
@@ -90,7 +90,7 @@ def _require_comparable(ours: Manifest, theirs: Manifest) -> None:
         )
 
 
-def _require_baseline(base_url: str, plain: Manifest) -> None:
+def _require_baseline(base_url: str, plain: RunManifest) -> None:
     facts = server_facts(base_url)
     if facts.algorithm is not None or facts.target != plain.server.target:
         raise ServerError(
@@ -100,5 +100,5 @@ def _require_baseline(base_url: str, plain: Manifest) -> None:
         )
 
 
-def _kind(manifest: Manifest) -> str:
+def _kind(manifest: RunManifest) -> str:
     return "plain" if manifest.config.plain else "speculating"

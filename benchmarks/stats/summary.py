@@ -17,7 +17,7 @@ from statistics import fmean
 import numpy as np
 from pydantic import Field
 
-from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
 from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
@@ -107,7 +107,7 @@ class RunSummary(StrictModel):
     latency: Latency
 
 
-def summarize_run(manifest: Manifest, records: Sequence[Record]) -> RunSummary:
+def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummary:
     """records: one a request. What run.json already says in full (prompts, versions, machine) is not repeated."""
     tasks = summarize_tasks(records)
     return RunSummary(

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.harness.commands import sglang_auf
 from benchmarks.harness.config import RunConfig, StudyConfig
-from benchmarks.harness.manifest import Manifest
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS, Run
 from benchmarks.harness.servers import serve
@@ -301,7 +301,7 @@ def _keep(path: Path, records: Sequence[Record]) -> None:
 
 def _keep_origin(path: Path, manifest_file: Path) -> None:
     """What was asked of whom, with which versions, without the paths of the machine it was done on."""
-    manifest = Manifest.read(manifest_file)
+    manifest = RunManifest.read(manifest_file)
     server = manifest.server
     content = {
         "server": {

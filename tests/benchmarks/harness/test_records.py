@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.records import Record, RecordWriter, latest, mend, read_records
+from benchmarks.harness.records import Record, RecordWriter, drop_torn_line, latest, read_records
 from sglang_auf.errors import DataError
 
 
@@ -44,12 +44,12 @@ def test_a_torn_last_line_is_dropped_and_said_so(tmp_path: Path, caplog: pytest.
     assert "torn" in caplog.text
 
 
-def test_after_mending_the_next_record_stands_alone(tmp_path: Path) -> None:
+def test_after_a_torn_line_is_dropped_the_next_record_stands_alone(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     write(path, record("a"))
     with path.open("ab") as file:
         file.write(b'{"task": "gsm')
-    mend(path)
+    drop_torn_line(path)
     write(path, record("c"))
     assert read_records(path) == [record("a"), record("c")]
 
