@@ -13,7 +13,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:
-    """A dot with its 95 % interval for each run and task, the mean over tasks last."""
+    """A dot with its 95 % interval for each run and task. The last place is the mean over tasks."""
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
     figure, axis = _figure(1.5 + 1.1 * (len(tasks) + 1), 3.6)
     for place, (name, run) in enumerate(runs.items()):
@@ -49,7 +49,7 @@ def tau_by_seed(taus: Mapping[str, Sequence[float]]) -> Any:
 
 
 def alpha_curves(alpha: Mapping[str, Sequence[float | None]]) -> Any:
-    """alpha_k by k: figure 5 of arXiv 2607.01893."""
+    """alpha_k by k, as figure 5 of arXiv 2607.01893 shows it."""
     figure, axis = _figure(5, 3.6)
     for name, values in alpha.items():
         known = [(k, value) for k, value in enumerate(values, start=1) if value is not None]
@@ -77,7 +77,7 @@ def accepted_lengths(runs: Mapping[str, RunSummary]) -> Any:
 
 
 def speedups(points: Mapping[str, Sequence[tuple[int, float]]]) -> Any:
-    """Tokens/s over plain decoding's by concurrency. points: run -> (concurrency, speed-up)."""
+    """Speed-up over plain decoding by concurrency. points: run -> (concurrency, speed-up)."""
     figure, axis = _figure(5, 3.6)
     for name, pairs in points.items():
         axis.plot(*zip(*sorted(pairs), strict=True), marker="o", markersize=4, label=name)
@@ -102,7 +102,7 @@ TRAINING = (
 
 
 def training_curves(runs: Mapping[str, Rows]) -> Any:
-    """A panel for each of TRAINING. runs: name -> rows of metrics.jsonl, in order of their steps."""
+    """A panel for each entry of TRAINING. runs: name -> rows of metrics.jsonl, in the order of their steps."""
     figure, axes = _figure(11, 6, rows=2, columns=3)
     for axis, (kind, name, title) in zip(axes.flat, TRAINING, strict=True):
         for run, rows in runs.items():
@@ -117,7 +117,7 @@ def training_curves(runs: Mapping[str, Rows]) -> Any:
 
 
 def png(figure: Any) -> bytes:
-    """The picture's bytes; the figure is gone after it."""
+    """The figure as PNG. The figure cannot be used afterwards."""
     from matplotlib import pyplot
 
     out = BytesIO()

@@ -1,4 +1,4 @@
-"""A page of sections, written as HTML that stands alone and as Markdown beside its pictures."""
+"""A page of sections, written as one HTML file with everything in it, and as Markdown beside its pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Table = list[list[str]]
 class Section:
     """A heading with text, a table and a picture (PNG), each of which may be missing.
 
-    table: its first row is the heading. in_words: cells hold text, to be wrapped and not to be lined up as figures.
+    table: its first row is the heading. in_words: the cells hold text, which is wrapped and not aligned as figures are.
     """
 
     title: str

@@ -1,10 +1,10 @@
-"""Tau of arXiv 2607.01893 on Qwen3-8B at T=0 and T=1, as its tables print it, and what it compares with."""
+"""Tau on Qwen3-8B at T=0 and T=1 as the tables of arXiv 2607.01893 print it, and what it compares with."""
 
 from __future__ import annotations
 
 TASKS = ("gsm8k", "math500", "humaneval", "mbpp", "mt_bench", "alpaca")
 
-# arm -> (T=0, T=1), each in the order of TASKS.
+# Arm -> (T=0, T=1), each in the order of TASKS.
 DFLASH: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "decay": ((2.29, 2.39, 2.86, 2.85, 2.03, 2.01), (2.21, 2.28, 2.70, 2.74, 1.94, 1.96)),
     "auf+decay": ((2.50, 2.64, 3.09, 3.08, 2.19, 2.14), (2.39, 2.49, 2.88, 2.93, 2.08, 2.09)),
@@ -26,5 +26,5 @@ LEVEL = (
 
 
 def mean(row: tuple[float, ...]) -> float:
-    """The paper's average: tasks equally."""
+    """The paper's average, in which tasks weigh equally."""
     return sum(row) / len(row)

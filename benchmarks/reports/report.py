@@ -1,4 +1,4 @@
-"""One page of runs that were made: nothing is measured here, every figure is computed from records on disk."""
+"""One page about finished runs. Nothing is measured here: every figure is computed from records on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """A benchmark run as it lies on disk."""
+    """A benchmark run that was read from disk."""
 
     name: str
     manifest: RunManifest
@@ -39,7 +39,7 @@ class MeasuredRun:
 
     @property
     def questions(self) -> tuple[Any, ...]:
-        """Two runs with equal questions, asked on equal machines, may be compared in speed."""
+        """What was asked, and where. Two runs with equal questions may be compared in speed."""
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
         asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.concurrency)
@@ -48,14 +48,14 @@ class MeasuredRun:
 
 
 def write_report(config: ReportConfig) -> Path:
-    """The page's path. Raises DataError for a directory that holds no run, or one with no tau to show."""
+    """Write the page, and return its path. Raises DataError for a directory without a run, or a run without tau."""
     measured, trained = load_runs(config.runs)
     sections = make_sections(measured, trained, with_paper=config.paper)
     return write_page(config.out, "report", config.title, sections)
 
 
 def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str, list[dict[str, Any]]]]:
-    """Benchmark runs, and the metrics of training runs by name; a sweep stands for its levels."""
+    """Benchmark runs, and the metrics of training runs by name. A directory of a sweep gives a run for each level."""
     measured: list[MeasuredRun] = []
     trained: dict[str, list[dict[str, Any]]] = {}
     for directory, name in zip(directories, _names(directories), strict=True):
@@ -71,7 +71,6 @@ def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str,
             raise DataError(
                 f"{directory}, with neither {MANIFEST} nor {METRICS} nor levels of a sweep",
                 "directories of `python -m benchmarks run` or `sweep`, or of `sglang-auf train`",
-                "check the path",
             )
     return measured, trained
 
@@ -131,7 +130,7 @@ TRAINING_TEXT = "From the metrics of each training run, at its logging steps; ta
 
 
 def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
-    """Survival averaged inside each task and then over tasks, then the ratios."""
+    """alpha_1, alpha_2, ... from the survival that is averaged inside each task and then over tasks."""
     curves = [mean_survival(record.acceptance for record in of_task) for of_task in by_task(records).values()]
     curves = [curve for curve in curves if curve]
     if not curves:
@@ -142,7 +141,7 @@ def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
 
 
 def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:
-    """drafter and temperature -> (concurrency, speed-up), where a plain run asked the same of the same machine."""
+    """Drafter and temperature -> (concurrency, speed-up), of runs with a plain run of the same questions."""
     points: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         plain = next((other for other in runs if other.plain and other.questions == run.questions), None)
@@ -224,7 +223,7 @@ def _measured(directory: Path, name: str) -> MeasuredRun:
     records = latest(read_records(directory / RECORDS))
     asked, due = len({record.key[:2] for record in records}), sum(task.prompts for task in manifest.tasks.values())
     if asked < due:
-        raise DataError(f"{directory} with {asked} of {due} prompts", "a finished run", "go on with it: run --resume")
+        raise DataError(f"{directory} with {asked} of {due} prompts", "a finished run", "finish it with run --resume")
     summary = summarize_run(manifest, records)
     if not manifest.config.plain and summary.macro.tau is None:
         raise DataError(f"{directory} without a verify step", "a run of a speculating server", "leave it out")
@@ -232,13 +231,13 @@ def _measured(directory: Path, name: str) -> MeasuredRun:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The last parts of each path, as many as make the names unique."""
     parts = [directory.resolve().parts for directory in directories]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise DataError("a directory that is named twice", "each run once", "remove the repetition")
+    raise DataError("a directory that is named twice", "each run once")
 
 
 def _with_interval(value: float | None, interval: Interval | None) -> str:

@@ -1,18 +1,18 @@
 """Is speculative decoding lossless? Every greedy answer against plain decoding, token by token.
 
 identical   the same tokens
-near_tie    at the first difference the two tokens' logits are equal within rounding, both at the top: two correct
+near_tie    at the first difference the logits of the two tokens are the largest and equal within rounding; two correct
             evaluations of the same model may fork there, and everything after a fork is another text
 fault       any other difference: speculation changed the answer
 
 The near-tie bar. Logits are computed in bfloat16, which has 8 significant bits: near a value x its numbers are
 2**(floor(log2 x) - 7) apart (0.125 for logits of 16 to 32). A block of several tokens and a single token go through
-differently shaped products, which may move each of the two candidates' logits by one such step; two candidates can
-therefore change places when they are at most two steps apart, and further apart only by a fault. Forks looked into on
-SmolLM2-135M (top logits near 22) were 0.01 to 0.22 apart in float32, which is within the 0.25 this gives.
+products of different shapes, which may move the logit of each of the two candidates by one such step. The candidates
+can therefore change places when they are at most two steps apart; a larger distance is a fault. The forks examined on
+SmolLM2-135M (top logits near 22) were 0.01 to 0.22 apart in float32, which is within the bar of 0.25.
 
-Where the backend promises results that do not depend on shapes (this project's CPU platform), the bar is equality and a
-near-tie counts as a failure as well.
+Where the backend promises results that do not depend on shapes (this project's CPU platform), the bar is equality, and
+a near-tie is a failure too.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ STEPS_OF_A_NEAR_TIE = 2
 
 
 class Verdict(StrEnum):
-    IDENTICAL = "identical"
     NEAR_TIE = "near_tie"
     FAULT = "fault"
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """First difference of two answers: its position and the two tokens, None where an answer had already ended."""
+    """First difference of two answers: its position, and the two tokens; None where an answer has ended before."""
 
     position: int
     speculating: int | None
@@ -50,7 +49,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Plain decoding's log-probabilities of the two tokens after the common prefix, and of its best token."""
+    """Log-probabilities by plain decoding after the common prefix: of the fork's two tokens, and of the best token."""
 
     speculating: float
     plain: float
@@ -58,7 +57,7 @@ class Candidates:
 
     @property
     def gap(self) -> float:
-        """How far the worse of the two is below the best token, in logits."""
+        """The distance of the worse of the two from the best token, in logits."""
         return self.best - min(self.speculating, self.plain)
 
 
@@ -67,7 +66,7 @@ Judge = Callable[[Record, Fork], Candidates]
 
 
 class Difference(StrictModel):
-    """One answer that differs. gap: in logits; None where one answer merely ended earlier."""
+    """One answer that differs. gap: `Candidates.gap`; None where one answer only ended earlier."""
 
     task: str
     prompt_id: str
@@ -80,7 +79,10 @@ class Difference(StrictModel):
 
 
 class Losslessness(StrictModel):
-    """follow_up: turns asked after a fork, whose history differs. missing: failed or absent in one of the two runs."""
+    """Counts of answers. follow_up: turns after a fork, whose history differs. missing: failed or absent in a run.
+
+    exact: the bar is equality. near_tie_bar: in logits.
+    """
 
     identical: int = 0
     near_tie: int = 0
@@ -97,7 +99,7 @@ class Losslessness(StrictModel):
 
 
 def near_tie_bar(logit_scale: float) -> float:
-    """Largest gap, in logits, that rounding explains for logits of that size."""
+    """Largest gap that rounding explains for logits of size `logit_scale`, in logits."""
     return STEPS_OF_A_NEAR_TIE * 2.0 ** (math.floor(math.log2(logit_scale)) - BF16_FRACTION_BITS)
 
 
@@ -111,7 +113,10 @@ def first_fork(speculating: Sequence[int], plain: Sequence[int]) -> Fork | None:
 def compare(
     speculating: Mapping[Key, Record], plain: Mapping[Key, Record], judge: Judge, bar: float, exact: bool
 ) -> Losslessness:
-    """exact: the bar is equality. judge is called once for every fork at which both answers go on."""
+    """Compare two runs. bar: in logits. exact: the bar is equality, and a near-tie fails.
+
+    judge is called once for every fork at which both answers go on. Raises DataError.
+    """
     result = Losslessness(exact=exact, near_tie_bar=bar)
     forked: set[tuple[str, str]] = set()
     for key in sorted({**speculating, **plain}):
@@ -126,12 +131,12 @@ def compare(
                 result.identical += 1
             else:
                 forked.add(key[:2])
-                _enter(result, theirs, fork, judge)
+                _add_difference(result, theirs, fork, judge)
     return result
 
 
 def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int]]:
-    """Both answers' tokens; DataError where they are unknown or answer different prompts."""
+    """The tokens of both answers. Raises DataError where they are unknown, or answer different prompts."""
     if ours.output_ids is None or theirs.output_ids is None or None in (ours.prompt_ids, theirs.prompt_ids):
         raise DataError(
             f"records of {ours.key} without token ids",
@@ -147,7 +152,7 @@ def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int
     return ours.output_ids, theirs.output_ids
 
 
-def _enter(result: Losslessness, plain: Record, fork: Fork, judge: Judge) -> None:
+def _add_difference(result: Losslessness, plain: Record, fork: Fork, judge: Judge) -> None:
     gap, verdict = None, Verdict.FAULT
     if fork.speculating is not None and fork.plain is not None:
         gap = judge(plain, fork).gap

@@ -1,4 +1,4 @@
-"""The losslessness check on recorded runs: are they comparable, and what does plain decoding say of each fork."""
+"""The losslessness check on recorded runs: require that they compare, and ask plain decoding about each fork."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, ser
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
-# What may differ between a speculating run and its baseline without making their greedy answers incomparable.
-FREE = {"plain", "stream", "concurrency", "warmup", "seed", "model", "tasks", "limit"}
+MAY_DIFFER = {"plain", "stream", "concurrency", "warmup", "seed", "model", "tasks", "limit"}
+"""Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 
 
 def check_runs(config: LosslessConfig) -> Losslessness:
-    """Compare two run directories. Tasks that only one of them has count as missing."""
+    """Compare two run directories. Requests that only one of them has count as missing."""
     ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:
@@ -38,7 +38,10 @@ def check_records(
     base_url: str | None,
     logit_scale: float,
 ) -> Losslessness:
-    """The bar is equality on a CPU, whose backend promises it, and a near-tie elsewhere."""
+    """Compare records. The bar is equality on a CPU, whose backend promises it, and a near-tie elsewhere.
+
+    base_url: of the plain server, None where there is none to ask.
+    """
     return compare(
         {record.key: record for record in latest(speculating)},
         {record.key: record for record in latest(plain)},
@@ -49,7 +52,7 @@ def check_records(
 
 
 class PlainJudge:
-    """Asks the plain server for the two tokens of a fork, by a prefill of the prompt and the common prefix."""
+    """Asks the plain server about the two tokens of a fork, by a prefill of the prompt and the common prefix."""
 
     def __init__(self, base_url: str | None) -> None:
         self._base_url = base_url
@@ -62,7 +65,7 @@ class PlainJudge:
         if self._base_url is None:
             raise ConfigError(
                 f"answers to {plain.key} that differ at token {fork.position}, and no server to ask about it",
-                "the plain server: a near-tie is told from a fault by its logits",
+                "the plain server, whose logits distinguish a near-tie from a fault",
                 "start python -m server --plain and add --base-url",
             )
         prefix = plain.prompt_ids + plain.output_ids[: fork.position]
@@ -80,7 +83,7 @@ def _require_comparable(ours: RunManifest, theirs: RunManifest) -> None:
     if ours.config.temperature != 0:
         raise ConfigError(f"temperature {ours.config.temperature}", "greedy answers", "run both with --temperature 0")
     mine, its = ours.identity(), theirs.identity()
-    shared = {name for name in mine if name in its and name not in FREE and not name.startswith("server.")}
+    shared = {name for name in mine if name in its and name not in MAY_DIFFER and not name.startswith("server.")}
     changed = sorted(name for name in shared | {"server.target", "server.dtype"} if mine[name] != its[name])
     if changed:
         raise DataError(

@@ -1,12 +1,12 @@
-"""From records to figures. All of tau comes from sglang_auf.acceptance; this file groups, and adds throughput.
+"""From records to figures. tau and alpha are computed by sglang_auf.acceptance; this file groups and adds throughput.
 
-macro: prompts weigh equally inside a task and tasks equally (the paper's average; each MT-Bench turn counts as a
-prompt). micro: ratio of sums. Failed requests and requests without a verify step have no tau; they are counted beside
-it and never averaged in.
+macro: prompts weigh equally inside a task, and tasks equally (the paper's average; each MT-Bench turn is a prompt).
+micro: ratio of sums. Failed requests and requests without a verify step have no tau; they are counted separately and
+never averaged in.
 
 tokens_per_s: completion tokens of the answered requests / seconds during which at least one recorded request was in
-flight, at the run's concurrency. In one uninterrupted closed loop that is the wall time of the recorded phase; warm-up,
-server start and the pause between two sessions of a resumed run are not in it.
+flight, at the run's concurrency. In one uninterrupted closed loop these seconds are the wall time of the recorded
+phase. They leave out warm-up, server start and the pause between two sessions of a resumed run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
 
 
 class TaskSummary(StrictModel):
-    """tau, tau_verify, alpha: macro. prompts: conversations; requests: turns; without_steps: answered, but no tau.
+    """One task. prompts: conversations; requests: turns; without_steps: answered requests without tau.
 
-    Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
+    tau, tau_verify and alpha are macro. Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
     """
 
     prompts: int
@@ -77,8 +77,8 @@ class Percentiles(StrictModel):
 
 
 class Latency(StrictModel):
-    """ttft: to the first token, of streamed answers. itl: mean time between the tokens of one answer after the first,
-    over its requests: streamed answers of two tokens or more. latency: whole answers. None where no request has any.
+    """ttft: time to the first token, of streamed answers. itl: mean time between the tokens of one answer after its
+    first, of streamed answers of two tokens or more. latency: time of a complete answer. None without such answers.
     """
 
     ttft: Percentiles | None
@@ -87,9 +87,9 @@ class Latency(StrictModel):
 
 
 class RunSummary(StrictModel):
-    """summary.json of one run. drafter, block_size and every tau are None for a plain baseline.
+    """What summary.json of one run holds. drafter, block_size and every tau are None for a plain baseline.
 
-    warnings: in what the run's conditions differ from those the drafter was trained for.
+    warnings: how the run's conditions differ from those that the drafter was trained for.
     """
 
     target: str
@@ -108,7 +108,7 @@ class RunSummary(StrictModel):
 
 
 def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummary:
-    """records: one a request. What run.json already says in full (prompts, versions, machine) is not repeated."""
+    """The figures of a run. records: one per request. What run.json says (prompts, versions, machine) stays there."""
     tasks = summarize_tasks(records)
     return RunSummary(
         target=manifest.server.model,
@@ -128,7 +128,7 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
 
 
 def summarize_task(records: Sequence[Record]) -> TaskSummary:
-    """Records of one task, one a request."""
+    """The figures of one task. records: one per request, all of that task."""
     name = records[0].task if records else ""
     answered = [record for record in records if not record.failed]
     counted = _counted(answered)
@@ -156,7 +156,7 @@ def summarize_tasks(records: Sequence[Record]) -> dict[str, TaskSummary]:
 
 
 def macro(tasks: Iterable[TaskSummary], records: Iterable[Record] = ()) -> MacroSummary:
-    """Plain mean over the tasks that have a tau. records: of these tasks, for the interval."""
+    """Mean over the tasks that have a tau. records: the records of these tasks, for the interval."""
     tasks = list(tasks)
     return MacroSummary(
         tau=_mean(task.tau for task in tasks),
@@ -218,7 +218,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def busy_seconds(records: Iterable[Record]) -> float:
-    """Length of the union of the requests' time spans, failed ones included: they took the server's time too."""
+    """Length of the union of the requests' time spans. Failed requests count: they took the server's time too."""
     busy, until = 0.0, float("-inf")
     for start, end in sorted((record.started_at, record.started_at + record.latency_s) for record in records):
         busy += max(0.0, end - max(start, until))
