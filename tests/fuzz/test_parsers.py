@@ -80,7 +80,7 @@ def written(value: Any) -> bytes:
 
 
 def answers(parser: Callable[[], Any]) -> None:
-    """Run it: anything but a value or one of our errors, with its three parts, fails the test."""
+    """Run it: anything but a value or one of our errors, which says what was found and expected, fails the test."""
     try:
         parser()
     except AufError as error:

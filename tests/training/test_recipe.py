@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def refusal(name: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(name, overrides)
-    assert caught.value.found and caught.value.expected and caught.value.remedy
+    assert caught.value.found and caught.value.expected
     return caught.value.found
 
 
@@ -39,10 +39,10 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert (recipe.drafter.head == "domino") == ("domino" in name)
 
 
-def test_every_arm_of_the_paper_has_a_recipe_that_differs_in_its_objective_alone() -> None:
+def test_every_arm_of_the_paper_is_a_recipe_with_another_objective() -> None:
     """Set-up of arXiv 2607.01893 (tables 1 and 2), at the published recipe of its baseline."""
-    dflash = [load_recipe(f"qwen3-8b-dflash-{arm}") for arm in ("decay", "auf-decay", "auf")]
-    domino = [load_recipe(f"qwen3-8b-domino-{arm.replace('+', '-')}") for arm in DOMINO_OBJECTIVES]
+    dflash = [load_recipe("qwen3-8b-dflash-auf", [f"objective.name={arm}"]) for arm in ("decay", "auf+decay", "auf")]
+    domino = [load_recipe("qwen3-8b-domino-b-auf", [f"objective.name={arm}"]) for arm in DOMINO_OBJECTIVES]
     for arms in (dflash, domino):
         assert len({arm.objective.name for arm in arms}) == len(arms)
         for arm in arms:
@@ -76,7 +76,8 @@ def test_an_extending_recipe_changes_what_it_names(tmp_path: Path) -> None:
     ("files", "complaint"),
     [
         ({"a": "extends: b.yaml", "b": "extends: a.yaml"}, "a.yaml -> b.yaml -> a.yaml"),
-        ({"a": "extends: c.yaml"}, "c.yaml"),
+        ({"a": "extends: c.yaml"}, "a.yaml extends "),
+        ({"a": 'extends: "c\\0"'}, "a.yaml extends "),
         ({"a": "- 1"}, "no mapping"),
         ({"a": "target: [unclosed"}, "not YAML"),
     ],
