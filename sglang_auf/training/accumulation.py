@@ -1,8 +1,8 @@
-"""The gradient of one step: of a ratio of sums over every micro-batch of every rank.
+"""The gradient of one step. Its loss is a ratio of sums over all micro-batches of all ranks.
 
-DDP and FSDP average gradients over ranks, and every rank sees its own sums only. So either the numerators go backward
-as they are and the gradients are divided by the pooled denominator afterwards; or, where a loss has two branches with a
-denominator each (Domino), the pooled denominators must be known before anything goes backward.
+DDP and FSDP average gradients over ranks, and a rank knows its own sums only. A loss of one branch is therefore
+back-propagated as its numerator, and the gradients are divided by the pooled denominator afterwards. A loss of two
+branches with a denominator each (Domino) needs the pooled denominators before anything is back-propagated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MicroBatch = tuple[Batch, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
-    """Over all ranks and micro-batches. metrics: sums of what TrainingStep counts; empty unless asked for."""
+class PooledLoss:
+    """Loss over all ranks and micro-batches. metrics: sums of what TrainingStep counts; empty unless asked for."""
 
     loss: float
     metrics: dict[str, Tensor]
@@ -40,18 +40,18 @@ def pooled_gradient(
     branches: int,
     progress: float,
     diagnostics: bool,
-) -> Pooled:
-    """Add the gradient of the pooled loss to .grad; every rank must call this.
+) -> PooledLoss:
+    """Add the gradient of the pooled loss to .grad. Every rank must call this.
 
-    model: TrainingStep as accelerate wrapped it. micro_batches: the `count` ones of this rank, as many as of any other.
-    branches: of the objective. diagnostics: as in TrainingStep, and the metrics of the step are wanted. The loss is
-    nan where no slot carries any.
+    model: TrainingStep as accelerate wrapped it. micro_batches: the `count` micro-batches of this rank; every rank has
+    the same number. branches: branches of the objective. diagnostics: as in TrainingStep; also fills `metrics`. The
+    loss is nan where no slot carries any.
     """
     factors: Tensor | None = None
     if branches > 1 and count > 1:
-        # Each branch is divided by its own denominator, which depends on what the drafter gets right in micro-batches
-        # that come later. A first pass without gradient finds them; keeping every branch's gradient apart instead
-        # would cost a second backward pass, which is dearer, and the gradients' memory again.
+        # Each branch is divided by its own denominator, which depends on what the drafter gets right in later
+        # micro-batches. A first pass without gradient finds the denominators. Separate gradients for each branch
+        # would cost a second backward pass, which is dearer, and the memory of the gradients once more.
         micro_batches = list(micro_batches)
         factors = _factors(accelerator, *_without_gradient(model, micro_batches, progress))
     numerators: Tensor | float = 0.0
@@ -72,7 +72,7 @@ def pooled_gradient(
     if branches == 1:
         _scale(model, accelerator.num_processes / sums[1][0] if sums[1][0] else math.nan)
     shares = zip(terms.weights.tolist(), *sums, strict=True)
-    return Pooled(
+    return PooledLoss(
         sum(weight * over / under if under else math.nan for weight, over, under in shares),
         accelerator.reduce(metrics),
     )
@@ -86,7 +86,7 @@ def _without_gradient(model: nn.Module, micro_batches: Iterable[MicroBatch], pro
 
 
 def _factors(accelerator: Accelerator, denominators: Tensor, weights: Tensor) -> Tensor:
-    """[branches]: what a numerator is multiplied with, so that the ranks' average is the gradient of the loss."""
+    """[branches]: factors of the numerators that make the average over ranks the gradient of the loss."""
     factors: Tensor = accelerator.num_processes * weights / accelerator.reduce(denominators)
     return factors
 

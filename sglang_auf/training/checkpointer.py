@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: complete under their name or not there, the last few and the best one kept.
+"""Checkpoints of a training run. Each is complete or absent; the last few and the best one are kept.
 
     RUN/checkpoints/step-00000400/   config.json and model.safetensors (float32): a drafter that load_drafter reads,
                                      state.json, optimiser/state.safetensors
-    RUN/best                         a link to the one with the best tau
+    RUN/best                         a link to the checkpoint with the best tau
 
-A checkpoint is written under a temporary name, brought to the disk (fsync) and renamed. All of a run's randomness
-derives from its seed, the epoch and the conversation, so that the step number restores the random state, the schedule
-and the position in the data. Nothing here is a pickle.
+A checkpoint is written under a temporary name, brought to the disk (fsync) and renamed. All random numbers of a run
+derive from its seed, the epoch and the conversation, so the step number restores them, the schedule and the position in
+the data. Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,27 +33,28 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.files import read_json
+from sglang_auf.files import CONFIG, UNFINISHED, WEIGHTS, read_json, remove_unfinished, sync, whole_directory
+from sglang_auf.settings import checked
 
 Tensors = dict[str, torch.Tensor]
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 OPTIMISER = "optimiser/state.safetensors"
 STATE = "state.json"
 BEST = "best"
+NEW_BEST = ".best.new"
 NAME = re.compile(r"step-(\d{8})")
-SCRATCH = ".scratch-"
 DRAFTER = "drafter."
 """Prefix of the drafter's weights in TrainingStep."""
+UNDAMAGED = "an undamaged checkpoint"
+DAMAGED_REMEDY = "remove this directory and run the same command again: it goes on from the checkpoint before it"
 
 
 class RunState(BaseModel):
-    """Where a run stands. step: optimiser steps done; everything else that resumes follows from it.
+    """Where a run stands.
 
-    recipe, data_sha256, target_config_hash: what the weights depend on. ranks: processes that trained. tokens: trained
-    on so far, prompts included. seconds: spent in steps. evaluation: held-out figures at this very step, if any.
-    best_step, best_tau: of the best evaluation so far.
+    step: optimiser steps done. recipe, data_sha256, target_config_hash: what the weights depend on. ranks: number of
+    processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps. evaluation: held-out
+    figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,34 +94,27 @@ class Checkpoints:
         return self.path(steps[-1]) if steps else None
 
     def clean(self) -> None:
-        """Remove what a killed process left half-written or half-removed."""
-        for entry in self.directory.glob(f"{SCRATCH}*"):
-            shutil.rmtree(entry)
+        """Remove the checkpoints that a killed process left half-written or half-removed."""
+        remove_unfinished(self.directory / "step-*")
 
     def write(self, config: Mapping[str, Any], weights: Tensors, optimiser: Tensors, state: RunState) -> Path:
-        """Add the checkpoint of state.step, link it if it is the best, and drop those neither recent nor best.
+        """Add the checkpoint of state.step, link it if it is the best, and remove those neither recent nor best.
 
-        Raises TrainingError when it cannot be written; every earlier checkpoint is then still there.
+        Raises TrainingError when it cannot be written; every earlier checkpoint then remains.
         """
         final = self.path(state.step)
-        scratch = self.directory / f"{SCRATCH}{final.name}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             self.clean()
-            (scratch / OPTIMISER).parent.mkdir(parents=True)
-            (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-            (scratch / STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
-            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-            save_file(optimiser, scratch / OPTIMISER)
-            for file in (scratch / WEIGHTS, scratch / OPTIMISER):
-                file.chmod(0o644)  # safetensors writes 0600
-            for entry in (*scratch.rglob("*"), scratch):
-                _flush(entry)
-            scratch.rename(final)
-            for directory in (self.directory, self.run):
-                _flush(directory)
+            with whole_directory(final) as draft:
+                (draft / OPTIMISER).parent.mkdir()
+                (draft / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+                (draft / STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
+                save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
+                save_file(optimiser, draft / OPTIMISER)
+                for file in (draft / WEIGHTS, draft / OPTIMISER):
+                    file.chmod(0o644)  # safetensors writes 0600
+            sync(self.run)
         except (OSError, SafetensorError) as problem:
-            shutil.rmtree(scratch, ignore_errors=True)
             raise self._unwritten(state.step, weights, optimiser, problem) from problem
         if state.best_step == state.step:  # before the old best goes, so that the link never points at nothing
             self.link_best(state.step)
@@ -128,18 +122,19 @@ class Checkpoints:
         return final
 
     def link_best(self, step: int) -> None:
-        """Point RUN/best at a checkpoint: one rename, so that there always is a whole one."""
-        link = self.run / f"{SCRATCH}best"
+        """Point RUN/best at a checkpoint by one rename, so that the link exists at any time."""
+        link = self.run / NEW_BEST
         link.unlink(missing_ok=True)
         link.symlink_to(self.path(step).relative_to(self.run))
         os.replace(link, self.run / BEST)
-        _flush(self.run)
+        sync(self.run)
 
     def _prune(self, best_step: int | None) -> None:
         for step in self.steps()[: -self.keep_last]:
             if step != best_step:
-                doomed = self.directory / f"{SCRATCH}{self.path(step).name}"
-                self.path(step).rename(doomed)  # removing takes time, and half a checkpoint must not bear its name
+                path = self.path(step)
+                doomed = path.with_name(f".{path.name}{UNFINISHED}removed")
+                path.rename(doomed)  # removing takes time, and half a checkpoint must not have its name
                 shutil.rmtree(doomed)
 
     def _unwritten(self, step: int, weights: Tensors, optimiser: Tensors, problem: Exception) -> TrainingError:
@@ -149,16 +144,14 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self.directory} ({problem})",
             f"a writable directory with {size:.0f} MB free",
             "free space and run the same command again: "
-            + (f"it goes on from {kept.name}, which is whole" if kept else "it starts from the beginning"),
+            + (f"it goes on from {kept.name}, which is complete" if kept else "it starts from the beginning"),
         )
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Raises TrainingError."""
-    try:
-        return RunState.model_validate(read_json(checkpoint / STATE, TrainingError))
-    except ValidationError as error:
-        raise _damaged(checkpoint, f"{STATE}: {error.errors()[0]['msg']}") from error
+    """Raises TrainingError when state.json is missing or damaged."""
+    content = read_json(checkpoint / STATE, TrainingError)
+    return checked(RunState, content, f"{checkpoint} is damaged: {STATE}", UNDAMAGED, DAMAGED_REMEDY, TrainingError)
 
 
 def read_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
@@ -166,7 +159,7 @@ def read_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
     try:
         return load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMISER)
     except (OSError, SafetensorError) as error:
-        raise _damaged(checkpoint, str(error)) from error
+        raise TrainingError(f"{checkpoint} is damaged ({error})", UNDAMAGED, DAMAGED_REMEDY) from error
 
 
 def gather(step: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> tuple[Tensors, Tensors]:
@@ -184,10 +177,10 @@ def gather(step: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> tupl
 def restore(
     step: nn.Module, optimisers: Sequence[torch.optim.Optimizer], weights: Tensors, optimiser: Tensors, ranks: int
 ) -> None:
-    """Put what `gather` gave back. Every rank must call this; only rank 0's tensors count."""
+    """Load what `gather` returned. Every rank must call this; only rank 0's tensors count."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
     set_model_state_dict(step, {DRAFTER + name: value for name, value in weights.items()}, options=options)
-    # Settings of the parameter groups come from the recipe; only the state of each weight is stored.
+    # The recipe sets the parameter groups; only the state of each weight is stored.
     fresh = get_optimizer_state_dict(step, tuple(optimisers), options=StateDictOptions(full_state_dict=True))
     for name, value in optimiser.items():
         weight, key = name.rsplit("/", 1)
@@ -197,20 +190,3 @@ def restore(
 
 def _without_prefix(tensors: Mapping[str, Any]) -> Tensors:
     return {name.removeprefix(DRAFTER): tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _damaged(checkpoint: Path, problem: str) -> TrainingError:
-    return TrainingError(
-        f"{checkpoint} is damaged ({problem})",
-        "a checkpoint as it was written",
-        "remove this directory and run the same command again: it goes on from the checkpoint before it",
-    )

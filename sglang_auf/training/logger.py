@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, the log, metrics.jsonl and TensorBoard."""
+"""The figures of a run while it trains: progress bar, log lines, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from sglang_auf.training.run_directory import METRICS, TENSORBOARD, forget_after
 logger = logging.getLogger(__name__)
 
 
-class Logbook:
-    """The figures of one run, from step `start` on. Only the main process writes; the others' calls do nothing."""
+class MetricLogger:
+    """Writes the figures of one run from step `start` on. Only the main process writes; other processes' calls do
+    nothing."""
 
     def __init__(self, directory: Path, accelerator: Accelerator, start: int, steps: int) -> None:
         self._accelerator = accelerator
@@ -28,7 +29,7 @@ class Logbook:
         self._began = self._marked = time.monotonic()
         self._tokens = 0
         self._losses: list[float] = []
-        # Without a terminal a bar is a heap of lines; the log lines below tell the same.
+        # Without a terminal tqdm prints a line per update; the log lines below carry the same figures.
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None if self._writes else True)
         if self._writes:
             forget_after(directory, start)
@@ -37,14 +38,14 @@ class Logbook:
             TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": start + 1 if start else None, "flush_secs": 10}}
         )
 
-    def step(self, loss: float, tokens: int) -> None:
-        """Every optimiser step. tokens: trained on, of all ranks."""
+    def count_step(self, loss: float, tokens: int) -> None:
+        """Call this after every optimiser step. tokens: tokens of the step, of all ranks together."""
         self._losses.append(loss)
         self._tokens += tokens
         self._bar.update()
 
-    def train(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Figures of training; loss is the mean since the last call. tokens_per_second includes evaluations."""
+    def log_training(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write `values`, the mean loss since the last call, and speed. tokens_per_second includes evaluations."""
         now = time.monotonic()
         left = (now - self._began) / (step - self._start) * (self._steps - step)
         row = {
@@ -57,19 +58,19 @@ class Logbook:
         self._losses, self._tokens, self._marked = [], 0, now
         self._write("train", step, row)
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=_clock(left), refresh=False)
-        self._say(
+        self._log(
             "step %d/%d  loss %.4f  r_active %.3f  alpha_1 %.3f  lr %.2e  %d tokens/s  %.1f GiB  %s left",
             step, self._steps, row["loss"], row.get("r_active") or 0, row.get("alpha_1") or 0, row["lr"],
             row["tokens_per_second"], row["peak_memory_gib"], _clock(left),
         )  # fmt: skip
 
-    def evaluation(self, step: int, values: Mapping[str, float | None], best: bool) -> None:
-        """Figures on held-out answers."""
+    def log_evaluation(self, step: int, values: Mapping[str, float | None], best: bool) -> None:
+        """Write figures of held-out answers. best: this is the best tau so far."""
         self._write("held_out", step, values)
         shown = "  ".join(
             f"{name} {values[name]:.4f}" for name in ("tau", "alpha_1", "accuracy", "loss") if values.get(name)
         )
-        self._say("step %d/%d  held out: %s%s", step, self._steps, shown, "  (best)" if best else "")
+        self._log("step %d/%d  held out: %s%s", step, self._steps, shown, "  (best)" if best else "")
 
     def close(self) -> None:
         self._bar.close()
@@ -83,17 +84,18 @@ class Logbook:
         known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         self._accelerator.log(known, step=step)
 
-    def _say(self, message: str, *arguments: Any) -> None:
+    def _log(self, message: str, *arguments: Any) -> None:
         if self._writes:
             with self._bar.external_write_mode():
                 logger.info(message, *arguments)
 
 
 def training_figures(sums: Mapping[str, torch.Tensor], block_size: int) -> dict[str, float | None]:
-    """Ratios of the sums a TrainingStep counts, over all ranks and micro-batches of a step.
+    """Ratios of the sums that a TrainingStep counts, over all ranks and micro-batches of a step.
 
-    r_active: |support| / B, of a block (arXiv 2607.01893). support_accuracy, common_accuracy: right slots among those
-    of the support and among all valid ones. alpha_k: P(first k drafts right, given the first k-1 are).
+    r_active: |support| / B of a block (arXiv 2607.01893). support_accuracy, common_accuracy: share of right slots among
+    those of the support and among all valid ones. alpha_k: P(the first k drafts are right, given that the first k-1
+    are).
     """
     lists = {name: value.tolist() for name, value in sums.items()}
 
@@ -111,7 +113,7 @@ def training_figures(sums: Mapping[str, torch.Tensor], block_size: int) -> dict[
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest so far: of the tensors on a CUDA device, of the whole process on a CPU."""
+    """Peak so far: of the tensors on a CUDA device, of the process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     import resource

@@ -14,10 +14,10 @@ PEAK = "initial_lr"
 
 
 def make_optimisers(drafter: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights; or Muon for the matrices of the layers and fc, and AdamW for the rest.
+    """AdamW for all weights, or Muon for the matrices of the layers and fc, and AdamW for the rest.
 
-    Muon orthogonalises what a matrix does to its input. Norms are no matrices, and Domino's GRU (three gates in one
-    tensor) and projector (one side is the vocabulary) are none of the kind: they stay with AdamW.
+    Muon orthogonalises a weight matrix. That makes no sense for norms, for Domino's GRU (three gates in one tensor) and
+    for its projector (one side is the vocabulary): AdamW trains these.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -45,7 +45,7 @@ def make_optimisers(drafter: nn.Module, settings: OptimiserSettings) -> list[tor
 
 
 def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Every group at `factor` of its peak."""
+    """Set every group to `factor` of its peak."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group[PEAK] * factor
@@ -54,7 +54,7 @@ def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], factor: float
 def schedule(step: int, steps: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate in step 0..steps-1: linear warm-up, then half a cosine towards 0.
 
-    A function of the step alone, so that a resumed run has nothing to restore. No step has rate 0.
+    It depends on the step alone, so that a resumed run has nothing to restore. No step has rate 0.
     """
     warmup = round(steps * warmup_ratio)
     if step < warmup:

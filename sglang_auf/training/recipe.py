@@ -219,9 +219,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in extending:
         chain = " -> ".join(link.name for link in (*extending, path))
-        raise ConfigError(
-            f"recipes that extend each other: {chain}", "a recipe that extends none", "remove one extends"
-        )
+        raise ConfigError(f"recipes that extend each other: {chain}", "a chain of recipes that ends")
     content = read_yaml(path)
     if (name := content.pop("extends", None)) is None:
         return content

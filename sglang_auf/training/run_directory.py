@@ -1,26 +1,24 @@
-"""The directory of one training run: who may use it, and what lies in it.
+"""The directory of one training run, its lock and its files.
 
 recipe.yaml     the resolved recipe           metrics.jsonl   one line for each logged step and each evaluation
 run.json        data, target, and every start tensorboard/    the same figures
-checkpoints/    and best, see checkpoint.py
+checkpoints/    and best, see checkpointer.py
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.files import listing, read_json
-from sglang_auf.training.checkpointer import BEST
+from sglang_auf.files import listing, locked, read_json, remove_unfinished, write_whole
+from sglang_auf.training.checkpointer import BEST, NEW_BEST
 from sglang_auf.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
@@ -28,7 +26,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
-OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, LOCK)
+OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, NEW_BEST, LOCK)
 
 
 @contextmanager
@@ -37,14 +35,15 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
 
     Raises TrainingError where another process trains in it, or where it holds anything but a run.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as handle:
+    with ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(directory / LOCK))
         except BlockingIOError as error:
             raise TrainingError(
                 f"another process is training in {directory}", "one trainer a directory", "wait, or give another --out"
             ) from error
+        for name in (RECIPE, RUN, METRICS):
+            remove_unfinished(directory / name)
         if fresh:
             _remove_run(directory)
         elif not (directory / RUN).is_file() and (foreign := _foreign(directory)):
@@ -52,23 +51,22 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
             raise TrainingError(
                 f"{directory} holds no run, but {', '.join(foreign[:5])}",
                 "a new directory, or that of the run to resume",
-                "give another --out",
             )
         yield directory
 
 
 def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-    """Write recipe.yaml and run.json. facts: data and target. start: joins the list of this run's starts."""
+    """Write recipe.yaml and run.json. facts: data and target. start: is added to the list of this run's starts."""
     starts = []
     if (directory / RUN).is_file():
         starts = read_json(directory / RUN, TrainingError).get("starts", [])
     content = {**facts, "starts": [*starts, start]}
-    _write(directory / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    _write(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(directory / RECIPE, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_whole(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Drop metrics of steps after `step`: they were logged, but no checkpoint holds them, and will be made again."""
+    """Drop the metrics of steps after `step`: no checkpoint holds these steps, so they will be trained again."""
     file = directory / METRICS
     if not file.is_file():
         return
@@ -80,7 +78,7 @@ def forget_after(directory: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    _write(file, "".join(kept))
+    write_whole(file, "".join(kept))
 
 
 def _foreign(directory: Path) -> list[str]:
@@ -88,7 +86,7 @@ def _foreign(directory: Path) -> list[str]:
 
 
 def _remove_run(directory: Path) -> None:
-    """Remove a run and nothing else. Raises TrainingError where there are files of somebody else."""
+    """Remove a run and nothing else. Raises TrainingError where other files lie in the directory."""
     if foreign := _foreign(directory):
         raise TrainingError(
             f"--fresh on {directory}, which also holds {', '.join(foreign[:5])} (of {listing(directory)})",
@@ -101,10 +99,3 @@ def _remove_run(directory: Path) -> None:
             shutil.rmtree(entry)
         elif name != LOCK:
             entry.unlink(missing_ok=True)
-
-
-def _write(file: Path, text: str) -> None:
-    """Complete or not at all."""
-    scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)

@@ -1,16 +1,14 @@
 """The training loop, on Hugging Face accelerate: one process, DDP or FSDP, by how it is launched.
 
-The loss of a step is one ratio, sum(numerators) / sum(denominators) over all micro-batches of all ranks, so that a step
-is the same however it was cut up. Gradients are averages over ranks (DDP, FSDP), which the factor `ranks` undoes.
+The loss of a step is one ratio, sum(numerators) / sum(denominators) over all micro-batches of all ranks
+(accumulation.py), so that the number of ranks and micro-batches changes no step.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -36,22 +34,24 @@ from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
-from sglang_auf.training.logger import Logbook, training_figures
+from sglang_auf.training.logger import MetricLogger, training_figures
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
 from sglang_auf.training.recipe import Recipe, differences, parse_recipe
-from sglang_auf.training.runtime import check_launch, make_accelerator
-from sglang_auf.training.stop_signals import stop_signals
+from sglang_auf.training.runtime import (
+    check_launch,
+    give_back_free_memory,
+    limit_compiled_products,
+    make_accelerator,
+    stop_signals,
+)
 
 logger = logging.getLogger(__name__)
-
-COMPILED_PRODUCTS = 128
-"""On a CPU. A judgement: the layers of a micro-batch should share theirs, and few of other lengths be kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. signal: the one that stopped it before its last step, None when it is finished."""
+    """How a run ended. signal: the signal that stopped it before its last step, None when it is finished."""
 
     run: Path
     step: int
@@ -62,9 +62,9 @@ class Outcome:
 
 
 def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
-    """Train in directory `out`, going on from its last checkpoint if it has one. fresh: start over.
+    """Train in directory `out`, and go on from its last checkpoint if it has one. fresh: start over.
 
-    Raises the errors of errors.py; whatever happens, checkpoints that were complete stay.
+    Raises the errors of errors.py. Complete checkpoints stay, whatever happens.
     """
     limit_compiled_products()
     try:
@@ -130,12 +130,12 @@ class Trainer:
         start, steps = self.state.step, self.plan.steps
         if self.accelerator.is_main_process:
             facts = {"target": asdict(self.facts), "data": self.data.facts, "steps": steps}
-            begun = {"step": start, "ranks": self.ranks, **provenance.of_this_run()}
-            run_directory.describe(self.out, self.recipe, facts, begun)
+            this_start = {"step": start, "ranks": self.ranks, **provenance.of_this_run()}
+            run_directory.describe(self.out, self.recipe, facts, this_start)
         if start >= steps:
             logger.info("%s is finished: all %d steps are done", self.out, steps)
             return self._outcome(None)
-        self.logbook = Logbook(self.out, self.accelerator, start, steps)
+        self.metrics = MetricLogger(self.out, self.accelerator, start, steps)
         try:
             with stop_signals() as caught:
                 for index in range(start, steps):
@@ -144,11 +144,11 @@ class Trainer:
                         logger.info("signal %d: stopped after step %d, which is saved", stopped, index + 1)
                         return self._outcome(stopped)
         finally:
-            self.logbook.close()
+            self.metrics.close()
         return self._outcome(None)
 
     def _advance(self, index: int, caught: list[int]) -> int:
-        """One optimiser step and what is due after it; the signal that stops the run here, or 0."""
+        """Make one optimiser step; log, evaluate and save where due. Returns the signal that stops the run, or 0."""
         began = time.monotonic()
         recipe, train, steps, step = self.recipe, self.data.train, self.plan.steps, index + 1
         epoch, rows = self.plan.at(index)
@@ -174,11 +174,11 @@ class Trainer:
                 "evaluation": None,
             }
         )
-        self.logbook.step(pooled.loss, tokens)
+        self.metrics.count_step(pooled.loss, tokens)
         if logs:
             figures = training_figures(pooled.metrics, self.config.block_size)
             lr = recipe.optimiser.lr * rate
-            self.logbook.train(step, {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures})
+            self.metrics.log_training(step, {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures})
             give_back_free_memory()
         better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
         stopped = 0 if step == steps else self._agreed(caught)
@@ -187,7 +187,7 @@ class Trainer:
         return stopped
 
     def _optimise(self, step: int, rate: float, loss: float, rows: Sequence[Sequence[int]]) -> float:
-        """Clip and step; the gradient's norm before clipping. Raises TrainingError where loss or norm is not finite."""
+        """Clip the gradient and step. Returns the norm before clipping. Raises TrainingError unless it is finite."""
         clipped = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optimiser.clip)
         norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)  # sharded under FSDP
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -206,8 +206,8 @@ class Trainer:
         return norm
 
     def _evaluate(self) -> bool:
-        """Held-out figures of the weights as they are, on the main process; True for the best tau so far."""
-        step = self._whole_step()
+        """Evaluate the present weights on the main process. Returns whether tau is the best so far."""
+        step = self._unsharded_step()
         found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
         broadcast_object_list(found)
         figures = found[0]
@@ -217,14 +217,14 @@ class Trainer:
         if better:
             update |= {"best_step": self.state.step, "best_tau": tau}
         self.state = self.state.model_copy(update=update)
-        self.logbook.evaluation(self.state.step, figures, better)
+        self.metrics.log_evaluation(self.state.step, figures, better)
         return better
 
-    def _whole_step(self) -> TrainingStep:
+    def _unsharded_step(self) -> TrainingStep:
         """A TrainingStep with all weights on this device, for use outside the wrapped forward."""
         if self.accelerator.distributed_type != DistributedType.FSDP:
-            whole: TrainingStep = self.accelerator.unwrap_model(self.model)
-            return whole
+            unwrapped: TrainingStep = self.accelerator.unwrap_model(self.model)
+            return unwrapped
         weights, _ = gather(self.model, ())
         target = self.batches.target
         step = TrainingStep(Drafter(self.config), target.embedding, target.head, self.recipe.objective)
@@ -234,7 +234,7 @@ class Trainer:
         return step
 
     def _agreed(self, caught: list[int]) -> int:
-        """The signal any rank has caught: all stop after the same step."""
+        """The signal that any rank has caught, or 0, so that all ranks stop after the same step."""
         mine = torch.tensor(max(caught, default=0), device=self.accelerator.device)
         return int(self.accelerator.gather(mine[None]).max()) if self.ranks > 1 else int(mine)
 
@@ -245,7 +245,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Go on from the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
+        """Load the last checkpoint, if there is one. Raises TrainingError where it belongs to another run."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.checkpoints.clean()
@@ -257,7 +257,7 @@ class Trainer:
             return
         self._refuse_other_run(state)
         if state.ranks != self.ranks:
-            logger.warning("saved by %d ranks, resumed by %d: sums are rounded differently", state.ranks, self.ranks)
+            logger.warning("saved by %d ranks, resumed by %d: rounding will differ", state.ranks, self.ranks)
         weights: Tensors = {}
         optimiser: Tensors = {}
         if self.accelerator.is_main_process:
@@ -275,31 +275,11 @@ class Trainer:
                 different.append(f"{name}: {getattr(self.state, name)} here, {getattr(state, name)} there")
         if different:
             raise TrainingError(
-                f"the checkpoint in {self.out} is of another run ({'; '.join(different)})",
+                f"the checkpoint in {self.out} belongs to another run ({'; '.join(different)})",
                 "the recipe, data and target it was saved with",
-                "take those back, give another --out, or start over with --fresh",
+                "use those, give another --out, or start over with --fresh",
             )
 
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
-
-
-def limit_compiled_products() -> None:
-    """Let oneDNN keep the code of COMPILED_PRODUCTS products instead of 1,024, unless the environment says how many.
-
-    It compiles one for each shape, and batches are of all lengths. oneDNN reads the variable at its first product, so
-    this comes before that.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
-
-
-def give_back_free_memory() -> None:
-    """Return what the C library keeps of freed memory to the system, where it can (glibc).
-
-    Batches of all lengths leave holes in its heap that later ones do not fit: a run on a CPU grew from 2.5 to 6 GiB in
-    its first 200 steps.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

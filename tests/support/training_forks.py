@@ -1,6 +1,6 @@
 """A process that has imported what training needs, once, and forks for each job.
 
-stdin: one JSON object a line, {"function": name in runs.py or ranks.py, "arguments": {...}, "ranks": n};
+stdin: one JSON object a line, {"function": "module:function", "arguments": {...}, "ranks": n};
 stdout: one line for each, the exit statuses of its n processes (negative: the signal that ended one).
 Nothing is computed before a fork: a forked process must not inherit threads.
 """

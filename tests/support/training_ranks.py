@@ -1,4 +1,4 @@
-"""A step of 8 micro-batches, and its gradient by any number of ranks. Its functions are called by forks.py too."""
+"""A step of 8 micro-batches, and its gradient by any number of ranks. training_forks.py calls its functions too."""
 
 from __future__ import annotations
 

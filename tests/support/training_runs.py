@@ -1,4 +1,4 @@
-"""Tiny training runs: a target, answers it could have given, a recipe; and functions that forks.py calls."""
+"""Tiny training runs: a target, answers it could have given, a recipe; and functions that training_forks.py calls."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
-# --- called in a process of their own, see forks.py ---
+# --- called in a process of their own, see training_forks.py ---
 
 
 def train_in_fork(recipe: dict[str, Any], out: str, kill_at: int | None = None, term_at: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the last few and the best kept, read back as they were."""
+"""Checkpoints: complete or absent, the last few and the best kept, read back as they were written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sglang_auf.errors import TrainingError
+from sglang_auf.files import UNFINISHED
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
@@ -82,10 +83,11 @@ def test_read_back_as_written(tmp_path: Path) -> None:
     assert json.loads((path / "config.json").read_text()) == {"a": 1}
 
 
-def test_nothing_half_written_is_ever_taken_for_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["12345678", "removed"])
+def test_nothing_half_written_is_ever_taken_for_a_checkpoint(tmp_path: Path, suffix: str) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     write(checkpoints, 1)
-    left_over = checkpoints.directory / ".scratch-step-00000002"
+    left_over = checkpoints.directory / f".step-00000002{UNFINISHED}{suffix}"
     left_over.mkdir()
     (left_over / "model.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == [1]
@@ -98,7 +100,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     fsync, rename = os.fsync, os.rename
 
     def flushed(handle: int) -> None:
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(UNFINISHED)[0])
         fsync(handle)
 
     def renamed(old: Path, new: Path) -> None:
@@ -115,7 +117,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
         "model.safetensors",
         "state.safetensors",
         "optimiser",
-        ".scratch-step-00000001",
+        ".step-00000001",
     }
     assert set(events[:named]) == files
     assert events[named + 1 :] == ["checkpoints", tmp_path.name]

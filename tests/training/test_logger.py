@@ -1,4 +1,4 @@
-"""Figures out of the sums a step counts."""
+"""Figures from the sums that a step counts."""
 
 from __future__ import annotations
 

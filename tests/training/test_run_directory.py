@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sglang_auf.errors import TrainingError
+from sglang_auf.files import UNFINISHED
 from sglang_auf.training.recipe import parse_recipe
 from sglang_auf.training.run_directory import describe, forget_after, opened
 from tests.support.training_runs import tiny_recipe
@@ -53,6 +54,16 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").unlink()
     with opened(tmp_path / "run", fresh=True):
         assert names(tmp_path / "run") == [".lock"]
+
+
+def test_what_a_kill_left_half_written_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / f".recipe.yaml{UNFINISHED}12345678").touch()
+    with opened(tmp_path, fresh=False):
+        assert names(tmp_path) == [".lock"]
+    make_run(tmp_path)
+    (tmp_path / ".best.new").symlink_to("checkpoints/step-00000001")
+    with opened(tmp_path, fresh=True):
+        assert names(tmp_path) == [".lock"]
 
 
 def test_a_run_may_hold_other_files_while_it_is_resumed(tmp_path: Path) -> None:

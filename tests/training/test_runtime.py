@@ -1,15 +1,19 @@
-"""Launches that a recipe cannot be trained with."""
+"""Launches that a recipe cannot be trained with, and memory that goes back to the system."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate.utils import DistributedType
 
+from sglang_auf.cpu import linear
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.runtime import check_launch
+from sglang_auf.training.runtime import check_launch, give_back_free_memory
 from tests.support.training_runs import tiny_recipe
 
 
@@ -33,3 +37,47 @@ def test_muon_needs_whole_matrices() -> None:
     check_launch(tiny_recipe("t", "d"), launched(2, DistributedType.FSDP))
     with pytest.raises(ConfigError, match="muon under FSDP"):
         check_launch(muon, launched(2, DistributedType.FSDP))
+
+
+def test_holes_in_the_heap_go_back_to_the_system() -> None:
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    held = [bytearray(b"x" * 100_000) for _ in range(4_000)]
+    kept, full = held[::400] + held[-1:], resident()  # they keep the heap from shrinking by itself
+    held.clear()
+    give_back_free_memory()
+    assert resident() < full - 300_000_000
+    assert len(kept) == 11
+
+
+MANY_SHAPES = """
+import sys
+from pathlib import Path
+import torch
+from sglang_auf.training.runtime import give_back_free_memory, limit_compiled_products
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])
+
+if sys.argv[1] == "limit":
+    limit_compiled_products()
+weight = torch.randn(576, 576).bfloat16()
+before = resident()
+for rows in range(1, 1001):
+    torch.randn(rows, 576).bfloat16() @ weight
+give_back_free_memory()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+def test_memory_of_products_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    grown = {}
+    for choice in ("limit", "keep"):
+        command = [sys.executable, "-c", MANY_SHAPES, choice]
+        grown[choice] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert grown["limit"] < 0.75 * grown["keep"]
