@@ -7,22 +7,19 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 from sglang_auf import __version__
 from sglang_auf.errors import AufError, ConfigError, DataError
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-Settings = TypeVar("Settings", bound="BaseModel")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one message on stderr for what the user can mend."""
-    options = _parser().parse_args(arguments)
+    """Exit code: 0, or 2 with one message on stderr for a mistake that the user can fix."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(*arguments[:1]).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every request to the hub otherwise
+    for library in ("httpx", "openai"):  # they log a line for every request, or for every repeated one
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code: int = options.run(options)
         return code
@@ -33,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """Parser of all commands. command: the one that is asked for; only its settings model is imported."""
     parser = argparse.ArgumentParser(prog="sglang-auf", description="Tools around drafters trained with AUF.")
     parser.add_argument("--version", action="version", version=f"sglang-auf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -53,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target")
     evaluate.add_argument("--data", metavar="FILE", required=True, help="rows with answers: a file or hub data set")
     evaluate.add_argument(
-        "--limit", metavar="N", type=int, help="so many conversations, those that data.held_out N keeps from training"
+        "--limit", metavar="N", type=int, help="only the N conversations that data.held_out N keeps from training"
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -78,16 +76,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(export, "directory, hub id or prepared target (default: the recipe's)")
     export.set_defaults(run=_export)
 
-    convert = commands.add_parser("convert", help="take a DFlash or Domino drafter of SpecForge or speculators in")
+    convert = commands.add_parser("convert", help="convert a DFlash or Domino drafter of SpecForge or speculators")
     convert.add_argument("source", metavar="SOURCE", help="directory or hub id")
     _add_output(convert, "directory, hub id or prepared target to check it against (default: the one it names)")
     convert.set_defaults(run=_convert)
 
     _add_vocabulary(
-        commands.add_parser("draft-vocabulary", help="list the frequent tokens, which alone a drafter is to propose")
+        commands.add_parser("draft-vocabulary", help="list the frequent tokens, the only ones a drafter then proposes")
     )
-    _add_prompts(commands.add_parser("prompts", help="let a server's model write the prompts of training data as well"))
-    _add_regenerate(commands.add_parser("regenerate", help="let a server's model answer the prompts of training data"))
+
+    prompts = commands.add_parser("prompts", help="let a server's model write the prompts of training data as well")
+    prompts.set_defaults(run=_prompts)
+    regenerate = commands.add_parser("regenerate", help="let a server's model answer the prompts of training data")
+    regenerate.set_defaults(run=_regenerate)
+    if command == "prompts":
+        from sglang_auf.flags import add_flags
+        from sglang_auf.training.generation.settings import PromptSettings
+
+        add_flags(prompts, PromptSettings, positional=("target",))
+    if command == "regenerate":
+        from sglang_auf.flags import add_flags
+        from sglang_auf.training.generation.settings import RegenerateSettings
+
+        add_flags(regenerate, RegenerateSettings, positional=("inputs",))
     return parser
 
 
@@ -123,50 +134,6 @@ def _add_output(parser: argparse.ArgumentParser, target_help: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    """Flags that are not given stay absent: their defaults live in PromptSettings."""
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target: its chat template")
-    parser.add_argument("--base-url", metavar="URL", required=True, help="a server with OpenAI's completions route")
-    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
-    parser.add_argument("--count", metavar="N", required=True, help="prompts in FILE in the end")
-    parser.add_argument(
-        "--opening",
-        metavar="TEXT",
-        action="append",
-        help="what users begin with; given several times, in turn (default: the model begins)",
-    )
-    parser.add_argument("--temperature", metavar="T", help="of the prompts (default: 1.0)")
-    parser.add_argument("--max-tokens", metavar="N", help="of one prompt; longer ones are not kept (default: 256)")
-    _add_asking(parser)
-    parser.set_defaults(run=_prompts)
-
-
-def _add_regenerate(parser: argparse.ArgumentParser) -> None:
-    """Flags that are not given stay absent: their defaults live in RegenerateSettings."""
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSONL or JSON file, folder, or hub data set")
-    parser.add_argument("--base-url", metavar="URL", required=True, help="any OpenAI-compatible server or router")
-    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write, or to continue")
-    parser.add_argument("--temperature", metavar="T", help="0 is greedy (default: 0.0)")
-    parser.add_argument("--max-tokens", metavar="N", help="new tokens of one answer at most (default: 2048)")
-    parser.add_argument("--limit", metavar="N", help="so many rows of each input, from its first")
-    parser.add_argument(
-        "--thinking", choices=["server", "on", "off"], help="template switch, or as is (default: server)"
-    )
-    parser.add_argument("--split", metavar="NAME", help="of a folder or hub data set (default: train)")
-    _add_asking(parser)
-    parser.set_defaults(run=_regenerate)
-
-
-def _add_asking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the server's only one)")
-    parser.add_argument("--concurrency", metavar="N", help="conversations in flight (default: 64)")
-    parser.add_argument("--seed", metavar="N", help="sampling seed that each request's derives from (default: 42)")
-    parser.add_argument("--timeout-s", metavar="S", help="seconds one answer may take (default: 3600.0)")
-    parser.add_argument("--retries", metavar="N", help="of one request, with growing pauses (default: 6)")
-
-
 def _prepare(options: argparse.Namespace) -> int:
     from sglang_auf.checkpoints.prepare import prepare
 
@@ -190,20 +157,28 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
     from sglang_auf.training.evaluate import evaluate_drafter
 
     held_out = evaluate_drafter(options.drafter, options.target, options.data, limit=options.limit)
     if held_out.tau_macro is None or held_out.tau_micro is None:
-        raise DataError(f"no answer of two tokens or more in {options.data}", "answers to walk", "give other data")
+        raise DataError(f"no answer of two tokens or more in {options.data}", "answers of two tokens or more")
     steps = sum(held_out.histogram)
-    print(f"answers      {held_out.answers}")
-    print(f"tau          {held_out.tau_macro:.4f}  mean over answers (macro)")
-    print(f"             {held_out.tau_micro:.4f}  over all {steps} steps (micro)")
-    print(f"accuracy     {held_out.accuracy:.4f}  of all slots, given the text before the block")
-    print(f"loss         {held_out.loss:.4f}")
-    print("accepted     steps     share   alpha")
-    for drafts, (count, alpha) in enumerate(zip(held_out.histogram, (None, *held_out.alpha), strict=True)):
-        print(f"{drafts:8} {count:9} {count / steps:9.4f}   {'' if alpha is None else f'{alpha:.4f}'}".rstrip())
+    figures = [
+        ("answers", f"{held_out.answers}", ""),
+        ("tau", f"{held_out.tau_macro:.4f}", "mean over answers (macro)"),
+        ("", f"{held_out.tau_micro:.4f}", f"over all {steps} steps (micro)"),
+        ("accuracy", f"{held_out.accuracy:.4f}", "of all slots, given the text before the block"),
+        ("loss", f"{held_out.loss:.4f}", ""),
+    ]
+    alphas = (None, *held_out.alpha)
+    rows = [
+        (accepted, count, count / steps, alpha)
+        for accepted, (count, alpha) in enumerate(zip(held_out.histogram, alphas, strict=True))
+    ]
+    print(tabulate(figures, tablefmt="plain", disable_numparse=True))
+    print(tabulate(rows, ("accepted", "steps", "share", "alpha"), tablefmt="plain", floatfmt=".4f"))
     return 0
 
 
@@ -280,11 +255,12 @@ def _convert(options: argparse.Namespace) -> int:
 def _prompts(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
+    from sglang_auf.flags import from_flags
     from sglang_auf.training.data.features import find_target
     from sglang_auf.training.generation.prompts import write_prompts
     from sglang_auf.training.generation.settings import PromptSettings
 
-    settings = _settings(PromptSettings, options)
+    settings = from_flags(PromptSettings, _given(options))
     rows, outcomes = write_prompts(settings, AutoTokenizer.from_pretrained(find_target(settings.target)))
     for outcome, count in sorted(outcomes.items()):
         print(f"{outcome:14} {count:8}")
@@ -293,26 +269,18 @@ def _prompts(options: argparse.Namespace) -> int:
 
 
 def _regenerate(options: argparse.Namespace) -> int:
+    from sglang_auf.flags import from_flags
     from sglang_auf.training.generation.regenerate import regenerate
     from sglang_auf.training.generation.settings import RegenerateSettings
 
-    settings = _settings(RegenerateSettings, options)
+    settings = from_flags(RegenerateSettings, _given(options))
     print(f"{regenerate(settings)} rows in {settings.out}")
     return 0
 
 
-def _settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
-    """The flags of a command that asks a server. Raises ConfigError."""
-    from pydantic import ValidationError
-
-    logging.getLogger("openai").setLevel(logging.WARNING)  # one line for every request that is tried again otherwise
-    values = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        flag = "--" + str(problem["loc"][0]).replace("_", "-")
-        raise ConfigError(f"{flag} {problem['input']}", problem["msg"], f"give {flag} another value") from None
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, by name of their setting."""
+    return {name: value for name, value in vars(options).items() if name not in ("command", "run")}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positiona
             parser.add_argument(name, metavar=name.upper(), help=field.description, **several)
             continue
         flag = _flag(name, field)
-        kind: dict[str, Any] = {"metavar": flag.removeprefix("--").upper()}
+        kind: dict[str, Any] = {"metavar": flag.removeprefix("--").replace("-", "_").upper()}
         if field.annotation is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif _takes_several(field.annotation):
@@ -50,11 +50,8 @@ def from_flags(model: type[Model], options: Mapping[str, Any]) -> Model:
             raise ConfigError(problem["msg"].removeprefix("Value error, "), "flags that fit together") from None
         name = str(problem["loc"][0])
         field = next(field for key, field in model.model_fields.items() if name in (key, field.alias))
-        raise ConfigError(
-            f"{_flag(name, field)} {problem['input']!r}",
-            problem["msg"].removeprefix("Value error, "),
-            f"give {_flag(name, field)} such a value: {field.description}",
-        ) from None
+        found = f"{_flag(name, field)} {problem['input']}"
+        raise ConfigError(found, problem["msg"].removeprefix("Value error, ")) from None
 
 
 def _takes_several(annotation: Any) -> bool:
