@@ -51,7 +51,7 @@ def pooled_gradient(
     if branches > 1 and count > 1:
         # Each branch is divided by its own denominator, which depends on what the drafter gets right in later
         # micro-batches. A first pass without gradient finds the denominators. Separate gradients for each branch
-        # would cost a second backward pass, which is dearer, and the memory of the gradients once more.
+        # would cost a second backward pass, which takes longer, and the memory of the gradients once more.
         micro_batches = list(micro_batches)
         factors = _factors(accelerator, *_without_gradient(model, micro_batches, progress))
     numerators: Tensor | float = 0.0

@@ -42,10 +42,10 @@ WRITTEN = frozenset({CONFIG, WEIGHTS, CARD_NAME, RECIPE, PROVENANCE})
 
 
 def export_checkpoint(run: Path, out: Path, *, target: str | None = None, force: bool = False) -> Path:
-    """Export a training run's best checkpoint (its latest where none was evaluated), or the checkpoint `run` itself.
+    """Export the best checkpoint of a training run (its latest if none was evaluated), or the checkpoint `run` itself.
 
-    target: where the target lies, when not where the recipe says: directory, hub id or prepared name. Returns `out`.
-    Raises as `export_drafter` does, and CardError for a target it was not trained for or a run without checkpoint.
+    target: directory, hub id or prepared name of the target, None for what the recipe names. Returns `out`. Raises as
+    `export_drafter` does, and CardError for a target that it was not trained for or a run without checkpoint.
     """
     checkpoint = _checkpoint_of(run)
     state = read_state(checkpoint)
@@ -62,7 +62,7 @@ def export_checkpoint(run: Path, out: Path, *, target: str | None = None, force:
         weights = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as problem:
         raise CardError(
-            f"{checkpoint / WEIGHTS} is damaged ({problem})", "a checkpoint as it was written", "export another one"
+            f"{checkpoint / WEIGHTS} is damaged ({problem})", "an undamaged checkpoint", "export another one"
         ) from problem
     return export_drafter(
         weights,
@@ -206,13 +206,12 @@ def _checkpoint_of(run: Path) -> Path:
         raise CardError(
             f"no checkpoint in {run} (it holds: {listing(run)})",
             "the directory of a training run, or of one of its checkpoints",
-            "train first, or correct the path",
         )
     return found.resolve()
 
 
 def _tau(state: RunState, recipe: Recipe) -> MeasuredTau | None:
-    """Of the evaluation at the very step of the checkpoint."""
+    """Tau of the evaluation at the step of the checkpoint, if there was one."""
     tau = (state.evaluation or {}).get("tau")
     if tau is None:
         return None
@@ -221,7 +220,7 @@ def _tau(state: RunState, recipe: Recipe) -> MeasuredTau | None:
 
 
 def _trained(checkpoint: Path, state: RunState) -> dict[str, Any]:
-    """Where the run stood, and the run's own account of its data, versions and commands where the run is at hand."""
+    """The state of the run at this checkpoint, and its run.json (data, versions, commands) where it exists."""
     run = checkpoint.parent.parent / RUN
     return {
         **state.model_dump(mode="json", exclude={"recipe", "format", "best_step", "best_tau"}),
@@ -230,7 +229,7 @@ def _trained(checkpoint: Path, state: RunState) -> dict[str, Any]:
 
 
 def _hub_id(target: str) -> str | None:
-    """The hub id of a target that a recipe names so, or by the name it is prepared under."""
+    """The hub id of a target that a recipe names by its hub id or by its prepared name."""
     if target in RECIPES:
         return RECIPES[target].hub_id
     return target if HUB_ID.fullmatch(target) and not Path(target).exists() else None

@@ -1,4 +1,4 @@
-"""The weights a drafter starts from: random, layers of the target, or an earlier drafter of as many or fewer layers."""
+"""The weights a drafter starts from: random, layers of the target, or an earlier drafter with no more layers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 
 from sglang_auf.checkpoints.weights import RECOMPUTED
 from sglang_auf.errors import CardError, ConfigError, TargetError
-from sglang_auf.files import find_model, read_json
+from sglang_auf.files import CONFIG, find_model, read_json, weight_files
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.recipe import DrafterSettings
 
 NO_COUNTERPART = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-"""What a drafter's layers have and a Llama's do not: they start at 1."""
+"""Weights of a drafter's layers that a Llama's layers lack. They start at 1."""
 
-FREE_TO_DIFFER = {
+IN_NO_WEIGHT = {
     "block_size",
     "mask_token_id",
     "rms_norm_eps",
@@ -29,16 +29,16 @@ FREE_TO_DIFFER = {
     "bos_token_id",
     "eos_token_id",
 }
-"""Fields of a drafter's config that leave its weights what they are."""
+"""Fields of a drafter's config that its weights do not depend on."""
 
 LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-"""What a layer adds to the residual stream is a product of these. At 0 it adds nothing, and in the first step these
-alone have a gradient."""
+"""A layer adds products with these weights to the residual stream. While they are 0 the layer adds nothing, and in the
+first step only they have a gradient."""
 
 
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
     """The drafter a recipe asks for, at the widths of the target in directory `target`. Raises ConfigError."""
-    content = read_json(target / "config.json", TargetError)
+    content = read_json(target / CONFIG, TargetError)
     try:
         return DrafterConfig.for_target(
             content.get("text_config") or content,
@@ -53,15 +53,14 @@ def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
     except ValidationError as error:
         raise ConfigError(
             f"a drafter for {target.name} with " + "; ".join(problem["msg"] for problem in error.errors()),
-            "a drafter that fits the target",
-            "correct the drafter section of the recipe",
+            "sizes in the recipe's section `drafter` that fit the target",
         ) from error
 
 
 def initial_drafter(config: DrafterConfig, settings: DrafterSettings, target: Path, seed: int) -> Drafter:
-    """A float32 drafter on the CPU, the same one for the same arguments.
+    """A float32 drafter on the CPU. Equal arguments give equal weights.
 
-    Raises ConfigError where the target's layers or the earlier drafter do not fit, CardError for a broken one.
+    Raises ConfigError where the target's layers or the earlier drafter do not fit, CardError for a broken earlier one.
     """
     torch.manual_seed(seed)
     drafter = Drafter(config)
@@ -73,9 +72,9 @@ def initial_drafter(config: DrafterConfig, settings: DrafterSettings, target: Pa
 
 
 def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
-    """An earlier drafter's weights into `drafter`, whose layers beyond the earlier one's add nothing at first.
+    """Copy an earlier drafter's weights into `drafter`, and let layers that the earlier one lacks add nothing at first.
 
-    So training goes on from what the earlier drafter proposes, and not from noise in its residual stream.
+    Training then continues from what the earlier drafter proposes, without noise in its residual stream.
     """
     source = str(settings.init_from)
     earlier = load_drafter(find_model(source, ("*.json", "*.safetensors"), CardError))
@@ -84,19 +83,17 @@ def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
     different = [
         f"{name} {theirs[name]} instead of {ours[name]}"
         for name in ours
-        if ours[name] != theirs[name] and name not in FREE_TO_DIFFER and (name != "num_hidden_layers" or new < 0)
+        if ours[name] != theirs[name] and name not in IN_NO_WEIGHT and (name != "num_hidden_layers" or new < 0)
     ]
     if different:
         raise ConfigError(
             f"drafter.init_from {source} with {', '.join(different)}",
             "a drafter of the recipe's shape, or of fewer layers",
-            "correct the recipe, or start from another drafter",
         )
     if settings.init != "random" and len(settings.init) != new:
         raise ConfigError(
             f"drafter.init {list(settings.init)} beside init_from {source}, which lacks {new} of the recipe's layers",
-            "one target layer for each layer that the earlier drafter lacks",
-            "correct drafter.init, or set it to random",
+            "one target layer for each layer that the earlier drafter lacks, or random",
         )
     drafter.load_state_dict({**drafter.state_dict(), **earlier.state_dict()})
     for layer in drafter.layers[len(earlier.layers) :]:
@@ -105,11 +102,11 @@ def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
 
 
 def _copy_target_layers(drafter: Drafter, target: Path, layers: Sequence[int]) -> None:
-    """Target layers into the drafter's last layers, and the target's last norm, which its head expects, into norm."""
+    """Copy target layers into the drafter's last layers, and the target's final norm, which its head expects."""
     ends = list(drafter.layers)[len(drafter.layers) - len(layers) :]
     places = {f"model.layers.{layer}.": end for layer, end in zip(layers, ends, strict=True)}
     if len(places) < len(layers):
-        raise ConfigError(f"drafter.init {list(layers)}", "each target layer once", "correct drafter.init")
+        raise ConfigError(f"drafter.init {list(layers)}", "each target layer once")
     tensors = _tensors(target, (*places, "model.norm."))
     for prefix, module in {**places, "model.norm.": drafter.norm}.items():
         own = module.state_dict()
@@ -124,16 +121,15 @@ def _copy_target_layers(drafter: Drafter, target: Path, layers: Sequence[int]) -
         if faults:
             raise ConfigError(
                 f"drafter.init from {target.name}, which has {'; '.join(faults[:3])}",
-                "target layers that exist and have the weights of a drafter's layers",
-                "correct drafter.init, or set it to random",
+                "target layers that exist and have the weights of a drafter's layers, or random",
             )
         module.load_state_dict({**own, **found})
 
 
 def _tensors(target: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The target's weights whose names begin with one of `prefixes`; others stay on the disk."""
+    """The target's weights whose names begin with one of `prefixes`. No others are read."""
     found = {}
-    for file in sorted(target.glob("*.safetensors")):
+    for file in weight_files(target, TargetError):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 if name.startswith(prefixes) and not name.endswith(RECOMPUTED):

@@ -37,7 +37,7 @@ def make_step(head: str, objective: str) -> TrainingStep:
 
 
 def micro_batches() -> list[MicroBatch]:
-    """Very unlike in size, so that a mean of means is far from the ratio of sums."""
+    """Of very different sizes, so that a mean of means is far from the ratio of sums."""
     made: list[MicroBatch] = []
     for number in range(MICRO_BATCHES):
         generator = torch.Generator().manual_seed(number)

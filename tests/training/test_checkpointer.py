@@ -188,18 +188,18 @@ def test_training_goes_on_bit_by_bit(tmp_path: Path, settings: dict[str, Any]) -
         for optimiser in optimisers:
             optimiser.step()
 
-    whole, optimisers = fresh(0)
-    advance(whole, optimisers, 1)
-    weights, saved = gather(whole, optimisers)
+    unbroken, optimisers = fresh(0)
+    advance(unbroken, optimisers, 1)
+    weights, saved = gather(unbroken, optimisers)
     path = Checkpoints(tmp_path, 1).write(CONFIG.to_checkpoint(), weights, saved, state(1))
     for seed in (2, 3):
-        advance(whole, optimisers, seed)
+        advance(unbroken, optimisers, seed)
 
     resumed, others = fresh(99)
     restore(resumed, others, *read_tensors(path), ranks=1)
     for seed in (2, 3):
         advance(resumed, others, seed)
-    assert same_weights(dict(whole.drafter.state_dict()), dict(resumed.drafter.state_dict()))
+    assert same_weights(dict(unbroken.drafter.state_dict()), dict(resumed.drafter.state_dict()))
 
 
 def test_a_checkpoint_is_a_drafter(tmp_path: Path) -> None:

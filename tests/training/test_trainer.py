@@ -349,7 +349,7 @@ def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
     assert "optimiser.lr: 0.5 here, 0.01 there" in capsys.readouterr().err
 
 
-def test_the_command_tells_of_a_signal(
+def test_the_command_reports_a_signal(
     models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""Drafters of other trainers, one file a trainer."""
+"""Drafters of other trainers, one file for each trainer."""

@@ -1,7 +1,7 @@
-"""Drafters of other trainers: what of their config.json SGLang serves, and the refusal of the rest.
+"""Drafters of other trainers: which of their config.json SGLang serves, and the refusal of all others.
 
-SGLang fills gaps in a config.json from other places and with other defaults than the trainers do, so what a drafter was
-trained as is settled before it is served, and config.json is written anew; nothing goes along that nobody understood.
+Where a config.json leaves something out, SGLang uses other sources and other defaults than the trainers do. So a
+conversion writes a new config.json that leaves nothing out, and copies no setting that it does not know.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_auf.models.config import DrafterConfig
 
 EXACT = "a DFlash or Domino drafter that SGLang serves exactly as it was trained"
 
-# Features of drafters that are no plain DFlash. Off when absent, null, false, zero, or one where it is a factor.
+# Features that a plain DFlash drafter lacks. They are off when absent, null, false or zero; a factor also when one.
 FEATURES = (
     *FOREIGN_SETTINGS,
     "attention_value_scale",
@@ -33,7 +33,7 @@ FEATURES = (
 )
 FACTORS = ("attention_value_scale", "input_embedding_scale", "output_multiplier")
 
-# Rotary scalings that SGLang, transformers and our own drafter compute alike.
+# Rotary scalings that SGLang, transformers and our own drafter compute in the same way.
 ROPE_TYPES = ("default", "linear", "llama3")
 SHAPE = (
     "hidden_size",
@@ -52,9 +52,9 @@ SHAPE = (
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a foreign config.json says. kind: who wrote it. config: the same as SGLang's config.json.
+    """A config.json of another trainer. kind: which trainer wrote it. config: the same as SGLang's config.json.
 
-    target_name: as the source names it, None where it does not. changes: sentences on what was moved or set.
+    target_name: the target's name in the source, None where it has none. changes: sentences on what was changed.
     """
 
     kind: str
@@ -63,43 +63,41 @@ class Reading:
     changes: tuple[str, ...]
 
 
-def refused(found: str, reason: str, remedy: str | None = None) -> CardError:
+def refusal(found: str, reason: str, remedy: str = "serve it with the engine it was trained for") -> CardError:
     """The error for a checkpoint that cannot be converted. reason: why SGLang would not serve it as trained."""
-    return CardError(
-        found, f"{EXACT} ({reason})", remedy or "serve it with the engine it was trained for, or train it again"
-    )
+    return CardError(found, f"{EXACT} ({reason})", remedy)
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object under `key`, empty where there is none."""
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
-        raise refused(f"{key} {value!r} in config.json", "it should be an object", "correct config.json")
+        raise refusal(f"{key} {value!r} in config.json", "it should be an object", "")
     return value
 
 
-def served(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+def served_config(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     """SGLang's config.json for drafter layers described as transformers describes a Qwen3.
 
-    layer: config of the layers, features in dflash_config or beside it. settings: the rest of DrafterConfig's fields.
-    Raises CardError for what SGLang would not compute as the trainers do.
+    layer: config of the layers, with features in dflash_config or beside it. settings: the other fields of
+    DrafterConfig. Raises CardError for what SGLang would compute in another way than the trainers.
     """
     nested = section(layer, "dflash_config")
     kinds = layer.get("layer_types") or []
     if features := [key for key in FEATURES if is_on(key, nested.get(key, layer.get(key)))]:
-        raise refused(f"{', '.join(features)} in config.json", "a plain DFlash drafter has none of these")
+        raise refusal(f"{', '.join(features)} in config.json", "a plain DFlash drafter has none of these")
     if set(kinds) - {"full_attention"} or (not kinds and layer.get("use_sliding_window")):
-        raise refused(
+        raise refusal(
             f"layer_types {list(kinds) or 'with use_sliding_window'}",
             "speculators' sliding windows are not SGLang's, and SpecForge's have not been tried with this project",
         )
     if layer.get("hidden_act", "silu") != "silu":
-        raise refused(f"hidden_act {layer['hidden_act']!r}", "SGLang's DFlash layers compute silu")
+        raise refusal(f"hidden_act {layer['hidden_act']!r}", "SGLang's DFlash layers compute silu")
     if layer.get("draft_vocab_size") not in (None, layer.get("vocab_size")):
-        raise refused(
+        raise refusal(
             f"a reduced draft vocabulary, {layer['draft_vocab_size']} of {layer.get('vocab_size')} tokens",
-            "SGLang's DFlash drafts over the target's whole vocabulary, with the target's own head",
-            "train it again with the whole vocabulary",
+            "SGLang's DFlash drafts over the target's full vocabulary, with the target's own head",
+            "train it again with the full vocabulary",
         )
     tapped_layers({"target_layer_ids": settings["target_layer_ids"]})
     theta, scaling = _rotary(layer)
@@ -109,7 +107,7 @@ def served(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
         )
     except ValidationError as problem:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in problem.errors())
-        raise refused(f"config.json with {reasons}", "no drafter has such sizes", "correct config.json") from problem
+        raise refusal(f"config.json with {reasons}", "no drafter has such sizes", "") from problem
     return {**drafter.to_checkpoint(), "attention_bias": bool(layer.get("attention_bias"))}
 
 
@@ -118,8 +116,8 @@ def is_on(key: str, value: Any) -> bool:
     return bool(value) and not (key in FACTORS and value == 1)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what of the config.json `before` is not so in `after`."""
+def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on what differs between the config.json `before` and `after`."""
     old, new = dict(_flat(before)), dict(_flat(after))
     for key, value in new.items():
         if key in old and old[key] != value:
@@ -131,7 +129,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """One level of nesting spelled with dots; deeper ones stay whole."""
+    """(key, value) pairs. Keys of the first nested level are joined with a dot; deeper levels stay nested."""
     for key, value in config.items():
         if isinstance(value, Mapping) and not prefix:
             yield from _flat(value, f"{key}.")
@@ -145,20 +143,21 @@ def _rotary(layer: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     kinds = {block.get("rope_type", block.get("type", "default")) for block in (new, old) if block}
     thetas = {block["rope_theta"] for block in (new, layer) if block.get("rope_theta") is not None}
     if len(thetas) != 1 or len(kinds) > 1 or "full_attention" in new or "sliding_attention" in new:
-        raise refused(
+        raise refusal(
             f"rope_parameters {new or None}, rope_theta {layer.get('rope_theta')} and rope_scaling {old or None}",
-            "they do not tell one rotary embedding",
-            "correct config.json",
+            "they do not describe one rotary embedding",
+            "",
         )
     if partial := {block.get("partial_rotary_factor") for block in (new, old, layer)} - {None, 1}:
-        raise refused(
-            f"partial_rotary_factor {partial.pop()}", "SGLang turns a part of each head, transformers' Qwen3 all of it"
+        raise refusal(
+            f"partial_rotary_factor {partial.pop()}",
+            "SGLang rotates part of each head, transformers' Qwen3 all of it",
         )
     kind = kinds.pop() if kinds else "default"
     if kind not in ROPE_TYPES:
-        raise refused(
+        raise refusal(
             f"rotary scaling of type {kind!r}",
-            f"only {', '.join(ROPE_TYPES)} are computed alike by SGLang and the trainers",
+            f"only {', '.join(ROPE_TYPES)} are computed in the same way by SGLang and the trainers",
         )
     if kind == "default":
         return thetas.pop(), None

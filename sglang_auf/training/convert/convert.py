@@ -1,7 +1,7 @@
 """DFlash and Domino drafters of SpecForge 0.2.0 and speculators 0.9.0, as SGLang and this project load them.
 
-What SGLang would not serve exactly as it was trained is refused with the reason, and every change is told in a
-sentence. No pickle is ever opened, and no code that came with a checkpoint runs.
+A drafter that SGLang would not serve exactly as it was trained is refused with the reason. Every change is named in a
+sentence. No pickle is ever opened, and no code from a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from sglang_auf.checkpoints.card import MASK_EMBEDDING, DrafterCard
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.checkpoints.weights import ALIASES, BORROWED, INDEX, PICKLES, RECOMPUTED
+from sglang_auf.checkpoints.weights import ALIASES, BORROWED, RECOMPUTED
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.files import HUB_ID, find_model, listing, read_json
+from sglang_auf.files import CONFIG, HUB_ID, find_model, read_json, weight_files
 from sglang_auf.provenance import sha256_of
 from sglang_auf.training.convert import specforge, speculators
-from sglang_auf.training.convert.common import Reading, refused
+from sglang_auf.training.convert.common import Reading, refusal
 from sglang_auf.training.export import write_drafter
 
 # The target's own norm and head, with which speculators computes its labels.
@@ -36,7 +36,7 @@ TRAIN_COMMAND = "train_command.txt"  # what speculators leaves beside its weight
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A drafter that was converted. kind: who wrote the source. changes, warnings: sentences."""
+    """A converted drafter. kind: which trainer wrote the source. changes, warnings: sentences."""
 
     path: Path
     kind: str
@@ -51,27 +51,29 @@ def convert(source: str, out: Path, *, target: str | None = None, force: bool = 
     cannot be served as trained, TargetError without a target where one is needed, ConfigError as `write_drafter` does.
     """
     path = find_model(source, ("*.json", "*.safetensors", MASK_EMBEDDING, TRAIN_COMMAND), CardError)
-    files = _weight_files(path)
-    config = read_json(path / "config.json", CardError)
-    author = speculators if speculators.wrote(config) else specforge
-    checked_against = target or (speculators.verifier_of(config) if author is speculators else None)
+    if (path / MASK_EMBEDDING).exists():
+        raise refusal(MASK_EMBEDDING, "SGLang drafts with the target's own embedding of the mask token")
+    files = weight_files(path, CardError)
+    config = read_json(path / CONFIG, CardError)
+    trainer = speculators if speculators.wrote(config) else specforge
+    checked_against = target or (speculators.verifier_of(config) if trainer is speculators else None)
     place = None if checked_against is None else _find_target(checked_against, given=target is not None)
     facts = None if place is None else TargetFacts.of(place)
-    reading = author.read(config, None if facts is None else facts.num_layers)
+    reading = trainer.read(config, None if facts is None else facts.num_layers)
 
-    weights, told = _weights(files, reading.config, place)
+    weights, weight_changes = _weights(files, reading.config, place)
     name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else path.resolve().name
-    changes = (*reading.changes, *told)
+    changes = (*reading.changes, *weight_changes)
     origin = {
-        "converted_from": {"name": name, "format": reading.kind, "files": sha256_of([path / "config.json", *files])},
+        "converted_from": {"name": name, "format": reading.kind, "files": sha256_of([path / CONFIG, *files])},
         "changes": list(changes),
     }
     card = _card(reading, facts, path / TRAIN_COMMAND)
     warnings = write_drafter(
         out, reading.config, weights, card, origin, {}, None if place is None else str(place), force
     )
-    if author is speculators and not str(config.get("speculators_version")).startswith("0.9."):
-        warnings.append(f"written by {reading.kind}, and read here as 0.9.0 writes it")
+    if trainer is speculators and not str(config.get("speculators_version")).startswith("0.9."):
+        warnings.append(f"written by {reading.kind}, but read as a checkpoint of speculators 0.9.0")
     if place is None:
         warnings.append("not checked against a target: name it with --target")
     return Conversion(out, reading.kind, changes, tuple(warnings))
@@ -90,64 +92,40 @@ def _find_target(name: str, given: bool) -> Path:
         ) from problem
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index where it has one. Raises CardError for pickles, and gaps."""
-    if (path / MASK_EMBEDDING).exists():
-        raise refused(MASK_EMBEDDING, "SGLang drafts with the target's own embedding of the mask token")
-    files = sorted(path.glob("*.safetensors"))
-    if (path / INDEX).is_file():
-        indexed = read_json(path / INDEX, CardError).get("weight_map") or {}
-        files = sorted({path / name for name in indexed.values()})
-    missing = [file.name for file in files if not file.is_file()]
-    if files and not missing:
-        return files
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickles and not missing:
-        raise CardError(
-            f"weights as pickles alone in {path}: {', '.join(pickles)}",
-            "weights as *.safetensors: loading a pickle may run any code, so none is opened here",
-            "save it with the trainer's own tool (specforge export --to hf) in an environment you trust",
-        )
-    raise CardError(
-        f"{path} lacks {', '.join(missing) or 'weights'} (it holds: {listing(path)})",
-        "a complete checkpoint with *.safetensors",
-        "fetch the drafter again",
-    )
-
-
 def _weights(
     files: list[Path], config: Mapping[str, Any], target: Path | None
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights under SGLang's names, and sentences on what was renamed, left out and cast."""
     kept: dict[str, torch.Tensor] = {}
-    told: list[str] = []
+    changes: list[str] = []
     cast: Counter[str] = Counter()
     for file in files:
         for stored, tensor in _tensors(file).items():
             name = _name(stored)
             if name in REDUCED:
-                raise refused(
-                    f"{stored} in {file.name}", "a reduced draft vocabulary, where SGLang has the target's whole"
+                raise refusal(
+                    f"{stored} in {file.name}",
+                    "a reduced draft vocabulary, while SGLang uses the target's",
                 )
             if name in BORROWED:
-                told.append(_left_out(stored, tensor, _target_table(target, name)))
+                changes.append(_left_out(stored, tensor, _target_table(target, name)))
                 continue
             if name in FOR_LABELS or name.endswith(RECOMPUTED):
-                told.append(
+                changes.append(
                     f"weights: {stored} left out: only training reads it"
                     if name in FOR_LABELS
                     else f"weights: {stored} left out: SGLang computes it"
                 )
                 continue
             if name in kept:
-                raise refused(f"two weights for {name}", "one of them would be lost", "correct the checkpoint")
+                raise refusal(f"two weights for {name}", "one of them would be lost")
             if name != stored:
-                told.append(f"weights: {stored} -> {name}")
+                changes.append(f"weights: {stored} -> {name}")
             if tensor.dtype != torch.bfloat16:
                 cast[str(tensor.dtype).removeprefix("torch.")] += 1
             kept[name] = tensor
-    told += [f"weights: {count} cast from {kind} to bfloat16" for kind, count in cast.items()]
-    return kept, told or ["weights: none changed"]
+    changes += [f"weights: {count} cast from {kind} to bfloat16" for kind, count in cast.items()]
+    return kept, changes or ["weights: none changed"]
 
 
 def _name(stored: str) -> str:
@@ -170,18 +148,16 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _left_out(stored: str, tensor: torch.Tensor, table: torch.Tensor | None) -> str:
-    """Sentence on a copy of the target's embedding or head. Raises CardError where it is a table of its own."""
+    """Sentence on a copy of the target's embedding or head. Raises CardError where it differs from the target's."""
     if table is None:
-        return (
-            f"weights: {stored} left out: SGLang drafts with the target's (not compared: the target's is not at hand)"
-        )
+        return f"weights: {stored} left out: SGLang drafts with the target's (not compared: its weights are not here)"
     if tensor.shape != table.shape or not torch.equal(tensor.bfloat16(), table.bfloat16()):
-        raise refused(f"{stored} that is not the target's", "SGLang drafts with the target's own tables")
+        raise refusal(f"{stored} that is not the target's", "SGLang drafts with the target's own tables")
     return f"weights: {stored} left out: equal to the target's, which SGLang drafts with"
 
 
 def _target_table(target: Path | None, name: str) -> torch.Tensor | None:
-    """The target's embedding or head, where its weights lie in its directory."""
+    """The target's embedding or head, None where its directory holds no weights."""
     files = [] if target is None else sorted(target.glob("*.safetensors"))
     for wanted in dict.fromkeys((name, BORROWED[0])):  # a tied head is the embedding
         for file in files:
@@ -193,7 +169,7 @@ def _target_table(target: Path | None, name: str) -> torch.Tensor | None:
 
 
 def _card(reading: Reading, facts: TargetFacts | None, train_command: Path) -> DrafterCard:
-    """What is known; thinking, template, length and objective of the training are not."""
+    """The card without thinking, template, length and objective, which the source does not record."""
     named = reading.target_name
     if named is not None and not HUB_ID.fullmatch(named):
         named = Path(named).name  # a path on the machine that trained

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_auf.checkpoints.weights import ARCHITECTURE, default_target_layer_ids, size
-from sglang_auf.training.convert.common import Reading, differences, is_on, refused, section, served
+from sglang_auf.training.convert.common import Reading, config_changes, is_on, refusal, section, served_config
 
 DOMINO = "DominoDraftModel"
 
-# All that a DFlash or Domino drafter has in dflash_config.
+# All keys that a DFlash or Domino drafter has in dflash_config.
 KNOWN = frozenset(
     {
         "mask_token_id",
@@ -31,25 +31,24 @@ KNOWN = frozenset(
 
 
 def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
-    """target_layers: depth of the target where config.json does not say it. Raises CardError for what is not served.
+    """Read SpecForge's config.json. Raises CardError for what SGLang does not serve.
 
-    SpecForge reads its settings in dflash_config and nowhere else, and block_size at the top level.
+    target_layers: depth of the target, used if config.json lacks it. SpecForge reads block_size at the top level and
+    its other settings in dflash_config only.
     """
     architectures = config.get("architectures")
     if architectures not in ([ARCHITECTURE], [DOMINO]):
-        raise refused(
-            f"architectures {architectures!r}", "SGLang's DFlash has that backbone and Domino's head, no other model"
-        )
+        raise refusal(f"architectures {architectures!r}", "SGLang's DFlash serves only DFlash and Domino drafters")
     nested = section(config, "dflash_config")
     projector = nested.get("projector_type")
     unknown = [key for key in nested if key not in KNOWN and is_on(key, nested[key])]
     if unknown or projector not in (None, "dflash", "domino"):
-        raise refused(
+        raise refusal(
             f"{', '.join(unknown) or f'projector_type {projector!r}'} in dflash_config",
             "what that adds to a DFlash drafter is not known here",
         )
     if nested.get("mask_token_id") is None:
-        raise refused(
+        raise refusal(
             "no dflash_config.mask_token_id",
             "SpecForge then takes one from the tokenizer when it trains, and does not write it down",
             "set dflash_config.mask_token_id to the one in the training run's log",
@@ -57,8 +56,8 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     domino = architectures == [DOMINO] or projector == "domino"
     depth = target_layers if config.get("num_target_layers") is None else size(config, "num_target_layers")
     if depth is None:
-        raise refused("no num_target_layers", "SGLang needs the target's depth", "name the target with --target")
-    written = served(
+        raise refusal("no num_target_layers", "SGLang needs the target's depth", "name the target with --target")
+    written = served_config(
         config,
         num_target_layers=depth,
         target_layer_ids=nested.get("target_layer_ids")
@@ -69,37 +68,37 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     )
     if domino:
         written["dflash_config"]["shift_label"] = bool(nested.get("shift_label", False))
-    return Reading("SpecForge", written, None, tuple(differences(config, written)))
+    return Reading("SpecForge", written, None, tuple(config_changes(config, written)))
 
 
 def _block_size(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
-    """SpecForge trains with the one at the top level, SGLang serves with the nested one."""
+    """SpecForge trains with the value at the top level; SGLang serves with the nested one."""
     sizes = {config.get("block_size"), nested.get("block_size")} - {None}
     if len(sizes) > 1:
-        raise refused(
+        raise refusal(
             f"block_size {config['block_size']}, and {nested['block_size']} in dflash_config",
-            "one of them was not trained",
-            "remove the wrong one",
+            "it was trained with one of them",
+            "remove the other one",
         )
     return sizes.pop() if sizes else None
 
 
 def _domino_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
-    """SpecForge's defaults, prefix 0 and labels not shifted, are not SGLang's, which has none."""
-    if elsewhere := [key for key in ("emb_dim", "gru_hidden_dim") if nested.get(key) is None]:
+    """Sizes of Domino's head. SGLang has no defaults for what SpecForge leaves out (prefix 0, labels not shifted)."""
+    if missing := [key for key in ("emb_dim", "gru_hidden_dim") if nested.get(key) is None]:
         sections = [key for key in config if isinstance(config[key], Mapping) and key.endswith("_config")]
-        raise refused(
-            f"a Domino drafter without {' and '.join(elsewhere)} in dflash_config (config.json has "
+        raise refusal(
+            f"a Domino drafter without {' and '.join(missing)} in dflash_config (config.json has "
             f"{', '.join(sections) or 'no such object'})",
-            "SpecForge 0.2.0 reads Domino's settings there alone, so another version trained it",
+            "SpecForge 0.2.0 reads Domino's settings only there, so another version trained it",
             "move them there as that version reads them, shift_label and pure_draft_prefix_len included",
         )
     prefix = nested.get("pure_draft_prefix_len", 0)
     if prefix != 1:
-        said = "" if "pure_draft_prefix_len" in nested else " (SpecForge's default: dflash_config does not say)"
-        raise refused(
+        said = "" if "pure_draft_prefix_len" in nested else " (SpecForge's default, as dflash_config has none)"
+        raise refusal(
             f"a Domino drafter with pure_draft_prefix_len {prefix}{said}",
-            "SGLang serves 1 alone, exactly one draft without correction",
+            "SGLang serves only 1, which is one draft without correction",
             "train it again with pure_draft_prefix_len 1",
         )
     return {"head": "domino", "emb_dim": nested["emb_dim"], "gru_hidden_dim": nested["gru_hidden_dim"]}

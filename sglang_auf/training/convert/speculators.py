@@ -1,4 +1,4 @@
-"""config.json of speculators 0.9.0 drafters, read as its training code reads it. That version has DFlash, no Domino."""
+"""config.json of speculators 0.9.0 drafters, read as its training code reads it. That version has no Domino."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_auf.checkpoints.weights import size
-from sglang_auf.training.convert.common import FEATURES, Reading, differences, refused, section, served
+from sglang_auf.training.convert.common import FEATURES, Reading, config_changes, refusal, section, served_config
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
@@ -19,33 +19,34 @@ def verifier_of(config: Mapping[str, Any]) -> str | None:
 
 
 def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
-    """target_layers: depth of the target, which config.json does not say. Raises CardError for what is not served.
+    """Read speculators' config.json. Raises CardError for what SGLang does not serve.
 
-    Taps are counted by the layer that reads them (0 the embedding), and the layers' own config is nested.
+    target_layers: depth of the target, which config.json lacks. Taps are numbered by the layer that reads them (0 is
+    the embedding), and the config of the layers is nested.
     """
     kind = config["speculators_model_type"]
     if kind != "dflash":
-        raise refused(f"a speculators drafter of type {kind!r}", "of its drafters SGLang's DFlash is its dflash alone")
+        raise refusal(f"a speculators drafter of type {kind!r}", "its type dflash is the only one that SGLang serves")
     layer = section(config, "transformer_layer_config")
     if not layer:
-        raise refused("no transformer_layer_config", "the sizes of the drafter are not known", "fetch it again")
+        raise refusal("no transformer_layer_config", "the sizes of the drafter are not known", "fetch it again")
     if config.get("sample_from_anchor"):
-        raise refused("sample_from_anchor", "it was trained to draft from the anchor's slot, and SGLang does not")
+        raise refusal("sample_from_anchor", "it was trained to draft from the anchor's slot, and SGLang does not")
     if config.get("target_hidden_size") not in (None, layer.get("hidden_size")):
-        raise refused(f"target_hidden_size {config['target_hidden_size']}", "SGLang's drafter is as wide as its target")
+        raise refusal(f"target_hidden_size {config['target_hidden_size']}", "SGLang's drafter is as wide as its target")
     if config.get("mask_token_id") is None:
-        raise refused("no mask_token_id", "its mask is not known", "set mask_token_id in config.json as it was trained")
+        raise refusal("no mask_token_id", "its mask is not known", "set mask_token_id in config.json as it was trained")
     if target_layers is None:
-        raise refused("a config.json without its target", "SGLang needs its depth", "name the target with --target")
+        raise refusal("a config.json without its target", "SGLang needs its depth", "name the target with --target")
     read_by = config.get("aux_hidden_state_layer_ids")
     if not isinstance(read_by, Sequence) or not read_by or not all(type(one) is int and one > 0 for one in read_by):
-        raise refused(
+        raise refusal(
             f"aux_hidden_state_layer_ids {read_by!r}",
             "SGLang taps the outputs of layers, while 0 is the embedding and an empty list no tap at all",
         )
     tapped = [one - 1 for one in read_by]
     beside = {key: config[key] for key in FEATURES if key in config}
-    written = served(
+    written = served_config(
         {**layer, **beside, "draft_vocab_size": size(config, "draft_vocab_size")},
         num_target_layers=target_layers,
         target_layer_ids=tapped,
@@ -59,7 +60,7 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
         "config.json: transformer_layer_config moved to the top level, mask_token_id into dflash_config",
         f"config.json: aux_hidden_state_layer_ids {list(read_by)}, the layers that read what is tapped, "
         f"-> dflash_config.target_layer_ids {tapped}, the layers that put it out",
-        *differences(before, written),
+        *config_changes(before, written),
     )
     version = config.get("speculators_version") or "of unknown version"
     return Reading(f"speculators {version}", written, verifier_of(config), changes)

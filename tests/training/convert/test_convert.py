@@ -303,7 +303,7 @@ def test_rotary_scaling_is_carried_over(tmp_path: Path, target: Path) -> None:
 # Weights
 
 
-def test_other_names_and_types_are_told(tmp_path: Path, target: Path) -> None:
+def test_other_names_and_types_are_named(tmp_path: Path, target: Path) -> None:
     kept = weights_of("domino", torch.float32)
     stored = {
         ("logit_head." if name.startswith(("prefix_gru.", "embed_proj.")) else "model.") + name: value
@@ -343,7 +343,7 @@ def test_a_table_of_its_own_is_refused(tmp_path: Path, target: Path) -> None:
     assert "embed_tokens.weight that is not the target's" in refusal(tmp_path, specforge_config(), target, weights)
 
 
-def test_a_table_that_cannot_be_compared_is_told(tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
     weights = {**weights_of(), "lm_head.weight": torch.ones(64, 64)}
     result = converted(tmp_path, specforge_config(), None, weights)
     assert any("lm_head.weight left out" in change and "not compared" in change for change in result.changes)
@@ -409,9 +409,9 @@ def test_domino_heads_that_sglang_lacks(tmp_path: Path, target: Path, changes: d
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"draft_vocab_size": 32}, "reduced draft vocabulary, 32 of 64"),
         ({"head_dim": REMOVED}, "head_dim"),
-        ({"rope_theta": 1e6}, "do not tell one rotary embedding"),
-        ({"rope_theta": REMOVED, "rope_parameters": REMOVED}, "do not tell one rotary embedding"),
-        ({"rope_parameters": {"full_attention": ROPE}}, "do not tell one rotary embedding"),
+        ({"rope_theta": 1e6}, "do not describe one rotary embedding"),
+        ({"rope_theta": REMOVED, "rope_parameters": REMOVED}, "do not describe one rotary embedding"),
+        ({"rope_parameters": {"full_attention": ROPE}}, "do not describe one rotary embedding"),
         ({"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}, "rotary scaling of type 'yarn'"),
         ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
     ],
@@ -486,7 +486,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, target: Path, name: str) -> No
     convert(str(source), tmp_path / "beside", target=str(target))  # with safetensors beside it, it does not matter
     (source / "model.safetensors").unlink()
     (source / "config.json").unlink()  # SpecForge's training state has none
-    with pytest.raises(CardError, match=rf"pickles alone in .*{name}"):
+    with pytest.raises(CardError, match=rf"no weights as \*\.safetensors in .*{name}.*may run any code"):
         convert(str(source), tmp_path / "out", target=str(target))
     assert not (tmp_path / "exploded").exists()
 
@@ -505,7 +505,7 @@ def test_damaged_and_absent_files_are_refused(tmp_path: Path, target: Path) -> N
     with pytest.raises(CardError, match="truncated"):
         convert(str(source), tmp_path / "out", target=str(target))
     weights.unlink()
-    with pytest.raises(CardError, match=r"lacks weights \(it holds: config.json\)"):
+    with pytest.raises(CardError, match=r"no weights .*\(it holds: config.json\)"):
         convert(str(source), tmp_path / "out", target=str(target))
     with pytest.raises(CardError, match="no directory"):
         convert(str(tmp_path / "nowhere"), tmp_path / "out", target=str(target))
@@ -521,15 +521,15 @@ def test_a_named_target_that_is_not_here(tmp_path: Path) -> None:
         convert(str(source), tmp_path / "out")
 
 
-def test_another_version_of_speculators_is_told(tmp_path: Path, target: Path) -> None:
+def test_another_version_of_speculators_is_named(tmp_path: Path, target: Path) -> None:
     result = converted(tmp_path, changed(speculators_config(target), speculators_version="0.5.0"), target)
-    assert "written by speculators 0.5.0, and read here as 0.9.0 writes it" in result.warnings
+    assert "written by speculators 0.5.0, but read as a checkpoint of speculators 0.9.0" in result.warnings
 
 
 # The command
 
 
-def test_the_command_tells_every_change(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_every_change(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoint(tmp_path / "source", specforge_config(**DOMINO))
     arguments = ["convert", str(source), str(tmp_path / "out"), "--target", str(target)]
     assert cli.main(arguments) == 0
@@ -537,9 +537,9 @@ def test_the_command_tells_every_change(tmp_path: Path, target: Path, capsys: py
     assert lines[0] == "config.json: architectures ['DominoDraftModel'] -> ['DFlashDraftModel']"
     assert lines[-2].startswith("warning: auf_card.json does not say: thinking")
     assert lines[-1] == f"{tmp_path / 'out'}, from SpecForge"
-    told = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert told["changes"] == [line for line in lines if line.startswith(("config.json", "weights"))]
-    assert told["converted_from"]["name"] == "source"
+    origin = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert origin["changes"] == [line for line in lines if line.startswith(("config.json", "weights"))]
+    assert origin["converted_from"]["name"] == "source"
     assert cli.main(arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.main([*arguments, "--force"]) == 0
