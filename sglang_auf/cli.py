@@ -72,7 +72,7 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     _add_features(commands.add_parser("features", help="compute the target's features of training data once, on disk"))
 
     export = commands.add_parser("export", help="write the drafter of a training run as SGLang loads it, and check it")
-    export.add_argument("checkpoint", metavar="RUN", type=Path, help="directory of a run (its best one), or of one")
+    export.add_argument("checkpoint", metavar="RUN", type=Path, help="directory of a run, or of one checkpoint")
     _add_output(export, "directory, hub id or prepared target (default: the recipe's)")
     export.set_defaults(run=_export)
 
