@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from server.profile import Profile, suggestion
+from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
-
-ALGORITHM = "AUF"
 
 # What a profile or a flag of this server says already: given twice, one of the two would be ignored.
 OWNED = {

@@ -18,11 +18,11 @@ from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import Served, auf_router
+from sglang_auf import env
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import RECIPES
 from sglang_auf.errors import ServerError
-from sglang_auf.speculative import adaptive_block
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -47,7 +47,7 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     served = check_models(profile, target, plain)
     drafter = served.speculation.checked.path if served.speculation else None
     if profile.adaptive_block and not plain:
-        os.environ[adaptive_block.SWITCH] = "1"  # read by the scheduler, a child of this process
+        env.ADAPTIVE_BLOCK.set(True)  # read by the scheduler, a child of this process
     if not profile.draft_vocabulary:
         os.environ[draft_vocabulary.SWITCH] = "0"
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))

@@ -6,9 +6,9 @@ import errno
 import logging
 import socket
 
-from server.arguments import ALGORITHM
 from server.profile import Profile
 from server.routes import Served, Speculation
+from sglang_auf import ALGORITHM
 from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version

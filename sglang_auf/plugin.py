@@ -1,24 +1,51 @@
-"""The two functions SGLang calls through entry points. Imports nothing heavy: they run in every process."""
+"""The two functions SGLang calls through entry points, and the list of all hooks.
+
+Imports nothing heavy: both functions run in every process of SGLang.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 
+from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
+from sglang_auf.compat import Seam, check_seams, check_version
+from sglang_auf.errors import AufError
+from sglang_auf.hooks import metrics, redaction, registry, replies, seeds, spans, validation
+
 logger = logging.getLogger(__name__)
 
-ALGORITHM = "AUF"
-PLATFORM = "auf_cpu"
+# All hooks, in the order in which they are installed; on the CPU platform those of cpu/platform.py follow. Where
+# several are on one function, the one installed last is the outermost and runs first.
+HOOKS = (
+    *redaction.HOOKS,  # keys stay out of logs and /server_info
+    *replies.HOOKS,  # tau in every OpenAI reply
+    # handle_request: validation is outside replies, so that a refused request never begins a reply.
+    *validation.HOOKS,  # what speculation cannot honour is refused
+    *seeds.HOOKS,  # the choices of a seeded request differ
+    # handle_request: spans is outside validation, and a refused request has no choices whose tokens it could mark.
+    # _send_one_request: spans notes the choice before seeds changes its seed; neither reads what the other writes.
+    *spans.HOOKS,  # which tokens of a stream were drafted
+    # _handle_batch_output: metrics counts before spans reads; neither changes the batch.
+    *metrics.HOOKS,  # totals of acceptance, and Prometheus counters
+)
+
+SEAMS = (
+    Seam("sglang.srt.platforms:current_platform.is_out_of_tree", "plugin", ()),
+    Seam(
+        "sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register",
+        "plugin",
+        ("name", "supports_overlap", "validate_server_args", "spec_class"),
+    ),
+)
 
 
 def cpu_platform() -> str | None:
     """Entry point `sglang.srt.platforms: auf_cpu`. The platform's class path, or None on a machine with an accelerator.
 
-    SGLANG_PLATFORM=auf_cpu forces it, any other value keeps SGLang from asking; so does SGLANG_USE_CPU_ENGINE=1, which
-    asks for SGLang's own CPU mode.
+    SGLANG_PLATFORM=auf_cpu forces it, any other value keeps SGLang from asking. SGLANG_USE_CPU_ENGINE=1 asks for
+    SGLang's own CPU mode, so the answer is None too.
     """
-    from sglang_auf.compat import check_version
-
     check_version()
     forced = os.environ.get("SGLANG_PLATFORM") == PLATFORM
     if not forced and (_has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"):
@@ -34,39 +61,56 @@ def _has_accelerator() -> bool:
 
 
 def register() -> None:
-    """Entry point `sglang.srt.plugins: auf`, once per process. Registers the algorithm, the sampler, tau in replies.
+    """Entry point `sglang.srt.plugins: auf`, once per process. Checks SGLang, then registers all that is ours with it.
 
     SGLang logs what a plugin raises and goes on without it; then "AUF" is an unknown algorithm and the server does not
     start. The log line must say why.
     """
-    from sglang_auf import compat
-    from sglang_auf.errors import AufError
-
     try:
-        compat.check_version()
-        compat.check_seams(compat.REGISTRATION_SEAMS)
+        check_version()
+        check_seams(seams())
         _register()
     except AufError as error:
         logger.error("sglang_auf cannot be used: %s", error)
         raise
 
 
+def seams() -> tuple[Seam, ...]:
+    """Every SGLang name that is relied on but the worker's (speculative/seams.py).
+
+    They belong to modules that SGLang or our hooks import in every process, so checking them costs nothing.
+    """
+    from sglang_auf.cpu import platform
+    from sglang_auf.cpu import seams as cpu
+    from sglang_auf.speculative import seams as speculative
+
+    return (
+        *SEAMS,
+        *registry.SEAMS,
+        *replies.SEAMS,
+        *validation.SEAMS,
+        *seeds.SEAMS,
+        *spans.SEAMS,
+        *(hook.seam for hook in (*HOOKS, *platform.HOOKS)),
+        *speculative.SEAMS,
+        *cpu.SEAMS,
+    )
+
+
 def _register() -> None:
+    from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf.hooks import metrics, redaction, replies, spans, validation
-    from sglang_auf.speculative import sampler_backend
     from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
+    from sglang_auf.speculative.sampler_backend import create_sampler
 
-    redaction.install()
-    replies.install()
-    validation.install()
-    sampler_backend.install()
-    spans.install()
-    metrics.install()
+    replies.widen_models()
+    registry.install(HOOKS)
+    register_sampler_backend(SAMPLER_NAME, create_sampler)
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
         from sglang_auf.cpu import platform
 
         platform.register()
+        registry.install(platform.HOOKS)

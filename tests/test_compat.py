@@ -1,4 +1,4 @@
-"""The table of SGLang names: it holds for the installed SGLang, and what moves is named."""
+"""The rows of SGLang names: they hold for the installed SGLang, and what moves is named."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from sglang_auf import compat
-from sglang_auf.compat import REGISTRATION_SEAMS, SEAMS, WORKER_SEAMS, Seam, check_seams, check_version, moved
+from sglang_auf import compat, plugin
+from sglang_auf.compat import Seam, check_seams, check_version, moved
+from sglang_auf.cpu import platform
 from sglang_auf.errors import CompatError
+from sglang_auf.speculative.seams import WORKER_SEAMS
+
+SEAMS = (*plugin.seams(), *WORKER_SEAMS)
+HOOKS = (*plugin.HOOKS, *platform.HOOKS)
 
 
 class Worker:
@@ -45,15 +50,26 @@ def fake_sglang(monkeypatch: pytest.MonkeyPatch) -> str:
     return "fake_sglang"
 
 
-def test_the_table_holds_for_the_installed_sglang() -> None:
+def test_every_row_holds_for_the_installed_sglang() -> None:
     check_version()
-    check_seams()
+    check_seams(SEAMS)
 
 
-def test_the_table_is_checked_in_two_parts() -> None:
-    assert sorted(REGISTRATION_SEAMS + WORKER_SEAMS, key=SEAMS.index) == list(SEAMS)
-    assert all("dflash_worker_v2" not in seam.target for seam in REGISTRATION_SEAMS)
-    assert len({seam.target for seam in SEAMS}) == len(SEAMS)
+def test_rows_of_the_worker_wait_for_the_worker() -> None:
+    assert all("dflash_worker_v2" not in seam.target for seam in plugin.seams())
+    assert {seam.used_by for seam in WORKER_SEAMS} == {"speculative.worker", "speculative.draft_head"}
+
+
+def test_every_hook_is_checked() -> None:
+    assert {hook.seam for hook in HOOKS} <= set(plugin.seams())
+
+
+def test_a_target_has_one_row_and_one_signature() -> None:
+    """Only hooks may meet on a target, and then they expect the same of it."""
+    hooked = {hook.target: hook.parameters for hook in HOOKS}
+    assert all(hooked[hook.target] == hook.parameters for hook in HOOKS)
+    others = [seam.target for seam in SEAMS if seam not in {hook.seam for hook in HOOKS}]
+    assert len({*others, *hooked}) == len(others) + len(hooked)
 
 
 def test_every_row_names_a_module_of_ours() -> None:
@@ -148,30 +164,31 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_every_hook_the_plugin_registers_is_in_the_table() -> None:
-    hooks = run(
-        "from sglang_auf import replies, requests, sampler, totals\n"
-        "from sglang_auf.cpu import platform\n"
-        "from sglang.srt.plugins.hook_registry import HookRegistry\n"
-        "for module in (replies, requests, sampler, totals): module.install()\n"
-        "platform.register()\n"
-        "print('\\n'.join(HookRegistry._hooks))\n"
-    ).split()
-    assert len(hooks) >= 9
-    assert set(hooks) <= {seam.target.replace(":", ".") for seam in SEAMS}
-
-
 def test_checking_at_registration_does_not_import_the_worker() -> None:
     seen = run(
         "import sys\n"
-        "from sglang_auf import compat\n"
-        "compat.check_seams(compat.REGISTRATION_SEAMS)\n"
+        "from sglang_auf import compat, plugin\n"
+        "compat.check_seams(plugin.seams())\n"
         "print([name for name in sys.modules if name.endswith(('dflash_worker_v2', 'managers.scheduler'))])\n"
     )
     assert seen.splitlines()[-1] == "[]"
 
 
-def test_what_we_override_has_the_parameters_of_the_table() -> None:
+def test_all_rows_can_be_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compat.main() == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert compat.SGLANG_VERSION in first
+    assert lines == [f"holds  {seam.target} (used by {seam.used_by})" for seam in SEAMS]
+
+    monkeypatch.setattr(plugin, "seams", lambda: (Seam("sglang.srt.layers.sampler:gone", "us"),))
+    monkeypatch.setattr(compat, "version", lambda _: "0.6.0")
+    assert compat.main() == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "0.6.0" in first
+    assert second.startswith("moved  sglang.srt.layers.sampler:gone (used by us)")
+
+
+def test_what_we_override_has_the_parameters_of_its_row() -> None:
     """A row that follows SGLang while our own method stays behind would hide the break."""
     from sglang_auf.cpu.attention import CpuAttentionBackend
     from sglang_auf.cpu.memory import CpuKVPool

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sglang_auf import compat, plugin
+from sglang_auf.cpu import platform
 from sglang_auf.errors import CompatError
 
 PLATFORM = "sglang_auf.cpu.platform.AufCpuPlatform"
@@ -79,7 +80,7 @@ def test_another_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_a_name_that_moved_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gone = compat.Seam("sglang.srt.layers.sampler:Sampler.gone", "sampler")
-    monkeypatch.setattr(compat, "REGISTRATION_SEAMS", (gone,))
+    monkeypatch.setattr(plugin, "seams", lambda: (gone,))
     monkeypatch.setattr(plugin, "_register", lambda: pytest.fail("it must not register"))
     with pytest.raises(CompatError):
         plugin.register()
@@ -114,6 +115,9 @@ print(json.dumps({
     "overlap": algorithm.supports_overlap,
     "sampler": "auf" in _CUSTOM_SAMPLER_FACTORIES,
     "attention": "auf_cpu" in ATTENTION_BACKEND_CHOICES,
+    "hooks": sorted(f"{kind.name} {target} {function.__name__}"
+                    for target, hooks in HookRegistry._hooks.items() for kind, function, _ in hooks
+                    if function.__module__.startswith("sglang_auf.")),
     "unapplied": sorted(set(HookRegistry._hooks) - HookRegistry._patched),
     "refuses": hasattr(dflash_utils.validate_dflash_request, "__wrapped__"),
 }))
@@ -137,9 +141,21 @@ def test_sglang_loads_all_of_it() -> None:
         "overlap": True,
         "sampler": True,
         "attention": True,
+        "hooks": sorted(
+            f"{hook.kind} {hook.target.replace(':', '.')} {hook.function.__name__}"
+            for hook in (*plugin.HOOKS, *platform.HOOKS)
+        ),
         "unapplied": [],
         "refuses": True,
     }
+
+
+def test_importing_the_plugin_is_light() -> None:
+    check = (
+        "import sys, sglang_auf.plugin;"
+        "sys.exit(bool({'sglang', 'torch', 'numpy', 'pydantic', 'prometheus_client'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_the_platform_can_be_imported_before_sglang() -> None:

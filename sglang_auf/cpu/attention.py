@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-BACKEND_NAME = "auf_cpu"
-
 Span = tuple[int, int, int, int]
 """Of one request: row of the slot table, first query in the batch, queries, and keys with the new tokens' own."""
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-DISPATCH_KEY = "auf_cpu"
+from sglang_auf import PLATFORM
+
+DISPATCH_KEY = PLATFORM
 
 
 def rms_norm_forward(

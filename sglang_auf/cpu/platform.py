@@ -15,9 +15,11 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.errors import ConfigError
+from sglang_auf.hooks.registry import Hook
 
-ATTENTION_BACKEND = "auf_cpu"
+ATTENTION_BACKEND = PLATFORM
 CHUNKED_PREFILL_TOKENS = 2048
 MAX_RUNNING_REQUESTS = 48
 
@@ -101,7 +103,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return ATTENTION_BACKEND
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm in ("AUF", "DFLASH")
+        return algorithm in (ALGORITHM, "DFLASH")
 
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
         return backend == ATTENTION_BACKEND
@@ -183,7 +185,7 @@ def _refuse_unsupported(server_args: Any) -> None:
 
 
 def register() -> None:
-    """Register what goes with the platform: attention backend, fused operators, the KV mapping, argument defaults."""
+    """Register what goes with the platform: attention backend, fused operators, argument defaults. HOOKS come after."""
     # For the scheduler process, which starts after this: huge pages, where the system allows them on request.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles lose whole tokens of position at long range
@@ -191,10 +193,8 @@ def register() -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_auf.cpu import elementwise
-    from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
     for choices in (ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES):
         if ATTENTION_BACKEND not in choices:
@@ -218,9 +218,30 @@ def register() -> None:
         declare_resolution(server_args, "handle_cpu_backends", sampling_backend=SAMPLER_NAME)
 
     elementwise.register()
-    HookRegistry.register(
-        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool, HookType.REPLACE
-    )
-    HookRegistry.register(
-        "sglang.srt.speculative.domino_utils.validate_domino_runtime", validate_domino_runtime, HookType.AROUND
-    )
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+        "REPLACE",
+        assign_req_to_token_pool,
+        ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
+    ),
+    Hook(
+        "sglang.srt.speculative.domino_utils:validate_domino_runtime",
+        "AROUND",
+        validate_domino_runtime,
+        (
+            "device",
+            "tp_size",
+            "tp_rank",
+            "target_vocab_size",
+            "draft_vocab_size",
+            "hidden_size",
+            "target_embedding",
+            "lm_head",
+            "prefix_gru",
+            "embed_proj",
+        ),
+    ),
+)

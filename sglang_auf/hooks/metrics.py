@@ -14,24 +14,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from functools import cache
 from typing import Any
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total
-
-ALGORITHM = "AUF"
-"""What `--speculative-algorithm` resolves to on a server of ours; on any other server the plugin counts nothing."""
+from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
 
 WINDOW = 100
 """Finished requests in the recent window: a count and not a time, so that an idle server keeps its last figures."""
 
 PREFIX_PREFILL = {"type": "length", "length": 0}
 """The finish reason of a request with `max_new_tokens=0`."""
-
-_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
-FINISH = f"{_MANAGER}._calculate_spec_decoding_metrics"
-RECEIVE = f"{_MANAGER}._handle_batch_output"
-START_METRICS = f"{_MANAGER}.init_metric_collector_watchdog"
 
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
 COUNTERS = {
@@ -127,46 +119,49 @@ class AcceptanceMetrics:
 
 
 TOTALS = AcceptanceTotals()
-"""The totals of this process; `install` makes SGLang feed them."""
+"""The totals of this process."""
+
+_metrics: list[AcceptanceMetrics] = []
+"""The counters of this process: none until SGLang starts its own, and none at all without --enable-metrics."""
 
 
-def serves_auf() -> bool:
-    """Whether the server of this process speculates with AUF; SGLang's configuration must be published."""
-    from sglang.srt.runtime_context import get_spec
+def _start_metrics(_: None, manager: Any) -> None:
+    """After `TokenizerManager.init_metric_collector_watchdog`."""
+    if manager.enable_metrics and serves_auf():
+        from sglang.srt.runtime_context import get_spec
 
-    return bool(get_spec().speculative_algorithm == ALGORITHM)
+        _metrics.append(AcceptanceMetrics(manager.served_model_name, get_spec().speculative_num_draft_tokens))
 
 
-@cache  # once per process, however often it is called
-def install() -> None:
-    """Register the hooks that feed TOTALS and /metrics; SGLang applies them after the last plugin."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+    """After `_calculate_spec_decoding_metrics`, which SGLang calls once for each choice that finishes, before it
+    forgets the request's state."""
+    if not serves_auf() or not manager.rid_to_state[recv_obj.rids[i]].obj.log_metrics:
+        return
+    if meta_info["finish_reason"] == PREFIX_PREFILL:
+        return
+    acceptance = Acceptance.from_meta_info(meta_info)
+    TOTALS.add(acceptance)
+    for counters in _metrics:
+        counters.add(acceptance)
 
-    metrics: list[AcceptanceMetrics] = []
 
-    def start_metrics(_: None, manager: Any) -> None:
-        if manager.enable_metrics and serves_auf():
-            from sglang.srt.runtime_context import get_spec
+def _count_tokens(manager: Any, output: Any) -> None:
+    """Before `TokenizerManager._handle_batch_output`."""
+    for rid, tokens in zip(output.rids, getattr(output, "output_ids", ()), strict=False):  # embeddings have none
+        state = manager.rid_to_state.get(rid)
+        if state is not None and state.obj.log_metrics:
+            TOTALS.generated += len(tokens)
 
-            metrics.append(AcceptanceMetrics(manager.served_model_name, get_spec().speculative_num_draft_tokens))
 
-    def count(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
-        # Upstream calls this once for each choice that finishes, before it forgets the request's state.
-        if not serves_auf() or not manager.rid_to_state[recv_obj.rids[i]].obj.log_metrics:
-            return
-        if meta_info["finish_reason"] == PREFIX_PREFILL:
-            return
-        acceptance = Acceptance.from_meta_info(meta_info)
-        TOTALS.add(acceptance)
-        for counters in metrics:
-            counters.add(acceptance)
-
-    def count_tokens(manager: Any, output: Any) -> None:
-        for rid, tokens in zip(output.rids, getattr(output, "output_ids", ()), strict=False):  # embeddings have none
-            state = manager.rid_to_state.get(rid)
-            if state is not None and state.obj.log_metrics:
-                TOTALS.generated += len(tokens)
-
-    HookRegistry.register(RECEIVE.replace(":", "."), count_tokens, HookType.BEFORE)
-    HookRegistry.register(START_METRICS.replace(":", "."), start_metrics, HookType.AFTER)
-    HookRegistry.register(FINISH.replace(":", "."), count, HookType.AFTER)
+_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+HOOKS = (
+    Hook(RECEIVE_BATCH, "BEFORE", _count_tokens, ("self", "recv_obj")),
+    Hook(f"{_MANAGER}.init_metric_collector_watchdog", "AFTER", _start_metrics, ("self",)),
+    Hook(
+        f"{_MANAGER}._calculate_spec_decoding_metrics",
+        "AFTER",
+        _count_request,
+        ("self", "meta_info", "recv_obj", "i"),
+    ),
+)

@@ -21,20 +21,14 @@ not run this code.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 from sglang_auf.acceptance import Acceptance, total
-from sglang_auf.hooks.metrics import serves_auf
+from sglang_auf.compat import Seam
+from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
 
 FLAG = "return_spec_tokens_details"
 FIGURES = ("tau", "tau_verify", "verify_steps", "proposed", "accepted_histogram", "alpha")
-
-_OPENAI = "sglang.srt.entrypoints.openai"
-HANDLE_REQUEST = f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request"
-SPEC_DETAILS = f"{_OPENAI}.utils:spec_tokens_details_from_meta_info"
-RESPONSE_USAGE = f"{_OPENAI}.usage_processor:UsageProcessor.calculate_response_usage"
-STREAMING_USAGE = f"{_OPENAI}.usage_processor:UsageProcessor.calculate_streaming_usage"
 
 WIDENED = ("SpecTokensDetails", "CompletionTokensDetails")
 EMBEDDING = (
@@ -46,6 +40,12 @@ EMBEDDING = (
     "ChatCompletionStreamResponse",
 )
 
+_OPENAI = "sglang.srt.entrypoints.openai"
+SEAMS = (
+    *(Seam(f"{_OPENAI}.protocol:{name}.model_config", "hooks.replies") for name in WIDENED),
+    *(Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "hooks.replies") for name in (*WIDENED, *EMBEDDING)),
+)
+
 # What the choices of the reply being made accepted, by request id; None outside a reply that reports it. SGLang's
 # usage step sees token counts only, so the counts of verification reach it through here. The dictionary is made in
 # the task that handles the HTTP request, and only its content changes afterwards: a stream's generator is driven
@@ -53,20 +53,8 @@ EMBEDDING = (
 _choices: ContextVar[dict[str, Acceptance] | None] = ContextVar("auf_choices", default=None)
 
 
-@cache  # once per process, however often it is called
-def install() -> None:
-    """Widen SGLang's reply models and register the hooks; SGLang applies them after the last plugin."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    _widen_models()
-    HookRegistry.register(HANDLE_REQUEST.replace(":", "."), _begin_reply, HookType.BEFORE)
-    HookRegistry.register(SPEC_DETAILS.replace(":", "."), _extend_details, HookType.AFTER)
-    HookRegistry.register(RESPONSE_USAGE.replace(":", "."), _extend_usage, HookType.AFTER)
-    HookRegistry.register(STREAMING_USAGE.replace(":", "."), _extend_usage, HookType.AFTER)
-
-
-def _widen_models() -> None:
-    """Let SpecTokensDetails and CompletionTokensDetails carry fields of ours.
+def widen_models() -> None:
+    """Let SpecTokensDetails and CompletionTokensDetails carry fields of ours. Once, when the plugin registers.
 
     Extends `class SpecTokensDetails(BaseModel)` and `class CompletionTokensDetails(BaseModel)` of protocol.py. A
     subclass would not do: pydantic writes a field by its declared type, so `SglExt.spec_tokens_details` would drop
@@ -119,3 +107,22 @@ def _extend_usage(usage: Any, *_: Any, **__: Any) -> Any:
         }
     )
     return usage
+
+
+_USAGE = ("n_choices", "enable_cache_report", "image_tokens", "audio_tokens", "video_tokens")
+HOOKS = (
+    Hook(HANDLE_REQUEST, "BEFORE", _begin_reply, ("self", "request", "raw_request")),
+    Hook(f"{_OPENAI}.utils:spec_tokens_details_from_meta_info", "AFTER", _extend_details, ("meta_info",)),
+    Hook(
+        f"{_OPENAI}.usage_processor:UsageProcessor.calculate_response_usage",
+        "AFTER",
+        _extend_usage,
+        ("responses", *_USAGE),
+    ),
+    Hook(
+        f"{_OPENAI}.usage_processor:UsageProcessor.calculate_streaming_usage",
+        "AFTER",
+        _extend_usage,
+        ("prompt_tokens", "reasoning_tokens", "completion_tokens", "cached_tokens", *_USAGE),
+    ),
+)

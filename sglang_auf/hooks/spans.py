@@ -21,20 +21,18 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
-from sglang_auf.hooks.metrics import serves_auf
+from sglang_auf.compat import Seam
+from sglang_auf.hooks.registry import HANDLE_REQUEST, RECEIVE_BATCH, SEND_REQUEST, Hook, serves_auf
 
 HEADER = "x-auf-spans"
 
-_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
-_OPENAI = "sglang.srt.entrypoints.openai"
-HANDLE_REQUEST = f"{_OPENAI}.serving_base:OpenAIServingBase.handle_request"
-SEND = f"{_MANAGER}._send_one_request"
-RECEIVE = f"{_MANAGER}._handle_batch_output"
-STREAM = f"{_OPENAI}.serving_chat:OpenAIServingChat._generate_stream_content"
+SEAMS = tuple(
+    Seam(f"sglang.srt.managers.io_struct:BatchStrOutput.{name}", "hooks.spans")
+    for name in ("rids", "output_ids", "spec_verify_ct", "spec_num_correct_drafts")
+)
 
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer's decode ends with where the bytes of a character are not all there yet."""
@@ -85,17 +83,6 @@ class Spans:
 # end with the reply even if its client has left. About the tasks that see it, see replies.py.
 _reply: ContextVar[dict[str, Spans] | None] = ContextVar("auf_spans", default=None)
 _running: WeakValueDictionary[str, Spans] = WeakValueDictionary()
-
-
-@cache  # once per process, however often it is called
-def install() -> None:
-    """Register the hooks; SGLang applies them after the last plugin."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(HANDLE_REQUEST.replace(":", "."), _begin_reply, HookType.BEFORE)
-    HookRegistry.register(SEND.replace(":", "."), _begin_choice, HookType.BEFORE)
-    HookRegistry.register(RECEIVE.replace(":", "."), _receive, HookType.BEFORE)
-    HookRegistry.register(STREAM.replace(":", "."), _stream, HookType.AROUND)
 
 
 def _begin_reply(serving: Any, request: Any, raw_request: Any) -> None:
@@ -150,3 +137,30 @@ async def _stream(original: Any, serving: Any, **arguments: Any) -> AsyncIterato
             "sglext": {"spans": {"index": arguments["index"], "tokens": tokens}},
         }
         yield f"data: {json.dumps(chunk)}\n\n"
+
+
+HOOKS = (
+    Hook(HANDLE_REQUEST, "BEFORE", _begin_reply, ("self", "request", "raw_request")),
+    Hook(SEND_REQUEST, "BEFORE", _begin_choice, ("self", "tokenized_obj")),
+    Hook(RECEIVE_BATCH, "BEFORE", _receive, ("self", "recv_obj")),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content",
+        "AROUND",
+        _stream,
+        (
+            "self",
+            "content",
+            "index",
+            "request",
+            "created",
+            "stream_offsets",
+            "reasoning_parser_dict",
+            "parser_dict",
+            "has_tool_calls",
+            "choice_logprobs",
+            "finish_reason_type",
+            "continuous_usage_stats",
+            *(f"{kind}_tokens" for kind in ("prompt", "reasoning", "completion")),
+        ),
+    ),
+)

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_auf.hooks.metrics import serves_auf
+from sglang_auf.compat import Seam
+from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
 
+SEAMS = (
+    *(
+        Seam(f"sglang.srt.sampling.sampling_params:SamplingParams.{name}", "hooks.validation")
+        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.create_error_response",
+        "hooks.validation",
+        ("self", "message", "err_type", "status_code", "param"),
+    ),
+)
 _REMEDY = "ask a server without speculation, or leave it out"
 
 
@@ -30,7 +42,7 @@ def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str 
 
 
 def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) -> str | None:
-    """AFTER hook on SGLang's own check of DFLASH requests (speculative/dflash_utils.py)."""
+    """After SGLang's own check of DFLASH requests (speculative/dflash_utils.py)."""
     return result or refusal(req.sampling_params, return_sampling_mask=req.return_sampling_mask)
 
 
@@ -51,7 +63,7 @@ def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, st
 
 
 def handle_openai_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
-    """AROUND hook on OpenAIServingBase.handle_request (entrypoints/openai/serving_base.py), a coroutine function."""
+    """Around `OpenAIServingBase.handle_request` (entrypoints/openai/serving_base.py), a coroutine function."""
     if not serves_auf():
         return original(serving, request, raw_request)
     manager = serving.tokenizer_manager
@@ -66,15 +78,12 @@ async def _answer(serving: Any, status: int, kind: str, message: str) -> Any:
     return serving.create_error_response(message=message, err_type=kind, status_code=status)
 
 
-def install() -> None:
-    """Register the hook; once per process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(
-        "sglang.srt.speculative.dflash_utils.validate_dflash_request", validate_dflash_request, HookType.AFTER
-    )
-    HookRegistry.register(
-        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
-        handle_openai_request,
-        HookType.AROUND,
-    )
+HOOKS = (
+    Hook(
+        "sglang.srt.speculative.dflash_utils:validate_dflash_request",
+        "AFTER",
+        validate_dflash_request,
+        ("req", "enable_overlap"),
+    ),
+    Hook(HANDLE_REQUEST, "AROUND", handle_openai_request, ("self", "request", "raw_request")),
+)

@@ -13,15 +13,11 @@ decoding: the drafter is not asked, and only kept up to date. Pure arithmetic: n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
 import numpy as np
-
-SWITCH = "SGLANG_AUF_ADAPTIVE_BLOCK"
-"""Environment variable: set to 1, the block of a step follows the load, up to the block size that was asked for."""
 
 SMALLEST = 1
 """Of blocks: the anchor and no draft."""
@@ -37,10 +33,6 @@ SLOTS_FOR_BASE = 48
 
 TRIED = 4.0
 """Steps that the alphas are taken to have been seen for before any was: at one half."""
-
-
-def asked_for() -> bool:
-    return os.environ.get(SWITCH) == "1"
 
 
 class BlockChooser:

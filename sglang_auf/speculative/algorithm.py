@@ -8,10 +8,11 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import read_json
-from sglang_auf.speculative import adaptive_block
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
         Plain assignments: SGLang hands over a stand-in and declares what is written to it.
         """
         from sglang_auf.checkpoints.card import check_drafter
-        from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
         refuse_unsupported(server_args)
+        # `python -m server` has checked the drafter already; who starts sglang.launch_server has not.
         checked = check_drafter(
             server_args.speculative_draft_model_path,
             server_args.model_path,
@@ -90,9 +91,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         if server_args.device == "cpu":
-            from sglang_auf.cpu.platform import ATTENTION_BACKEND
-
-            server_args.speculative_draft_attention_backend = ATTENTION_BACKEND
+            server_args.speculative_draft_attention_backend = PLATFORM
             # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have.
             server_args.disable_overlap_schedule = True
 
@@ -115,12 +114,12 @@ def refuse_unsupported(server_args: Any) -> None:
     """ConfigError for every flag that AUF would ignore or that would change the output distribution."""
     reasons = [reason for condition, reason in _refusals(server_args) if condition]
     if reasons:
-        raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour", "leave them out")
-    if adaptive_block.asked_for() and server_args.device != "cpu":
+        raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour")
+    if ADAPTIVE_BLOCK.is_on() and server_args.device != "cpu":
         raise ConfigError(
-            f"{adaptive_block.SWITCH}=1 (adaptive_block) on {server_args.device}",
+            f"{ADAPTIVE_BLOCK.name}=1 (adaptive_block) on {server_args.device}",
             "one block size where graphs are captured: blocks that follow the load are for the CPU platform",
-            f"unset {adaptive_block.SWITCH}",
+            f"unset {ADAPTIVE_BLOCK.name}",
         )
     if not server_args.speculative_draft_model_path:
         raise ConfigError(
@@ -137,7 +136,7 @@ def report_vocabulary(path: Path, tp_size: int) -> None:
         raise ConfigError(
             f"--tp-size {tp_size} and a draft vocabulary ({path / draft_vocabulary.FILE})",
             "one device, or a drafter that chooses among all tokens",
-            f"set {draft_vocabulary.SWITCH}=0 (--set draft_vocabulary=false)",
+            f"set {DRAFT_VOCABULARY.name}=0 (--set draft_vocabulary=false)",
         )
     logger.info("drafter: drafts %d tokens of the vocabulary, by its %s", len(vocabulary.tokens), draft_vocabulary.FILE)
 
@@ -173,7 +172,7 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         ),
         (
             bool(a.speculative_adaptive),
-            f"--speculative-adaptive: SGLang's for EAGLE; here it is {adaptive_block.SWITCH}=1",
+            f"--speculative-adaptive: SGLang's for EAGLE; here it is {ADAPTIVE_BLOCK.name}=1",
         ),
         (
             a.speculative_draft_window_size is not None,
@@ -200,7 +199,8 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
 
 def create_worker(server_args: Any) -> type:
     """The factory SGLang calls in the scheduler process."""
-    from sglang_auf.compat import WORKER_SEAMS, check_seams
+    from sglang_auf.compat import check_seams
+    from sglang_auf.speculative.seams import WORKER_SEAMS
 
     check_seams(WORKER_SEAMS)
     from sglang_auf.speculative.worker import AufWorker

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
-from sglang_auf.checkpoints.draft_vocabulary import FILE, SWITCH
+from sglang_auf.checkpoints.draft_vocabulary import FILE
 from sglang_auf.cpu.linear import RowInvariantLinear
+from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.errors import ConfigError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,7 +28,7 @@ class DraftHead:
             raise ConfigError(
                 f"a draft vocabulary ({FILE}) and a head of {getattr(weight, 'dtype', 'no weight')}",
                 "a head in bf16, fp16 or fp32, whose rows can be taken out",
-                f"set {SWITCH}=0",
+                f"set {DRAFT_VOCABULARY.name}=0",
             )
         self.tokens = torch.tensor(tokens, dtype=torch.int64, device=weight.device)
         self.weight = weight.data[self.tokens]

@@ -8,7 +8,6 @@ and verification then draw by the same rule, so a seeded answer is the same with
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,6 @@ from sglang_auf.speculative import sampling
 if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-SAMPLER_NAME = "auf"
-
 
 def _seed_of(request: Any) -> int:
     parameters = request.sampling_params
@@ -28,31 +25,6 @@ def _seed_of(request: Any) -> int:
         # Kept on the request: the batch is rebuilt when it changes, the seed must not.
         parameters.sampling_seed = random.getrandbits(62)
     return int(parameters.sampling_seed)
-
-
-def spread_seeds(manager: Any, tokenized: Any) -> None:
-    """BEFORE hook on TokenizerManager._send_one_request: of n > 1 seeded choices, choice k draws with seed + k.
-
-    SGLang sends one request a choice, all with the same sampling parameters object; with one seed they would all be
-    the same answer. The prefill it sends ahead of them has a copy of its own, with max_new_tokens 0.
-    """
-    shared = getattr(tokenized, "sampling_params", None)
-    if shared is None or shared.n == 1 or shared.sampling_seed is None or shared.max_new_tokens == 0:
-        return
-    tokenized.sampling_params = copy.copy(shared)
-    # Within the 64 bits that SGLang admits: the largest seed is followed by the smallest.
-    shared.sampling_seed = (shared.sampling_seed + 1 + 2**63) % 2**64 - 2**63
-
-
-def install() -> None:
-    """Register the sampler's name and its hook; once per process."""
-    from sglang.srt.layers.sampler import register_sampler_backend
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    register_sampler_backend(SAMPLER_NAME, create_sampler)
-    HookRegistry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", spread_seeds, HookType.BEFORE
-    )
 
 
 def carry_seeds() -> None:

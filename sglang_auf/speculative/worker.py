@@ -19,8 +19,9 @@ from sglang.srt.speculative.dflash_worker_v2 import (
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
+from sglang_auf.env import ADAPTIVE_BLOCK
 from sglang_auf.speculative import sampler_backend
-from sglang_auf.speculative.adaptive_block import SMALLEST, BlockChooser, asked_for
+from sglang_auf.speculative.adaptive_block import SMALLEST, BlockChooser
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
 # What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
@@ -72,7 +73,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _ = self._draft_head  # a list that the target's head cannot serve is refused now, and not by a request
-        if asked_for():
+        if ADAPTIVE_BLOCK.is_on():
             # Domino's head starts from a first draft.
             self._chooser = BlockChooser(int(self.block_size), smallest=2 if self._is_domino else SMALLEST)
             self._blocks = {}

@@ -14,12 +14,12 @@ import pytest
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_spec_algo_conforms
 
-from sglang_auf import compat
-from sglang_auf.checkpoints.draft_vocabulary import SWITCH, DraftVocabulary, write
+from sglang_auf import SAMPLER_NAME, compat
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
+from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
 from sglang_auf.errors import CardError, CompatError, ConfigError
-from sglang_auf.speculative import adaptive_block, algorithm
+from sglang_auf.speculative import algorithm, seams
 from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
-from sglang_auf.speculative.sampler_backend import SAMPLER_NAME
 
 SHIPPED = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
 TARGET_CONFIG = """{
@@ -96,7 +96,7 @@ def test_a_listed_vocabulary_is_for_one_device(
     AUF.handle_server_args(arguments(target, **given))
     with pytest.raises(ConfigError, match="--tp-size 2"):
         AUF.handle_server_args(arguments(target, tp_size=2, **given))
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(DRAFT_VOCABULARY.name, "0")
     AUF.handle_server_args(arguments(target, tp_size=2, **given))
 
 
@@ -143,7 +143,7 @@ def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(changes: dict
         AUF.handle_server_args(arguments(**changes))
     assert flag in caught.value.found
     assert ": " in caught.value.found, "a reason follows the flag"
-    assert caught.value.remedy
+    assert caught.value.expected
 
 
 def test_every_refusal_is_tested() -> None:
@@ -169,10 +169,10 @@ def test_values_that_change_nothing_are_accepted(changes: dict[str, Any]) -> Non
 def test_blocks_that_follow_the_load_are_for_the_cpu(
     device: str, refused: bool, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(adaptive_block.SWITCH, "1")
+    monkeypatch.setenv(ADAPTIVE_BLOCK.name, "1")
     given = arguments(target, device=device)
     if refused:
-        with pytest.raises(ConfigError, match=adaptive_block.SWITCH):
+        with pytest.raises(ConfigError, match=ADAPTIVE_BLOCK.name):
             AUF.handle_server_args(given)
     else:
         AUF.handle_server_args(given)
@@ -318,6 +318,6 @@ def test_the_worker_is_sglangs_with_our_verification() -> None:
 
 def test_a_worker_of_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = compat.Seam("sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2.gone", "worker")
-    monkeypatch.setattr(compat, "WORKER_SEAMS", (moved,))
+    monkeypatch.setattr(seams, "WORKER_SEAMS", (moved,))
     with pytest.raises(CompatError, match="gone"):
         create_worker(arguments())

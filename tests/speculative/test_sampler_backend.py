@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from sglang.srt.sampling import sampling_batch_info
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_auf import SAMPLER_NAME
 from sglang_auf.speculative import sampler_backend, sampling
 
 VOCABULARY = 40
@@ -49,7 +49,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         features=SimpleNamespace(
             enable_custom_logit_processor=False, enable_watermark=False, sampling_mask_max_tokens=8
         ),
-        kernel=SimpleNamespace(sampling_backend=sampler_backend.SAMPLER_NAME),
+        kernel=SimpleNamespace(sampling_backend=SAMPLER_NAME),
     )
     parallel = SimpleNamespace(tp_group=SimpleNamespace(device_group=None))
     monkeypatch.setattr(sampling_batch_info, "get_exec", lambda: execution)
@@ -135,41 +135,6 @@ def test_carrying_seeds_twice_is_once_and_stays_a_classmethod() -> None:
     assert type(Derived.from_schedule_batch(Batch(request()), VOCABULARY)) is Derived
 
 
-def tokenized(**parameters: Any) -> SimpleNamespace:
-    return SimpleNamespace(sampling_params=SamplingParams(**parameters))
-
-
-def sent(original: SimpleNamespace, choices: int) -> list[SamplingParams]:
-    """What `choices` sends of one tokenized request carry, copied and sent as TokenizerManager does."""
-    parameters = []
-    for _ in range(choices):
-        choice = copy.copy(original)
-        sampler_backend.spread_seeds(None, choice)
-        parameters.append(copy.copy(choice.sampling_params))  # serialised at once
-    return parameters
-
-
-def test_choices_of_one_seeded_request_draw_with_seeds_of_their_own() -> None:
-    assert [p.sampling_seed for p in sent(tokenized(n=3, sampling_seed=41), 3)] == [41, 42, 43]
-
-
-def test_the_largest_seed_stays_within_64_bits() -> None:
-    seeds = [p.sampling_seed for p in sent(tokenized(n=3, sampling_seed=LARGEST), 3)]
-    assert torch.tensor(seeds, dtype=torch.int64).tolist() == [LARGEST, -(2**63), -(2**63) + 1]
-
-
-@pytest.mark.parametrize("parameters", [{"n": 1, "sampling_seed": 5}, {"n": 3}, {"n": 3, "max_new_tokens": 0}])
-def test_other_requests_are_sent_as_they_are(parameters: dict[str, Any]) -> None:
-    original = tokenized(**parameters)
-    before = original.sampling_params
-    assert [p.sampling_seed for p in sent(original, 2)] == [parameters.get("sampling_seed")] * 2
-    assert original.sampling_params is before
-
-
-def test_what_has_no_sampling_parameters_is_let_through() -> None:
-    sampler_backend.spread_seeds(None, SimpleNamespace(input_ids=[1]))
-
-
 # --- draws ---
 
 
@@ -243,19 +208,3 @@ def test_log_probabilities_are_sglangs_own() -> None:
     tokens, output = sample_with(info, logits, torch.tensor([3]), logprobs=True)
     expected = torch.log_softmax(logits / 0.5, dim=-1)[0, tokens[0]]
     assert output.next_token_logprobs[0].item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_the_sampler_is_registered_under_its_name() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang.srt.server_args import SAMPLING_BACKEND_CHOICES
-
-    hooks = copy.deepcopy(HookRegistry._hooks)
-    try:
-        sampler_backend.install()
-        target = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
-        assert sampler_backend.spread_seeds in [hook for _, hook, _ in HookRegistry._hooks[target]]
-    finally:
-        HookRegistry._hooks.clear()
-        HookRegistry._hooks.update(hooks)
-    assert sampler_backend.SAMPLER_NAME in SAMPLING_BACKEND_CHOICES
-    assert sglang_sampler._CUSTOM_SAMPLER_FACTORIES[sampler_backend.SAMPLER_NAME] is sampler_backend.create_sampler

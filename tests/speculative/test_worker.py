@@ -14,6 +14,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraft
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu import linear
+from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.speculative import sampler_backend
 from sglang_auf.speculative.draft_head import ListedDraftSampler
 from sglang_auf.speculative.worker import AufWorker
@@ -208,7 +209,7 @@ def test_only_listed_tokens_are_drafted(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(drafts[0], torch.tensor([2, 5, 11])[(hidden @ weight[[2, 5, 11]].T).argmax(-1)])
     assert torch.equal(drafts[0], drafts[1])
 
-    monkeypatch.setenv(draft_vocabulary.SWITCH, "0")
+    monkeypatch.setenv(DRAFT_VOCABULARY.name, "0")
     whole = AufWorker.__new__(AufWorker)
     whole.server_args = worker.server_args
     assert whole._draft_head is None

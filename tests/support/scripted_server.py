@@ -196,15 +196,16 @@ def install_plugin() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf import compat
-    from sglang_auf.hooks import metrics, replies, spans
+    from sglang_auf import ALGORITHM, compat, plugin
+    from sglang_auf.hooks import metrics, registry, replies, spans
 
-    compat.check_seams(compat.REGISTRATION_SEAMS)
-    for install in (replies.install, spans.install, metrics.install) * 2:  # twice is once
-        install()
+    compat.check_seams(plugin.seams())
+    for _ in range(2):  # twice is once
+        replies.widen_models()
+        registry.install((*replies.HOOKS, *spans.HOOKS, *metrics.HOOKS))
     HookRegistry.apply_hooks()
     # The name only: the worker behind it belongs to the scheduler, which is a script here.
-    SpeculativeAlgorithm.register(metrics.ALGORITHM, supports_overlap=True)(lambda _: None)
+    SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True)(lambda _: None)
 
 
 def main(directory: Path, port: int) -> None:

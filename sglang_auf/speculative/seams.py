@@ -1,0 +1,92 @@
+"""What the modules of this folder use of SGLang, apart from them: they import torch and SGLang, this file does not."""
+
+from __future__ import annotations
+
+from sglang_auf.compat import Seam
+
+_SRT = "sglang.srt"
+_SPEC = f"{_SRT}.speculative"
+_ALGORITHM = f"{_SPEC}.spec_info:SpeculativeAlgorithm"
+_WORKER = f"{_SPEC}.dflash_worker_v2:DFlashWorkerV2"
+_BATCH_INFO = f"{_SRT}.sampling.sampling_batch_info:SamplingBatchInfo"
+
+SEAMS = (
+    Seam(f"{_SPEC}.spec_registry:CustomSpecAlgo.handle_server_args", "speculative.algorithm", ("self", "server_args")),
+    *(
+        Seam(f"{_ALGORITHM}.{name}", "speculative.algorithm", ("self",))
+        for name in ("need_topk", "carries_draft_hidden_states", "get_platform_worker_cls")
+    ),
+    Seam(
+        f"{_ALGORITHM}.create_future_map",
+        "speculative.algorithm",
+        ("self", "device", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
+    ),
+    Seam(
+        f"{_SRT}.managers.overlap_utils:FutureMap.__init__",
+        "speculative.algorithm",
+        ("self", "device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
+    ),
+    Seam(f"{_BATCH_INFO}.from_schedule_batch", "speculative.sampler_backend", ("batch", "vocab_size")),
+    *(
+        Seam(f"{_BATCH_INFO}.{name}", "speculative.sampler_backend")
+        for name in ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed", "is_all_greedy")
+    ),
+    Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "speculative.sampler_backend", ("backend", "factory")),
+    Seam(f"{_SRT}.layers.sampler:Sampler.__init__", "speculative.sampler_backend", ("self",)),
+    Seam(
+        f"{_SRT}.layers.sampler:Sampler._sample_from_probs",
+        "speculative.sampler_backend",
+        ("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
+    ),
+    Seam(
+        f"{_SRT}.layers.sampler:_SamplingMaskCapture",
+        "speculative.sampler_backend",
+        ("weights", "token_ids", "selected_weight", "batch_rows"),
+    ),
+)
+"""Checked when the plugin registers, in every process."""
+
+WORKER_SEAMS = (
+    Seam(f"{_SRT}.layers.sampler:sampler_softmax", "speculative.worker", ("logits", "temperatures")),
+    Seam(
+        f"{_WORKER}._accept_block",
+        "speculative.worker",
+        (
+            "self",
+            "candidates",
+            "next_token_logits",
+            "sampling_info",
+            "draft_input",
+            "prefix_lens",
+            "bs",
+            "target_predict",
+        ),
+    ),
+    Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "speculative.worker"),
+    Seam(f"{_WORKER}._validate_phase1_sampling_support", "speculative.worker", ("self", "batch")),
+    Seam(
+        f"{_WORKER}.forward_batch_generation",
+        "speculative.worker",
+        ("self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
+    ),
+    Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "speculative.worker", ("length", "device")),
+    Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "speculative.worker", ("draft_token_num", "device")),
+    Seam(f"{_WORKER}._maybe_build_draft_sampler", "speculative.worker", ("self",)),
+    Seam(
+        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__init__",
+        "speculative.draft_head",
+        ("self", "weight", "block_size", "num_org", "org_vocab_start", "max_bs", "tp_group"),
+    ),
+    Seam(
+        f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__call__",
+        "speculative.draft_head",
+        ("self", "hidden_states", "input_ids"),
+    ),
+    Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "speculative.worker", ("self", "block_size")),
+    Seam(
+        f"{_WORKER}._greedy_sample_from_vocab_parallel_head",
+        "speculative.worker",
+        ("self", "hidden_states", "lm_head", "chunk_size"),
+    ),
+)
+"""Checked when a scheduler makes the worker: nobody else imports the worker's module, which brings 500 others along."""
