@@ -1,7 +1,7 @@
-"""Running totals of acceptance in the server process: since its start, and over the last requests.
+"""Totals of acceptance in the server process, since its start and over the last requests.
 
 A choice is counted once, when it finishes, where SGLang's tokenizer manager turns the scheduler's counts into
-`meta_info`; /generate, chat, completions and aborted answers all pass there. Not counted:
+`meta_info`. /generate, chat, completions and aborted answers all pass there. Not counted are
 
 - health checks (SGLang marks them `log_metrics=False`);
 - the prefill that SGLang sends ahead of n > 1 to fill the prefix cache (`max_new_tokens=0`, no answer);
@@ -20,7 +20,7 @@ from sglang_auf.acceptance import Acceptance, macro_tau, total
 from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
 
 WINDOW = 100
-"""Finished requests in the recent window: a count and not a time, so that an idle server keeps its last figures."""
+"""Finished requests in the recent window. A count instead of a time, so that an idle server keeps its last figures."""
 
 PREFIX_PREFILL = {"type": "length", "length": 0}
 """The finish reason of a request with `max_new_tokens=0`."""
@@ -38,7 +38,7 @@ COUNTERS = {
 
 
 class AcceptanceTotals:
-    """Sums of finished requests. Thread-safe: the tokenizer manager adds while a route reads."""
+    """Sums over finished requests. Thread-safe, because the tokenizer manager adds while a route reads."""
 
     def __init__(self, window: int = WINDOW) -> None:
         self._lock = threading.Lock()
@@ -47,7 +47,7 @@ class AcceptanceTotals:
         self._without_verify = 0
         self._window: deque[Acceptance] = deque(maxlen=window)
         self.generated = 0
-        """Tokens handed over by the scheduler so far, of unfinished answers too, whatever the algorithm."""
+        """Tokens that the scheduler has sent so far, also of unfinished answers and with any algorithm."""
 
     def add(self, acceptance: Acceptance) -> None:
         """Count one finished request; the empty Acceptance is a request without a verify step."""
@@ -62,8 +62,8 @@ class AcceptanceTotals:
     def snapshot(self) -> dict[str, Any]:
         """{"total": figures, "window": figures of the last `size` requests}, ready for JSON.
 
-        Figures are `Acceptance.as_dict()` (its `tau` is the micro mean) plus `tau_macro`, the mean of the requests'
-        own taus, and `requests_without_verify`.
+        Figures are `Acceptance.as_dict()` (its `tau` is the micro mean) plus `tau_macro`, the mean of tau over
+        requests, and `requests_without_verify`.
         """
         with self._lock:
             everything, tau_sum, without_verify = self._total, self._tau_sum, self._without_verify
@@ -82,11 +82,11 @@ def _figures(acceptance: Acceptance, tau_macro: float | None, without_verify: in
 
 
 class AcceptanceMetrics:
-    """The counters of COUNTERS, labelled with `model_name` as SGLang's are.
+    """The Prometheus counters in COUNTERS, labelled with `model_name` as SGLang's are.
 
-    Counters only: under Prometheus' multiprocess mode, which SGLang uses, they add up, and any window of tau is
-    `rate(auf_emitted_tokens_total[5m]) / rate(auf_verify_steps_total[5m])`. A gauge of a recent tau would keep its
-    last value through an idle hour.
+    There is no gauge of tau, which would keep its last value through an idle hour. Counters add up in Prometheus'
+    multiprocess mode, which SGLang uses, and tau over any window is
+    `rate(auf_emitted_tokens_total[5m]) / rate(auf_verify_steps_total[5m])`.
     """
 
     def __init__(self, model_name: str, block_size: int) -> None:

@@ -1,19 +1,19 @@
 """Tau in every OpenAI reply of an AUF server, streamed or not, without a request flag.
 
-What a reply of /v1/chat/completions and /v1/completions gains, when and only when verify steps made it:
+A reply of /v1/chat/completions and /v1/completions that took verify steps gains:
 
-    usage.completion_tokens_details   accepted_prediction_tokens, rejected_prediction_tokens: drafted tokens that
-                                      verification accepted (before a stop cut any off) and the rest of those
-                                      drafted, summed over the choices
+    usage.completion_tokens_details   accepted_prediction_tokens: drafted tokens that verification accepted (before a
+                                      stop cut any off); rejected_prediction_tokens: the other drafted tokens. Both are
+                                      sums over the choices
     sglext.spec_tokens_details        tau, tau_verify, verify_steps, proposed, accepted_histogram, alpha (acceptance.py)
-                                      beside SGLang's own spec_* figures; a list, one entry a choice, when n > 1
+                                      beside SGLang's own spec_* figures; a list with one entry per choice when n > 1
 
 In a stream, sglext has a chunk of its own near the end (`choices` is empty, as in the usage chunk), and usage has
 its details where the client asked for usage (`stream_options.include_usage`).
 
-`"return_spec_tokens_details": false` in a request keeps all of it out of that reply: SGLang's flag, whose default
+`"return_spec_tokens_details": false` in a request keeps all of it out of that reply. The flag is SGLang's; its default
 becomes true on an AUF server. Of several prompts in one completion request with n = 1, SGLang puts only the first
-one's details into sglext; usage sums over all. Not covered: /v1/responses and /v1/messages, whose shapes have no
+one's details into sglext; usage sums over all. Not covered are /v1/responses and /v1/messages, whose shapes have no
 place for it, the native /generate, whose meta_info always has the counts, and SGLang's Rust front end, which does
 not run this code.
 """
@@ -46,10 +46,10 @@ SEAMS = (
     *(Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "hooks.replies") for name in (*WIDENED, *EMBEDDING)),
 )
 
-# What the choices of the reply being made accepted, by request id; None outside a reply that reports it. SGLang's
-# usage step sees token counts only, so the counts of verification reach it through here. The dictionary is made in
-# the task that handles the HTTP request, and only its content changes afterwards: a stream's generator is driven
-# partly by that task and partly by a child of it, whose context is a copy that holds the same dictionary.
+# Acceptance of the choices of the reply being made, by request id; None outside a reply that reports it. SGLang's
+# usage step sees token counts only, so it gets the counts of verification from here. The dictionary is made in the task
+# that handles the HTTP request, and only its content changes afterwards: a stream's generator is driven partly by that
+# task and partly by a child of it, whose context is a copy that holds the same dictionary.
 _choices: ContextVar[dict[str, Acceptance] | None] = ContextVar("auf_choices", default=None)
 
 
@@ -58,9 +58,9 @@ def widen_models() -> None:
 
     Extends `class SpecTokensDetails(BaseModel)` and `class CompletionTokensDetails(BaseModel)` of protocol.py. A
     subclass would not do: pydantic writes a field by its declared type, so `SglExt.spec_tokens_details` would drop
-    what a subclass adds, and so would every reply model around it. Extra keys are written where they are set and
-    nowhere else, which keeps replies without verify steps as they were. Serializers are compiled into each model
-    that embeds another, hence the rebuilds, innermost first.
+    what a subclass adds, and so would every reply model around it. Extra keys are written only where they are set, so
+    replies without verify steps do not change. A model has the serializers of the models it embeds compiled in, hence
+    the rebuilds, innermost first.
     """
     from sglang.srt.entrypoints.openai import protocol
 
@@ -80,8 +80,11 @@ def _begin_reply(serving: Any, request: Any, raw_request: Any) -> None:
 
 
 def _extend_details(details: Any, meta_info: dict[str, Any]) -> Any:
-    """After `spec_tokens_details_from_meta_info`, which is called for a choice's every chunk if the flag is on and
-    gives None until the choice finishes, and then too if it had no verify step."""
+    """After `spec_tokens_details_from_meta_info`: put tau and the other FIGURES into a choice's details.
+
+    SGLang calls it for every chunk of a choice if the flag is on. It returns None until the choice finishes, and also
+    then if the choice had no verify step.
+    """
     choices = _choices.get()
     if details is None or choices is None:
         return details
@@ -92,7 +95,7 @@ def _extend_details(details: Any, meta_info: dict[str, Any]) -> Any:
 
 
 def _extend_usage(usage: Any, *_: Any, **__: Any) -> Any:
-    """After `calculate_response_usage` and `calculate_streaming_usage`, each called once, when all choices are in."""
+    """After `calculate_response_usage` and `calculate_streaming_usage`, each called once, when all choices are done."""
     choices = _choices.get()
     if not choices:
         return usage

@@ -5,15 +5,15 @@ as in SGLang's own sglext chunk:
 
     "sglext": {"spans": {"index": 0, "tokens": [["The", false], [" sky", true], [" is", false]]}}
 
-index: the choice. tokens: the answer's next tokens with their text, each one true if it was drafted and accepted,
-false if it is the target's own, null where that is not known. Every token of `completion_tokens` comes exactly once,
-the one that ends the answer included (its text is empty, as is that of a token in the middle of a character). The
-texts join to the answer; only a stop string that SGLang trims is still in them.
+index: the number of the choice. tokens: the answer's next tokens as [text, drafted], where drafted is true for a draft
+that was accepted, false for a token that the target added, and null where it is not known. Every token of
+`completion_tokens` comes exactly once, including the one that ends the answer. A token that ends the answer or stands
+inside a character has an empty text. Joined, the texts are the answer, plus a stop string that SGLang trims from it.
 
-The scheduler reports after every verify step, and the tokens of one report are its accepted drafts followed by one of
-the target's own, so the counts of each report say which is which. They are read where reports arrive in the server
-process: later SGLang may join several into one chunk. Unknown are only the tokens of several steps in one report,
-which happens while the text might be the beginning of a stop string.
+The scheduler reports after every verify step. The tokens of one report are accepted drafts followed by one token of the
+target, so the counts of each report say which is which. They are read where reports arrive in the server process,
+because SGLang may join several reports into one chunk afterwards. If a report has the tokens of several steps, which
+happens while the text may be the beginning of a stop string, it is not known which of them were drafted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEAMS = tuple(
 )
 
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer's decode ends with where the bytes of a character are not all there yet."""
+"""What a tokenizer decodes an incomplete character to."""
 
 
 class Spans:
@@ -45,11 +45,12 @@ class Spans:
         self._tokens: list[int] = []
         self._drafted: list[bool | None] = []
         self._verify_steps = self._accepted = 0
-        # decode([_context:_read]) has been given out; tokens up to _taken have, some perhaps with their text to come.
+        # The text of tokens before _read has been returned; tokens before _taken have been returned, but the text of
+        # the last ones may be pending. Decoding starts at _context.
         self._context = self._read = self._taken = 0
 
     def add(self, tokens: Sequence[int], verify_steps: int, accepted: int) -> None:
-        """One report of the scheduler: its new tokens, and the choice's counts up to and including them."""
+        """Add one report of the scheduler: its new tokens, and the choice's counts so far, including them."""
         steps, self._verify_steps = verify_steps - self._verify_steps, verify_steps
         confirmed, self._accepted = accepted - self._accepted, accepted
         self._tokens += tokens
@@ -69,8 +70,8 @@ class Spans:
         ]
 
     def _text_up_to(self, end: int, decode: Callable[[list[int]], str], finished: bool) -> str:
-        """What the tokens before `end` add to the text given out. Decoded with those before them, as spaces depend
-        on the neighbour."""
+        """The text that the tokens before `end` add to what was returned. They are decoded together with earlier
+        tokens, because spaces depend on the neighbour."""
         given = decode(self._tokens[self._context : self._read])
         text = decode(self._tokens[self._context : end])
         if text.endswith(CUT_CHARACTER) and not finished:
@@ -79,8 +80,8 @@ class Spans:
         return text[len(given) :]
 
 
-# The choices of the reply being made, by request id; None where nobody asked. It alone keeps them alive, so that they
-# end with the reply even if its client has left. About the tasks that see it, see replies.py.
+# The choices of the reply being made, by request id; None where the client did not ask. Only this variable keeps them
+# alive, so that they end with the reply even if its client has left. replies.py says which tasks see it.
 _reply: ContextVar[dict[str, Spans] | None] = ContextVar("auf_spans", default=None)
 _running: WeakValueDictionary[str, Spans] = WeakValueDictionary()
 
@@ -113,7 +114,7 @@ def _receive(manager: Any, output: Any) -> None:
 
 
 async def _stream(original: Any, serving: Any, **arguments: Any) -> AsyncIterator[str]:
-    """Around `OpenAIServingChat._generate_stream_content`, which writes what one chunk of one choice becomes."""
+    """Around `OpenAIServingChat._generate_stream_content`, which yields the text of one chunk of one choice."""
     async for chunk in original(serving, **arguments):
         yield chunk
     meta_info = arguments["content"]["meta_info"]

@@ -18,15 +18,15 @@ SEAMS = (
         ("self", "message", "err_type", "status_code", "param"),
     ),
 )
-_REMEDY = "ask a server without speculation, or leave it out"
+_REMEDY = "leave it out, or ask a server without speculation"
 
 
 def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str | None:
     """Why a request cannot be honoured, or None.
 
-    SGLang applies penalties and min_new_tokens from one state per request and step, and for block drafting never
-    updates it with the tokens of the answer (prepare_for_decode returns early, dflash_utils.py
-    apply_dflash_verify_logits_adjustments): the output would not be the target's.
+    SGLang applies penalties and min_new_tokens from a state per request, which it does not update with the tokens of
+    the answer when blocks are drafted (prepare_for_decode returns early, dflash_utils.py
+    apply_dflash_verify_logits_adjustments). The output would not be the target's.
     """
     neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
     for name, value in neutral.items():
@@ -47,10 +47,10 @@ def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) 
 
 
 def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, str] | None:
-    """(status, type, message) for what SGLang would answer although OpenAI's API calls it an error, or None.
+    """(status, type, message) for a request that is an error in OpenAI's API but that SGLang would answer, or None.
 
-    request: a chat or completion request model. SGLang serves its one model under any name, and answers a chat that
-    may have no tokens with an empty message.
+    request: a chat or completion request model. SGLang answers under any model name, and answers a chat with a limit of
+    0 tokens with an empty message.
     """
     model = getattr(request, "model", None)
     if model is not None and model not in served_names:

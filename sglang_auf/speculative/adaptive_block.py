@@ -1,14 +1,14 @@
-"""How many slots to draft, by what a step costs now and how far drafts get: speculation that steps back under load.
+"""Chooses the block size of each step, so that the server drafts less when many requests share it.
 
-With one request in flight a verify pass of a whole block costs little more than one token; with many, every further
-slot of every request is arithmetic that could have served another request. Which block emits the most tokens a second
-follows from two things that a worker sees at every step:
+With one request, a verify pass of a full block costs little more than one token. With many requests, each further slot
+takes time from the other requests. The block size b that emits the most tokens per second with n requests follows from
+two estimates that a worker updates at every step:
 
-    tau(b)      = 1 + sum_{k<b} prod_{i<=k} alpha_i         from the drafts accepted lately (acceptance.py)
-    seconds(n, b) = base + per_request n + per_slot n b     least squares over the steps of late
+    tau(b)        = 1 + sum_{k<b} prod_{i<=k} alpha_i       from recently accepted drafts (acceptance.py)
+    seconds(n, b) = base + per_request n + per_slot n b     least squares over recent steps
 
-A block size changes no answer, whatever it is, so the choice is free to follow the clock. A block of one is plain
-decoding: the drafter is not asked, and only kept up to date. Pure arithmetic: no torch.
+The block size changes no answer, so the choice may depend on measured time. A block of one is plain decoding: the
+drafter drafts nothing and only keeps its cache up to date. Arithmetic only, no torch.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from operator import mul
 import numpy as np
 
 SMALLEST = 1
-"""Of blocks: the anchor and no draft."""
+"""The smallest block: the anchor without a draft."""
 
 FORGET = 0.98
-"""What a step weighs one step later, in costs and in acceptance: about the last 50 steps count."""
+"""Factor on the weight of earlier steps, at every step. About the last 50 steps count."""
 
 EXPLORE_EVERY = 24
-"""Steps after which a neighbouring block is tried once, so that costs and alphas of other blocks stay known."""
+"""A neighbouring block is tried once in this many steps, so that the estimates for other blocks stay current."""
 
 SLOTS_FOR_BASE = 48
-"""Slots that cost as much as the rest of a step, before any step was seen: a pass that is bound by reading weights."""
+"""Prior: reading the weights costs as much as this many slots."""
 
-TRIED = 4.0
-"""Steps that the alphas are taken to have been seen for before any was: at one half."""
+PRIOR_STEPS = 4.0
+"""Prior weight of each alpha, in steps; the prior mean is 0.5."""
 
 
 class BlockChooser:
-    """Chooses the block of the next step, `smallest` .. `largest`, from the steps it was told of."""
+    """Chooses the block of the next step, `smallest` .. `largest`, from the steps it has observed."""
 
     def __init__(self, largest: int, smallest: int = SMALLEST) -> None:
         if not SMALLEST <= smallest < largest:
-            raise ValueError(f"blocks of {smallest} to {largest}, where there is nothing to choose")
+            raise ValueError(f"blocks of {smallest} to {largest} leave nothing to choose")
         self.largest, self.smallest = largest, smallest
         self._steps = 0
-        self._tried = np.full(largest - 1, TRIED)
-        self._right = np.full(largest - 1, TRIED / 2)
-        self._normal: np.ndarray | None = None  # [3, 3] and [3]: least squares, old steps fading
+        self._tried = np.full(largest - 1, PRIOR_STEPS)
+        self._right = np.full(largest - 1, PRIOR_STEPS / 2)
+        self._normal: np.ndarray | None = None  # [3, 3] and [3]: weighted least squares
         self._moment = np.zeros(3)
 
     def choose(self, requests: int) -> int:
-        """The block of a step of so many requests."""
+        """The block of the next step. requests: how many are in it."""
         if self._normal is None:
             return self.largest
         rates = [self.tau(block) / self.seconds(requests, block) for block in range(self.smallest, self.largest + 1)]
@@ -60,16 +60,16 @@ class BlockChooser:
         return best
 
     def observe(self, requests: int, block: int, seconds: float, accepted: Sequence[int]) -> None:
-        """A step of `requests` requests took `seconds`; accepted: drafts, of each request, 0 .. block - 1."""
+        """Learn from one step. seconds: its duration. accepted: accepted drafts of each request, 0 .. block - 1."""
         self._steps += 1
         counts = np.bincount(accepted, minlength=self.largest)
-        reached = counts[::-1].cumsum()[::-1].astype(float)  # of k drafts or more
+        reached = counts[::-1].cumsum()[::-1].astype(float)  # requests with k accepted drafts or more
         drafted = block - 1
         self._tried[:drafted] = FORGET * self._tried[:drafted] + reached[:drafted]
         self._right[:drafted] = FORGET * self._right[:drafted] + reached[1 : drafted + 1]
         row = np.array([1.0, requests, requests * block])
         if self._normal is None:
-            # What a pass is expected to cost, with the weight of one step, until others are seen.
+            # The prior of the costs, with the weight of one step.
             base = seconds / (1 + requests * block / SLOTS_FOR_BASE)
             prior = np.diag([1.0, 1.0, float(requests * block) ** 2])
             self._normal, self._moment = prior, prior @ np.array([base, 0.0, base / SLOTS_FOR_BASE])
@@ -77,16 +77,16 @@ class BlockChooser:
         self._moment = FORGET * self._moment + row * seconds
 
     def alpha(self, k: int) -> float:
-        """P(draft k accepted, given the k - 1 before it), k from 1, of late."""
+        """Recent P(draft k accepted | the k - 1 before it accepted), k from 1."""
         return float(self._right[k - 1] / self._tried[k - 1])
 
     def tau(self, block: int) -> float:
-        """Expected emitted tokens of a request in a step of that block."""
+        """Expected emitted tokens per request and step."""
         return 1.0 + sum(accumulate((self.alpha(k) for k in range(1, block)), mul), start=0.0)
 
     def seconds(self, requests: int, block: int) -> float:
         """Expected duration of a step."""
         assert self._normal is not None
-        # What the steps do not tell apart, the fading prior does, and the smallest solution after it.
+        # Where steps are collinear the decaying prior decides; once it has faded, the minimum-norm solution.
         costs = np.linalg.lstsq(self._normal, self._moment, rcond=1e-9)[0].clip(min=0.0)
         return max(float(costs @ [1.0, requests, requests * block]), 1e-6)

@@ -1,4 +1,4 @@
-"""What "AUF" is to SGLang: a DFLASH-family algorithm whose worker is ours, and how its server arguments resolve."""
+"""AUF as a speculative algorithm of SGLang: a DFLASH-family algorithm with our worker, and its server arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_RUNNING_REQUESTS = 48
 
 
 class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
-    """Answers SGLang's questions as DFLASH does, so that KV accounting, capture hooks, graphs and relay are SGLang's.
+    """Answers as DFLASH does, so that SGLang's own KV accounting, feature capture, graphs and relay serve AUF.
 
     The last four methods exist on SGLang's enum only; without them 0.5.23's scheduler cannot start a registered
     algorithm (managers/scheduler.py, carries_draft_hidden_states and create_future_map).
@@ -64,12 +64,12 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
     def handle_server_args(self, server_args: Any) -> None:
         """Refuse what AUF cannot honour, check the drafter against the target, and fill in the rest from its config.
 
-        Plain assignments: SGLang hands over a stand-in and declares what is written to it.
+        server_args: a stand-in that SGLang passes; it records what is assigned. Raises ConfigError or CardError.
         """
         from sglang_auf.checkpoints.card import check_drafter
 
         refuse_unsupported(server_args)
-        # `python -m server` has checked the drafter already; who starts sglang.launch_server has not.
+        # `python -m server` has checked the drafter already, but `python -m sglang.launch_server` gets here first.
         checked = check_drafter(
             server_args.speculative_draft_model_path,
             server_args.model_path,
@@ -97,7 +97,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
 
 
 def _requested_block(server_args: Any) -> int | None:
-    """B as the user gave it: --speculative-num-draft-tokens or --speculative-dflash-block-size."""
+    """The block size B of --speculative-num-draft-tokens or --speculative-dflash-block-size, None without either."""
     given = {
         int(value)
         for value in (server_args.speculative_num_draft_tokens, server_args.speculative_dflash_block_size)
@@ -111,14 +111,14 @@ def _requested_block(server_args: Any) -> int | None:
 
 
 def refuse_unsupported(server_args: Any) -> None:
-    """ConfigError for every flag that AUF would ignore or that would change the output distribution."""
+    """Raise ConfigError for flags that AUF would ignore or that would change the output distribution."""
     reasons = [reason for condition, reason in _refusals(server_args) if condition]
     if reasons:
         raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour")
     if ADAPTIVE_BLOCK.is_on() and server_args.device != "cpu":
         raise ConfigError(
             f"{ADAPTIVE_BLOCK.name}=1 (adaptive_block) on {server_args.device}",
-            "one block size where graphs are captured: blocks that follow the load are for the CPU platform",
+            "a fixed block size, because CUDA graphs are captured for one; only the CPU platform can vary it",
             f"unset {ADAPTIVE_BLOCK.name}",
         )
     if not server_args.speculative_draft_model_path:
@@ -128,33 +128,35 @@ def refuse_unsupported(server_args: Any) -> None:
 
 
 def report_vocabulary(path: Path, tp_size: int) -> None:
-    """Say which tokens are drafted. Raises ConfigError for a list where every device has a part of the head."""
+    """Log how many tokens may be drafted. Raises ConfigError for a list where the head is split over devices."""
     vocabulary = draft_vocabulary.in_use(path)
     if vocabulary is None:
         return
     if tp_size > 1:
         raise ConfigError(
             f"--tp-size {tp_size} and a draft vocabulary ({path / draft_vocabulary.FILE})",
-            "one device, or a drafter that chooses among all tokens",
+            "one device, or a drafter without a draft vocabulary",
             f"set {DRAFT_VOCABULARY.name}=0 (--set draft_vocabulary=false)",
         )
-    logger.info("drafter: drafts %d tokens of the vocabulary, by its %s", len(vocabulary.tokens), draft_vocabulary.FILE)
+    logger.info("drafter: drafts only the %d tokens of its %s", len(vocabulary.tokens), draft_vocabulary.FILE)
 
 
 def refuse_code_of_drafter(path: Path) -> None:
-    """--trust-remote-code is about the target; SGLang would read the drafter's configuration with it too."""
+    """Raise ConfigError where --trust-remote-code, meant for the target, would run code of the drafter."""
     code = read_json(path / "config.json", ConfigError).get("auto_map") or {}
     if "AutoConfig" in code:
         raise ConfigError(
-            f"--trust-remote-code, and {path / 'config.json'} names code of its own ({code['AutoConfig']})",
-            "a drafter that is weights and configuration: no code of a drafter is ever run",
+            f"--trust-remote-code, and {path / 'config.json'} names code to run ({code['AutoConfig']})",
+            "a drafter of weights and configuration, without code",
             "take AutoConfig out of the drafter's auto_map, or leave out --trust-remote-code",
         )
 
 
 def _refusals(a: Any) -> list[tuple[bool, str]]:
-    """(is it set, why it cannot be honoured). SGLang compares the algorithm's name at these places and would skip
-    DFLASH's own handling for "AUF" (sglang_auf.compat lists the release this was read from)."""
+    """Pairs of (whether the flag is set, why it cannot be honoured).
+
+    For most of them SGLang compares the algorithm's name and would skip for "AUF" what it does for "DFLASH".
+    """
     return [
         (a.pp_size > 1, f"--pp-size {a.pp_size}: block drafting needs the whole target in one stage"),
         (
@@ -172,33 +174,33 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         ),
         (
             bool(a.speculative_adaptive),
-            f"--speculative-adaptive: SGLang's for EAGLE; here it is {ADAPTIVE_BLOCK.name}=1",
+            f"--speculative-adaptive: this is SGLang's, for EAGLE; for AUF set {ADAPTIVE_BLOCK.name}=1",
         ),
         (
             a.speculative_draft_window_size is not None,
-            "--speculative-draft-window-size: a drafter attends to the context it was trained on, all of it",
+            "--speculative-draft-window-size: a drafter is trained to attend to the full context",
         ),
         (
             a.speculative_token_map is not None,
-            f"--speculative-token-map: SGLang's for EAGLE; here it is {draft_vocabulary.FILE} beside the drafter's "
-            "weights (sglang-auf draft-vocabulary)",
+            f"--speculative-token-map: this is SGLang's, for EAGLE; for AUF put {draft_vocabulary.FILE} beside the "
+            "drafter's weights (sglang-auf draft-vocabulary)",
         ),
         (bool(a.enable_unified_memory), "--enable-unified-memory: SGLang admits it for its built-in DFLASH only"),
         (a.disaggregation_mode != "null", f"--disaggregation-mode {a.disaggregation_mode}: not supported with AUF"),
         (
             bool(a.enable_deterministic_inference),
-            "--enable-deterministic-inference: its sampler is not ours; a request's seed is honoured without it",
+            "--enable-deterministic-inference: it replaces our sampler; AUF honours a request's seed without it",
         ),
         (
             bool(a.enable_custom_logit_processor),
-            "--enable-custom-logit-processor: requests would carry pickled code, which verification does not apply",
+            "--enable-custom-logit-processor: verification does not apply it, and requests would carry pickled code",
         ),
         (bool(a.enable_dp_attention) and a.device == "cpu", "--enable-dp-attention: not on the CPU platform"),
     ]
 
 
 def create_worker(server_args: Any) -> type:
-    """The factory SGLang calls in the scheduler process."""
+    """The worker's class, which SGLang asks for in the scheduler process. Raises CompatError."""
     from sglang_auf.compat import check_seams
     from sglang_auf.speculative.seams import WORKER_SEAMS
 

@@ -1,4 +1,4 @@
-"""The rows of the target's head that a draft vocabulary names, and the greedy choice among them."""
+"""The greedy choice of drafts among the tokens of a draft vocabulary."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class DraftHead:
-    """hidden [slots, H] -> token ids [slots]. tokens [n]: the list; weight [n, H]: a copy of its rows."""
+    """hidden [slots, H] -> token ids [slots]. tokens [n]: the listed ids. weight [n, H]: a copy of their rows."""
 
     def __init__(self, lm_head: Any, tokens: Sequence[int]) -> None:
-        """lm_head: the target's, loaded. Raises ConfigError for one that is quantised."""
+        """lm_head: the target's head, loaded. Raises ConfigError if it is quantised."""
         weight = getattr(lm_head, "weight", None)
         if weight is None or weight.dtype not in FLOATS:
             raise ConfigError(
                 f"a draft vocabulary ({FILE}) and a head of {getattr(weight, 'dtype', 'no weight')}",
-                "a head in bf16, fp16 or fp32, whose rows can be taken out",
+                "a head in bf16, fp16 or fp32, whose rows can be copied",
                 f"set {DRAFT_VOCABULARY.name}=0",
             )
         self.tokens = torch.tensor(tokens, dtype=torch.int64, device=weight.device)
@@ -38,21 +38,21 @@ class DraftHead:
         )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The first of equal ones, which is the one with the lowest id: the list ascends.
+        # Of equal logits max gives the first, which is the token with the lowest id because the list ascends.
         return self.tokens[self._logits(hidden.to(self.weight.dtype)).max(dim=-1).indices]
 
 
 class ListedDraftSampler(_DflashDraftSampler):  # type: ignore[misc]
-    """SGLang's choice inside the captured draft graph (CUDA), among the listed rows. Not for tensor parallelism."""
+    """SGLang's sampler of its captured draft graph (CUDA), among the listed tokens. Not for tensor parallelism."""
 
-    def __init__(self, head: DraftHead, whole: _DflashDraftSampler) -> None:
-        """whole: what SGLang would have used, for the sizes of its buffers."""
+    def __init__(self, head: DraftHead, original: _DflashDraftSampler) -> None:
+        """original: what SGLang would have used; the sizes of its buffers are kept."""
         super().__init__(
             weight=head.weight,
-            block_size=whole.block_size,
+            block_size=original.block_size,
             num_org=len(head.tokens),
             org_vocab_start=0,
-            max_bs=len(whole.out) // (whole.block_size - 1),
+            max_bs=len(original.out) // (original.block_size - 1),
         )
         self._tokens = head.tokens
 

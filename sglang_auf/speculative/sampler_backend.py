@@ -1,9 +1,9 @@
-"""SGLang's sampler with our draws, and the seeds they need.
+"""SGLang's sampler with our draws, and a seed for every request.
 
 SGLang 0.5.23 fills `sampling_seed` only under --enable-deterministic-inference, refuses it with min_p and with the
-flashinfer sampler, and draws from the process's generator otherwise. Here every request carries a seed: its own, or
-one drawn when it is first batched. The first token of an answer (after prefill), plain decoding on the CPU platform
-and verification then draw by the same rule, so a seeded answer is the same with and without speculation.
+flashinfer sampler, and otherwise draws from the generator of the process. Here every request has a seed: the one it
+came with, or one drawn when it is first batched. The first token of an answer (after prefill), plain decoding on the
+CPU platform and verification then draw by the same rule, so a seeded answer is the same with and without speculation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def _seed_of(request: Any) -> int:
     parameters = request.sampling_params
     if parameters.sampling_seed is None:
-        # Kept on the request: the batch is rebuilt when it changes, the seed must not.
+        # Kept on the request, because batches are rebuilt and the seed must stay.
         parameters.sampling_seed = random.getrandbits(62)
     return int(parameters.sampling_seed)
 
 
 def carry_seeds() -> None:
-    """Make every SamplingBatchInfo hold its requests' seeds. Once per scheduler process.
+    """Make every SamplingBatchInfo hold its requests' seeds. A second call changes nothing.
 
     Extends SamplingBatchInfo.from_schedule_batch (sampling_batch_info.py, `sampling_seed = ... if
-    enable_deterministic`); can go when SGLang fills the seeds without that flag.
+    enable_deterministic`). Not needed once SGLang fills the seeds without that flag.
     """
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -53,9 +53,9 @@ def carry_seeds() -> None:
 def draw(
     probabilities: torch.Tensor, sampling_info: SamplingBatchInfo, positions: torch.Tensor, rows_per_request: int = 1
 ) -> torch.Tensor:
-    """Draw a token a row of probabilities [requests * rows_per_request, vocabulary] -> int64, same number of rows.
+    """Draw one token per row: probabilities [requests * rows_per_request, vocabulary] -> int64 [rows].
 
-    positions, one a row: of the token whose logits the row holds (SGLang's convention, model_runner.py sample).
+    positions: one per row, the position of the token whose logits the row holds (as in SGLang, model_runner.py sample).
     """
 
     def per_row(values: torch.Tensor) -> torch.Tensor:
@@ -71,13 +71,13 @@ def draw(
 
 
 def create_sampler() -> Any:
-    """The factory SGLang calls for --sampling-backend auf (register_sampler_backend)."""
+    """The sampler of --sampling-backend auf; SGLang calls this (register_sampler_backend)."""
     from sglang.srt.layers.sampler import Sampler, _SamplingMaskCapture
 
     carry_seeds()
 
     class AufSampler(Sampler):  # type: ignore[misc]
-        """SGLang's sampler (temperature, logit bias, logprobs, grammar are its own) with seeded draws."""
+        """SGLang's sampler with seeded draws. Temperature, logit bias, logprobs and grammar are SGLang's."""
 
         def _sample_from_probs(
             self,

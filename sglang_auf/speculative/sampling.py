@@ -1,25 +1,25 @@
 """Sampling with per-request seeds, and the exact verification of a deterministic draft that follows from it.
 
 A draft block is deterministic (greedy proposals, a point mass), so speculative sampling has a simple exact form: draw
-the target's own token at every slot of the block and accept drafted tokens while they equal the drawn ones; the first
+the target's token at every slot of the block and accept drafted tokens while they equal the drawn ones; the first
 drawn token that differs is the bonus. A draft x is accepted with probability p(x), and on rejection the drawn token is
 distributed as p without x, renormalised: the rule of Leviathan et al. (2211.17192) for a point-mass proposal.
 
-The draw at position t of a request depends on (seed, t) and p alone, by inversion of the cumulative distribution. So
-a seeded request gives the same answer whatever shares its batch, and the answer of plain decoding with the same seed.
+The draw at position t of a request depends only on (seed, t) and p, by inversion of the cumulative distribution. So a
+seeded request gives the same answer in any batch, and the same answer as plain decoding with that seed.
 
-Device-neutral torch; imports no SGLang. Filters mean what they mean in SGLang's plain sampler ("joint" order,
+Device-neutral torch, without SGLang. The filters are those of SGLang's plain sampler ("joint" order,
 sglang/srt/layers/sampler.py, top_k_top_p_min_p_sampling_from_probs_torch): on probabilities in descending order, keep
-rank < top_k, mass of the ranks before <= top_p, and probability >= min_p times the largest.
+tokens with rank < top_k, mass of the ranks before <= top_p, and probability >= min_p times the largest.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Candidates that the filters look at before a full sort; most filtered rows need far fewer.
+# Largest probabilities that are tried before a full sort; most filtered rows need far fewer.
 POOL = 1024
-# Rows drawn at once: a verify pass of a large batch has hundreds, each as wide as the vocabulary in float64.
+# Rows drawn at once, which bounds memory: a verify pass has hundreds of rows of vocabulary-wide float64.
 ROWS = 64
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -35,8 +35,8 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One number in [0, 1) per (seed, position), both int64 [n] -> float64 [n].
 
-    SplitMix64 (Steele, Lea, Flood 2014) of the seed, then of seed and position: neighbouring seeds and positions give
-    unrelated numbers.
+    SplitMix64 (Steele, Lea, Flood 2014) of the seed, then of seed and position, so that neighbouring seeds and
+    positions give unrelated numbers.
     """
     state = seeds
     for increment in (torch.ones_like(positions), positions):
@@ -48,18 +48,18 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index of the column that `uniform` [n] of the mass of `weights` [n, m] falls into; never one of weight 0."""
+    """Column at which the cumulative `weights` [n, m] pass `uniform` [n] of their sum. Never a column of weight 0."""
     mass = weights.double().cumsum(dim=-1)
     found = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True).squeeze(1)
-    # A row of NaN (a model that overflowed) has no column; an index outside would end the server, not the request.
+    # A row of NaN (a model that overflowed) has no such column, and an index out of range would end the server.
     return found.clamp_(max=weights.shape[1] - 1)
 
 
 def _largest(probabilities: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest of each row, descending, and their tokens; of equal ones the lower token comes first.
+    """The `count` largest of each row, descending, and their tokens. Of equal ones the lower token comes first.
 
-    topk alone orders equal ones as it likes, and bf16 logits are often equal: a filter that ends among them would keep
-    other tokens than `filtered` does.
+    topk alone leaves the order of equal values open, and bf16 logits are often equal: a filter that cuts among them
+    would keep other tokens than `filtered` does.
     """
     token = probabilities.topk(count, dim=-1).indices.sort(dim=-1).values
     largest, order = probabilities.gather(1, token).sort(dim=-1, descending=True, stable=True)
@@ -67,7 +67,7 @@ def _largest(probabilities: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
 
 
 def _kept(descending: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:
-    """Which of the columns, in descending order of probability, the filters keep: a prefix of each row."""
+    """Which columns of `descending` [n, m] the filters keep -> bool [n, m], a prefix of each row."""
     rank = torch.arange(descending.shape[1], device=descending.device)
     before = descending.double().cumsum(dim=-1) - descending
     keep = (rank < top_ks[:, None]) & (descending >= descending[:, :1] * min_ps[:, None])
@@ -81,10 +81,10 @@ def sample(
     min_ps: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """Draw one token a row.
+    """Draw one token per row -> int64 [n]. A row's draw depends on that row only.
 
-    probabilities [n, vocabulary] float32, each row summing to 1; top_ks [n] int (1: greedy; vocabulary or more: off),
-    top_ps [n] (1: off), min_ps [n] (0: off), uniform [n] in [0, 1) -> int64 [n]. A row's draw depends on that row only.
+    probabilities: [n, vocabulary] float32, each row sums to 1. top_ks: [n] int, 1 is greedy, vocabulary or more is off.
+    top_ps: [n], 1 is off. min_ps: [n], 0 is off. uniform: [n] in [0, 1).
     """
     vocabulary = probabilities.shape[1]
     drawn = probabilities.argmax(dim=-1)
@@ -100,7 +100,7 @@ def sample(
         while rows.numel():
             largest, token = _largest(probabilities[rows], pool)
             keep = _kept(largest, top_ks[rows], top_ps[rows], min_ps[rows])
-            # As likely as the last of the pool: one that is not in it may come before, or be kept too.
+            # Where a kept token is as likely as the last of the pool, equal ones outside the pool may matter too.
             done = ~(keep & (largest == largest[:, -1:])).any(dim=-1) | (pool == vocabulary)
             at = _invert(largest * keep, uniform[rows])
             drawn[rows[done]] = token.gather(1, at[:, None]).squeeze(1)[done]
@@ -111,7 +111,7 @@ def sample(
 def filtered(
     probabilities: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor
 ) -> torch.Tensor:
-    """probabilities [n, vocabulary] with 0 where the filters of `sample` take a token away; not renormalised."""
+    """probabilities [n, vocabulary] with 0 where the filters of `sample` remove a token. Not renormalised."""
     descending, token = probabilities.sort(dim=-1, descending=True, stable=True)
     kept = descending * _kept(descending, top_ks, top_ps, min_ps)
     return torch.zeros_like(probabilities).scatter_(1, token, kept)

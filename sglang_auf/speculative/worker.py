@@ -1,4 +1,4 @@
-"""SGLang's DFLASH worker with exact verification at any temperature, and what it needs on a CPU."""
+"""SGLang's DFLASH worker with exact verification at any temperature, draft vocabularies and adaptive blocks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sglang_auf.speculative import sampler_backend
 from sglang_auf.speculative.adaptive_block import SMALLEST, BlockChooser
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
-# What the upstream worker makes for one block size, at first use or in __init__ (dflash_worker_v2.py).
-OF_A_BLOCK = (
+# Attributes of the upstream worker that depend on the block size (dflash_worker_v2.py).
+PER_BLOCK_SIZE = (
     "_block_pos_offsets",
     "_draft_block_spec_info",
     "_draft_block_ids_buf",
@@ -43,8 +43,8 @@ OF_A_BLOCK = (
 )
 
 
-class _Undrafted:
-    """In place of the drafter's model runner in a step that drafts nothing: its pass would be thrown away."""
+class _NoDraft:
+    """Stands in for the drafter's model runner in a step with a block of one, whose drafting pass would be wasted."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -53,16 +53,16 @@ class _Undrafted:
         return getattr(self._runner, name)
 
     def forward(self, forward_batch: Any) -> Any:
-        # Hidden states of the anchors [requests, hidden]. Drafts are read off the places behind, and there are none.
+        # States of the anchors only: with a block of one, no drafted positions follow.
         output = SimpleNamespace(hidden_states=forward_batch.input_embeds)
         return SimpleNamespace(logits_output=output, can_run_graph=False)
 
 
 class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
-    """Drafts, verifies and commits as DFLASH does; draws the target's token at every slot with the request's seed.
+    """Drafts, verifies and commits as DFLASH does, but draws the target's token at every slot with the request's seed.
 
-    Upstream's own sampling verification ignores min_p and seeds, and without its CUDA kernel verifies greedily
-    whatever the temperature (dflash_worker_v2.py `_accept_block`).
+    Upstream's sampling verification ignores min_p and seeds, and without its CUDA kernel it verifies greedily at any
+    temperature (dflash_worker_v2.py `_accept_block`).
     """
 
     block_size: int
@@ -72,14 +72,14 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _ = self._draft_head  # a list that the target's head cannot serve is refused now, and not by a request
+        _ = self._draft_head  # refuses a draft vocabulary that does not fit the target's head now, not in a request
         if ADAPTIVE_BLOCK.is_on():
-            # Domino's head starts from a first draft.
+            # Domino's head needs at least one draft.
             self._chooser = BlockChooser(int(self.block_size), smallest=2 if self._is_domino else SMALLEST)
             self._blocks = {}
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with the block that the load suggests where that is asked for."""
+        """One step, as upstream. With ADAPTIVE_BLOCK, decoding steps use the block size that fits the load."""
         chooser, mode = self._chooser, batch.forward_mode
         if chooser is None or not mode.is_decode() or batch.is_extend_in_batch:
             return super().forward_batch_generation(batch, *args, **kwargs)
@@ -90,7 +90,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         drafter = self.draft_model_runner
         try:
             if block == 1:
-                self.draft_model_runner = _Undrafted(drafter)
+                self.draft_model_runner = _NoDraft(drafter)
             result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.draft_model_runner = drafter
@@ -101,14 +101,14 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         return result
 
     def _use_block(self, block: int) -> None:
-        """Draft and verify `block` slots from now on. Whatever upstream keeps for a block size is kept for each."""
+        """Draft and verify `block` slots from now on, with upstream's attributes for that block size."""
         current = int(self.block_size)
         if block == current:
             return
-        self._blocks[current] = {name: getattr(self, name) for name in OF_A_BLOCK}
+        self._blocks[current] = {name: getattr(self, name) for name in PER_BLOCK_SIZE}
         kept = self._blocks.get(block)
         if kept is None:
-            kept = dict.fromkeys(OF_A_BLOCK) | {
+            kept = dict.fromkeys(PER_BLOCK_SIZE) | {
                 "_block_pos_offsets": build_block_pos_offsets(length=block, device=self.device),
                 "_draft_block_spec_info": make_draft_block_spec_info(draft_token_num=block, device=self.device),
                 "_accept_bonus_buffer_cap": 0,
@@ -131,8 +131,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     ) -> Any:
         """candidates [bs, B] (anchor and drafts), next_token_logits [bs * B, vocabulary].
 
-        Greedy requests go upstream unchanged. Otherwise the target's tokens are drawn here, and upstream's greedy
-        acceptance of those tokens is exact speculative sampling (sglang_auf/speculative/sampling.py).
+        A batch of greedy requests goes upstream unchanged. Otherwise the target's tokens are drawn here, and upstream's
+        greedy acceptance of those tokens is exact speculative sampling (sglang_auf/speculative/sampling.py).
         """
         if target_predict is None and sampling_info is not None and not sampling_info.is_all_greedy:
             block = candidates.shape[1]
@@ -151,18 +151,18 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         )
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
-        """Upstream warns here that it will verify greedily; we do not."""
+        """Upstream warns here that it will verify greedily, which is not true of this worker."""
 
     @cached_property
     def _draft_head(self) -> DraftHead | None:
-        """The listed rows, None where all tokens may be drafted. Also there for what upstream's __init__ calls."""
+        """The head of the draft vocabulary, None without one. Made when upstream's __init__ first asks for it."""
         vocabulary = draft_vocabulary.in_use(Path(self.server_args.speculative_draft_model_path))
         if vocabulary is None:
             return None
         return DraftHead(self.target_worker.model_runner.model.lm_head, vocabulary.tokens)
 
     def _maybe_build_draft_sampler(self) -> Any:
-        """Upstream's for the captured draft graph, among the listed tokens where the drafter has a list."""
+        """The sampler of the captured draft graph: upstream's, or ours where the drafter has a draft vocabulary."""
         made = super()._maybe_build_draft_sampler()
         if self._draft_head is None or not isinstance(made, _DflashDraftSampler):
             return made
@@ -171,7 +171,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     def _greedy_sample_from_vocab_parallel_head(
         self, *, hidden_states: torch.Tensor, lm_head: Any, chunk_size: int = 256
     ) -> torch.Tensor:
-        """Drafts of hidden_states [slots, hidden]: among the listed tokens, or all; on a CPU by reordered weights."""
+        """Greedy drafts of hidden_states [slots, hidden] -> ids [slots], on the CPU platform with its own products."""
         if self._draft_head is not None:
             return torch.cat([self._draft_head(some) for some in hidden_states.split(chunk_size)])
         method = getattr(lm_head, "quant_method", None)
@@ -179,7 +179,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             return super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, chunk_size=chunk_size
             )
-        # torch's argmax walks bf16 element by element, its max does not; both give the first of equal ones.
+        # torch's argmax over bf16 is slower than its max, which is vectorised. Both give the first of equal values.
         return torch.cat(
             [
                 method.apply(lm_head, some)[:, : lm_head.org_vocab_size].max(dim=-1).indices

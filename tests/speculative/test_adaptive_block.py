@@ -50,7 +50,7 @@ def typical(blocks: list[int]) -> float:
     return sum(blocks) / len(blocks)
 
 
-def test_the_first_block_is_the_whole_one() -> None:
+def test_the_first_block_is_the_largest() -> None:
     assert BlockChooser(LARGEST).choose(5) == LARGEST
 
 
@@ -88,7 +88,7 @@ def test_every_block_lies_in_range_and_neighbours_are_tried() -> None:
     assert set(world.run(BlockChooser(3, smallest=2), lambda step: 1 + step % 20, 300)) == {2, 3}
 
 
-def test_alpha_is_that_of_late() -> None:
+def test_alpha_follows_recent_steps() -> None:
     chooser = BlockChooser(3)
     for _ in range(400):
         chooser.observe(1, 3, 0.01, [2])
