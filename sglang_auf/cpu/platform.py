@@ -185,7 +185,7 @@ def _refuse_unsupported(server_args: Any) -> None:
 
 
 def register() -> None:
-    """Register what goes with the platform: attention backend, fused operators, argument defaults. The plugin installs HOOKS."""
+    """Register attention backend, fused operators and argument defaults. The plugin installs HOOKS."""
     # For the scheduler process, which starts after this: huge pages, where the system allows them on request.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles lose whole tokens of position at long range

@@ -1,8 +1,9 @@
-"""Run a list of jobs on one SGLang engine in this process and write what came out, as JSON.
+"""Run a list of jobs on one SGLang engine in this process and write the results as JSON.
 
-A process of its own, because an engine forks, hooks SGLang and cannot be started twice. Standard input: a JSON object
-{"engine": Engine arguments, "out": path, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one a input,
-"concurrency": n, "logprobs": bool}]}. Each job's result is a list of {"ids", "meta", "text"}.
+Tests run it in a new process, because an engine forks, hooks SGLang and cannot be started twice.
+
+Standard input: a JSON object {"engine": Engine arguments, "out": path, "jobs": [{"inputs": [[token ids]], "sampling":
+{...} or one per input, "concurrency": n, "logprobs": bool}]}. Each job's result is a list of {"ids", "meta", "text"}.
 """
 
 import asyncio

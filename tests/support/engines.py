@@ -1,4 +1,4 @@
-"""Run jobs on a real SGLang engine in a process of its own (tests/support/engine_runner.py)."""
+"""Run jobs on a real SGLang engine in a new process (tests/support/engine_runner.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMEOUT_SECONDS = 1800
 
 
 def run_engine(scratch: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
-    """The results of `jobs`, one list a job, from an engine with the arguments `engine`."""
+    """The results of `jobs`, one list per job, from an engine with the arguments `engine`."""
     scratch.mkdir(parents=True, exist_ok=True)
     out = scratch / "out.json"
     done = subprocess.run(

@@ -1,16 +1,16 @@
 """SGLang's own HTTP server and tokenizer manager over a scheduler that plays back what the prompt says.
 
 No model runs. Everything between the HTTP request and the scheduler is SGLang's code with this plugin's hooks on it,
-in a process of its own, so that the hooks reach no other test. A prompt is a script, one word a token:
+in a separate process, so that the hooks reach no other test. A prompt is a script, one word per token:
 
     "3 0 7 cut 2 next 1"    choice 0: the first token, then steps that accept 3, 0 and 7 drafts, the last 2 tokens cut
                             off by a stop; choice 1: the first token, then one step that accepts 1 draft
     "5 abort"               ends as a running request that is aborted does; "queue" ends like one aborted in the queue
     "think 2 5"             2 of the tokens are reasoning
 
-It starts as an AUF server; POST /algorithm?name=DFLASH turns it into one of SGLang's own algorithm, and POST
-/algorithm into one that decodes plainly. GET /totals prints the totals of this process, GET /spans for how
-many choices it keeps spans.
+It starts as an AUF server. POST /algorithm?name=DFLASH turns it into a server of SGLang's own algorithm, and POST
+/algorithm into one that decodes plainly. GET /totals returns the totals of this process, and GET /spans the number of
+choices whose spans it keeps.
 
 Run: scripted_server.py DIRECTORY PORT
 """
