@@ -10,10 +10,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
-from server.gate import Gate
 from server.guard import Guard, ReadableKey, put_in_front
 from server.live_page import LivePage
 from server.load import load_router
+from server.middleware import Gate
 from server.preflight import check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server.gate import Gate
+from server.middleware import Gate
 from server.probe import PROBE_HEADER
 
 TOKEN = "the probe's own"
