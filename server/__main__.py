@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from server.profile import default_profile, load_profile, profile_names
+from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError
-
-KEY_VARIABLE = "SGLANG_AUF_API_KEY"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,14 +36,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        default=os.environ.get(KEY_VARIABLE) or None,
-        help=f"ask for this bearer token on every route (default: ${KEY_VARIABLE}, which `ps` does not show)",
+        default=os.environ.get(API_KEY) or None,
+        help=f"ask for this bearer token on every route (default: ${API_KEY}, which `ps` does not show)",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a drained SIGTERM, 2 for what the user can mend, 143 for SIGTERM before the server was up."""
+    """Exit code: 0 after a drained SIGTERM, 2 for what the user can fix, 143 for SIGTERM before the server was up."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise

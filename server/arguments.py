@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from server.profile import Profile, suggestion
+from server.profile import Profile
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError
+from sglang_auf.settings import enable_thinking, suggestion
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-# What a profile or a flag of this server says already: given twice, one of the two would be ignored.
+# Arguments that the profile or a flag owns. If server_args gave them too, one of the two would be ignored.
 OWNED = {
     "model_path": "target",
     "revision": "target_revision",
@@ -32,13 +33,12 @@ OWNED = {
     "api_key": "--api-key",
 }
 
-
 # Routes, totals and the gate live in one HTTP process on one machine.
 ONLY_ONE = ("tokenizer_worker_num", "nnodes")
 
 
 def sglang_arguments(profile: Profile, target: str, drafter: Path | None, api_key: str | None = None) -> dict[str, Any]:
-    """Keyword arguments for SGLang's ServerArgs. target: directory or hub id; drafter: None serves plainly.
+    """Keyword arguments for SGLang's ServerArgs. target: directory or hub id. drafter: None serves plainly.
 
     Plain serving drops every speculative_* argument and keeps the rest, so that the two differ in nothing else.
     """
@@ -53,8 +53,8 @@ def sglang_arguments(profile: Profile, target: str, drafter: Path | None, api_ke
         "served_model_name": profile.served_model_name,
         "api_key": api_key,
     }
-    if profile.thinking is not None:
-        arguments["default_chat_template_kwargs"] = {"enable_thinking": profile.thinking == "on"}
+    if (thinking := enable_thinking(profile.thinking)) is not None:
+        arguments["default_chat_template_kwargs"] = {"enable_thinking": thinking}
     if drafter is None:
         return {key: value for key, value in arguments.items() if not key.startswith("speculative_")}
     arguments |= {"speculative_algorithm": ALGORITHM, "speculative_draft_model_path": str(drafter)}
@@ -64,7 +64,7 @@ def sglang_arguments(profile: Profile, target: str, drafter: Path | None, api_ke
 
 
 def check_server_args(given: dict[str, Any]) -> None:
-    """Raise ConfigError for the first key SGLang does not know, a key the profile owns, or a value of another type."""
+    """Raise ConfigError for the first key that SGLang does not know or the profile owns, or whose value is wrong."""
     from sglang.srt.server_args import ServerArgs
 
     known = get_type_hints(ServerArgs, include_extras=True)
@@ -79,32 +79,28 @@ def check_server_args(given: dict[str, Any]) -> None:
             )
         _check_value(key, value, known[key])
         if key in ONLY_ONE and value != 1:
-            raise ConfigError(f"server_args.{key} = {value}", "1", "leave it out; this server is one HTTP process")
+            raise ConfigError(f"server_args.{key} = {value}", "1, since this server is one HTTP process")
 
 
 def _check_value(key: str, value: object, annotation: Any) -> None:
     try:
-        # SGLang's records do not check types; a wrong one would surface as a stack trace in the middle of start-up.
+        # SGLang's records do not check types; a wrong one would give a stack trace in the middle of start-up.
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
-        raise ConfigError(
-            f"server_args.{key} = {value!r}", error.errors()[0]["msg"], "mend the value in the profile or the --set"
-        ) from error
+        raise ConfigError(f"server_args.{key} = {value!r}", error.errors()[0]["msg"]) from error
     for detail in getattr(annotation, "__metadata__", ()):
         choices = getattr(detail, "choices", None)
         if choices and value is not None and value not in choices:
-            raise ConfigError(f"server_args.{key} = {value!r}", f"one of {', '.join(map(str, choices))}", "choose one")
+            raise ConfigError(f"server_args.{key} = {value!r}", f"one of {', '.join(map(str, choices))}")
 
 
 def build_server_args(arguments: dict[str, Any]) -> ServerArgs:
-    """SGLang's record, resolved. Raises ConfigError with SGLang's reason where it refuses the combination."""
+    """SGLang's record, resolved. Raises ConfigError with SGLang's reason where SGLang refuses the combination."""
     from sglang.srt.server_args import ServerArgs
 
     record = ServerArgs(**arguments)
     try:
         record.resolve_once()
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"SGLang refuses these arguments: {error}", "arguments it can honour", "change the profile or the --set"
-        ) from error
+        raise ConfigError(f"SGLang refuses these arguments: {error}", "arguments that it can honour") from error
     return record

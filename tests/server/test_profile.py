@@ -94,7 +94,7 @@ def test_profile_is_a_name_and_not_a_path(name: str) -> None:
 
 
 def test_unknown_key_is_named_with_the_nearest(directory: Path) -> None:
-    with pytest.raises(ConfigError, match=r"block_sise: unknown key \(did you mean block_size\?\)"):
+    with pytest.raises(ConfigError, match=r"unknown key block_sise \(did you mean block_size\?\)"):
         load_profile("small", ["block_sise=8"], directory=directory)
 
 
