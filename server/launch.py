@@ -10,27 +10,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
-from server.guard import Guard, ReadableKey, put_in_front
-from server.live_page import LivePage
-from server.load import load_router
-from server.middleware import Gate
-from server.preflight import check_device, check_models, check_port, load_sglang
+from server.middleware import add_all
+from server.preflight import ServedModel, check_device, check_models, check_port, load_sglang
 from server.probe import Probe
 from server.profile import Profile
-from server.routes import Served, auf_router
-from sglang_auf import env
-from sglang_auf.checkpoints import draft_vocabulary
+from server.routes import auf_router
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import RECIPES
+from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
 from sglang_auf.errors import ServerError
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY = 16 * 2**20
-"""Bytes of a request: some hundred times the longest prompt. Headers are bounded by the HTTP parser (h11: 64 KiB)."""
 
 
 def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
@@ -47,30 +40,24 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     served = check_models(profile, target, plain)
     drafter = served.speculation.checked.path if served.speculation else None
     if profile.adaptive_block and not plain:
-        env.ADAPTIVE_BLOCK.set(True)  # read by the scheduler, a child of this process
+        ADAPTIVE_BLOCK.set(True)  # read by the scheduler, a child of this process
     if not profile.draft_vocabulary:
-        os.environ[draft_vocabulary.SWITCH] = "0"
+        DRAFT_VOCABULARY.set(False)
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
     run(server_args, served, api_key, management=profile.management)
 
 
-def run(server_args: ServerArgs, served: Served, api_key: str | None, *, management: bool = False) -> None:
+def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, management: bool = False) -> None:
     """Launch SGLang's server in this process and return when it has drained after SIGTERM, all children gone.
 
-    management: open SGLang's management routes too (guard.py).
+    management: open SGLang's management routes too (middleware.Guard).
     """
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils import kill_process_tree
 
     start = Start(server_args, served, api_key)
-    http_server.app.include_router(auf_router(served))
-    http_server.app.include_router(load_router(served.model, closed_because))
-    put_in_front(http_server.app, ReadableKey)
-    put_in_front(http_server.app, LivePage)
-    http_server.app.add_middleware(Gate, closed_because=closed_because, probe_token=start.token)
-    if not management:
-        http_server.app.add_middleware(Guard)
-    http_server.app.max_body_size = MAX_BODY
+    http_server.app.include_router(auf_router(served, closed_because))
+    add_all(http_server.app, closed_because, start.token, management)
     signal.signal(signal.SIGTERM, _stopped_while_starting)
     try:
         http_server.launch_server(
@@ -101,7 +88,7 @@ def run(server_args: ServerArgs, served: Served, api_key: str | None, *, managem
 class Start:
     """The way from an open port to an announced server; SGLang calls both methods in a thread of its own."""
 
-    def __init__(self, server_args: ServerArgs, served: Served, api_key: str | None) -> None:
+    def __init__(self, server_args: ServerArgs, served: ServedModel, api_key: str | None) -> None:
         self.served = served
         self.url = server_args.url()
         self.token = secrets.token_hex(16)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from dataclasses import dataclass
 
 from server.profile import Profile
-from server.routes import Served, Speculation
 from sglang_auf import ALGORITHM
-from sglang_auf.checkpoints.card import check_drafter
+from sglang_auf.checkpoints.card import CheckedDrafter, check_drafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import ConfigError, ServerError, TargetError
@@ -18,6 +18,7 @@ from sglang_auf.files import find_model
 logger = logging.getLogger(__name__)
 
 _HTTP = "sglang.srt.entrypoints.http_server"
+_MANAGER = "sglang.srt.managers.tokenizer_manager"
 SEAMS = (
     Seam(
         f"{_HTTP}:launch_server",
@@ -32,13 +33,14 @@ SEAMS = (
         ),
     ),
     Seam(f"{_HTTP}:app", "server.launch"),
-    Seam(f"{_HTTP}:app.max_body_size", "server.launch"),
+    Seam(f"{_HTTP}:app.max_body_size", "server.middleware"),
     Seam(f"{_HTTP}:get_global_state", "server.launch", ()),
     Seam("sglang.srt.entrypoints.engine:init_tokenizer_manager", "server.launch"),
-    Seam("sglang.srt.managers.tokenizer_manager:ServerStatus.Starting", "server.launch"),
-    Seam("sglang.srt.managers.tokenizer_manager:ServerStatus.Up", "server.launch"),
-    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.server_status", "server.launch"),
-    Seam("sglang.srt.managers.tokenizer_manager:TokenizerManager.gracefully_exit", "server.launch"),
+    Seam(f"{_MANAGER}:ServerStatus.Starting", "server.launch"),
+    Seam(f"{_MANAGER}:ServerStatus.Up", "server.launch"),
+    Seam(f"{_MANAGER}:TokenizerManager.server_status", "server.launch"),
+    Seam(f"{_MANAGER}:TokenizerManager.gracefully_exit", "server.launch"),
+    Seam(f"{_MANAGER}:TokenizerManager.get_loads", "server.routes", ("self", "include", "dp_rank")),
     Seam("sglang.srt.platforms:current_platform.device_type", "server.preflight"),
     Seam("sglang.srt.platforms:current_platform.device_name", "server.preflight"),
     Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", "server.preflight"),
@@ -50,6 +52,27 @@ SEAMS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How the drafter is served.
+
+    drafter: its name in the profile. checked: the drafter, found to fit the target. block_size: B as served.
+    """
+
+    drafter: str
+    checked: CheckedDrafter
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a server serves. model: its name for clients. speculation: None when it decodes plainly."""
+
+    model: str
+    target: TargetFacts
+    speculation: Speculation | None
+
+
 def check_device(profile: Profile) -> None:
     """Raise ConfigError for a CUDA profile where PyTorch sees no CUDA device."""
     import torch
@@ -58,7 +81,7 @@ def check_device(profile: Profile) -> None:
         raise ConfigError(
             "device: cuda, and PyTorch sees no CUDA device",
             "a machine with an NVIDIA GPU and its driver",
-            "use --profile smollm2-135m here, or mend the driver",
+            "use --profile smollm2-135m here, or fix the driver",
         )
 
 
@@ -70,7 +93,7 @@ def check_port(host: str, port: int) -> None:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ConfigError(f"host {host!r} ({error})", "a name or address of this machine", "mend --host") from error
+        raise ConfigError(f"host {host!r} ({error})", "a name or address of this machine") from error
     for family, kind, protocol, _, address in addresses:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the HTTP server does
@@ -88,7 +111,6 @@ def check_port(host: str, port: int) -> None:
                 raise ConfigError(
                     f"cannot listen on {host}:{port} ({error.strerror})",
                     "an address of this machine, a port above 1023",
-                    "mend --host or --port",
                 ) from error
 
 
@@ -130,14 +152,14 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
         ) from error
 
 
-def check_models(profile: Profile, target: str, plain: bool) -> Served:
+def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
     """Read both models' files, no weights, and say aloud what may lower tau.
 
     Raises CardError, TargetError or ConfigError.
     """
     facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, profile.target_revision))
     if plain:
-        return Served(profile.served_model_name, facts, None)
+        return ServedModel(profile.served_model_name, facts, None)
     if profile.drafter is None:
         raise ConfigError("a profile without a drafter", "a drafter", "--set drafter=PATH, or --plain to serve without")
     checked = check_drafter(
@@ -152,4 +174,4 @@ def check_models(profile: Profile, target: str, plain: bool) -> Served:
     for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
         logger.warning("DRAFTER: %s", warning)
     block_size = profile.block_size or checked.card.block_size
-    return Served(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size))
+    return ServedModel(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size))

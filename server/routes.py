@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
 
-from server.schemas import AcceptanceReply, CardReply
-from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.checkpoints.card import CheckedDrafter
-from sglang_auf.checkpoints.target_facts import TargetFacts
+from server.preflight import ServedModel
+from server.schemas import AcceptanceReply, CardReply, LoadReply
+from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.hooks import metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """drafter: as the profile names it. checked: as found to fit the target. block_size: B as served."""
-
-    drafter: str
-    checked: CheckedDrafter
-    block_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What a server serves. model: its name for clients. speculation: None when it decodes plainly."""
-
-    model: str
-    target: TargetFacts
-    speculation: Speculation | None
-
 
 PLAIN = "this server decodes plainly (--plain): it has no drafter, so there is no {what}"
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "The server decodes plainly."}}
 
 
-def auf_router(served: Served) -> APIRouter:
+def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) -> APIRouter:
+    """closed_because: why no tokens are given out right now, or None."""
     router = APIRouter(prefix="/v1/auf", tags=["auf"])
+    started = time.time()
 
     @router.get("/acceptance", responses=NOT_FOUND)
     async def acceptance() -> AcceptanceReply:
@@ -54,7 +37,7 @@ def auf_router(served: Served) -> APIRouter:
         if served.speculation is None:
             raise HTTPException(404, PLAIN.format(what="drafter card"))
         checked = served.speculation.checked
-        listed = checked.vocabulary if draft_vocabulary.switched_on() else None
+        listed = checked.vocabulary if DRAFT_VOCABULARY.is_on() else None
         return CardReply(
             model=served.model,
             drafter=served.speculation.drafter,
@@ -64,6 +47,21 @@ def auf_router(served: Served) -> APIRouter:
             unknown=checked.card.unknown,
             warnings=list(checked.warnings),
             target=served.target,
+        )
+
+    @router.get("/load")
+    async def load() -> LoadReply:
+        """Running and waiting requests, and tokens made so far. A server without a drafter has this route too."""
+        from sglang.srt.entrypoints.http_server import get_global_state
+
+        snapshots = await get_global_state().tokenizer_manager.get_loads(include=["core"])
+        return LoadReply(
+            model=served.model,
+            started=started,
+            closed_because=closed_because(),
+            running=sum(snapshot.num_running_reqs for snapshot in snapshots),
+            queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
+            generated_tokens=metrics.TOTALS.generated,
         )
 
     return router

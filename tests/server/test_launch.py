@@ -17,15 +17,16 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from server import launch
-from server.launch import MAX_BODY, Start, closed_because, run
+from server.launch import Start, closed_because, run
+from server.middleware import MAX_BODY
+from server.preflight import ServedModel
 from server.probe import Probe
 from server.profile import Profile
-from server.routes import Served
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ServerError
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
-SERVED = Served("small", TARGET, None)
+SERVED = ServedModel("small", TARGET, None)
 SERVER_ARGS: Any = SimpleNamespace(url=lambda: "http://127.0.0.1:30000")
 
 
@@ -261,8 +262,8 @@ def test_gate_follows_sglangs_state(stopping: bool, status: ServerStatus, closed
 def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def step(name: str) -> Callable[..., Served]:
-        def record(*_: Any, **__: Any) -> Served:
+    def step(name: str) -> Callable[..., ServedModel]:
+        def record(*_: Any, **__: Any) -> ServedModel:
             done.append(name)
             return SERVED
 

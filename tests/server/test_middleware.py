@@ -1,24 +1,42 @@
-"""The live page's files: what a browser may do with them, and that nothing else gets past SGLang's API key."""
+"""What requests pass before a route: the live page, the key, the routes for clients, and the gate."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from server.guard import put_in_front
-from server.live_page import DIRECTORY, LivePage
+from server.middleware import PAGE, Gate, Guard, LivePage, ReadableKey, add_all, is_for_clients, put_in_front
+from server.probe import PROBE_HEADER
 
 KEY = {"Authorization": "Bearer secret"}
-FILES = ["/auf", *(f"/auf/{file.name}" for file in DIRECTORY.iterdir() if file.name != "index.html")]
+TOKEN = "the probe's own"
+FILES = ["/auf", *(f"/auf/{file.name}" for file in PAGE.iterdir() if file.name != "index.html")]
+
+REFUSALS = [
+    ("GET", "/auf", b"\xff", 200),  # the page is there for everybody
+    ("POST", "/v1/chat/completions", b"\xff", 401),  # the unreadable key
+    ("POST", "/update_weights_from_disk", b"Bearer other", 401),  # SGLang's key check, before it is known what exists
+    ("POST", "/update_weights_from_disk", b"Bearer secret", 404),
+    ("POST", "/generate", b"Bearer secret", 503),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "key", "status"), REFUSALS)
+def test_the_first_that_refuses_answers(method: str, path: str, key: bytes, status: int) -> None:
+    app = FastAPI()
+    add_all(app, lambda: "the server is starting", TOKEN, management=False)
+    add_api_key_middleware(app, api_key="secret", admin_api_key=None)
+    assert TestClient(app).request(method, path, headers={b"Authorization": key}).status_code == status
 
 
 @pytest.fixture
 def client() -> TestClient:
-    """An app as launched: our page first, SGLang's key check added after it."""
+    """The live page in front of an app, to which SGLang's key check is added after it."""
     app = FastAPI()
 
     @app.get("/v1/auf/load")
@@ -27,7 +45,7 @@ def client() -> TestClient:
     async def answer() -> dict[str, bool]:
         return {"answered": True}
 
-    put_in_front(app, LivePage)
+    put_in_front(app, [LivePage])
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     return TestClient(app)
 
@@ -100,7 +118,7 @@ def test_with_the_key_the_rest_is_as_it_was(client: TestClient) -> None:
 
 def test_behind_a_proxy_that_serves_it_under_a_path() -> None:
     app = FastAPI()
-    put_in_front(app, LivePage)
+    put_in_front(app, [LivePage])
     assert TestClient(app, root_path="/models/small").get("/auf").status_code == 200
 
 
@@ -125,7 +143,99 @@ def test_what_is_not_http_passes() -> None:
     app = FastAPI()
     started: list[bool] = []
     app.router.on_startup.append(lambda: started.append(True))
-    put_in_front(app, LivePage)
+    put_in_front(app, [LivePage])
     with TestClient(app):
         assert isinstance(app.middleware_stack, LivePage)
     assert started == [True]
+
+
+def test_management_routes_do_not_exist_for_clients() -> None:
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    @app.post("/update_weights_from_disk")
+    async def answer() -> bool:
+        return True
+
+    app.add_middleware(Guard)
+    client = TestClient(app)
+    assert client.post("/v1/chat/completions").json() is True
+    for path in ("/update_weights_from_disk", "/update_weights_from_disk/"):
+        refused = client.post(path, json={"model_path": "/etc"})
+        assert refused.status_code == 404
+        assert "management: true" in refused.json()["error"]["message"]
+
+
+def test_every_route_of_sglang_is_one_or_the_other() -> None:
+    """A route that a new SGLang adds is closed until somebody has looked at it."""
+    from sglang.srt.entrypoints.http_server import app
+
+    paths = {str(path) for route in app.routes if (path := getattr(route, "path", None))}
+    closed = {path for path in paths if not is_for_clients(path)}
+    assert {"/v1/chat/completions", "/generate", "/health", "/v1/models", "/abort_request"} <= paths - closed
+    for word in ("weight", "lora", "profile", "memory", "corp", "dump", "session", "logging", "hicache", "pause"):
+        assert [path for path in paths if word in path], f"no route with {word}: look at what moved"
+        assert {path for path in paths if word in path} <= closed
+
+
+def test_a_key_that_is_not_ascii_is_a_wrong_key_and_no_server_error() -> None:
+    app = FastAPI()
+
+    @app.get("/v1/models")
+    async def models() -> bool:
+        return True
+
+    put_in_front(app, [ReadableKey])
+    add_api_key_middleware(app, api_key="secret", admin_api_key=None)
+    client = TestClient(app)
+    statuses = [
+        client.get("/v1/models", headers={b"Authorization": key}).status_code
+        for key in (b"Bearer secret", b"Bearer other", b"Bearer \xe9", b"\xff")
+    ]
+    assert statuses == [200, 401, 401, 401]
+
+
+def gated(closed_because: Callable[[], str | None]) -> TestClient:
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    @app.post("/generate")
+    @app.post("/abort_request")
+    @app.get("/v1/models")
+    @app.get("/health")
+    async def answer() -> dict[str, bool]:
+        return {"answered": True}
+
+    app.add_middleware(Gate, closed_because=closed_because, probe_token=TOKEN)
+    return TestClient(app)
+
+
+def test_open_gate_lets_everybody_through() -> None:
+    assert gated(lambda: None).post("/v1/chat/completions").json() == {"answered": True}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/v1/never-heard-of"])
+def test_closed_gate_says_why_and_when_to_come_back(path: str) -> None:
+    reply = gated(lambda: "the server is stopping").post(path)
+    assert reply.status_code == 503
+    assert reply.json()["error"] == {"message": "the server is stopping", "type": "service_unavailable", "code": 503}
+    assert int(reply.headers["Retry-After"]) > 0
+
+
+def test_closed_gate_keeps_health_lists_and_aborts_open() -> None:
+    closed = gated(lambda: "the server is stopping")
+    assert closed.get("/health").status_code == 200
+    assert closed.get("/v1/models").status_code == 200
+    assert closed.post("/abort_request").status_code == 200
+
+
+@pytest.mark.parametrize(("token", "status"), [(TOKEN, 200), ("guessed", 503), ("", 503), ("é", 503)])
+def test_only_the_probe_passes_a_closed_gate(token: str, status: int) -> None:
+    headers = {PROBE_HEADER.encode(): token.encode("latin-1")}
+    assert gated(lambda: "starting").post("/generate", headers=headers).status_code == status
+
+
+def test_gate_is_asked_at_every_request() -> None:
+    reasons = ["starting", None, "stopping"]
+    changing = gated(lambda: reasons.pop(0))
+    assert [changing.post("/generate").status_code for _ in range(3)] == [503, 200, 503]

@@ -1,20 +1,24 @@
-"""The added routes, with totals fed by hand and SGLang's own API-key middleware in front."""
+"""The added routes, with totals fed by hand and a stand-in for SGLang's manager, behind SGLang's own key check."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
+from sglang.srt.utils.auth import add_api_key_middleware
 
-from server.routes import Served, Speculation, auf_router
+from server.preflight import ServedModel, Speculation
+from server.routes import auf_router
 from sglang_auf.acceptance import Acceptance
-from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.hooks import metrics
 
 TARGET = TargetFacts(
@@ -40,8 +44,8 @@ CARD = DrafterCard(
     objective="auf",
 )
 CHECKED = CheckedDrafter(CARD, ("tau may fall",), Path("/models/drafter"))
-SPECULATING = Served("small", TARGET, Speculation("owner/drafter", CHECKED, block_size=4))
-PLAIN = Served("small", TARGET, None)
+SPECULATING = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, block_size=4))
+PLAIN = ServedModel("small", TARGET, None)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +56,9 @@ def own_totals(monkeypatch: pytest.MonkeyPatch) -> metrics.AcceptanceTotals:
     return fresh
 
 
-def client(served: Served) -> TestClient:
+def client(served: ServedModel) -> TestClient:
     app = FastAPI()
-    app.include_router(auf_router(served))
+    app.include_router(auf_router(served, lambda: None))
     return TestClient(app)
 
 
@@ -96,9 +100,9 @@ def test_card_says_what_is_served_and_what_does_not_match() -> None:
 def test_card_says_how_many_tokens_are_drafted(
     switch: str, tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(draft_vocabulary.SWITCH, switch)
+    monkeypatch.setenv(DRAFT_VOCABULARY.name, switch)
     checked = replace(CHECKED, vocabulary=DraftVocabulary(tokens=(0, 5, 9)))
-    served = Served("small", TARGET, Speculation("owner/drafter", checked, block_size=4))
+    served = ServedModel("small", TARGET, Speculation("owner/drafter", checked, block_size=4))
     assert client(served).get("/v1/auf/card").json()["draft_vocabulary"] == tokens
 
 
@@ -112,10 +116,8 @@ def test_plain_server_says_that_it_is_plain(route: str) -> None:
 @pytest.mark.parametrize("route", ["acceptance", "card"])
 @pytest.mark.parametrize(("key", "status"), [("secret", 200), ("guessed", 401), (None, 401)])
 def test_api_key_of_sglang_protects_them(route: str, key: str | None, status: int) -> None:
-    from sglang.srt.utils.auth import add_api_key_middleware
-
     app = FastAPI()
-    app.include_router(auf_router(SPECULATING))
+    app.include_router(auf_router(SPECULATING, lambda: None))
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     assert TestClient(app).get(f"/v1/auf/{route}", headers=headers).status_code == status
@@ -123,8 +125,43 @@ def test_api_key_of_sglang_protects_them(route: str, key: str | None, status: in
 
 def test_routes_are_documented() -> None:
     app = FastAPI()
-    app.include_router(auf_router(SPECULATING))
+    app.include_router(auf_router(SPECULATING, lambda: None))
     paths = app.openapi()["paths"]
-    assert set(paths) == {"/v1/auf/acceptance", "/v1/auf/card"}
-    for path in paths.values():
-        assert set(path["get"]["responses"]) == {"200", "404"}
+    assert {path: set(methods["get"]["responses"]) for path, methods in paths.items()} == {
+        "/v1/auf/acceptance": {"200", "404"},
+        "/v1/auf/card": {"200", "404"},
+        "/v1/auf/load": {"200"},
+    }
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    async def get_loads(include: list[str]) -> list[SimpleNamespace]:
+        assert include == ["core"]
+        return [
+            SimpleNamespace(num_running_reqs=3, num_waiting_reqs=1),
+            SimpleNamespace(num_running_reqs=2, num_waiting_reqs=0),
+        ]
+
+    manager = SimpleNamespace(get_loads=get_loads)
+    monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
+    monkeypatch.setattr(metrics, "TOTALS", metrics.AcceptanceTotals())
+    app = FastAPI()
+    reasons = iter([None, "the server is stopping"])
+    app.include_router(auf_router(PLAIN, lambda: next(reasons)))
+    return TestClient(app)
+
+
+def test_load_sums_the_schedulers_and_counts_tokens(reading: TestClient) -> None:
+    first = reading.get("/v1/auf/load").json()
+    assert (first["model"], first["running"], first["queued"], first["generated_tokens"]) == ("small", 5, 1, 0)
+    metrics.TOTALS.generated += 7
+    assert reading.get("/v1/auf/load").json()["generated_tokens"] == 7
+
+
+def test_load_says_why_there_are_no_answers(reading: TestClient) -> None:
+    assert [reading.get("/v1/auf/load").json()["closed_because"] for _ in range(2)] == [None, "the server is stopping"]
+
+
+def test_the_start_stays_the_same(reading: TestClient) -> None:
+    assert len({reading.get("/v1/auf/load").json()["started"] for _ in range(2)}) == 1

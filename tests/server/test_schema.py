@@ -12,9 +12,7 @@ from hypothesis import settings
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from server.guard import Guard, ReadableKey, put_in_front
-from server.live_page import LivePage
-from server.load import load_router
+from server.middleware import add_all
 from server.routes import auf_router
 from tests.server.test_routes import SPECULATING
 
@@ -28,12 +26,9 @@ async def loads(include: list[str]) -> list[Any]:
 def app() -> FastAPI:
     """Our routes behind what stands before them in a server with a key."""
     made = FastAPI()
-    made.include_router(auf_router(SPECULATING))
-    made.include_router(load_router("small", lambda: None))
-    made.add_middleware(Guard)
+    made.include_router(auf_router(SPECULATING, lambda: None))
+    add_all(made, lambda: None, "token", management=False)
     add_api_key_middleware(made, api_key=KEY, admin_api_key=None)
-    put_in_front(made, ReadableKey)
-    put_in_front(made, LivePage)
     return made
 
 
@@ -57,7 +52,5 @@ def test_any_request_of_the_schema(case: Any) -> None:
 @settings(max_examples=50, deadline=None)
 def test_nothing_without_the_key(case: Any) -> None:
     case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "authorization"}
-    expected = (
-        405 if case.method == "OPTIONS" else 401
-    )  # SGLang lets a browser's preflight pass; no route of ours has one
+    expected = 405 if case.method == "OPTIONS" else 401  # SGLang lets a browser's preflight pass; no route has one
     assert case.call().status_code == expected
