@@ -1,4 +1,4 @@
-"""What the tests of docker/ share: its modules, which are scripts, and a way to skip for want of a program."""
+"""What the tests of docker/ share: the checkout, and a skip where a program is not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
 
 
 def program(name: str, whence: str) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dockerfile import DOCKERFILE, parse
 
 from tests.docker.conftest import ROOT, program
+from tests.docker.dockerfile import DOCKERFILE, parse
 
 COMPOSE = ROOT / "docker/compose.yaml"
 

@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from dockerfile import DOCKERFILE, Copy, Instruction, chain, parse
 
 from tests.docker.conftest import ROOT, program
+from tests.docker.dockerfile import DOCKERFILE, Copy, Instruction, chain, parse
 
 STAGES = parse(DOCKERFILE.read_text())
 IMAGES = ("cpu", "cuda", "train", "router")

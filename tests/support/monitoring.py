@@ -1,15 +1,15 @@
-"""The PromQL that docker/ ships, and the metric names in it."""
+"""The PromQL queries in docker/, and the metric names in them."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.docker.conftest import ROOT
-
+ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "docker/prometheus"
 DASHBOARD = ROOT / "docker/grafana/dashboards/auf.json"
 OPERATORS = {"and", "bool", "by", "ignoring", "on", "or", "unless", "without"}
@@ -38,6 +38,6 @@ def alert_queries() -> list[tuple[str, str]]:
 
 
 def metric_names(expression: str) -> set[str]:
-    """The names that select series: what is left without selectors, ranges, groupings, functions and operators."""
+    """The names that select series: what remains without selectors, ranges, groupings, functions and operators."""
     bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|without|on|ignoring)\s*\([^)]*\)", " ", expression)
     return {name for name in re.findall(r"(?<![\w:.])[a-zA-Z_][\w:]*(?!\s*\(|[\w:])", bare) if name not in OPERATORS}

@@ -1,12 +1,12 @@
-"""python docker/clean_root.py TARGET DIRECTORY: an image's install and start steps, without Docker.
+"""python -m tests.docker.clean_root TARGET DIRECTORY: run an image's install and start steps without Docker.
 
-Where no Docker engine runs, this builds a target of docker/Dockerfile in a clean Debian or Ubuntu root that debootstrap
-makes, by the file's own RUN, COPY and ENV lines, so that a missing system package shows. `--start` then runs its
-ENTRYPOINT and CMD as its USER, as process 1 and with Docker's 64 MB of /dev/shm, until its HEALTHCHECK passes, asks one
-question, and sends its STOPSIGNAL. Needs root, debootstrap, and about 13 GB in DIRECTORY, which is yours to delete.
+This builds a target of docker/Dockerfile by the file's own RUN, COPY and ENV lines, in a clean Debian or Ubuntu root
+that debootstrap makes, so that a missing system package shows. `--start` then runs its ENTRYPOINT and CMD as its USER,
+as process 1 and with Docker's 64 MB of /dev/shm, until its HEALTHCHECK passes, asks one question, and sends its
+STOPSIGNAL. Needs root, debootstrap, and about 13 GB in DIRECTORY, which the user deletes.
 
-Not the same as an image: the base is debootstrap's, not the one that FROM names (for CUDA_IMAGE: without CUDA), and the
-kernel's limits, layers and networks of Docker are not there.
+It is not an image: the base is debootstrap's and not the one that FROM names (in place of CUDA_IMAGE it has no CUDA),
+and there are no layers, networks or kernel limits as Docker has them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dockerfile import DOCKERFILE, Copy, Instruction, Stage, chain, parse
+from tests.docker.dockerfile import DOCKERFILE, Copy, Instruction, Stage, chain, parse
 
 CHECKOUT = DOCKERFILE.parent.parent
 START_SECONDS = 900
@@ -35,8 +35,9 @@ SUITES = {
     r"debian:bookworm-.*": ("bookworm", "http://deb.debian.org/debian", "main", "sid"),
     r"nvidia/cuda:.*-ubuntu24\.04": ("noble", "http://archive.ubuntu.com/ubuntu", "main,universe", "gutsy"),
 }
-"""Base images, and what debootstrap makes the like of them from: suite, mirror, components, script. The script is
-one for a family of suites: debootstrap may be older than the suite itself."""
+"""Pattern of a base image -> what debootstrap makes its like from: suite, mirror, components, script.
+
+The script is one that serves a family of suites, since debootstrap may be older than the suite."""
 
 
 class Root:
@@ -57,7 +58,7 @@ class Root:
         return next((account[5] for account in accounts if account[2] == self.user.split(":")[0]), "/")
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """A host command that runs `words` in the root as process 1, in mounts that go away with it."""
+        """A host command that runs `words` in the root as process 1, in mounts that end with it."""
         root = shlex.quote(str(self.path))
         environment = {"HOME": self._home()} | self.environment
         mounts = [
@@ -74,7 +75,7 @@ class Root:
 
 
 def build(stages: Mapping[str, Stage], target: str, work: Path, overlay: Path | None) -> Root:
-    """Run every instruction of the target and of the stages it copies from; raises CalledProcessError at the first."""
+    """Run every instruction of the target and of the stages it copies from. CalledProcessError where one fails."""
     base, instructions = chain(stages, target)
     others = {copy.stage for copy in copies(instructions) if copy.stage}
     built = {name: build(stages, name, work, overlay) for name in sorted(others)}
@@ -134,7 +135,7 @@ def _apply(instruction: Instruction, root: Root, built: Mapping[str, Root]) -> N
 
 
 def _copy(copy: Copy, root: Root, built: Mapping[str, Root]) -> None:
-    """As COPY does: the content of a directory, or a file under its name when the destination ends with a slash."""
+    """Copies the content of a directory, or a file, which keeps its name when the destination ends with a slash."""
     for source in copy.sources:
         origin = built[copy.stage].inside(source) if copy.stage else CHECKOUT / source
         destination = root.inside(copy.destination)
@@ -149,7 +150,8 @@ def _copy(copy: Copy, root: Root, built: Mapping[str, Root]) -> None:
 def start(root: Root, instructions: Sequence[Instruction]) -> dict[str, object]:
     """Run the image's process until it is healthy, ask it once and stop it.
 
-    Returns the answer with its tau, and the exit code after STOPSIGNAL. Raises RuntimeError when it never gets healthy.
+    Returns ask()'s answer with `exit_code`, the exit code after STOPSIGNAL. Raises RuntimeError when it never gets
+    healthy.
     """
     last = {instruction.name: instruction for instruction in instructions}  # a later one replaces an earlier
     health = Instruction("CMD", last["HEALTHCHECK"].text.partition("CMD ")[2]).words

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DOCKERFILE = Path(__file__).with_name("Dockerfile")
+DOCKERFILE = Path(__file__).parents[2] / "docker/Dockerfile"
 KNOWN = frozenset(
     {
         *("ARG", "FROM", "RUN", "COPY", "ENV", "WORKDIR", "USER", "VOLUME", "EXPOSE", "LABEL"),
@@ -61,7 +61,7 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """The stages by name. Raise ValueError for what this reader does not understand."""
+    """The stages by name. Raises ValueError for what this reader does not understand."""
     arguments: dict[str, str] = {}
     stages: dict[str, Stage] = {}
     stage: Stage | None = None
