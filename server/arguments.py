@@ -70,7 +70,7 @@ def check_server_args(given: dict[str, Any]) -> None:
     known = get_type_hints(ServerArgs, include_extras=True)
     for key, value in given.items():
         if key in OWNED:
-            raise ConfigError(f"server_args.{key}", f"{OWNED[key]} says this", f"use {OWNED[key]} instead")
+            raise ConfigError(f"server_args.{key}", f"{OWNED[key]}, which sets this argument")
         if key not in known:
             raise ConfigError(
                 f"server_args.{key}: SGLang has no such argument{suggestion(key, known)}",

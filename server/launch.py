@@ -1,4 +1,4 @@
-"""From a profile to a running server: SGLang's own, in this process, announced once it has proved to speculate."""
+"""Start SGLang's server in this process as a profile says, and announce it once it has proved that it speculates."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
     """Serve until SIGTERM. plain: the same target without the drafter.
 
-    Raises an AufError for whatever the user can mend, before anything loads where that is possible; once running, a
-    ServerError when the engine dies or does not speculate.
+    Raises an AufError for what the user can fix, if possible before anything loads. Raises ServerError when the engine
+    dies or does not speculate.
     """
     check_device(profile)
     check_port(profile.host, profile.port)
@@ -48,7 +48,7 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
 
 
 def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, management: bool = False) -> None:
-    """Launch SGLang's server in this process and return when it has drained after SIGTERM, all children gone.
+    """Launch SGLang's server in this process. Returns when it has drained after SIGTERM and no child is left.
 
     management: open SGLang's management routes too (middleware.Guard).
     """
@@ -74,7 +74,7 @@ def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, ma
             raise
         # SGLang kills its own process when a child dies; process 1 of a container survives that and gets here.
         raise ServerError("the engine died", "a running engine", "look above for its error") from stop
-    except RuntimeError as error:  # how SGLang reports a scheduler that could not even say that it dies
+    except RuntimeError as error:  # how SGLang reports a scheduler that died without a signal
         logger.exception("the launch failed")
         raise ServerError(str(error), "a running engine", "look above for its error") from error
     finally:
@@ -86,7 +86,7 @@ def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, ma
 
 
 class Start:
-    """The way from an open port to an announced server; SGLang calls both methods in a thread of its own."""
+    """From an open port to an announced server. SGLang calls both methods in a thread of its own."""
 
     def __init__(self, server_args: ServerArgs, served: ServedModel, api_key: str | None) -> None:
         self.served = served
@@ -96,13 +96,13 @@ class Start:
         self.failure: Exception | None = None
 
     def prove(self, server_args: ServerArgs) -> bool:
-        """In place of SGLang's warm-up, which would call a server ready that decodes plainly. False: it stops."""
+        """Replaces SGLang's warm-up, which does not notice plain decoding. False: the server stops."""
         from sglang.srt.entrypoints.http_server import get_global_state
         from sglang.srt.managers.tokenizer_manager import ServerStatus
 
         try:
             Probe(self.url, self.token, self.api_key).run(needs_verify_steps=self.served.speculation is not None)
-        except Exception as error:  # whatever it is, a server that nobody proved must not stay up
+        except Exception as error:  # of any kind: a server without a passed probe must not stay up
             self.failure = error
             os.kill(os.getpid(), signal.SIGTERM)
             return False
@@ -134,7 +134,7 @@ def closed_because() -> str | None:
 
 
 def _init_tokenizer_manager(*arguments: Any, **options: Any) -> Any:
-    """SGLang's own, called when the schedulers have been started and load; takes over how their death is reported."""
+    """Calls SGLang's own, after which the schedulers load, and takes over the signal that reports their death."""
     from sglang.srt.entrypoints.engine import init_tokenizer_manager
 
     signal.signal(signal.SIGQUIT, _engine_died_while_starting)
@@ -142,7 +142,7 @@ def _init_tokenizer_manager(*arguments: Any, **options: Any) -> Any:
 
 
 def _engine_died_while_starting(signum: int, frame: FrameType | None) -> NoReturn:
-    """SGLang's children report their death by SIGQUIT. Its own handler kills this process, message and all."""
+    """SGLang's children report their death by SIGQUIT. SGLang's handler would kill this process without a message."""
     raise ServerError("the engine died while it was starting", "a running engine", "look above for its error")
 
 

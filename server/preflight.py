@@ -86,9 +86,9 @@ def check_device(profile: Profile) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ServerError when the port is taken, ConfigError when the address is none of this machine's.
+    """Raise ServerError when the port is taken, ConfigError when the address is not one of this machine's.
 
-    SGLang opens its port after the model has loaded; a user should not wait for that to learn that it is taken.
+    SGLang opens its port after the model has loaded. A user should not have to wait that long for this error.
     """
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -129,7 +129,9 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
     check_seams(SEAMS)
     if envs.SGLANG_RUST_SERVER.get():
         raise ConfigError(
-            "SGLANG_RUST_SERVER is set", "SGLang's Python HTTP server, which has the routes and the counts", "unset it"
+            "SGLANG_RUST_SERVER is set",
+            "SGLang's Python HTTP server, which has the routes and the counts",
+            "unset SGLANG_RUST_SERVER",
         )
     ours = type(current_platform).__module__.startswith("sglang_auf.")
     if (device == "cpu") != ours or current_platform.device_type != device:
@@ -147,13 +149,13 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
         raise ServerError(
             f"SGLang does not know the speculative algorithm {ALGORITHM}: the sglang-auf plugin did not load",
             "the plugin registered (SGLang logs above why it was not)",
-            "pip install sglang-auf into this environment (-e . from a checkout), and if SGLANG_PLUGINS is set let it "
+            "pip install sglang-auf into this environment (-e . from a checkout); if SGLANG_PLUGINS is set, it must "
             "name the plugin",
         ) from error
 
 
 def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
-    """Read both models' files, no weights, and say aloud what may lower tau.
+    """Check both models' files without their weights, and log what may lower tau.
 
     Raises CardError, TargetError or ConfigError.
     """

@@ -1,4 +1,4 @@
-"""One request through the server's own HTTP port, to prove that it speculates before anybody is told it is ready."""
+"""One request through the server's own HTTP port, which proves that it speculates before it is announced."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """url: base URL of the server. token: what lets the probe through the gate while everybody else waits.
+    """How to reach the server.
 
-    answer_s: how long the port may take to open. reply_s: how long one short answer may take, in seconds.
+    url: base URL.
+    token: what lets the probe through the gate while it is closed.
+    answer_s: seconds that the port may take to open.
+    reply_s: seconds that one short answer may take.
     """
 
     url: str
@@ -30,12 +33,13 @@ class Probe:
     reply_s: float = 600.0
 
     def run(self, needs_verify_steps: bool) -> int:
-        """Verify steps of one short greedy answer. Raises ServerError when there is no answer, or none where needed.
+        """Number of verify steps of one short greedy answer.
 
-        It asks /generate, whose `meta_info` has SGLang's own count, and with `log_metrics` off, so that neither the
-        totals nor SGLang's metrics start with a request that no client sent.
+        It asks /generate, whose `meta_info` has SGLang's own count, with `log_metrics` off, so that neither the totals
+        nor SGLang's metrics count a request that no client sent. Raises ServerError when there is no answer, or no
+        verify step and `needs_verify_steps`.
         """
-        # This is ourselves: no proxy in between, and a certificate would be for another name than the loopback's.
+        # The server is this process: no proxy is in between, and its certificate does not name the loopback address.
         with httpx.Client(base_url=self.url, headers=self._headers(), trust_env=False, verify=False) as client:
             self._wait_for_port(client)
             meta_info = self._generate(client)

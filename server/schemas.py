@@ -1,4 +1,4 @@
-"""What the routes of ours answer. The words are those of sglang_auf.acceptance and sglang_auf.checkpoints.card."""
+"""Replies of our routes. Their words are those of sglang_auf.acceptance and sglang_auf.checkpoints.card."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AcceptanceReply(Reply):
 
 
 class CardReply(Reply):
-    """GET /v1/auf/card. unknown: fields of the card that nobody wrote down."""
+    """GET /v1/auf/card. unknown: fields of the card that have no value."""
 
     model: str
     drafter: str

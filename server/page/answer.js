@@ -9,7 +9,7 @@ const SPANS = { "x-auf-spans": "1" };
 
 let running = null;
 
-/** what(): {model, drafts} of the server as last seen. refusedKey(): called when the server no longer takes the key. */
+/** what(): {model, drafts} of the server as last seen. refusedKey(): called when the server refuses the key. */
 export function start(what, refusedKey) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -55,7 +55,7 @@ async function ask({ model, drafts }, refusedKey) {
   }
 }
 
-/** A number as typed; one that is none is left out, and the server has its default or its say. */
+/** The number in a field; undefined where there is none, so that the server takes its default or refuses. */
 function numberIn(id) {
   const value = element(id).valueAsNumber;
   return Number.isNaN(value) ? undefined : value;
@@ -71,7 +71,7 @@ class Answer {
     box.hidden = legend.hidden = element("unknown-legend").hidden = true;
   }
 
-  /** tokens: [text, drafted] each; the text of a model is text and nothing else. */
+  /** tokens: [text, drafted] each. The text is a model's, so it is never read as HTML. */
   add(tokens) {
     const spans = tokens.map(([text, drafted]) => {
       const span = document.createElement("span");

@@ -14,7 +14,7 @@ export class Refused extends Error {
   }
 }
 
-/** JSON of a route. Throws Refused for a status that is no success, and what fetch throws where there is no answer. */
+/** JSON of a route. Throws Refused for a status other than success, and what fetch throws where there is no answer. */
 export async function get(path) {
   const reply = await request(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
   return reply.json();

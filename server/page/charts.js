@@ -32,7 +32,7 @@ export function drawLines(box, samples, lines, { from, gapMs, spanMs }) {
   draw(box, width, height, `Last ${duration(end - begin)}. Now: ${words}`, parts);
 }
 
-/** Draw one bar a value. values: numbers from 0 to `highest`, or null where there is none; written: what stands above. */
+/** Draw one bar a value. values: numbers from 0 to `highest`, or null for no bar. written: the text above each bar. */
 export function drawBars(box, values, { highest, names, written }) {
   const height = 140, top = 20, bottom = 20;
   const width = widthOf(box), place = width / values.length, narrow = place < 30;
@@ -48,7 +48,7 @@ export function drawBars(box, values, { highest, names, written }) {
   box.classList.toggle("narrow", narrow);
 }
 
-/** What fits above a bar: 12K for 12345, and .35 for 0.35 above a narrow one. */
+/** A text short enough for a bar: 12K for 12345, and .35 for 0.35 above a narrow bar. */
 const compact = new Intl.NumberFormat("en", { notation: "compact" });
 const short = (text, narrow) =>
   typeof text === "number" ? compact.format(text) : narrow ? text.replace(/^0\./, ".") : text;
@@ -59,7 +59,7 @@ function draw(box, width, height, words, parts) {
   box.replaceChildren(image);
 }
 
-/** As many units as the box has pixels, so that writing has the same size at any width. */
+/** One unit per pixel of the box, so that text has the same size at any width. */
 const widthOf = (box) => box.clientWidth || HIDDEN_WIDTH;
 
 function shape(name, attributes) {

@@ -75,7 +75,7 @@ function show(load, acceptance) {
     { field: "tauTotal", className: "second", label: "since start" },
   ];
   drawLines(element("tau-chart"), samples.all(), lines, { from: 1, ...samples.KEEPS });
-  // Of the last requests, as the headline is; before the first, the axis with nothing on it.
+  // Of the last requests, as the headline is. Before the first request the axis is empty.
   const slots = acceptance.block_size;
   const alpha = window.alpha.length ? window.alpha : Array(slots - 1).fill(null);
   const histogram = window.accepted_histogram.length ? window.accepted_histogram : Array(slots).fill(0);
@@ -103,7 +103,7 @@ function showCard({ drafter, block_size, draft_vocabulary, card, unknown, warnin
   );
   element("warnings").replaceChildren(...warnings.map((warning) => textIn("li", `Warning: ${warning}`)));
   const names = unknown.map((name) => name.replaceAll("_", " ")).join(", ");
-  put("unknown-fields", unknown.length ? `Not known, as nobody wrote it down: ${names}.` : "");
+  put("unknown-fields", unknown.length ? `Not recorded: ${names}.` : "");
 }
 
 function askForKey() {
@@ -134,7 +134,7 @@ const put = (id, text) => {
 };
 const figure = (value, digits) => (value == null ? "–" : value.toFixed(digits));
 
-/** A field of the card. Of a hash, enough to compare. */
+/** A field of the card. A hash is cut to what suffices to compare it. */
 function written(value) {
   if (Array.isArray(value)) return value.join(", ");
   if (typeof value === "object") return JSON.stringify(value);
@@ -147,7 +147,7 @@ function textIn(name, text) {
   return made;
 }
 
-/** Said once, and not again every second to those who listen to it. */
+/** Sets the text only when it changes, or a screen reader would read it out every second. */
 function say(text, state) {
   put("status", text);
   element("status").dataset.state = state;

@@ -19,7 +19,7 @@ export const KEEPS = { spanMs: KEPT_MS, gapMs: 15_000 };
 export const all = () => samples;
 export const last = () => samples.at(-1);
 
-/** Add what the server said just now; acceptance is null where it has no drafter. */
+/** Add what the server said just now. acceptance: null where it has no drafter. */
 export function add(now, load, acceptance) {
   const sample = {
     t: now,
@@ -29,7 +29,7 @@ export function add(now, load, acceptance) {
     tau: acceptance?.window.tau ?? null,
     tauTotal: acceptance?.total.tau ?? null,
   };
-  // A mean over some seconds: answers that are not streamed come in lots. Of another server there is nothing to subtract.
+  // A mean over some seconds, because answers that are not streamed arrive in lots. A restarted server counts from 0.
   const base = samples.find((other) => other.t >= now - RATE_MS && other.started === load.started);
   if (base && now > base.t) sample.rate = ((sample.generated - base.generated) * 1000) / (now - base.t);
   samples = [...samples.filter((other) => other.t > now - KEPT_MS && other.t < now), sample];

@@ -70,7 +70,7 @@ class Monitored:
             return bytes(reply.read())
 
     def answer_some(self) -> None:
-        """Plain, sampled, streamed and one-token answers, and one that its client leaves; then until all is scraped."""
+        """Get plain, sampled, streamed and one-token answers, leave one, and wait until all are scraped."""
         self.chat()
         self.chat(temperature=0.8, seed=1)
         self.chat(stream=True)

@@ -88,7 +88,7 @@ def test_auf_equals_plain_decoding(
 def test_an_adaptive_block_changes_no_answer(
     head: str, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A drafter that is nearly always wrong: blocks shrink until nothing is drafted, but for Domino's one draft."""
+    """The drafter is nearly always wrong, so blocks shrink until nothing is drafted (with Domino, one token)."""
     domino = dict(projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16)
     arguments = {
         "model_path": str(tiny_target),
@@ -102,19 +102,19 @@ def test_an_adaptive_block_changes_no_answer(
         assert tokens(found) == tokens(plain[0])
         for answer in found:
             counts = answer["meta"]["spec_cap_lens_histogram"]
-            assert sum(counts) == answer["meta"]["spec_verify_ct"], "what each step drafted is told"
+            assert sum(counts) == answer["meta"]["spec_verify_ct"], "every step says what it drafted"
     steps = [
         sum(kind) for kind in zip_longest(*(a["meta"]["spec_cap_lens_histogram"] for a in results[0]), fillvalue=0)
     ]
-    undrafted, drafted_one, whole = steps[1], steps[2], steps[8]
-    assert drafted_one > 0 and whole > 0
+    undrafted, drafted_one, full = steps[1], steps[2], steps[8]
+    assert drafted_one > 0 and full > 0
     assert undrafted > drafted_one if head == "dflash" else undrafted == 0
 
 
 def test_a_draft_vocabulary_changes_no_answer_and_is_kept_to(
     plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """With a list of every token steps are those without one; with three tokens next to nothing is accepted."""
+    """A list of every token gives the steps of no list; with three tokens next to nothing is accepted."""
     inputs = prompts(24)
     steps = []
     for number, listed in enumerate((None, range(64), (7, 9, 11))):
@@ -175,7 +175,7 @@ def test_auf_equals_the_built_in_dflash(tiny_target: Path, tiny_drafter: Callabl
 def test_a_seed_gives_the_answer_of_plain_decoding(
     tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """At temperature 1 too, alone and in company; another seed gives another answer."""
+    """At temperature 1, alone and in company. Another seed gives another answer."""
     inputs = prompts(12)
     sampled = {"temperature": 1.0, "top_p": 0.95, "min_p": 0.02, "max_new_tokens": TOKENS, "ignore_eos": True}
     seeded = [sampled | {"sampling_seed": 1000 + number} for number in range(len(inputs))]

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="no C
 
 KEY = "a-key"
 MODEL = "smollm2-135m"
-SETTINGS = [f"server_args.{setting}" for setting in ("max_total_tokens=4096", "context_length=2048")]
+SETTINGS = [f"--set=server_args.{setting}" for setting in ("max_total_tokens=4096", "context_length=2048")]
 SWITCHES = [
     "--headless",
     "--no-sandbox",
@@ -35,7 +35,7 @@ SWITCHES = [
     "--disable-sync",
 ]
 PATIENCE_MS = 240_000
-"""For whatever waits for a model; a busy machine is not a fault of what is tested."""
+"""Timeout of what waits for a model, long enough for a busy machine."""
 
 expect.set_options(timeout=PATIENCE_MS)
 
@@ -65,9 +65,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Iterator[Server]:
-    arguments = ["server", "--profile", MODEL, "--api-key", KEY]
-    for setting in SETTINGS:
-        arguments += ["--set", setting]
+    arguments = ["server", "--profile", MODEL, "--api-key", KEY, *SETTINGS]
     started = Server(start_server, tmp_path_factory.mktemp("live"), arguments)
     yield started
     started.kill()
@@ -83,7 +81,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A tab of its own. Whatever the browser complains of fails the test, but for replies that the test asked for."""
+    """A new tab. An error or a warning of the browser fails the test, unless a request was refused."""
     context = browser.new_context()
     tab = context.new_page()
     complaints: list[str] = []
@@ -319,11 +317,11 @@ def test_it_outlives_a_restart_of_the_server(server: Server, page: Page) -> None
 
 
 def test_a_draining_server_says_so(server: Server, page: Page) -> None:
-    """Last: it ends the module's server."""
+    """Runs last, because it ends the module's server."""
     open_with_key(page, server)
     expect(page.locator("#status")).to_have_text("Live")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(server.ask, max_tokens=1500, ignore_eos=True)  # drained for as long as the page is looked at
+        pool.submit(server.ask, max_tokens=1500, ignore_eos=True)  # keeps the server draining while the page is checked
         expect(page.locator("#running")).to_have_text("1")
         os.kill(server.process.pid, signal.SIGTERM)
         expect(page.locator("#status")).to_contain_text("the server is stopping")

@@ -73,14 +73,14 @@ def test_a_reply_carries_tau(server: Server) -> None:
 
 
 def test_a_stream_carries_tau_and_the_same_text(server: Server) -> None:
-    whole = server.chat().choices[0].message.content
+    expected = server.chat().choices[0].message.content
     text, spec, usage = "", None, None
     for chunk in server.chat(stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             text += choice.delta.content or ""
         spec = (chunk.model_extra or {}).get("sglext", {}).get("spec_tokens_details", spec)
         usage = chunk.usage or usage
-    assert text == whole
+    assert text == expected
     assert spec is not None
     assert spec["tau"] > 0
     assert usage is not None
@@ -230,7 +230,7 @@ def test_a_port_in_use_is_refused_before_anything_loads(server: Server) -> None:
 
 
 def test_sigterm_finishes_what_runs_and_leaves_no_process(server: Server) -> None:
-    """Last: it ends the module's server."""
+    """Runs last, because it ends the module's server."""
     family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.chat, max_tokens=64, extra_body={"ignore_eos": True})

@@ -109,9 +109,9 @@ def finished(folder: Path) -> Path:
 
 
 def test_a_served_drafter_has_the_counts_of_its_walk(finished: Path) -> None:
-    """The same answers, the same drafter: but for a rounding of the features here and there, the same steps.
+    """The same answers and drafter give the same steps, except where features are rounded differently.
 
-    Not the same histogram: a server counts drafts that it accepted and then cut off at the end.
+    Histograms may differ: a server also counts drafts that it accepted and then cut off at the end.
     """
     results = read_results(finished / "records")
     served = {record.key: record for record in results.served["auf", 2, 0.0]}
@@ -125,7 +125,7 @@ def test_a_served_drafter_has_the_counts_of_its_walk(finished: Path) -> None:
 
 
 def test_arms_with_one_seed_start_alike(finished: Path) -> None:
-    """Equal weights, batches and anchors: before the first update as many slots are right, whatever they weigh."""
+    """Weights, batches and anchors are equal, so before the first update the same number of slots is right."""
     results = read_results(finished / "records")
 
     def first(arm: str, seed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A drafter trained here on a few answers, exported, and served by the real engine: it drafts what it learnt.
 
-The smallest proof that features, positions, labels, masks, export and serving all mean the same: one off by one and the
-served tau stays near 1 whatever the training loss says.
+Features, positions, labels, masks, export and serving must all agree: with one off-by-one error the served tau stays
+near 1, whatever the training loss is.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MASK = 3
 class Agreeing:
     """A transformers model that chooses the engine's token wherever the engine has chosen one.
 
-    In bf16 a target of random weights is nearly tied every few dozen tokens, and transformers' products round otherwise
-    than SGLang's. Features, drafter and the mechanics of blocks remain the torch models' own.
+    In bf16 a target of random weights has a near tie every few dozen tokens, and transformers rounds products otherwise
+    than SGLang. Features, drafter and the mechanics of blocks are the torch models'.
     """
 
     def __init__(self, model: Any, sequence: list[int]) -> None:
@@ -81,7 +81,7 @@ def trained(target: Path, answers: list[dict[str, Any]], directory: Path, **draf
     from sglang_auf.training.recipe import parse_recipe
     from sglang_auf.training.trainer import train
 
-    # The held-out row is a copy: what is asked is whether the answers have been learnt.
+    # The held-out row is a copy, because the question is whether the answers were learnt.
     copies = [{**row, "id": f"{row['id']}/{copy}"} for row in answers for copy in range(2)]
     data = directory / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in copies))

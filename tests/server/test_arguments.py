@@ -103,7 +103,7 @@ def test_bad_server_args_are_refused_by_name(given: dict[str, Any], said: str) -
 def test_what_the_profile_says_cannot_be_said_twice(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_server_args({key: "x"})
-    assert OWNED[key] in caught.value.remedy
+    assert OWNED[key] in caught.value.expected
 
 
 def test_refusal_by_sglang_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ TOKEN = "the probe's own"
 FILES = ["/auf", *(f"/auf/{file.name}" for file in PAGE.iterdir() if file.name != "index.html")]
 
 REFUSALS = [
-    ("GET", "/auf", b"\xff", 200),  # the page is there for everybody
+    ("GET", "/auf", b"\xff", 200),  # the page is open to everybody
     ("POST", "/v1/chat/completions", b"\xff", 401),  # the unreadable key
     ("POST", "/update_weights_from_disk", b"Bearer other", 401),  # SGLang's key check, before it is known what exists
     ("POST", "/update_weights_from_disk", b"Bearer secret", 404),
