@@ -71,17 +71,23 @@ class Monitored:
 
     def answer_some(self) -> None:
         """Get plain, sampled, streamed and one-token answers, leave one, and wait until all are scraped."""
+        before = self.finished()
         self.chat()
         self.chat(temperature=0.8, seed=1)
         self.chat(stream=True)
         self.chat(max_tokens=1)
         with suppress(ConnectionError):
             self.chat(stream=True, max_tokens=1200, ignore_eos=True)
+        until(lambda: self.finished() == before + 5)  # the server notices later that a client has left
         until(lambda: self.value("sum(sglang:num_running_reqs)") == 0 and not math.isnan(self.tau()))
         until(lambda: self.value("sum(auf_verify_steps_total)") == self.acceptance()["verify_steps"])
 
     def tau(self) -> float:
         return self.value("sum(auf_emitted_tokens_total) / sum(auf_verify_steps_total)")
+
+    def finished(self) -> int:
+        counted = self.acceptance()
+        return int(counted["requests"] + counted["requests_without_verify"])
 
     def acceptance(self) -> dict[str, Any]:
         total: dict[str, Any] = get(f"{self.server}/v1/auf/acceptance")["total"]
