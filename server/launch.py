@@ -16,7 +16,7 @@ from server.probe import Probe
 from server.profile import Profile
 from server.routes import auf_router
 from sglang_auf.checkpoints.prepare import prepare
-from sglang_auf.checkpoints.target_sources import RECIPES
+from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
 from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
 from sglang_auf.errors import ServerError
 
@@ -36,7 +36,7 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     check_port(profile.host, profile.port)
     load_sglang(profile.device, needs_algorithm=not plain)
     check_server_args(profile.server_args)
-    target = str(prepare(profile.target)) if profile.target in RECIPES else profile.target
+    target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else profile.target
     served = check_models(profile, target, plain)
     drafter = served.speculation.checked.path if served.speculation else None
     if profile.adaptive_block and not plain:

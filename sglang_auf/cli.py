@@ -143,9 +143,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from sglang_auf.checkpoints.card import check_drafter
-    from sglang_auf.checkpoints.prepare import resolve
+    from sglang_auf.checkpoints.prepare import resolve_target
 
-    checked = check_drafter(options.drafter, resolve(options.target))
+    checked = check_drafter(options.drafter, resolve_target(options.target))
     for name, value in checked.card.model_dump(mode="json").items():
         print(f"{name:20} {'unknown' if value is None else value}")
     listed = "all tokens" if checked.vocabulary is None else f"{len(checked.vocabulary.tokens)} tokens"
@@ -239,10 +239,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from sglang_auf.checkpoints.prepare import resolve
+    from sglang_auf.checkpoints.prepare import resolve_target
     from sglang_auf.training.convert.convert import convert
 
-    target = None if options.target is None else resolve(options.target)
+    target = None if options.target is None else resolve_target(options.target)
     converted = convert(options.source, options.out, target=target, force=options.force)
     for change in converted.changes:
         print(change)

@@ -23,6 +23,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PROVENANCE = "provenance.json"
 UNFINISHED = ".writing-"
 """Part of the name of what is being written. After a kill it may remain; `remove_unfinished` removes it."""
 

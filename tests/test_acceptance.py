@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from sglang_auf.acceptance import (
     Acceptance,
-    cut_tokens,
-    expected_tau,
     macro_alpha,
     macro_tau,
     reached_at_least,
     total,
 )
+from tests.reference.acceptance_identities import cut_tokens, expected_tau
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The drafter card: what a drafter was trained for, and the check against a target before anything loads.
 
-The card is a small JSON file beside the weights. A drafter without one (z-lab, SpecForge) gets one derived from its
-config.json, in which what nobody wrote down is unknown. Verification is exact whatever the drafter says, so a drafter
+The card is a small JSON file beside the weights. For a drafter without one (z-lab, SpecForge) a card is derived from
+config.json, and what that does not say is unknown. Verification is exact whatever the drafter proposes, so a drafter
 that does not fit can only cost tokens per step; but it does so in silence, and the figures then measure a mistake.
-What cannot work as trained is an error, what may lower tau a warning.
+What cannot work as trained is an error, what may lower tau is a warning.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.checkpoints.weights import check_weights, draft_setting, head_of, size, tapped_layers
+from sglang_auf.checkpoints.weights import check_weights, config_size, draft_setting, head_of, tapped_layers
 from sglang_auf.errors import CardError, TargetError
-from sglang_auf.files import find_model, read_json
+from sglang_auf.files import CONFIG, find_model, read_json
+from sglang_auf.settings import Thinking, checked
 
 CARD_NAME = "auf_card.json"
 MASK_EMBEDDING = "mask_embedding.pt"
@@ -28,11 +29,6 @@ MASK_EMBEDDING = "mask_embedding.pt"
 # What SGLang assumes where config.json is silent (speculative/dflash_utils.py).
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MASK_TOKEN = "<|MASK|>"
-
-Thinking = Literal["on", "off"]
-
-# SGLang's model files for these collect hidden states at the entry of a layer, so the last layer's output never.
-NO_LAST_TAP = ("llama", "qwen3")
 
 # Fields whose absence is worth a warning.
 MATTERS = (
@@ -48,7 +44,7 @@ MATTERS = (
 
 
 class MeasuredTau(BaseModel):
-    """A tau somebody measured. on: prompts, temperature, token limit, platform, in words."""
+    """A measured tau. on: the prompts, temperature, token limit and platform, in words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,12 +54,12 @@ class MeasuredTau(BaseModel):
 
 
 class DrafterCard(BaseModel):
-    """What a drafter was trained for. None means unknown; the fields without a default must be said in a file.
+    """What a drafter was trained for. None means unknown; a card in a file must have the fields without a default.
 
     target_config_hash, chat_template_hash: as TargetFacts computes them. target_layer_ids: 0-based layers whose
     outputs are tapped. block_size: B, anchor included. head: "dflash", "domino", or the projector_type found.
     thinking: the chat template's mode in training. max_length: longest training sequence in tokens.
-    objective: training loss, "auf" in its name when it was Accept-Until-Fail. derived: read off config.json.
+    objective: training loss, with "auf" in its name where it was Accept-Until-Fail. derived: made from config.json.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,7 +72,7 @@ class DrafterCard(BaseModel):
     mask_token_id: StrictInt | None = Field(ge=0)
     block_size: StrictInt = Field(ge=2)
     head: str
-    thinking: Thinking | None = None
+    thinking: Thinking = None
     chat_template_hash: str | None = None
     max_length: int | None = Field(default=None, ge=1)
     objective: str | None = None
@@ -86,14 +82,14 @@ class DrafterCard(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Names of the fields that nobody wrote down."""
+        """Names of the unknown fields."""
         return [name for name in type(self).model_fields if getattr(self, name) is None]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedDrafter:
     """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory.
-    vocabulary: the tokens it lists to choose from, None for all."""
+    vocabulary: the tokens that it may draft, None for all."""
 
     card: DrafterCard
     warnings: tuple[str, ...]
@@ -109,22 +105,22 @@ def check_drafter(
     target_revision: str | None = None,
     block_size: int | None = None,
     context_length: int | None = None,
-    thinking: Thinking | None = None,
+    thinking: Thinking = None,
 ) -> CheckedDrafter:
-    """Everything that can be known about a drafter and its target without loading either.
+    """Check a drafter against its target as far as possible without loading either.
 
     drafter, target: directory or hub id. The rest as in `check_card`. Raises CardError or TargetError. No weight is
-    read, no pickle opened, and no code of the checkpoint run: SGLang uses its own class whatever auto_map says.
+    read, no pickle is opened, and no code of the checkpoint runs: SGLang uses its own class whatever auto_map says.
     """
     path = find_model(drafter, ("*.json", "*.safetensors", MASK_EMBEDDING), CardError, drafter_revision)
     if (path / MASK_EMBEDDING).exists():
         raise CardError(
             f"{MASK_EMBEDDING} in {path}",
             "a drafter that uses the target's own embedding of its mask token",
-            f"delete {MASK_EMBEDDING} if the drafter does without; SGLang would write it into the target's embedding "
-            "table, and the target must stay as it is",
+            f"delete {MASK_EMBEDDING} if the drafter works without it; SGLang would write it into the target's "
+            "embedding table, and the target must not change",
         )
-    config = read_json(path / "config.json", CardError)
+    config = read_json(path / CONFIG, CardError)
     card = load_card(path)
     if (listed := draft_vocabulary.load(path)) is not None:
         draft_vocabulary.check(listed, config)
@@ -136,22 +132,22 @@ def check_drafter(
 
 def load_card(drafter: Path) -> DrafterCard:
     """The card beside the weights, or one derived from config.json. Raises CardError where the two disagree."""
-    config = read_json(drafter / "config.json", CardError)
+    config = read_json(drafter / CONFIG, CardError)
     derived = _derived_card(config)
     file = drafter / CARD_NAME
     if not file.is_file():
         return derived
-    card = _validated(read_json(file, CardError), CARD_NAME)
+    card = _checked_card(read_json(file, CardError), CARD_NAME)
     disagreements = [
-        f"{name} is {getattr(card, name)} in {CARD_NAME} and {getattr(derived, name)} in config.json"
+        f"{name} is {getattr(card, name)} in {CARD_NAME} and {getattr(derived, name)} in {CONFIG}"
         for name in ("block_size", "mask_token_id", "target_layer_ids", "head")
         if getattr(card, name) != getattr(derived, name)
     ]
     if disagreements:
         raise CardError(
             f"{drafter}: {'; '.join(disagreements)}",
-            "a card that agrees with the config.json SGLang loads",
-            "correct the wrong one of the two: they may come from different drafters",
+            f"a card that agrees with the {CONFIG} that SGLang loads",
+            "correct the wrong one; they may come from different drafters",
         )
     return card
 
@@ -163,12 +159,12 @@ def check_card(
     *,
     block_size: int | None = None,
     context_length: int | None = None,
-    thinking: Thinking | None = None,
+    thinking: Thinking = None,
 ) -> list[str]:
     """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as trained.
 
     config: the drafter's config.json. block_size: B to serve with, None for the card's. context_length: tokens, None
-    for the target's own. thinking: the mode requests are served in, None if it is theirs to choose.
+    for the target's own. thinking: the mode of all requests, None where each request chooses.
     """
     faults = _faults(card, config, target)
     if faults:
@@ -225,10 +221,10 @@ def check_card(
 
 def _faults(card: DrafterCard, config: Mapping[str, Any], target: TargetFacts) -> list[str]:
     """What in the drafter contradicts the target."""
-    layers = target.num_layers
+    layers, tappable = target.num_layers, target.tappable_layers
     sizes = (
-        ("hidden_size", size(config, "hidden_size"), target.hidden_size),
-        ("vocab_size", size(config, "vocab_size"), target.vocab_size),
+        ("hidden_size", config_size(config, "hidden_size"), target.hidden_size),
+        ("vocab_size", config_size(config, "vocab_size"), target.vocab_size),
         ("num_target_layers", draft_setting(config, "num_target_layers", layers), layers),
     )
     faults = [
@@ -240,7 +236,6 @@ def _faults(card: DrafterCard, config: Mapping[str, Any], target: TargetFacts) -
         faults.append(f"target_config_hash {card.target_config_hash} in the card, {target.config_hash} of the target")
     if card.mask_token_id is not None and card.mask_token_id >= target.vocab_size:
         faults.append(f"mask_token_id {card.mask_token_id} is outside the target's vocabulary of {target.vocab_size}")
-    tappable = layers - 1 if target.model_type in NO_LAST_TAP else layers
     outside = [layer for layer in card.target_layer_ids or () if not 0 <= layer < tappable]
     if outside:
         faults.append(f"tapped layers {outside}, where SGLang taps 0..{tappable - 1} of the target's {layers} layers")
@@ -253,7 +248,7 @@ def _differ(trained: object, served: object) -> bool:
 
 
 def _derived_card(config: Mapping[str, Any]) -> DrafterCard:
-    """What config.json alone tells, read as SGLang reads it."""
+    """The card that config.json alone gives, read as SGLang reads it."""
     values = {
         "target_name": None,
         "target_config_hash": None,
@@ -263,16 +258,8 @@ def _derived_card(config: Mapping[str, Any]) -> DrafterCard:
         "head": head_of(config),
         "derived": True,
     }
-    return _validated(values, "config.json")
+    return _checked_card(values, CONFIG)
 
 
-def _validated(values: Mapping[str, Any], source: str) -> DrafterCard:
-    try:
-        return DrafterCard.model_validate(values)
-    except ValidationError as problem:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
-        raise CardError(
-            f"{source} has {reasons}",
-            "the fields of a drafter card, format 1",
-            f"correct {source}",
-        ) from problem
+def _checked_card(values: Mapping[str, Any], source: str) -> DrafterCard:
+    return checked(DrafterCard, values, source, "the fields of a drafter card, format 1", error=CardError)

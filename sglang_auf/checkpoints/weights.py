@@ -1,7 +1,7 @@
-"""Weight coverage: does a drafter checkpoint hold exactly the weights that SGLang's DFlash model reads?
+"""Check that a drafter checkpoint holds exactly the weights that SGLang's DFlash model reads.
 
 SGLang 0.5.23 (models/dflash.py, load_weights) skips every name it does not know and leaves every weight it does not
-find as it was allocated, so a wrong checkpoint serves at tau 1 without a word. Here both are errors, found from the
+find uninitialised, so a wrong checkpoint serves at tau 1 without a word. Here both are errors, found from the
 safetensors headers before anything is loaded.
 """
 
@@ -14,19 +14,17 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from sglang_auf.errors import CardError
-from sglang_auf.files import listing, read_json
+from sglang_auf.files import weight_files
 
 Shape = tuple[int, ...]
 
 ARCHITECTURE = "DFlashDraftModel"
 HEADS = ("dflash", "domino")
 FLOATS = ("BF16", "F16", "F32")
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# Parts of later drafters. SGLang adds weights for them, or ignores them when only the key is there.
+# Parts of later drafters. SGLang adds weights for them, or ignores them where the key alone exists.
 FOREIGN_SETTINGS = ("conv_kernel_size", "selector_rank", "attention_sink_bias", "lilicorr_enabled")
-# Names SGLang resolves to another one: the vendor's own export.
+# Names in the vendor's own export, and what SGLang reads them as.
 ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 # SGLang computes rotary tables itself; old exports carry them as weights.
 RECOMPUTED = "rotary_emb.inv_freq"
@@ -44,7 +42,7 @@ class Tensor(NamedTuple):
 
 
 def draft_setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A drafter setting where SGLang looks for it: dflash_config.<key> if that key exists, else the top level.
+    """A drafter setting, looked up as SGLang does: dflash_config.<key> if that key exists, else the top level.
 
     A null counts as not set, and a nested null hides the top level (speculative/dflash_utils.py).
     """
@@ -61,17 +59,17 @@ def head_of(config: Mapping[str, Any]) -> str:
 
 
 def tapped_layers(config: Mapping[str, Any]) -> list[int] | None:
-    """0-based target layers whose outputs the drafter reads; None where only the target's depth can tell.
+    """0-based target layers whose outputs the drafter reads; None where they follow from the target's depth alone.
 
-    SGLang hands their outputs over in layer order and each once, whatever the list says: any other list is an error.
+    SGLang returns the outputs sorted by layer and without repetition, so an unsorted or repeated list is an error.
     """
     ids = draft_setting(config, "target_layer_ids")
     depth = draft_setting(config, "num_target_layers")
     if ids is None and depth is None:
         return None
     if ids is None:
-        depth = size({"num_target_layers": depth}, "num_target_layers")
-        ids = default_target_layer_ids(depth, size(config, "num_hidden_layers"))
+        depth = config_size({"num_target_layers": depth}, "num_target_layers")
+        ids = default_target_layer_ids(depth, config_size(config, "num_hidden_layers"))
     if not isinstance(ids, list) or not ids or not all(type(layer) is int for layer in ids) or ids != sorted(set(ids)):
         raise CardError(
             f"tapped layers {ids!r} from config.json",
@@ -95,12 +93,12 @@ def expected_weights(config: Mapping[str, Any]) -> dict[str, Shape]:
     Shapes are [out, in]. Raises CardError for a config that is not a plain DFlash or Domino drafter, or lacks a size.
     """
     _check_kind(config)
-    hidden = size(config, "hidden_size")
-    inner = size(config, "intermediate_size")
-    head_dim = size(config, "head_dim")
-    queries = size(config, "num_attention_heads") * head_dim
-    keys = size(config, "num_key_value_heads") * head_dim
-    layers = size(config, "num_hidden_layers")
+    hidden = config_size(config, "hidden_size")
+    inner = config_size(config, "intermediate_size")
+    head_dim = config_size(config, "head_dim")
+    queries = config_size(config, "num_attention_heads") * head_dim
+    keys = config_size(config, "num_key_value_heads") * head_dim
+    layers = config_size(config, "num_hidden_layers")
     tapped = tapped_layers(config)
     taps = layers if tapped is None else len(tapped)  # SGLang's own choice has as many taps as the drafter has layers
 
@@ -136,7 +134,7 @@ def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Compare the checkpoint in directory `path` with `expected_weights`, from headers only.
 
     Returns warnings. Raises CardError for unknown, missing, doubled, misshapen or non-float weights, missing shards,
-    truncated files, and checkpoints that are pickles (a pickle runs code when it is loaded; none is ever opened).
+    truncated files, and checkpoints that are pickles (loading one may run any code, so none is ever opened).
     """
     expected = expected_weights(config)
     found: dict[str, Tensor] = {}
@@ -147,14 +145,14 @@ def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
         name = ALIASES.get(name, name)
         if name.endswith(RECOMPUTED):
             continue
-        if name in BORROWED and tensor.shape == (size(config, "vocab_size"), size(config, "hidden_size")):
+        if name in BORROWED and tensor.shape == (config_size(config, "vocab_size"), config_size(config, "hidden_size")):
             borrowed.append(tensor.name)
             continue
         if name in found:
             doubled.append(f"{tensor.name} in {found[name].file.name} and {tensor.file.name}")
         found[name] = tensor
 
-    both = [name for name in expected if name in found]
+    shared = [name for name in expected if name in found]
     complaints = [
         *_some("missing", [name for name in expected if name not in found]),
         *_some("unknown", [tensor.name for name, tensor in found.items() if name not in expected]),
@@ -163,18 +161,18 @@ def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
             "misshapen",
             [
                 f"{name} {list(found[name].shape)} instead of {list(expected[name])}"
-                for name in both
+                for name in shared
                 if found[name].shape != expected[name]
             ],
         ),
-        *_some("not float", [f"{name} {found[name].dtype}" for name in both if found[name].dtype not in FLOATS]),
+        *_some("not float", [f"{name} {found[name].dtype}" for name in shared if found[name].dtype not in FLOATS]),
     ]
     if complaints:
         raise CardError(
             f"{path}: " + "; ".join(complaints),
             f"exactly the {len(expected)} weights of a {head_of(config)} drafter with "
             f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, as {'/'.join(FLOATS)}",
-            "export the drafter again, or correct its config.json; SGLang would leave out or invent these silently",
+            "export the drafter again, or correct its config.json; SGLang would skip or make up weights in silence",
         )
     return [
         f"{name} in the drafter is not read: drafts use the target's own table. If it was trained, tau is lower"
@@ -182,16 +180,16 @@ def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def size(config: Mapping[str, Any], key: str) -> int:
-    """A positive integer the config must say itself: SGLang would fill in its model class's default."""
+def config_size(config: Mapping[str, Any], key: str) -> int:
+    """A positive integer that config.json must give, since SGLang would fill in its model class's default."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CardError(f"{key} {value!r} in config.json", f"{key} as a positive integer", f"set {key} in config.json")
+        raise CardError(f"{key} {value!r} in config.json", f"{key} as a positive integer")
     return value
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
-    """Only DFlash and Domino drafters, unquantised: the ones whose weight names are known here."""
+    """Raises CardError unless it is an unquantised DFlash or Domino drafter, whose weight names are known here."""
     served = "a DFlash or Domino drafter without quantisation"
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
@@ -229,12 +227,12 @@ def _domino_weights(config: Mapping[str, Any], hidden: int) -> dict[str, Shape]:
             "set them in dflash_config as the drafter was trained; another prefix length needs training again",
         )
     settings = {**config, **(config.get("dflash_config") or {})}
-    state, rank, vocab = size(settings, "gru_hidden_dim"), size(settings, "emb_dim"), size(config, "vocab_size")
+    state, rank = config_size(settings, "gru_hidden_dim"), config_size(settings, "emb_dim")
+    vocab = config_size(config, "vocab_size")
     if config.get("emb_dim", rank) != rank:
         raise CardError(
             f"emb_dim {rank} in dflash_config and {config['emb_dim']} at the top level of config.json",
             "the same emb_dim in both",
-            "remove the wrong one",
         )
     return {
         "prefix_gru.weight_ih_l0": (3 * state, hidden),
@@ -245,26 +243,8 @@ def _domino_weights(config: Mapping[str, Any], hidden: int) -> dict[str, Shape]:
 
 
 def _stored(path: Path) -> Iterable[Tensor]:
-    """Headers of every safetensors file SGLang would read: those of the index where there is one, else all."""
-    files = sorted(path.glob("*.safetensors"))
-    if (path / INDEX).is_file():
-        indexed = read_json(path / INDEX, CardError).get("weight_map") or {}
-        files = sorted({path / name for name in indexed.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CardError(
-                f"{path} lacks {', '.join(missing)}, which {INDEX} lists (it holds: {listing(path)})",
-                "every shard of the drafter",
-                "fetch the drafter again",
-            )
-    if not files:
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-        raise CardError(
-            f"no weights as *.safetensors in {path} ({'pickles: ' + ', '.join(pickles) if pickles else listing(path)})",
-            "weights as safetensors: loading a pickle may run any code",
-            "convert the drafter to safetensors in an environment you trust" if pickles else "fetch the drafter again",
-        )
-    for file in files:
+    """The headers of every safetensors file that SGLang would read."""
+    for file in weight_files(path, CardError):
         yield from _header(file)
 
 

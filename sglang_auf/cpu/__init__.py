@@ -1,5 +1,5 @@
 """An out-of-tree SGLang platform for machines without an accelerator, with bit-identical greedy decoding."""
 
-# SGLang's import loads platform.py through the entry point. Whoever imports a module of this package first would have
-# the two import each other half made.
+# Importing SGLang loads platform.py through the entry point. If a module of this package came first, the two would
+# import each other half finished.
 import sglang  # noqa: F401

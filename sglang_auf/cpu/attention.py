@@ -1,8 +1,8 @@
-"""The CPU attention backend: decode, extend, target verify (causal) and draft block (bidirectional) in one form.
+"""The CPU attention backend: one form for decode, extend, target verify (causal) and draft block (bidirectional).
 
-A forward is planned once: for each request, where its queries lie in the batch and its keys in the pool. A layer is
-then one call of the attention kernel (kernels.py), which walks over the keys that a query sees and no others: nothing
-is padded or masked, and a query's result depends on nothing but its own keys.
+A forward is planned once: where each request has its queries in the batch and its keys in the pool. A layer is then
+one call of the attention kernel (kernels.py), which reads only the keys that a query sees: nothing is padded or
+masked, and a query's result depends on its own keys alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-Span = tuple[int, int, int, int]
-"""Of one request: row of the slot table, first query in the batch, queries, and keys with the new tokens' own."""
+QuerySpan = tuple[int, int, int, int]
+"""One request: row of the slot table, first query in the batch, number of queries, number of keys with the new ones."""
 
 
 class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
-    """SGLang's attention backend "auf_cpu". One instance a model runner (target, drafter)."""
+    """SGLang's attention backend "auf_cpu". Target and drafter have one instance each."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         """Plan one forward, for all layers."""
         self.tasks = AttentionTasks.of(self._spans(forward_batch), self.req_to_token_pool.req_to_token)
 
-    def _spans(self, forward_batch: ForwardBatch) -> Iterable[Span]:
+    def _spans(self, forward_batch: ForwardBatch) -> Iterable[QuerySpan]:
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return

@@ -1,8 +1,8 @@
 """SGLang's norms, rotations and gates on a CPU, as row kernels (kernels.py) in place of chains of torch operations.
 
-Registered per operator class through `BaseFusedOp.register_oot_forward` (sglang/kernels/fused_op.py). What a kernel
-does not cover stays SGLang's own native form. No input is written to. The kernels come with numba and are imported when
-they are called: these forms are registered in every process, and only a scheduler computes.
+They are registered per operator class through `BaseFusedOp.register_oot_forward` (sglang/kernels/fused_op.py). Cases
+that a kernel does not cover go to SGLang's native form. No input is written to. The kernels need numba and are imported
+at the first call, because every process registers these forms and only a scheduler computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rms_norm_forward(
     post_residual_addition: torch.Tensor | None = None,
     quant_linear: torch.nn.Module | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm.forward: the normed x, and with a residual also x + residual. x [..., features]."""
+    """RMSNorm.forward of x [..., features]: the normed x; with a residual (the normed x + residual, x + residual)."""
     from sglang_auf.cpu import kernels
 
     if (
@@ -89,7 +89,7 @@ def silu_and_mul_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def register() -> None:
-    """Make SGLang's operators use the forms above on our platform."""
+    """Make SGLang's operators use the functions above on our platform."""
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.activation import SiluAndMul
     from sglang.srt.layers.layernorm import RMSNorm

@@ -2,36 +2,33 @@
 
 Greedy decoding with speculation equals plain decoding bit for bit only if a token's activations are the same whether
 it is computed alone (decode), in a block (verify), in a batch with others, or inside a prefill chunk. oneDNN chooses
-its blocking from the number of rows, and some choices add up the products in another order, which flips a rare last
-bit. So the row counts that a weight is ever multiplied with are limited to one set whose results agree; which sets
-agree depends on the machine (AMX, AVX512) and on the shape, and is found out by a probe when the model is loaded.
-Weights are reordered for oneDNN once ("prepacked"), which saves about a third of a decode step.
+its blocking from the number of rows, and some choices add up the products in another order, which sometimes changes a
+last bit. So a weight is only ever multiplied with row counts from one set whose results agree. Which counts agree
+depends on the machine (AMX, AVX512) and on the shape; a probe finds it when the model is loaded. Weights are reordered
+for oneDNN once ("prepacked"), which saves about a third of a decode step.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
+from sglang_auf import env
+
 logger = logging.getLogger(__name__)
 
-# Row counts a product may be padded to. 33 is the smallest that oneDNN's large-batch blocking for AMX takes.
+# Row counts that a product may be padded to. 33 is the smallest with which oneDNN uses its large-batch AMX blocking.
 ROW_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 33, 48, 64, 96, 128, 192, 256)
-# Row count that oneDNN lays out a prepacked weight for.
+# Row count for which oneDNN lays out a prepacked weight.
 PREPACKED_FOR = 16
-# Typical row counts of plain decoding, verification and prefill, which the choice of a set is weighed by.
+# Typical row counts of plain decoding, verification and prefill: a set is chosen by its cost at these.
 TYPICAL_ROWS = (1, 8, 32, 128, 512)
-# Rows whose extra cost equals reading the weight once: a product is bound by memory up to about here.
+# Rows that cost as much as reading the weight once: with fewer, a product is bound by memory.
 ROWS_PER_WEIGHT_READ = 96
-
-
-# Set to 0, a row is computed with whatever rows come with it: what bit-identity costs is measured against that.
-ROW_INVARIANT_SWITCH = "SGLANG_AUF_ROW_INVARIANT"
 
 
 def can_prepack() -> bool:
@@ -41,12 +38,12 @@ def can_prepack() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """Row counts, ascending, that give a row the same bits; products are padded or split to one of them."""
+    """Row counts, ascending, that give a row the same bits. Products are padded or split to one of them."""
 
     counts: tuple[int, ...]
 
     def padded(self, rows: int) -> int:
-        """The smallest count that holds `rows` (rows <= largest)."""
+        """The smallest count that is not below `rows` (rows <= largest)."""
         for count in self.counts:
             if count >= rows:
                 return count
@@ -57,7 +54,7 @@ class RowSet:
         return self.counts[-1]
 
     def cost(self, rows: int) -> float:
-        """Estimated cost of a product with `rows` rows, in readings of the weight."""
+        """Estimated cost of a product with `rows` rows; 1 is the cost of reading the weight once."""
         full, rest = divmod(rows, self.largest)
         pieces = [self.largest] * full + ([self.padded(rest)] if rest else [])
         return sum(1 + piece / ROWS_PER_WEIGHT_READ for piece in pieces)
@@ -77,9 +74,9 @@ def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
 def agreeing_row_counts(out_features: int, in_features: int) -> tuple[RowSet, ...]:
     """Partition ROW_COUNTS into sets whose products agree bit for bit, by trying them (bf16, this machine).
 
-    The probe's inputs cancel: each product sums +v and -v at random places, so the exact result is 0 and what is left
-    is rounding alone. Any change in the order of summation shows in nearly every output. Every row of a product holds
-    one of a few vectors, so that a dependence on the row's place shows as well; such a count agrees with nothing.
+    The probe's inputs cancel: each product sums +v and -v at random places, so the exact result is 0 and only rounding
+    remains. Any change in the order of summation shows in nearly every output. Every row of a product holds one of
+    four vectors, so that a dependence on the row's place shows too; a count with such a dependence is in no set.
     """
     generator = torch.Generator().manual_seed(out_features * 131 + in_features)
     half = in_features // 2
@@ -123,8 +120,8 @@ def choose_row_set(out_features: int, in_features: int) -> RowSet:
 
 @cache
 def _padding(rows: int, features: int) -> torch.Tensor:
-    """A buffer to pad in. What earlier products left in its last rows is never read: rows do not mix."""
-    # An inference tensor could not be written to outside inference mode, where the drafter's head runs.
+    """A buffer to pad in. Its last rows may hold anything from earlier products, because rows do not mix."""
+    # The drafter's head runs outside inference mode, where an inference tensor cannot be written to.
     with torch.inference_mode(False):
         return torch.zeros(rows, features, dtype=torch.bfloat16)
 
@@ -132,14 +129,15 @@ def _padding(rows: int, features: int) -> torch.Tensor:
 class RowInvariantLinear:
     """y = x W^T (+ b) in bf16 with results per row that do not depend on the other rows.
 
-    Takes the place of SGLang's unquantised linear and embedding methods on a loaded module (`quant_method`), whose
-    interface it has; the module keeps its `.weight`, which the drafter reads raw.
+    Replaces SGLang's unquantised linear or embedding method (`quant_method`) of a loaded module and has its interface.
+    The module keeps its `.weight`, which the drafter reads directly. With env.ROW_INVARIANT off, nothing is padded or
+    split: the cost of equal bits is measured against that.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
         self.packed = _prepack(weight)
-        self.rows = choose_row_set(*weight.shape) if os.environ.get(ROW_INVARIANT_SWITCH) != "0" else None
+        self.rows = choose_row_set(*weight.shape) if env.ROW_INVARIANT.is_on() else None
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
@@ -162,7 +160,7 @@ class RowInvariantLinear:
         padded[:rows] = x
         return _product(padded, self.weight, self.packed)[:rows]
 
-    # SGLang's LinearMethodBase / QuantizeMethodBase interface, as far as a loaded model calls it.
+    # The part of SGLang's LinearMethodBase / QuantizeMethodBase interface that a loaded model calls.
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dim() == 2:
             return self(x, bias)
@@ -173,7 +171,7 @@ class RowInvariantLinear:
 
 
 def install(model: torch.nn.Module) -> int:
-    """Give every unquantised bf16 linear layer and head of a loaded SGLang model a RowInvariantLinear; return how many.
+    """Give each unquantised bf16 linear layer and head of a loaded SGLang model a RowInvariantLinear; returns how many.
 
     An embedding table that is also the head (tied) is one module in SGLang and is packed once.
     """
@@ -195,7 +193,7 @@ def install(model: torch.nn.Module) -> int:
             module.quant_method = RowInvariantLinear(module.weight.data)
             installed += 1
         elif type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_plain(module):
-            # What fuses the tapped features of a DFlash drafter (models/dflash.py) is torch's own.
+            # DFlash drafters fuse the tapped features (models/dflash.py) with a plain torch layer.
             module.forward = partial(RowInvariantLinear(module.weight.data).apply, module)
             installed += 1
     return installed

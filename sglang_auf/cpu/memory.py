@@ -1,4 +1,4 @@
-"""KV memory on a CPU: the pool's layout, its size from free memory, and the refusal of a model that does not fit."""
+"""KV memory on a CPU: the layout of the pool, its size, and the refusal of a model that does not fit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_auf.errors import TargetError
-from sglang_auf.files import read_json
+from sglang_auf.files import CONFIG, read_json
 
 GIB = 1 << 30
-# Tokens a pool holds at most unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
+# Most tokens of a pool, unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
 MOST_TOKENS = 131_072
-# Left to the operating system, the HTTP process, activations and torch's own allocations.
+# For the operating system, the HTTP process, activations and torch's own allocations.
 RESERVED = 2 * GIB
-# A weight is held twice: as loaded (the drafter reads some raw) and reordered for oneDNN.
+# A weight is held twice: as loaded (the drafter reads some directly) and reordered for oneDNN.
 WEIGHT_COPIES = 2
 
 
 class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
-    """SGLang's pool with K and V of a slot side by side: one address of a layer finds both (kernels.py).
+    """SGLang's pool with K and V of a slot side by side, so that a kernel finds both at one address (kernels.py).
 
     Each layer is one tensor [slots, 2, key heads, head_dim]; `k_buffer` and `v_buffer` are views of it.
     """
@@ -41,7 +41,7 @@ class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
         self.v_buffer = [layer[:, 1] for layer in self._layers]
 
     def _init_kv_copy_and_warmup(self) -> None:
-        # Upstream compiles a Triton kernel here for moving slots, which block drafting never does.
+        # Upstream compiles a Triton kernel here that moves slots; block drafting never moves any.
         self._kv_copy_config = None
 
     def interleaved(self, layer_id: int) -> torch.Tensor:
@@ -49,14 +49,14 @@ class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
         return self._layers[layer_id - self.start_layer]
 
     def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
-        from sglang_auf.cpu import kernels  # with numba: for the scheduler alone
+        from sglang_auf.cpu import kernels  # needs numba; only the scheduler computes
 
         kernels.store(cache_k.flatten(1), cache_v.flatten(1), self._layers[layer_idx], loc.long().contiguous())
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What a model takes, in bytes; kv is per token."""
+    """Memory of a model, in bytes."""
 
     weights: int
     kv_per_token: int
@@ -70,7 +70,7 @@ class ModelSize:
             head_dim = config.get("head_dim") or config["hidden_size"] // heads
         except KeyError as missing:
             raise TargetError(
-                f"no {missing} in {path / 'config.json'}",
+                f"no {missing} in {path / CONFIG}",
                 "the configuration of a decoder with key and value heads",
                 "serve a model whose configuration has it, or give --max-total-tokens",
             ) from missing
@@ -83,13 +83,13 @@ class ModelSize:
 
 
 def _language_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; of a multimodal one the part for text."""
-    config = read_json(path / "config.json", TargetError)
+    """config.json of a model directory, or its text part for a multimodal model."""
+    config = read_json(path / CONFIG, TargetError)
     return config.get("text_config") or config
 
 
 def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
-    """Tokens for the KV pool with `available` bytes free now; TargetError if not even one context fits."""
+    """Tokens of the KV pool with `available` free bytes. Raises TargetError if not even one context fits."""
     weights = WEIGHT_COPIES * size.weights
     free = available - RESERVED - weights
     tokens = min(max(MOST_TOKENS, context_length), free // size.kv_per_token)
@@ -99,33 +99,33 @@ def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
             f"{available / GIB:.1f} GiB of free memory",
             f"{need / GIB:.1f} GiB: weights twice ({weights / GIB:.1f}), KV of one context of {context_length} tokens "
             f"({context_length * size.kv_per_token / GIB:.1f}), {RESERVED / GIB:.0f} reserved",
-            "free memory, take a smaller model, or shorten the context with --context-length",
+            "free memory, use a smaller model, or shorten the context with --context-length",
         )
     return int(tokens)
 
 
 def local_checkpoints(server_args: Any) -> list[Path] | None:
-    """The target's and the drafter's directories; None when one is a hub id that SGLang has yet to fetch."""
+    """The directories of target and drafter; None when one is a hub id, which SGLang fetches later."""
     names = (server_args.model_path, server_args.speculative_draft_model_path)
     paths = [Path(name) for name in names if name]
-    return paths if all((path / "config.json").is_file() for path in paths) else None
+    return paths if all((path / CONFIG).is_file() for path in paths) else None
 
 
 def refuse_other_attention(server_args: Any) -> None:
-    """TargetError for a model with attention that the CPU backend lacks: better here than at the first token."""
+    """Raises TargetError, before anything loads, for a model whose attention the CPU backend does not have."""
     for path in local_checkpoints(server_args) or ():
         config = _language_config(path)
         layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
         if layer_types or config.get("attn_logit_softcapping"):
             raise TargetError(
-                f"{', '.join(sorted(layer_types)) or 'soft-capped attention'} in {path / 'config.json'}",
+                f"{', '.join(sorted(layer_types)) or 'soft-capped attention'} in {path / CONFIG}",
                 "full self-attention in every layer on the CPU platform",
                 "serve this model on a GPU",
             )
 
 
 def plan_pool(server_args: Any) -> int | None:
-    """--max-total-tokens for a server on this machine; None when a checkpoint is not local yet (SGLang sizes then)."""
+    """--max-total-tokens for this machine; None when a checkpoint is not local yet, and SGLang decides."""
     paths = local_checkpoints(server_args)
     if paths is None:
         return None

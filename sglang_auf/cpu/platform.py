@@ -1,7 +1,7 @@
-"""The CPU platform SGLang loads through the entry point `sglang.srt.platforms: auf_cpu` (sglang_auf.plugin).
+"""The CPU platform that SGLang loads through the entry point `sglang.srt.platforms: auf_cpu` (sglang_auf.plugin).
 
-Device "cpu" through SGLang's out-of-tree platform interface: SGLang's own CPU mode needs a build of sgl-kernel that
-is on no package index, refuses DFLASH, and gives other results for one row than for several.
+It serves device "cpu" through SGLang's out-of-tree platform interface. SGLang's own CPU mode needs a build of
+sgl-kernel that is on no package index, refuses DFLASH, and gives a row other results alone than among several.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def assign_req_to_token_pool(
 ) -> None:
     """Write newly allocated slots into each request's row, [start_offset, end_offset).
 
-    The torch form of the Triton kernel of the same name (sglang/srt/mem_cache/allocation.py), for which SGLang has no
+    The torch form of the Triton kernel of this name (sglang/srt/mem_cache/allocation.py), for which SGLang has no
     platform hook.
     """
     lengths = end_offset - start_offset
@@ -62,9 +62,9 @@ def assign_req_to_token_pool(
 
 
 def validate_domino_runtime(original: Callable[..., None], *, device: torch.device, **facts: Any) -> None:
-    """SGLang's check of a Domino head, without its refusal of the device.
+    """SGLang's check of a Domino head, on any device.
 
-    domino_utils.py refuses what is not CUDA before it checks shapes and types; the rollout itself is plain torch.
+    domino_utils.py refuses devices other than CUDA before it checks shapes and types, but the rollout is plain torch.
     """
     original(device=torch.device("cuda") if device.type == "cpu" else device, **facts)
 
@@ -72,7 +72,8 @@ def validate_domino_runtime(original: Callable[..., None], *, device: torch.devi
 def _cpu_tensors_need_no_stream() -> None:
     """Make Tensor.record_stream a no-op for CPU tensors, which raise there.
 
-    dflash_worker_v2.py calls it on batch.seq_lens without the guard that the other workers have; can go with that.
+    dflash_worker_v2.py calls it on batch.seq_lens without the guard that the other workers have. Once it has that
+    guard, this can go.
     """
     original = torch.Tensor.record_stream
     if getattr(original, "skips_cpu", False):
@@ -87,7 +88,7 @@ def _cpu_tensors_need_no_stream() -> None:
 
 
 class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
-    """SGLang on a CPU: bf16, our attention, linears whose rows do not depend on each other."""
+    """SGLang on a CPU in bf16, with our attention, and linear layers whose rows do not depend on each other."""
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
@@ -122,7 +123,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return DISPATCH_KEY
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Defaults and refusals, before anything loads."""
+        """Sets defaults and refuses what is not supported, before anything loads."""
         from sglang_auf.cpu.memory import plan_pool, refuse_other_attention
 
         _refuse_unsupported(server_args)
@@ -131,7 +132,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         server_args.attention_backend = ATTENTION_BACKEND
         server_args.page_size = 1
         server_args.dtype = "bfloat16"
-        server_args.sleep_on_idle = True  # an idle scheduler would keep a core busy that others here could use
+        server_args.sleep_on_idle = True  # else an idle scheduler keeps a core busy
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
         if server_args.max_running_requests is None:
@@ -149,7 +150,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         kernels.prepare()
         install(model)
         for module in model.modules():
-            # models/dflash.py: this path is a Triton kernel that checks no device.
+            # In models/dflash.py this path is a Triton kernel, and no check of the device guards it.
             if hasattr(module, "use_table_qk_norm_rope"):
                 module.use_table_qk_norm_rope = False
 
@@ -159,7 +160,7 @@ def _refuse_unsupported(server_args: Any) -> None:
         raise ConfigError(
             f"--dtype {server_args.dtype}",
             "--dtype bfloat16 (or auto) on the CPU platform",
-            "leave --dtype out: the products that give a row the same result in any batch are bf16",
+            "leave --dtype out: only bf16 products give a row the same result in any batch",
         )
     for name, only in (("tp_size", 1), ("dp_size", 1), ("pp_size", 1)):
         if getattr(server_args, name) != only:
@@ -188,7 +189,7 @@ def register() -> None:
     """Register attention backend, fused operators and argument defaults. The plugin installs HOOKS."""
     # For the scheduler process, which starts after this: huge pages, where the system allows them on request.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles lose whole tokens of position at long range
+    os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles are off by entire positions at long range
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
     from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
@@ -208,7 +209,7 @@ def register() -> None:
 
     @register_resolution_hook("handle_cpu_backends")  # type: ignore[untyped-decorator]
     def cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
-        # The built-in step forces the pytorch sampler for device "cpu", which ignores seeds.
+        # SGLang's own step forces the pytorch sampler on device "cpu", which ignores seeds.
         if server_args.sampling_backend not in (None, SAMPLER_NAME):
             raise ConfigError(
                 f"--sampling-backend {server_args.sampling_backend}",

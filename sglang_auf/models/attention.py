@@ -1,4 +1,4 @@
-"""Attention of mask blocks: every block sees the target's context before its anchor, and itself in both directions.
+"""Attention of mask blocks: each block sees the target's context before its anchor, and all of itself.
 
 Q, K and V of the blocks are [R, N, B, heads, D], K and V of the context [R, S, key heads, D]. Block n of row r has its
 anchor at position anchors[r, n] and sees the context positions strictly before it: the target has not run on the
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 SCORE_BYTES = 2**28
-"""Of one layer; several such tensors live at a time. Where they fit, the products were quicker than flex attention on
-an H200 at the shapes tried; the limit bounds memory and is a judgement."""
+"""Most bytes for the scores of one layer; several such tensors live at a time. Below it, plain products were quicker
+than flex attention on an H200 at the shapes tried. The value is a judgement that bounds memory."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
     """-> [R, N, B, heads, D], scaled by D ** -0.5.
 
-    Two products and one softmax; on CUDA, flex attention where their scores would take more than SCORE_BYTES.
+    By `attend_two_part`; on CUDA by `attend_flex` where the scores would take more than SCORE_BYTES.
     """
     scores = q.shape[:-1].numel() * (context_k.shape[1] + q.shape[2]) * q.element_size()
     attention = attend_flex if q.device.type == "cuda" and scores > SCORE_BYTES else attend_two_part
@@ -31,9 +31,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
 
 
 def attend_two_part(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
-    """Scores against the context and against the own block side by side: no score of one block with another exists.
+    """Scores against the context and against the own block, side by side; no block is scored against another.
 
-    With N * B close to S or above it, a dense mask over S + N * B keys wastes most of its scores.
+    A dense mask over S + N * B keys would waste most of its scores where N * B is close to S or above it.
     """
     rows, blocks, width, heads, dim = q.shape
     keys, length = context_k.shape[2], context_k.shape[1]
@@ -49,7 +49,7 @@ def attend_two_part(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_
 
     own_k = k.permute(0, 3, 1, 4, 2)  # [R, keys, N, D, B]
     own_v = v.permute(0, 3, 1, 2, 4)  # [R, keys, N, B, D]
-    # The heads of a key head share its keys: their rows are put together, so that K and V are not repeated.
+    # Query heads that share a key head are put together as rows, so that K and V are not repeated.
     together = grouped.transpose(2, 3).reshape(rows, keys, blocks, per_key * width, dim)
     to_block = together @ own_k
     to_block = to_block.view(rows, keys, blocks, per_key, width, width).transpose(2, 3)
@@ -64,7 +64,7 @@ def attend_two_part(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
-    """The same through flex attention, whose block-sparse kernel skips what no query of a tile sees."""
+    """The same through flex attention, whose block-sparse kernel skips keys that no query of a tile sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, blocks, width, _, _ = q.shape
@@ -100,7 +100,7 @@ def block_mask(anchors: Tensor, length: int, block_size: int) -> Callable[[Tenso
 
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Compiled on CUDA, where the eager version would hold the dense scores."""
+    """Flex attention, compiled on CUDA: the eager version would hold the dense scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     kernel: Callable[..., Any] = flex_attention

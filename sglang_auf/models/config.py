@@ -1,7 +1,7 @@
-"""The shape of a drafter, and the config.json it is written to.
+"""The shape of a drafter, and its config.json.
 
-The one definition of the format this project trains and exports: DFlash (arXiv 2602.06036) and Domino (arXiv
-2605.29707) drafters as SGLang 0.5.23 reads them (models/dflash.py, speculative/dflash_utils.py).
+This is the one definition of the format that this project trains and exports: DFlash (arXiv 2602.06036) and Domino
+(arXiv 2605.29707) drafters as SGLang 0.5.23 reads them (models/dflash.py, speculative/dflash_utils.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DrafterConfig(BaseModel):
 
     The widths are the target's, because the drafter borrows its embedding and head. target_layer_ids: 0-based layers
     of the target whose outputs are tapped, ascending. block_size: B, anchor included. rope_scaling: the target's, or
-    None. gru_hidden_dim and emb_dim: state of the GRU and rank of the correction, for the domino head alone.
+    None. gru_hidden_dim, emb_dim: state of the GRU and rank of the correction, for the domino head only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,8 +83,8 @@ class DrafterConfig(BaseModel):
     ) -> Self:
         """A drafter for the target with config.json `target`: its widths, heads, vocabulary and rotary positions.
 
-        Raises ConfigError for a target whose rotary embedding covers a part of the head only (neither the trainer nor
-        SGLang's DFlash layers would follow it), ValidationError for impossible values.
+        Raises ConfigError for a target whose rotary embedding covers only a part of each head, which neither the
+        trainer nor SGLang's DFlash layers compute; ValidationError for impossible values.
         """
         rope = target.get("rope_parameters") or {}
         partial = target.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
@@ -123,15 +123,15 @@ class DrafterConfig(BaseModel):
     def from_checkpoint(cls, config: Mapping[str, Any]) -> Self:
         """The shape in a drafter's config.json.
 
-        Raises CardError for what is no DFlash or Domino drafter, or one with settings that `to_checkpoint` would lose;
+        Raises CardError unless it is a DFlash or Domino drafter without settings that `to_checkpoint` would lose;
         ValidationError for sizes that are missing or impossible.
         """
-        expected_weights(config)  # its checks of the kind
+        expected_weights(config)  # checks the kind of drafter
         if lost := _uncomputed(config):
             raise CardError(
                 f"{', '.join(lost)} in config.json",
                 "a drafter as this project trains it; its torch model computes nothing else",
-                "see whether `sglang-auf convert` rewrites it; else train and decode it with its own tools",
+                "try `sglang-auf convert`, or train and decode it with the tools it comes from",
             )
         head = head_of(config)
         values = {
@@ -204,7 +204,7 @@ class DrafterConfig(BaseModel):
 
 
 def _uncomputed(config: Mapping[str, Any]) -> list[str]:
-    """Settings, as "key value", under which SGLang computes something else than backbone.py and domino.py do."""
+    """Settings, as "key value", with which SGLang computes something else than dflash.py and domino.py do."""
     plain: dict[str, tuple[Any, ...]] = {
         "attention_bias": (False,),
         "hidden_act": ("silu",),

@@ -1,7 +1,8 @@
 """The drafter: Qwen3 decoder layers over mask blocks, with the target's features injected as keys and values.
 
-Architecture: arXiv 2602.06036 section 3. Parameter names and shapes are those of the checkpoint (coverage.py), so that
-`state_dict()` is what SGLang loads. Embedding and head are the target's and frozen; they are not part of this module.
+Architecture: arXiv 2602.06036 section 3. Parameters have the names and shapes of the checkpoint (see
+checkpoints/weights.py), so that SGLang loads `state_dict()`. Embedding and head are the target's and frozen; they are
+not part of this module.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Rotary(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
-        self.inverse()  # a kind of scaling that is not computed here is found now
+        self.inverse()  # refuses an unknown kind of scaling now
 
     def inverse(self, device: torch.device | None = None) -> Tensor:
-        """Radians a position, [D / 2]. No buffer: a cast of the drafter would round it, and far positions with it."""
+        """Radians per position, [D / 2]. No buffer: casting the drafter would round it, and spoil far positions."""
         exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
         return _scaled(self.config.rope_theta**-exponents, self.config.rope_scaling)
 
@@ -69,13 +70,13 @@ def _scaled(inverse: Tensor, scaling: dict[str, Any] | None) -> Tensor:
         return inverse * (smooth + (1 - smooth) / scaling["factor"])
     raise ConfigError(
         f"rope_scaling of type {kind!r}",
-        "none, linear or llama3: the ones this trainer computes as SGLang does",
+        "none, linear or llama3, which this trainer computes as SGLang does",
         "train for another target",
     )
 
 
 class Attention(nn.Module):  # type: ignore[misc]
-    """Attention of a block on the context's features and on itself."""
+    """Attention of a block to the context's features and to itself."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class MLP(nn.Module):  # type: ignore[misc]
 
 
 class Layer(nn.Module):  # type: ignore[misc]
-    """Pre-norm attention and MLP. The context skips the input norm, the query, the output and the MLP."""
+    """Pre-norm attention and MLP. The context gives keys and values only, and skips the input norm."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Drafter(nn.Module):  # type: ignore[misc]
     def forward(self, features: Tensor, embeddings: Tensor, anchors: Tensor) -> Tensor:
         """States of all block slots after the final norm, [R, N, B, H].
 
-        features [R, S, taps * H]: the target's, at positions 0..S-1 (what lies at or after an anchor is not looked at).
+        features [R, S, taps * H]: the target's, at positions 0..S-1 (a block ignores those at and after its anchor).
         embeddings [R, N, B, H]: of the anchor's token and B - 1 mask tokens. anchors [R, N]: position of slot 0.
         """
         context = self.hidden_norm(self.fc(features))

@@ -1,7 +1,7 @@
-"""Domino's head (arXiv 2605.29707): logits corrected by what was drafted before, through a GRU and a low rank.
+"""Domino's head (arXiv 2605.29707): a GRU over the drafted tokens corrects the logits, through a low-rank product.
 
-L_final = L_base + W2 SiLU(W1 [h ; s]), s the state of a GRU that has read the block's tokens so far. Names and shapes
-are those of SpecForge's and SGLang's (prefix_gru, embed_proj), with shift_label: slot k predicts the token at
+L_final = L_base + W2 SiLU(W1 [h ; s]), where s is the state of a GRU that has read the block's tokens so far. Names and
+shapes are those of SpecForge and SGLang (prefix_gru, embed_proj), with shift_label: slot k predicts the token at
 anchor + k + 1, slot 0 has no correction (pure_draft_prefix_len 1), and slot k's state has read anchor .. anchor + k.
 """
 
@@ -28,10 +28,10 @@ def make_projector(hidden_size: int, state_size: int, rank: int, vocab_size: int
 
 
 def correction_inputs(gru: nn.GRU, projector: nn.Sequential, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """SiLU(W1 [h ; s]) of slots 1..: what W2 turns into logits.
+    """SiLU(W1 [h ; s]) of slots 1.., which W2 turns into logits; -> [blocks, slots, rank].
 
-    hidden [blocks, slots, H]: drafter states of slots 1.. ; tokens [blocks, slots + 1, H]: embeddings of the tokens at
-    anchor, anchor + 1, ..., each slot's state having read those up to its own position. -> [blocks, slots, rank].
+    hidden [blocks, slots, H]: drafter states of slots 1.. tokens [blocks, slots + 1, H]: embeddings of the tokens at
+    anchor, anchor + 1, ...; each slot's state has read those up to its own position.
     """
     states, _ = gru(tokens)
     joined = torch.cat([hidden, states[:, 1:]], dim=-1)

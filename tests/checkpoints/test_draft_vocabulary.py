@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from sglang_auf import env
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.checkpoints.draft_vocabulary import FILE, SWITCH, DraftVocabulary, in_use, load, write
+from sglang_auf.checkpoints.draft_vocabulary import FILE, DraftVocabulary, in_use, load, write
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.training.data.frequent_tokens import most_frequent
 from tests.support.tiny_models import drafter_config
@@ -24,7 +25,7 @@ def test_what_was_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert write(vocabulary, tmp_path) == tmp_path / FILE
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
     assert load(tmp_path) == in_use(tmp_path) == vocabulary
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(env.DRAFT_VOCABULARY.name, "0")
     assert in_use(tmp_path) is None
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from sglang_auf.checkpoints import prepare as module
-from sglang_auf.checkpoints import target_sources
-from sglang_auf.checkpoints.prepare import PROVENANCE, damage_of, prepare, resolve
-from sglang_auf.checkpoints.target_sources import RECIPES, Recipe
+from sglang_auf.checkpoints.prepare import damage_of, prepare, resolve_target
+from sglang_auf.checkpoints.target_sources import TARGET_SOURCES, TargetSource
 from sglang_auf.errors import TargetError
+from sglang_auf.files import PROVENANCE
 
 GGUF = "tiny_model/tiny.gguf"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,9 +93,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def source(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> TargetSource:
     """The name "tiny": a hub that does not answer and a package that is not installed."""
-    tiny = Recipe(
+    tiny = TargetSource(
         name="tiny",
         version=1,
         hub_id="owner/tiny",
@@ -107,8 +107,7 @@ def recipe(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         gguf_sha256=sha256(gguf),
         peak_bytes=1_000_000,
     )
-    monkeypatch.setattr(target_sources, "RECIPES", {"tiny": tiny})
-    monkeypatch.setattr(module, "RECIPES", {"tiny": tiny})
+    monkeypatch.setattr(module, "TARGET_SOURCES", {"tiny": tiny})
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
     return tiny
 
@@ -144,7 +143,7 @@ def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.usefixtures("index", "recipe")
+@pytest.mark.usefixtures("index", "source")
 def test_package_becomes_a_bf16_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,15 +166,15 @@ def test_package_becomes_a_bf16_checkpoint_with_its_tokenizer(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("index")
-def test_provenance_names_source_and_versions(recipe: Recipe, tmp_path: Path) -> None:
+def test_provenance_names_source_and_versions(source: TargetSource, tmp_path: Path) -> None:
     made = prepare("tiny", tmp_path / "made")
     provenance = json.loads((made / PROVENANCE).read_text())
-    assert provenance["source"] == f"pypi:tiny-model==1.0/{GGUF}#sha256={recipe.gguf_sha256}"
+    assert provenance["source"] == f"pypi:tiny-model==1.0/{GGUF}#sha256={source.gguf_sha256}"
     assert set(provenance["made_with"]) == {"sglang-auf", "torch", "transformers"}
     assert provenance["files"]["model.safetensors"] == (made / "model.safetensors").stat().st_size
 
 
-@pytest.mark.usefixtures("index", "recipe")
+@pytest.mark.usefixtures("index", "source")
 def test_complete_target_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare("tiny", tmp_path / "made")
     before = (made / "model.safetensors").stat().st_mtime_ns
@@ -185,8 +184,8 @@ def test_complete_target_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("index")
-@pytest.mark.parametrize("damage", ["truncate", "remove", "unreadable", "recipe"])
-def test_damaged_target_is_remade(damage: str, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncate", "remove", "unreadable", "version"])
+def test_damaged_target_is_remade(damage: str, source: TargetSource, tmp_path: Path) -> None:
     made = prepare("tiny", tmp_path / "made")
     weights = made / "model.safetensors"
     whole = sha256(weights)
@@ -199,14 +198,14 @@ def test_damaged_target_is_remade(damage: str, recipe: Recipe, tmp_path: Path) -
     else:
         provenance = json.loads((made / PROVENANCE).read_text())
         (made / PROVENANCE).write_text(json.dumps(provenance | {"recipe_version": 0}))
-    assert damage_of(made, recipe) is not None
+    assert damage_of(made, source) is not None
     prepare("tiny", tmp_path / "made")
-    assert damage_of(made, recipe) is None
+    assert damage_of(made, source) is None
     assert sha256(weights) == whole
     assert left_in(tmp_path) == [".made.lock", "made"]
 
 
-@pytest.mark.usefixtures("index", "recipe")
+@pytest.mark.usefixtures("index", "source")
 def test_foreign_directory_is_not_touched(tmp_path: Path) -> None:
     foreign = tmp_path / "mine"
     foreign.mkdir()
@@ -216,16 +215,16 @@ def test_foreign_directory_is_not_touched(tmp_path: Path) -> None:
     assert left_in(foreign) == ["thesis.txt"]
 
 
-def test_checksum_mismatch_is_refused(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksum_mismatch_is_refused(source: TargetSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF, but not this one")
     monkeypatch.setattr(subprocess, "run", pip_that_gives(other))
-    with pytest.raises(TargetError, match=recipe.gguf_sha256):
+    with pytest.raises(TargetError, match=source.gguf_sha256):
         prepare("tiny", tmp_path / "place" / "made")
     assert left_in(tmp_path / "place") == [".made.lock"]
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("source")
 def test_without_any_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pip_that_gives(None))
     with pytest.raises(TargetError, match="No matching distribution") as caught:
@@ -234,7 +233,7 @@ def test_without_any_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest
     assert left_in(tmp_path) == [".made.lock"]
 
 
-@pytest.mark.usefixtures("index", "recipe")
+@pytest.mark.usefixtures("index", "source")
 def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched"))
@@ -242,9 +241,9 @@ def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path: Path, monk
         prepare("tiny", tmp_path / "made")
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("source")
 def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(recipe: Recipe, scratch: Path, made: Path) -> str:
+    def fill(source: TargetSource, made: Path) -> str:
         (made / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -254,21 +253,21 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert left_in(tmp_path) == [".made.lock"]
 
 
-@pytest.mark.usefixtures("index", "recipe")
+@pytest.mark.usefixtures("index", "source")
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    stale = tmp_path / ".made.making-abc"
+    stale = tmp_path / ".made.writing-abc"
     stale.mkdir()
     (stale / "half.safetensors").write_bytes(b"half")
     prepare("tiny", tmp_path / "made")
     assert left_in(tmp_path) == [".made.lock", "made"]
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("source")
 def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    def fetch(recipe: Recipe, scratch: Path, made: Path) -> str:
-        fetched.append(recipe.name)
+    def fetch(source: TargetSource, made: Path) -> str:
+        fetched.append(source.name)
         (made / "config.json").write_text("{}")
         return "test"
 
@@ -281,7 +280,7 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert fetched == ["tiny"]
 
 
-@pytest.mark.usefixtures("recipe")
+@pytest.mark.usefixtures("source")
 def test_installed_package_is_used_without_importing_it(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,38 +310,38 @@ class Hub:
             (local_dir / name).write_bytes(self.content[name])
 
 
-def with_hub_files(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes]) -> None:
+def with_hub_files(source: TargetSource, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes]) -> None:
     files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    monkeypatch.setattr(module, "RECIPES", {"tiny": replace(recipe, hub_files=files)})
+    monkeypatch.setattr(module, "TARGET_SOURCES", {"tiny": replace(source, hub_files=files)})
 
 
-def test_hub_comes_first(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_comes_first(source: TargetSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch)
-    with_hub_files(recipe, monkeypatch, hub.content)
+    with_hub_files(source, monkeypatch, hub.content)
     made = prepare("tiny", tmp_path / "made")
     assert left_in(made) == ["config.json", "model.safetensors", PROVENANCE]
     assert json.loads((made / PROVENANCE).read_text())["source"] == "hub:owner/tiny@main"
 
 
 def test_hub_file_with_another_checksum_is_refused(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: TargetSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(monkeypatch)
-    with_hub_files(recipe, monkeypatch, hub.content | {"model.safetensors": b"other weights"})
+    with_hub_files(source, monkeypatch, hub.content | {"model.safetensors": b"other weights"})
     with pytest.raises(TargetError, match=r"model\.safetensors with SHA-256"):
         prepare("tiny", tmp_path / "made")
     assert left_in(tmp_path) == [".made.lock"]
 
 
-@pytest.mark.usefixtures("index", "recipe")
-def test_resolve_knows_prepared_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("index", "source")
+def test_resolve_target_knows_prepared_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_AUF_HOME", str(tmp_path))
-    assert resolve("owner/other") == "owner/other"
+    assert resolve_target("owner/other") == "owner/other"
     with pytest.raises(TargetError, match="not prepared") as caught:
-        resolve("tiny")
+        resolve_target("tiny")
     assert caught.value.remedy == "sglang-auf prepare tiny"
     prepare("tiny")
-    assert resolve("tiny") == str(tmp_path / "targets" / "tiny")
+    assert resolve_target("tiny") == str(tmp_path / "targets" / "tiny")
 
 
 def test_unknown_target_lists_the_known() -> None:
@@ -350,19 +349,8 @@ def test_unknown_target_lists_the_known() -> None:
         prepare("gpt-5")
 
 
-def test_home_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_AUF_HOME", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert module.home() == tmp_path / "own"
-    monkeypatch.delenv("SGLANG_AUF_HOME")
-    assert module.home() == tmp_path / "xdg" / "sglang-auf"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert module.home() == tmp_path / ".cache" / "sglang-auf"
-
-
 def test_every_pin_is_a_whole_checksum() -> None:
-    for recipe in RECIPES.values():
-        for checksum in (recipe.gguf_sha256, *recipe.hub_files.values()):
+    for source in TARGET_SOURCES.values():
+        for checksum in (source.gguf_sha256, *source.hub_files.values()):
             assert len(bytes.fromhex(checksum)) == 32
-        assert len(bytes.fromhex(recipe.hub_revision)) == 20
+        assert len(bytes.fromhex(source.hub_revision)) == 20

@@ -53,6 +53,11 @@ def test_facts_of_a_plain_target(tmp_path: Path) -> None:
     assert (found.max_position_embeddings, found.dtype, found.chat_template_hash) == (8192, "bfloat16", None)
 
 
+@pytest.mark.parametrize(("model_type", "tappable"), [("llama", 29), ("qwen3", 29), ("gpt_oss", 30)])
+def test_the_last_layer_can_be_tapped_where_sglang_does(tmp_path: Path, model_type: str, tappable: int) -> None:
+    assert facts(tmp_path, {**HUB, "model_type": model_type}).tappable_layers == tappable
+
+
 def test_the_config_hash_does_not_depend_on_who_wrote_the_file(tmp_path: Path) -> None:
     hub, gguf = facts(tmp_path / "hub", HUB), facts(tmp_path / "gguf", FROM_GGUF)
     nested = facts(tmp_path / "nested", {"model_type": "vision", "text_config": HUB})

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_auf import env
 from sglang_auf.cpu import linear
 from sglang_auf.cpu.linear import RowInvariantLinear, RowSet, agreeing_row_counts, choose_row_set
 
@@ -108,12 +109,12 @@ def test_padding_made_in_inference_mode_can_be_written_outside_of_it() -> None:
 
 
 def test_rows_may_be_left_to_themselves_to_see_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(linear.ROW_INVARIANT_SWITCH, "0")
+    monkeypatch.setenv(env.ROW_INVARIANT.name, "0")
     weight, x = weight_of(576, 576), rows_of(5, 576)
     layer = RowInvariantLinear(weight)
     assert layer.rows is None
     assert torch.equal(layer(x), linear._product(x, weight, layer.packed))
-    monkeypatch.setenv(linear.ROW_INVARIANT_SWITCH, "1")
+    monkeypatch.setenv(env.ROW_INVARIANT.name, "1")
     assert RowInvariantLinear(weight).rows is not None
 
 

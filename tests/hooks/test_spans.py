@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_auf.acceptance import Acceptance, cut_tokens
+from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER, Spans
+from tests.reference.acceptance_identities import cut_tokens
 
 BYTES = "The sky, «blau» 天空 🌊 end".encode()
 

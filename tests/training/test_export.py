@@ -1,33 +1,30 @@
-"""Exported drafters: what is written, what is refused, and that nothing half-written is ever left."""
+"""Exported drafters: what a checkpoint of a training run becomes, and which runs are refused."""
 
 from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sglang_auf import cli
 from sglang_auf.checkpoints.card import CARD_NAME, MeasuredTau, check_drafter, load_card
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import expected_weights
-from sglang_auf.errors import AufError, CardError, ConfigError, TargetError
+from sglang_auf.checkpoints.writing import RECIPE
+from sglang_auf.errors import AufError, CardError, TargetError
+from sglang_auf.files import PROVENANCE, WEIGHTS
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.provenance import git_revision, sha256_of
-from sglang_auf.training import export
 from sglang_auf.training.checkpointer import Checkpoints, RunState
-from sglang_auf.training.export import PROVENANCE, RECIPE, WEIGHTS, export_checkpoint, export_drafter
+from sglang_auf.training.export import export_checkpoint, export_drafter
 from sglang_auf.training.run_directory import RUN
 from tests.support.tiny_models import target_config, write_target
 
@@ -67,20 +64,6 @@ def write(out: Path, target: Path, state: Tensors | None = None, head: str = "df
         **changes,
     }
     return export_drafter(state_of(config) if state is None else state, config, out, **settings)
-
-
-@pytest.mark.parametrize("head", ["dflash", "domino"])
-def test_what_is_written_fits_the_target_and_holds_the_weights(tmp_path: Path, target: Path, head: str) -> None:
-    config = drafter_of(head)
-    out = write(tmp_path / "new" / "drafter", target, head=head)
-    assert out == tmp_path / "new" / "drafter"
-    assert check_drafter(str(out), str(target)).warnings == ()
-    stored = load_file(out / WEIGHTS)
-    assert stored.keys() == expected_weights(config.to_checkpoint()).keys()
-    assert all(torch.equal(stored[name], value.bfloat16()) for name, value in state_of(config).items())
-    with safe_open(out / WEIGHTS, framework="pt") as opened:
-        assert opened.metadata() == {"format": "pt"}
-    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
 
 
 def test_domino_is_written_as_sglang_names_it(tmp_path: Path, target: Path) -> None:
@@ -140,98 +123,6 @@ def test_a_fresh_drafter_can_be_exported(tmp_path: Path, target: Path, caplog: p
     assert [record.getMessage() for record in caplog.records] == [
         f"{out}: embed_proj.2.weight is all zeros: untrained"  # a new correction changes nothing
     ]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
-def test_numbers_that_are_not_finite_in_bfloat16_are_refused(tmp_path: Path, target: Path, value: float) -> None:
-    state = state_of(drafter_of())
-    state["layers.0.mlp.up_proj.weight"][2, 3] = value
-    with pytest.raises(CardError, match=r"layers.0.mlp.up_proj.weight with 1 of 8192 not finite"):
-        write(tmp_path / "drafter", target, state)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "complaint"),
-    [
-        ("fc.weight", None, "no fc.weight"),
-        ("lm_head.weight", torch.ones(64, 64), "lm_head.weight, which SGLang does not read"),
-        ("norm.weight", torch.ones(65), r"norm.weight of shape \[65\] instead of \[64\]"),
-        ("norm.weight", torch.ones(64, dtype=torch.int32), "norm.weight of type torch.int32"),
-    ],
-)
-def test_weights_of_another_drafter_are_refused(
-    tmp_path: Path, target: Path, name: str, value: torch.Tensor | None, complaint: str
-) -> None:
-    state = {**state_of(drafter_of()), name: value}
-    weights = {key: tensor for key, tensor in state.items() if tensor is not None}
-    with pytest.raises(CardError, match=complaint):
-        write(tmp_path / "drafter", target, weights)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_target_of_another_shape_is_refused(tmp_path: Path, target: Path) -> None:
-    state = state_of(drafter_of())
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**target_config(), "vocab_size": 128}))
-    with pytest.raises(CardError, match="vocab_size 64, where the target's is 128"):
-        write(tmp_path / "drafter", tmp_path / "other", state)
-    assert not (tmp_path / "drafter").exists()
-
-
-def test_an_export_is_replaced_only_when_asked(tmp_path: Path, target: Path) -> None:
-    out = write(tmp_path / "drafter", target)
-    newer = state_of(drafter_of(), seed=1)
-    with pytest.raises(ConfigError, match="--force"):
-        write(out, target, newer)
-    assert torch.equal(load_file(out / WEIGHTS)["fc.weight"], state_of(drafter_of())["fc.weight"].bfloat16())
-    write(out, target, newer, force=True)
-    assert torch.equal(load_file(out / WEIGHTS)["fc.weight"], newer["fc.weight"].bfloat16())
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_what_is_no_export_is_never_replaced(tmp_path: Path, target: Path) -> None:
-    for name, make in (("file", Path.touch), ("empty", Path.mkdir)):
-        make(tmp_path / name)
-        with pytest.raises(ConfigError, match="is no export"):
-            write(tmp_path / name, target, force=True)
-    out = write(tmp_path / "drafter", target)
-    (out / "README.md").write_text("by hand")
-    with pytest.raises(ConfigError, match=r"holds README.md beside an export"):
-        write(out, target, force=True)
-    assert (out / "README.md").read_text() == "by hand"
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may grow past 4 kB: the closest to a full disk that needs no privileges."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_leaves_the_earlier_export(tmp_path: Path, target: Path) -> None:
-    out = write(tmp_path / "drafter", target)
-    before = sha256_of(sorted(out.iterdir()))
-    with full_disk(), pytest.raises(ConfigError, match=r"writing .*drafter failed"):
-        write(out, target, state_of(drafter_of(), seed=1), force=True)
-    assert sha256_of(sorted(out.iterdir())) == before
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_files_that_read_back_differently_are_refused(
-    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def careless(tensors: Tensors, file: Path, metadata: dict[str, str]) -> None:
-        save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1}, file, metadata)
-
-    monkeypatch.setattr(export, "save_file", careless)
-    with pytest.raises(CardError, match=r"differ from what was written \(norm.weight\)"):
-        write(tmp_path / "drafter", target)
-    assert list(tmp_path.iterdir()) == []
 
 
 # A training run

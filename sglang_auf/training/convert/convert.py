@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from sglang_auf.checkpoints.card import MASK_EMBEDDING, DrafterCard
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, RECOMPUTED
+from sglang_auf.checkpoints.writing import write_drafter
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import CONFIG, HUB_ID, find_model, read_json, weight_files
 from sglang_auf.provenance import sha256_of
 from sglang_auf.training.convert import specforge, speculators
 from sglang_auf.training.convert.common import Reading, refusal
-from sglang_auf.training.export import write_drafter
 
 # The target's own norm and head, with which speculators computes its labels.
 FOR_LABELS = ("verifier_norm.weight", "verifier_lm_head.weight")

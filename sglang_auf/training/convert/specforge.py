@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_auf.checkpoints.weights import ARCHITECTURE, default_target_layer_ids, size
+from sglang_auf.checkpoints.weights import ARCHITECTURE, config_size, default_target_layer_ids
 from sglang_auf.training.convert.common import Reading, config_changes, is_on, refusal, section, served_config
 
 DOMINO = "DominoDraftModel"
@@ -54,14 +54,14 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
             "set dflash_config.mask_token_id to the one in the training run's log",
         )
     domino = architectures == [DOMINO] or projector == "domino"
-    depth = target_layers if config.get("num_target_layers") is None else size(config, "num_target_layers")
+    depth = target_layers if config.get("num_target_layers") is None else config_size(config, "num_target_layers")
     if depth is None:
         raise refusal("no num_target_layers", "SGLang needs the target's depth", "name the target with --target")
     written = served_config(
         config,
         num_target_layers=depth,
         target_layer_ids=nested.get("target_layer_ids")
-        or default_target_layer_ids(depth, size(config, "num_hidden_layers")),
+        or default_target_layer_ids(depth, config_size(config, "num_hidden_layers")),
         block_size=_block_size(config, nested),
         mask_token_id=nested["mask_token_id"],
         **_domino_sizes(config, nested) if domino else {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sglang_auf.checkpoints.weights import size
+from sglang_auf.checkpoints.weights import config_size
 from sglang_auf.training.convert.common import FEATURES, Reading, config_changes, refusal, section, served_config
 
 
@@ -47,10 +47,10 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     tapped = [one - 1 for one in read_by]
     beside = {key: config[key] for key in FEATURES if key in config}
     written = served_config(
-        {**layer, **beside, "draft_vocab_size": size(config, "draft_vocab_size")},
+        {**layer, **beside, "draft_vocab_size": config_size(config, "draft_vocab_size")},
         num_target_layers=target_layers,
         target_layer_ids=tapped,
-        block_size=size(config, "block_size"),
+        block_size=config_size(config, "block_size"),
         mask_token_id=config["mask_token_id"],
     )
     moved = ("transformer_layer_config", "aux_hidden_state_layer_ids", "mask_token_id")

@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sglang_auf.checkpoints.card import NO_LAST_TAP
-from sglang_auf.checkpoints.prepare import resolve
+from sglang_auf.checkpoints.prepare import resolve_target
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.files import find_model
@@ -35,7 +34,7 @@ FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")
 
 def find_target(name: str, revision: str | None = None) -> Path:
     """The directory of a target given as a path, a hub id or the name of a prepared one. Raises TargetError."""
-    return find_model(resolve(name), FILES, TargetError, revision)
+    return find_model(resolve_target(name), FILES, TargetError, revision)
 
 
 class FeatureSource(Protocol):
@@ -177,7 +176,7 @@ class OnlineFeatures(FrozenTarget):
 
 def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
     """Raises ConfigError for layers whose outputs neither this trainer nor SGLang can tap."""
-    tappable = target.num_layers - 1 if target.model_type in NO_LAST_TAP else target.num_layers
+    tappable = target.tappable_layers
     ascending = list(layer_ids) == sorted(set(layer_ids))
     if layer_ids and ascending and layer_ids[0] >= 0 and layer_ids[-1] < tappable:
         return

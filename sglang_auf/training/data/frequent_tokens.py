@@ -10,7 +10,7 @@ from pathlib import Path
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import load_card
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
-from sglang_auf.checkpoints.weights import size
+from sglang_auf.checkpoints.weights import config_size
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.files import read_json
 from sglang_auf.settings import enable_thinking
@@ -34,10 +34,10 @@ def frequent_tokens(
     conversations = load_conversations(
         data,
         AutoTokenizer.from_pretrained(find_target(target)),
-        max_length=size(config, "max_position_embeddings"),
+        max_length=config_size(config, "max_position_embeddings"),
         min_answer_tokens=1,
         thinking=enable_thinking(card.thinking),
-        vocab_size=size(config, "vocab_size"),
+        vocab_size=config_size(config, "vocab_size"),
         split=split,
     ).conversations
     answers = (compress(conversation.input_ids, conversation.loss_mask) for conversation in conversations)
