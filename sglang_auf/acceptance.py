@@ -119,8 +119,7 @@ class Acceptance:
         """alpha_1 .. alpha_{B-1}; alpha_k is None where no step reached k-1, or where any block was shorter than B."""
         if self.unasked:
             return (None,) * (self.block_size - 1)
-        reached = reached_at_least(self.histogram)
-        return tuple(reached[k] / reached[k - 1] if reached[k - 1] else None for k in range(1, len(reached)))
+        return alpha_from_survival(reached_at_least(self.histogram))
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as replies, routes and result files give them."""
@@ -147,7 +146,7 @@ def reached_at_least(histogram: Sequence[int]) -> list[int]:
     return totals[::-1]
 
 
-def total(requests: Iterable[Acceptance]) -> Acceptance:
+def total_acceptance(requests: Iterable[Acceptance]) -> Acceptance:
     """Sum over requests; its `tau` is the micro mean (ratio of sums)."""
     result = Acceptance()
     for request in requests:
@@ -174,8 +173,8 @@ def mean_survival(requests: Iterable[Acceptance]) -> list[float]:
     return survival
 
 
-def conditional(survival: Sequence[float]) -> tuple[float | None, ...]:
-    """alpha_1 .. from P(A >= k), k = 0..; None where nothing reached k-1."""
+def alpha_from_survival(survival: Sequence[float]) -> tuple[float | None, ...]:
+    """alpha_1 .. from P(A >= k) or its counts, for k = 0..; None where nothing reached k-1."""
     return tuple(survival[k] / survival[k - 1] if survival[k - 1] else None for k in range(1, len(survival)))
 
 
@@ -184,4 +183,4 @@ def macro_alpha(requests: Iterable[Acceptance]) -> tuple[float | None, ...]:
 
     This reading of the paper's figure 5 never divides 0 by 0 inside one request.
     """
-    return conditional(mean_survival(requests))
+    return alpha_from_survival(mean_survival(requests))

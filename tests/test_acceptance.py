@@ -15,7 +15,7 @@ from sglang_auf.acceptance import (
     macro_alpha,
     macro_tau,
     reached_at_least,
-    total,
+    total_acceptance,
 )
 from tests.reference.acceptance_identities import cut_tokens, expected_tau
 
@@ -42,7 +42,7 @@ class Played:
 
     @property
     def meta_info(self) -> dict[str, Any]:
-        """As SGLang gives it: no key of speculation without a verify step, the histogram only as long as needed."""
+        """As SGLang gives it: no key of speculation without a verify step, and a histogram only as long as needed."""
         meta_info: dict[str, Any] = {"completion_tokens": self.completion_tokens}
         if self.steps:
             meta_info |= {
@@ -157,16 +157,16 @@ def test_a_request_without_a_verify_step_has_no_tau(request: Played) -> None:
 
 @given(served())
 def test_sums_add_every_count(requests: list[Played]) -> None:
-    summed = total(request.acceptance for request in requests)
+    summed = total_acceptance(request.acceptance for request in requests)
     for name in ("verify_steps", "accepted", "proposed", "rejected", "emitted", "requests"):
         assert getattr(summed, name) == sum(getattr(request.acceptance, name) for request in requests), name
-    assert summed == total(request.acceptance for request in reversed(requests))
+    assert summed == total_acceptance(request.acceptance for request in reversed(requests))
 
 
 @given(served(min_size=1))
 def test_micro_tau_is_the_mean_weighted_by_steps_and_macro_the_plain_mean(requests: list[Played]) -> None:
     counted = [request.acceptance for request in requests if request.steps]
-    micro, macro = total(counted).tau, macro_tau(request.acceptance for request in requests)
+    micro, macro = total_acceptance(counted).tau, macro_tau(request.acceptance for request in requests)
     if not counted:
         assert (micro, macro) == (None, None)
         return
@@ -192,7 +192,7 @@ def test_macro_alpha_gives_the_mean_of_the_requests_tau_back(requests: list[Play
 def test_copies_of_one_request_do_not_move_alpha(request: Played, copies: int) -> None:
     alpha = macro_alpha([request.acceptance] * copies)
     assert alpha == pytest.approx(request.acceptance.alpha)
-    assert total([request.acceptance] * copies).alpha == request.acceptance.alpha
+    assert total_acceptance([request.acceptance] * copies).alpha == request.acceptance.alpha
 
 
 @given(played(), played())

@@ -18,7 +18,7 @@ from benchmarks.reports.numbers import interval_text, number
 from benchmarks.reports.page import Section, Table, write_page
 from benchmarks.stats.intervals import Interval, by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
-from sglang_auf.acceptance import conditional, mean_survival
+from sglang_auf.acceptance import alpha_from_survival, mean_survival
 from sglang_auf.errors import DataError
 
 METRICS = "metrics.jsonl"
@@ -137,7 +137,7 @@ def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
         return ()
     longest = max(map(len, curves))
     padded = [curve + [0.0] * (longest - len(curve)) for curve in curves]
-    return conditional([sum(column) / len(padded) for column in zip(*padded, strict=True)])
+    return alpha_from_survival([sum(column) / len(padded) for column in zip(*padded, strict=True)])
 
 
 def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:

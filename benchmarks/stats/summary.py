@@ -21,7 +21,7 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
 from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
-from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total
+from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total_acceptance
 
 
 class TaskSummary(StrictModel):
@@ -132,7 +132,7 @@ def summarize_task(records: Sequence[Record]) -> TaskSummary:
     name = records[0].task if records else ""
     answered = [record for record in records if not record.failed]
     counted = _counted(answered)
-    sum_of = total(counted)
+    sum_of = total_acceptance(counted)
     return TaskSummary(
         prompts=len({record.prompt_id for record in records}),
         requests=len(records),
@@ -166,7 +166,7 @@ def macro(tasks: Iterable[TaskSummary], records: Iterable[Record] = ()) -> Macro
 
 
 def micro(records: Iterable[Record]) -> MicroSummary:
-    sum_of = total(_counted(records))
+    sum_of = total_acceptance(_counted(records))
     return MicroSummary(
         tau=sum_of.tau,
         tau_verify=sum_of.tau_verify,

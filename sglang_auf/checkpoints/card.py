@@ -180,11 +180,11 @@ def check_card(
         (bool(unknown), f"{origin}: {', '.join(unknown)}; tau falls where serving differs from training"),
         (
             card.derived and draft_setting(config, "block_size") is None,
-            f"config.json says no block_size: SGLang takes {DEFAULT_BLOCK_SIZE}",
+            f"config.json has no block_size: SGLang takes {DEFAULT_BLOCK_SIZE}",
         ),
         (
             card.mask_token_id is None,
-            "config.json says no mask_token_id: SGLang looks up "
+            "config.json has no mask_token_id: SGLang looks up "
             f"{draft_setting(config, 'mask_token', DEFAULT_MASK_TOKEN)} in the target's tokenizer, adding it if absent",
         ),
         (

@@ -1,14 +1,14 @@
 """The small operations of a transformer layer as compiled row kernels, bf16 in memory and float32 in between.
 
-At one row of a small model the call of a torch operation costs more than its arithmetic, and a layer has dozens. A
-kernel here is one Python function over addresses, compiled by numba once a machine and called through ctypes. It walks
-over tasks (rows, or queries that share keys); no task reads what another writes, and each is computed by the same
-instructions in any company, so a row has the same bits alone, in a block and in a batch.
+With one row of a small model, calling a torch operation costs more than its arithmetic, and a layer has dozens. A
+kernel here is one Python function over addresses, compiled by numba once per machine and called through ctypes. It
+loops over tasks (rows, or queries that share keys). No task reads what another writes, and the same instructions
+compute each task whatever the others are, so a row has the same bits alone, in a block and in a batch.
 
-Tasks are shared out between the threads of torch's own OpenMP pool: a second pool would contend for the same cores.
+Tasks are divided among the threads of torch's own OpenMP pool: a second pool would compete for the same cores.
 
-Every function here raises ValueError for a tensor that is not what it says, since its memory would be misread. All of
-it is one file, since numba's cache looks for changes in no other than a kernel's own.
+Every function here raises ValueError for a tensor of another form than it documents, since its memory would be misread.
+All kernels are in one file because numba's cache notices changes only in a kernel's own file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
 
-# Elements that are worth a second thread.
+# With more elements than these, a second thread pays off.
 WORTH_A_THREAD = 16_384
-# Keys, and queries of one request, that are attended to together: their float32 copies fit the first-level cache.
+# Keys, and queries of one request, that are computed together: their float32 copies fit the first-level cache.
 KEYS_AT_ONCE = 64
 QUERIES_AT_ONCE = 16
-# Sums may be taken in the order that suits the vector unit: it is the same for each row. NaN and infinity are kept.
+# Sums may be taken in the order that suits the vector unit, which is the same for each row. NaN and infinity are kept.
 FAST = {"reassoc", "contract", "nsz"}
 
 # --- memory, for the compiler: an address (int64) and an index in elements ---
@@ -101,7 +101,7 @@ _i32 = _reader(_WORD, types.int64, 4, lambda builder, word: builder.sext(word, _
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _take(typing: Any, address: Any, index: Any, count: Any) -> Any:
-    """Add count to an int64 that all threads share; what it was before."""
+    """Add count to an int64 that all threads share; returns the value before."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _place(builder, _LONG, args[0], args[1]), args[2], "monotonic")
@@ -124,10 +124,10 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _exp(typing: Any, value: Any) -> Any:
-    """e^x within 3 units of float32's last place; x is taken into [-87, 88], and NaN stays NaN.
+    """e^x within 3 units of float32's last place; x is clamped to [-87, 88], and NaN stays NaN.
 
-    Multiplications with an addition are fused by name: what a compiler may contract, it contracts as it likes, and may
-    not do alike in a loop's vectors and in its remainder.
+    Multiply-adds are fused explicitly: a compiler that may fuse them could do so in the vectors of a loop and not in
+    its remainder.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -148,7 +148,7 @@ def _exp(typing: Any, value: Any) -> Any:
             series = call("llvm.fma", series, r, constant(1 / math.factorial(power)))
         exponent = builder.add(builder.fptosi(n, _WORD), _WORD(127))
         power_of_two = builder.bitcast(builder.shl(exponent, _WORD(23)), _SINGLE)
-        # minnum and maxnum answer with the bound for NaN.
+        # For NaN, minnum and maxnum return the bound.
         is_nan = builder.fcmp_unordered("uno", args[0], args[0])
         return builder.select(is_nan, args[0], builder.fmul(series, power_of_two))
 
@@ -157,8 +157,8 @@ def _exp(typing: Any, value: Any) -> Any:
 
 # --- the call ---
 
-# What every kernel's arguments begin with: the next task, how many there are, how many a thread takes at a time, the
-# next thread's number, and whether an index was met that lies outside its table.
+# The first arguments of every kernel: the next task, the number of tasks, how many a thread takes at a time, the next
+# thread's number, and whether an index lay outside its table. The kernel's own arguments follow.
 _NEXT, _TASKS, _GRAIN, _THREAD, _FAULT, _OWN = 0, 1, 2, 3, 4, 5
 
 
@@ -167,7 +167,7 @@ def _parallel() -> Any:
     """GOMP_parallel of the OpenMP library that torch has loaded; None where torch has another kind of pool."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
     try:
-        # Looked up through torch: dlsym searches a library's dependencies, and this is torch's, whatever its file.
+        # Looked up through torch: dlsym also searches a library's dependencies, so the pool is torch's own.
         found = ctypes.CDLL(str(libraries[0])).GOMP_parallel
     except (IndexError, OSError, AttributeError):
         logger.warning("torch has no GNU OpenMP pool here: norms, rotations and attention run on one thread")
@@ -177,7 +177,7 @@ def _parallel() -> Any:
 
 
 class Kernel:
-    """A compiled function of one address: that of its int64 arguments."""
+    """A compiled function, which takes the address of its int64 arguments."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self.function = function
@@ -187,14 +187,14 @@ class Kernel:
         options = {"fastmath": FAST, "error_model": "numpy"}
         try:
             return cfunc("void(int64)", cache=True, **options)(self.function)
-        except NumbaError:  # a fault of the function, not of the cache
+        except NumbaError:  # an error in the function, not in the cache
             raise
-        except Exception as error:  # no place to write to, a full disk, or a file that a crash has torn
+        except Exception as error:  # an unwritable directory, a full disk, or a file damaged by a crash
             logger.warning("numba's cache is of no use, %s is compiled anew: %r", self.function.__name__, error)
             return cfunc("void(int64)", **options)(self.function)
 
     def prepare(self) -> None:
-        """Compile it now, and not in the middle of the first request."""
+        """Compile it now, and not during the first request."""
         _ = self._call
 
     @cached_property
@@ -202,9 +202,9 @@ class Kernel:
         return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
 
     def __call__(self, tasks: int, threads: int, grain: int, *values: int) -> None:
-        """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time; values: the kernel's own.
+        """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time. values: the kernel's arguments.
 
-        Raises IndexError for a position or slot outside its table; what belongs to it is not computed or written.
+        Raises IndexError for a position or slot outside its table, which is not read or written.
         """
         arguments = (ctypes.c_int64 * (_OWN + len(values)))(0, tasks, grain, 0, 0, *values)
         if threads > 1 and (parallel := _parallel()) is not None:
@@ -224,20 +224,20 @@ def _rows(kernel: Kernel, rows: int, elements: int, *values: int) -> None:
     kernel(rows, threads, -(-rows // threads), *values)
 
 
-@cache  # of few values, at every call
+@cache  # few values, needed at every call
 def _float_bits(value: float) -> int:
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return bits
 
 
 def _require(holds: bool, what: str) -> None:
-    """ValueError where memory would be misread."""
+    """Raises ValueError where memory would be misread."""
     if not holds:
         raise ValueError(f"not {what}")
 
 
 def is_rows(x: torch.Tensor) -> bool:
-    """Whether x is what the kernels call rows: a bf16 matrix, each row of which is contiguous."""
+    """Whether x is a bf16 matrix with contiguous rows, which the kernels call "rows"."""
     return bool(x.dtype == torch.bfloat16 and x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] <= 1))
 
 
@@ -287,9 +287,9 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x / sqrt(mean of squares + epsilon) * weight, x): of bf16 [rows, features], over each row.
+    """(x / sqrt(mean of squares + epsilon) * weight, x) of bf16 x [rows, features]; the mean is over each row.
 
-    With a residual of the same shape, x + residual takes x's place in both. weight: bf16 [features].
+    With a residual of the same shape, both use x + residual in place of x. weight: bf16 [features].
     """
     rows, features = x.shape
     out = torch.empty(rows, features, dtype=torch.bfloat16)
@@ -376,10 +376,10 @@ def _rotate(args):  # type: ignore[no-untyped-def]
 def rotate(
     q: torch.Tensor, k: torch.Tensor, head_size: int, table: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k, bf16 [tokens, heads * head_size], turned by half-split pairs.
+    """q and k, bf16 [tokens, heads * head_size], rotated in pairs (i, i + head_size / 2).
 
-    table: float32 [positions, head_size], cosines before sines. positions: int64 [tokens]. Raises IndexError for one
-    outside the table.
+    table: float32 [positions, head_size], cosines before sines. positions: int64 [tokens]. Raises IndexError for a
+    position outside the table.
     """
     rows, width = q.shape[0], q.shape[1] + k.shape[1]
     _require(table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_size, "its table")
@@ -431,7 +431,7 @@ def _store(args):  # type: ignore[no-untyped-def]
 def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Write bf16 k and v [tokens, key heads * head_dim] to pool [slots, 2, key heads, head_dim]. slots: int64 [tokens].
 
-    A slot that is in the list twice ends with either row's values; IndexError for one outside the pool.
+    A slot that is listed twice ends with the values of either row. Raises IndexError for a slot outside the pool.
     """
     rows, width = k.shape
     _require(_is_pool(pool) and 2 * width == pool.stride(0) and v.shape == k.shape, "k and v of the pool's heads")
@@ -453,8 +453,8 @@ def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Ten
 
 # --- attention over the pool ---
 
-# The parts are put into the kernel before it is compiled. Left to be calls, a process that has compiled them would link
-# to their own code and one that has read the kernel from the cache to the kernel's copy, which rounds another way.
+# The parts are inlined before the kernel is compiled. As calls they would run their own code in a process that compiled
+# the kernel, and the kernel's copy of it in a process that read the kernel from the cache; the two round differently.
 
 
 @njit(inline="always")
@@ -502,7 +502,7 @@ def _weigh(weights, values, out, count, head_dim):  # type: ignore[no-untyped-de
 
 @njit(inline="always")
 def _softmax(scores, count):  # type: ignore[no-untyped-def]
-    """scores -> e^(score - largest), in place; their sum."""
+    """scores -> e^(score - largest), in place; returns their sum."""
     largest = _f32(scores, 0)
     for j in range(1, count):
         largest = max(largest, _f32(scores, j))
@@ -529,7 +529,7 @@ def _gather(args, pool, limit, slots, count, slot_width, head_dim, out):  # type
 
 @njit(inline="always")
 def _begin(q, stride, rows, per_key, head, head_dim, scale, queries, sums):  # type: ignore[no-untyped-def]
-    """The scaled queries of a task in float32, and zero sums. A row is a token and one of its heads on a key head."""
+    """The scaled queries of a task in float32, and zero sums. A row is a token and one query head of the key head."""
     for row in range(rows):
         source = q + 2 * (row // per_key * stride + (head * per_key + row % per_key) * head_dim)
         for i in range(head_dim):
@@ -539,7 +539,7 @@ def _begin(q, stride, rows, per_key, head, head_dim, scale, queries, sums):  # t
 
 @njit(inline="always")
 def _finish(sums, totals, rows, per_key, head, head_dim, out, width):  # type: ignore[no-untyped-def]
-    """sums / totals, rounded, to the rows' places in out."""
+    """Write sums / totals, rounded, to the rows' places in out."""
     for row in range(rows):
         target = out + 2 * (row // per_key * width + (head * per_key + row % per_key) * head_dim)
         share = _ONE / _f32(totals, row)
@@ -547,7 +547,7 @@ def _finish(sums, totals, rows, per_key, head, head_dim, out, width):  # type: i
             _set_bf16(target, i, _f32(sums, row * head_dim + i) * share)
 
 
-# Of a task of attention.
+# Of an attention task.
 _FIELDS = 5
 
 
@@ -568,7 +568,7 @@ def _attend(args):  # type: ignore[no-untyped-def]
     while unit < tasks:
         task, head = table + 8 * _FIELDS * (unit // key_heads), unit % key_heads
         slots, first, tokens, seen, keys = _i64(task, 0), _i64(task, 1), _i64(task, 2), _i64(task, 3), _i64(task, 4)
-        rows, more = tokens * per_key, 1  # keys that a token sees more than the one before it
+        rows, more = tokens * per_key, 1  # more: how many more keys a token sees than the one before it
         if whole_block != 0:
             seen, more = keys, 0
         keys = seen + more * (tokens - 1)  # what the last one sees
@@ -595,7 +595,7 @@ def _attend(args):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True)
 class AttentionTasks:
-    """A forward, as `attend` reads it: rows of [slots' address, first query, queries, keys the first sees, keys]."""
+    """A planned forward: rows of [address of slots, first query, queries, keys that the first query sees, keys]."""
 
     table: np.ndarray[Any, Any]
     slots: torch.Tensor  # the addresses lead into it
@@ -606,7 +606,7 @@ class AttentionTasks:
 
     @classmethod
     def of(cls, spans: Iterable[tuple[int, int, int, int]], slots: torch.Tensor) -> AttentionTasks:
-        """spans: (row of slots, first query, queries, keys) a request; the queries are the last of its keys.
+        """spans: for each request (row of slots, first query, queries, keys); its queries are at its last keys.
 
         slots: int32 [rows, longest context], the pool slot of each key, read when `attend` runs. Raises ValueError for
         a span outside it.
@@ -640,7 +640,7 @@ class _Scratch:
 
     def address(self, floats: int) -> int:
         if self.memory is None or self.memory.numel() < floats:
-            self.memory = None  # before there is more: the old is not needed any longer
+            self.memory = None  # freed before the larger one is allocated
             self.memory = torch.empty(floats + floats // 4, dtype=torch.float32)  # contexts grow token by token
         address: int = self.memory.data_ptr()
         return address
@@ -652,9 +652,9 @@ _SCRATCH = _Scratch()
 def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: float, whole_block: bool) -> torch.Tensor:
     """softmax(q K^T scale) V of bf16 q [tokens, heads * head_dim] over pool [slots, 2, key heads, head_dim].
 
-    A query sees the keys up to itself; whole_block: all keys of its request. Query heads are split evenly over key
-    heads. Returns [tokens, heads * head_dim]. Raises IndexError for a slot outside the pool. One call at a time in a
-    process, as SGLang's schedulers make them: scratch memory is shared.
+    A query sees the keys up to itself, or with whole_block all keys of its request. Query heads are split evenly over
+    key heads. Returns [tokens, heads * head_dim]. Raises IndexError for a slot outside the pool. A process may make one
+    call at a time, as SGLang's schedulers do: scratch memory is shared.
     """
     _require(_is_pool(pool), "a pool of bf16 keys and values")
     key_heads, head_dim = pool.shape[2], pool.shape[3]
@@ -693,6 +693,6 @@ KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend)
 
 
 def prepare() -> None:
-    """Compile all kernels, or load them from numba's cache: seconds the first time on a machine."""
+    """Compile all kernels, or load them from numba's cache. Compiling takes seconds, once per machine."""
     for kernel in KERNELS:
         kernel.prepare()

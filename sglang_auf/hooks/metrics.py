@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from sglang_auf.acceptance import Acceptance, macro_tau, total
+from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
 
 WINDOW = 100
@@ -69,7 +69,7 @@ class AcceptanceTotals:
             everything, tau_sum, without_verify = self._total, self._tau_sum, self._without_verify
             recent = list(self._window)
         tau_macro = tau_sum / everything.requests if everything.requests else None
-        recent_sum = total(recent)
+        recent_sum = total_acceptance(recent)
         return {
             "total": _figures(everything, tau_macro, without_verify),
             "window": _figures(recent_sum, macro_tau(recent), len(recent) - recent_sum.requests)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-from sglang_auf.acceptance import Acceptance, total
+from sglang_auf.acceptance import Acceptance, total_acceptance
 from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
 
@@ -101,7 +101,7 @@ def _extend_usage(usage: Any, *_: Any, **__: Any) -> Any:
         return usage
     from sglang.srt.entrypoints.openai.protocol import CompletionTokensDetails
 
-    acceptance = total(choices.values())
+    acceptance = total_acceptance(choices.values())
     details = usage.completion_tokens_details or CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens)
     usage.completion_tokens_details = details.model_copy(
         update={

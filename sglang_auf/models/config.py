@@ -91,8 +91,7 @@ class DrafterConfig(BaseModel):
         if partial != 1.0:
             raise ConfigError(
                 f"a target with partial_rotary_factor {partial}",
-                "a target whose rotary embedding covers whole heads",
-                "train for another target",
+                "a target whose rotary embedding covers complete heads",
             )
         heads = target["num_attention_heads"]
         scaling = target.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
 
 
 class Rotary(nn.Module):  # type: ignore[misc]
-    """Rotary positions, NeoX style (first half with second half), over whole heads, computed in float32."""
+    """Rotary positions, NeoX style (first half with second half), over complete heads, computed in float32."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -71,7 +71,6 @@ def _scaled(inverse: Tensor, scaling: dict[str, Any] | None) -> Tensor:
     raise ConfigError(
         f"rope_scaling of type {kind!r}",
         "none, linear or llama3, which this trainer computes as SGLang does",
-        "train for another target",
     )
 
 

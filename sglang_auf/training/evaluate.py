@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_auf.acceptance import Acceptance, macro_tau, total
+from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.models.domino import correction_inputs
@@ -91,7 +91,7 @@ def heldout_tau(
             generators = [torch.Generator().manual_seed(0) for _ in batch.ids]
             anchors, valid = draw_anchors(batch.loss_mask, SAMPLED, generators)
             terms.append(step(batch, anchors, valid, progress=1.0, diagnostics=True))
-    everything = total(answers)
+    everything = total_acceptance(answers)
     accuracy, loss = _accuracy_and_loss(terms) if everything.requests else (None, None)
     return HeldOut(
         tau_macro=macro_tau(answers),

@@ -40,7 +40,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def drafter(tmp_path: Path) -> Path:
-    """A copy of the shipped drafter to tamper with; the weights are linked, so replace them, never write into them."""
+    """A copy of the shipped drafter to change. Its weights are a link: replace the file, and never write into it."""
     copy = tmp_path / "drafter"
     copy.mkdir()
     for name in ("config.json", CARD_NAME):
@@ -83,7 +83,7 @@ def test_the_shipped_drafter_fits_its_target(target: Path) -> None:
     assert (checked.card.block_size, checked.card.mask_token_id, checked.card.target_layer_ids) == (8, 3, (7, 20, 28))
     assert (checked.card.head, checked.card.objective, checked.card.derived) == ("dflash", "auf", False)
     assert checked.card.tau is not None and checked.card.tau.kind == "held-out"
-    # All that may be said against it: how long its texts were, and that this target's template is made up.
+    # Two warnings remain: the length of its training texts, and this target's made-up template.
     length, template = sorted(checked.warnings, key=lambda warning: "template" in warning)
     assert "trained on up to 1024 tokens" in length
     assert "template" in template

@@ -1,4 +1,4 @@
-"""What is read from a target's files, however they were written."""
+"""The facts read from a target's files, whoever wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight coverage against the shipped drafter, tampered copies, and SGLang's own model class."""
+"""The check of weights against the shipped drafter, tampered copies, and SGLang's own model class."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_shipped_drafter_is_covered() -> None:
 
 
 def test_weights_of_the_public_qwen3_8b_drafters() -> None:
-    """Shapes as the checkpoints on the hub have them (z-lab DFlash, Domino)."""
+    """Shapes of the checkpoints on the hub (z-lab DFlash, Domino)."""
     qwen3_8b = tiny(
         {
             "target_layer_ids": [1, 9, 17, 25, 33],
@@ -302,7 +302,7 @@ def values_after_loading(model: Any, weights: Mapping[str, np.ndarray]) -> set[f
 def test_the_expected_weights_are_what_sglangs_model_reads(
     sglang_model: Callable[[dict[str, Any]], Any], config: dict[str, Any]
 ) -> None:
-    """Each weight filled with a number of its own: all numbers arrive, and no place stays unwritten."""
+    """Each weight is filled with another number: all numbers arrive, and no place stays unwritten."""
     numbered = {
         name: np.full(shape, number, np.float32)
         for number, (name, shape) in enumerate(expected_weights(config).items())
@@ -312,7 +312,7 @@ def test_the_expected_weights_are_what_sglangs_model_reads(
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_we_refuse_sglang_would_take_in_silence(sglang_model: Callable[[dict[str, Any]], Any]) -> None:
-    """The reason for this module; when it fails, SGLang has learnt to complain and the check may be simplified."""
+    """The reason for this module. When this fails, SGLang complains itself and the check may be simplified."""
     weights = tensors(TINY)
     del weights["layers.1.self_attn.q_norm.weight"]
     weights["layers.0.self_attn.q_proj.bias"] = np.full(32, 7, np.float32)

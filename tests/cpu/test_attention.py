@@ -1,6 +1,6 @@
-"""The CPU attention backend against dense float64 attention, and bit for bit against itself in other company.
+"""The CPU attention backend against dense float64 attention, and bit for bit against itself in other batches.
 
-The backend is SGLang's interface over fake runner and pool objects; the masks of the reference are written out.
+The backend runs over fake runner and pool objects; the masks of the reference are written out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Pool:
     """K and V of one layer side by side, as CpuKVPool lays them out."""
 
     def __init__(self, key_heads: int, head_dim: int) -> None:
-        # What no request wrote is large: a mask that lets it through shows.
+        # Slots that no request wrote hold large values, so that a wrong mask shows.
         self.layer = torch.full((SLOTS, 2, key_heads, head_dim), 30.0, dtype=torch.bfloat16)
 
     def set_kv_buffer(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -62,14 +62,14 @@ class Machine:
         self.generator = torch.Generator().manual_seed(1)
         self.pool = Pool(self.key_heads, self.head_dim)
         self.free = torch.randperm(SLOTS, generator=self.generator)
-        # Columns that are not in use hold the slots of others.
+        # Unused columns hold the slots of other requests.
         table = torch.randint(SLOTS, (100, WIDTH), generator=self.generator, dtype=torch.int32)
         self.table = SimpleNamespace(req_to_token=table)
         runner = SimpleNamespace(req_to_token_pool=self.table, token_to_kv_pool=self.pool)
         self.backend = CpuAttentionBackend(runner)
 
     def request(self, tokens: int, like: Request | None = None) -> Request:
-        """A new request; `like`: with another's tokens, at slots of its own."""
+        """A new request. like: a request whose tokens it has, at other slots."""
 
         def normal(heads: int) -> torch.Tensor:
             return torch.randn(tokens, heads, self.head_dim, generator=self.generator).bfloat16()
@@ -87,7 +87,7 @@ class Machine:
     def forward(
         self, mode: ForwardMode, parts: Sequence[tuple[Request, int, int]], kind: AttentionType = CAUSAL
     ) -> list[torch.Tensor]:
-        """One pass over tokens [start, end) of each request, all before them being in the pool; one result each."""
+        """One pass over tokens [start, end) of each request, whose earlier tokens are in the pool; one result each."""
         rows = [end - start for _, start, end in parts]
         verify = mode.is_target_verify()
         batch = SimpleNamespace(
@@ -119,7 +119,7 @@ class Machine:
         return list(out.split(rows))
 
     def prefill(self, *requests: Request) -> list[torch.Tensor]:
-        """All tokens of each, one request after the other."""
+        """All tokens of each request, one request after the other."""
         return [self.forward(ForwardMode.EXTEND, [(r, 0, len(r.q))])[0] for r in requests]
 
 
@@ -236,7 +236,7 @@ def test_keys_and_values_are_written_before_they_are_read_and_only_when_asked() 
 
 
 def company(machine: Machine) -> list[Request]:
-    """Neighbours of many lengths."""
+    """Other requests, of many lengths."""
     return [machine.request(length) for length in (3, 40, 130, 516, 690)]
 
 

@@ -19,7 +19,7 @@ BF16_HALF_STEP = 2.0**-8
 
 @pytest.fixture(autouse=True)
 def on_our_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere SGLang's rotary embedding asks for a kernel of the device when it is made."""
+    """On other platforms SGLang's rotary embedding asks for a device kernel when it is made."""
     monkeypatch.setattr("sglang.srt.layers.rotary_embedding.base.current_platform", AufCpuPlatform())
     monkeypatch.setenv("SGLANG_ROPE_CACHE_FP32", "1")
 
@@ -162,7 +162,7 @@ def test_rotation_agrees_with_sglangs_native_form(rotary: RotaryEmbedding) -> No
         rotary.forward_native(positions, q.contiguous(), k.contiguous()),
         strict=True,
     ):
-        # Theirs rounds the angles' sine and cosine and every product to bf16; ours rounds once.
+        # SGLang rounds sine, cosine and every product to bf16; we round once.
         assert (ours.float() - theirs.float()).abs().max() <= 0.06
         assert ours.shape == theirs.shape
 
@@ -205,7 +205,7 @@ def test_a_rotated_row_has_the_same_bits_in_any_company(rotary: RotaryEmbedding)
 
 
 def test_positions_that_are_written_anew_and_another_table_are_read_anew(rotary: RotaryEmbedding) -> None:
-    """SGLang reuses the buffer of a block's positions; the drafter rotates by a table of its own."""
+    """SGLang reuses the buffer of a block's positions, and the drafter has another table."""
     positions = torch.tensor([3, 50])
     q, k, _ = projection(2)
     first = rotary_forward(rotary, positions, q, k)

@@ -1,6 +1,6 @@
-"""The kernels' own rules: numbers, memory they are handed, threads, and what happens without the pool or the cache.
+"""The kernels' rules: numbers, memory, threads, and what happens without the thread pool or the cache.
 
-What they compute is tested through the operators they stand in for: test_elementwise.py, test_attention.py and
+Their results are tested through the operators that call them: test_elementwise.py, test_attention.py and
 test_memory.py.
 """
 
@@ -62,7 +62,7 @@ def test_the_gate_is_exact_wherever_a_bf16_can_tell() -> None:
     x = x[x.isfinite() & (x.abs() < 1e30)].view(1, -1)
     found = silu_and_mul(torch.cat([x, torch.ones_like(x)], dim=1)).double()
     exact = torch.nn.functional.silu(x.double())
-    # Below -88 the gate is e^-88 instead of less: nothing that a bf16 sum of features would notice. 2e-40: subnormals.
+    # Below -88 the gate is e^-88 instead of less, too little to change a bf16 sum of features. 2e-40: subnormals.
     assert ((found - exact).abs() <= exact.abs() * (2.0**-8 + 1e-6) + x.double().abs() * 2e-38 + 2e-40).all()
 
 
@@ -175,7 +175,7 @@ def test_scratch_memory_grows_and_is_kept() -> None:
 
 
 def results() -> list[torch.Tensor]:
-    """Of every kernel, each at a size that is worth several threads."""
+    """All kernels, each at a size for which several threads pay off."""
     x, weight = normal(300, 576), normal(576, seed=1)
     pool, slots = normal(700, 2, 3, 64), torch.randperm(700, generator=torch.Generator().manual_seed(3)).int()
     tasks = AttentionTasks.of([(0, 0, 250, 600), (0, 250, 1, 31), (0, 251, 49, 333)], slots.view(1, -1))
@@ -208,7 +208,7 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
 
 
 def test_the_threads_are_those_of_torchs_pool() -> None:
-    """A second OpenMP library in the process would keep threads of its own spinning."""
+    """A second OpenMP library in the process would keep more threads spinning."""
     assert kernels._parallel() is not None
     results()
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
@@ -269,7 +269,7 @@ for _ in range(40):
 
 
 def test_a_process_that_compiles_and_one_that_reads_the_cache_give_the_same_bits(tmp_path: Path) -> None:
-    """Or the first server on a machine would answer otherwise than the second."""
+    """Otherwise the first server on a machine would give other answers than the second."""
     first, second = compiled(tmp_path, SUMS), compiled(tmp_path, SUMS)
     assert len(first.stdout) > 100_000, first.stderr
     assert first.stdout == second.stdout

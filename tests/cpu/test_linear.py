@@ -1,4 +1,4 @@
-"""Linear layers whose rows do not depend on each other: bit for bit, at SmolLM2's shapes, on this machine's kernels."""
+"""Linear layers whose rows do not depend on each other, bit for bit, at SmolLM2's shapes with this machine's oneDNN."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_results_are_the_exact_product_rounded_once(shape: tuple[int, int], coun
     exact = x.double() @ weight.double().T
     terms = x.double().abs() @ weight.double().abs().T
     error = (RowInvariantLinear(weight)(x).double() - exact).abs()
-    # Half a step of bf16, which has 8 significant bits, and what float32 sums of as many terms may lose.
+    # Half a step of bf16, which has 8 significant bits, and the rounding of a float32 sum with that many terms.
     assert (error <= exact.abs() * 2.0**-8 + terms * shape[1] * 2.0**-24).all()
 
 
@@ -206,7 +206,7 @@ def test_a_count_whose_rows_depend_on_their_place_is_in_no_set(
 def test_a_difference_in_a_later_row_is_found_among_counts_that_join_one_row(
     probing: Callable[[Product], tuple[tuple[int, ...], ...]],
 ) -> None:
-    """One row alone says nothing about the third vector: 8 rows must still be held against 4."""
+    """One row says nothing about the third vector, so 8 rows must still be compared with 4."""
 
     def third_vector_differs(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
         result = summed(x, weight, 1)
@@ -280,7 +280,7 @@ def test_bf16_layers_and_the_head_of_a_model_are_replaced_and_nothing_else(monke
 
 
 def test_torchs_own_linear_layers_are_row_invariant_too() -> None:
-    """The fusion of a drafter's tapped features is one."""
+    """A drafter fuses its tapped features with such a layer."""
     fusion = torch.nn.Linear(96, 64, bias=False).bfloat16().requires_grad_(False)
     others = [torch.nn.Linear(96, 64).bfloat16(), torch.nn.Linear(96, 64, bias=False)]
     model = torch.nn.ModuleList([fusion, *others])

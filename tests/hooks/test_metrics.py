@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_auf.acceptance import Acceptance, macro_tau, total
+from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
 
 BLOCK = 4
@@ -35,7 +35,7 @@ def test_totals_are_the_sum_and_the_window_the_sum_of_the_last(finished: list[Ac
     snapshot = totals.snapshot()
     for name, counted in (("total", finished), ("window", finished[-size:])):
         figures = snapshot[name]
-        expected = total(counted).as_dict()
+        expected = total_acceptance(counted).as_dict()
         assert {key: figures[key] for key in expected} == expected
         assert figures["tau_macro"] == pytest.approx(macro_tau(counted))
         assert figures["requests"] + figures["requests_without_verify"] == len(counted)

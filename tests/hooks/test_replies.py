@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails
 
-from sglang_auf.acceptance import Acceptance, total
+from sglang_auf.acceptance import Acceptance, total_acceptance
 from sglang_auf.hooks.replies import FIGURES
 
 BLOCK = 8
@@ -124,8 +124,8 @@ def test_several_choices_give_a_list_and_summed_usage(auf: str, chat: bool, stre
     reply = ask(auf, "2 next 5 5 next 0 1 cut 1", chat, stream, n=3)
     choices = [counted(2), counted(5, 5), counted(0, 1, cut=1)]
     assert [ours(details) for details in reply.details] == [figures(choice) for choice in choices]
-    assert reply.completion.accepted_prediction_tokens == total(choices).accepted == 13
-    assert reply.completion.rejected_prediction_tokens == total(choices).rejected
+    assert reply.completion.accepted_prediction_tokens == total_acceptance(choices).accepted == 13
+    assert reply.completion.rejected_prediction_tokens == total_acceptance(choices).rejected
 
 
 @shapes

@@ -1,4 +1,4 @@
-"""Block attention against a dense mask and PyTorch's own attention; what a block must not see changes nothing."""
+"""Block attention against PyTorch's attention under a dense mask; tokens that a block must not see change nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_auf.models.attention import attend, attend_flex, attend_two_part, bl
 
 Attention = Callable[..., torch.Tensor]
 LENGTH, WIDTH, DIM = 9, 4, 8
-# Nothing before it, all before it, the same twice, blocks that overlap, and in no order.
+# Anchors with nothing before, with everything before, twice the same, of overlapping blocks, and unsorted.
 ANCHORS = torch.tensor([[0, 4, 9], [5, 5, 1]])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [attend_two_part, attend_flex])
 GROUPS = pytest.mark.parametrize(("heads", "keys"), [(4, 2), (3, 3), (4, 1)])
@@ -28,7 +28,7 @@ def inputs(heads: int = 4, keys: int = 2, dim: int = DIM) -> list[torch.Tensor]:
 
 
 def dense_mask() -> torch.Tensor:
-    """Visible keys, [rows, blocks * WIDTH, LENGTH + blocks * WIDTH], said key by key."""
+    """Visible keys, [rows, blocks * WIDTH, LENGTH + blocks * WIDTH], written key by key."""
     rows, blocks = ANCHORS.shape
     mask = torch.zeros(rows, blocks * WIDTH, LENGTH + blocks * WIDTH, dtype=torch.bool)
     for row in range(rows):

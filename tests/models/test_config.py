@@ -40,7 +40,7 @@ QWEN3_8B = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
-# What z-lab's drafter of Qwen3-8B says, without what only transformers reads.
+# The config of z-lab's drafter for Qwen3-8B, without keys that only transformers reads.
 QWEN3_8B_DRAFTER = {
     "architectures": ["DFlashDraftModel"],
     "model_type": "qwen3",

@@ -1,4 +1,4 @@
-"""The drafter against transformers' Qwen3 layers, block by block; what it must not see; names, rotary kinds, types."""
+"""The drafter against transformers' Qwen3 layers, block by block; masks, names, kinds of rotary scaling, types."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_frequencies_are_transformers(scaling: dict[str, Any]) -> None:
 
 
 def test_llama3_has_all_three_ranges() -> None:
-    """Or the test above would show less than it seems to."""
+    """Otherwise the test above would prove little."""
     plain = Rotary(make_drafter(head_dim=64).config).inverse()
     ratio = plain / Rotary(make_drafter(head_dim=64, rope_scaling=LLAMA3).config).inverse()
     assert ratio[0] == 1

@@ -1,4 +1,4 @@
-"""Domino's head: what the state of each slot has read, and that an untrained correction corrects nothing."""
+"""Domino's head: the tokens that each slot's state has read; an untrained correction changes nothing."""
 
 from __future__ import annotations
 

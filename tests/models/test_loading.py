@@ -1,4 +1,4 @@
-"""A drafter's directory back to a module: equal weights, and refusal of what would not be computed as it is served."""
+"""Loading a drafter: equal weights, and refusal of drafters that SGLang would compute in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Credits of every objective from their definitions, slot by slot in plain Python; tensors are held against it."""
+"""Credits of every objective by definition, slot by slot in plain Python, for comparison with the tensor code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy speculative decoding with torch models alone: what the served drafter must equal, token for token.
+"""Greedy speculative decoding with torch models alone, which the served drafter must equal token for token.
 
 The order of arXiv 2602.06036 and of SGLang 0.5.23 (speculative/dflash_worker_v2.py, domino_utils.py): prefill the
 target, whose choice is the first token; then draft a block after the last token from the features of those before it,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Rollout:
     """One answer. tokens: its tokens, the stop token included. block_size: B.
 
-    accepted: drafts the target confirmed in each verify step, 0..B-1, before a stop or the length cut any off.
+    accepted: drafts that the target confirmed in each verify step, 0..B-1, before a stop or the length cut any off.
     """
 
     tokens: list[int]
@@ -66,7 +66,7 @@ def rollout(
         choices: list[int] = output.logits[0].argmax(-1).tolist()  # of the token after each slot of the block
         matched = _matches(drafts, choices)
         answer += choices[: matched + 1]
-        # The anchor and the drafts that were right are committed; of the wrong ones nothing stays.
+        # The cache keeps the anchor and the right drafts, and nothing of the wrong ones.
         output.past_key_values.crop(matched - len(drafts))
         features = torch.cat([features, _features(output, drafter)[:, : matched + 1]], dim=1)
         accepted.append(matched)
@@ -81,9 +81,10 @@ def draft(
     head: Tensor,
     vocabulary: Tensor | None = None,
 ) -> list[int]:
-    """B - 1 tokens to follow `anchor`, the last token so far. vocabulary: as in rollout.
+    """B - 1 drafted tokens to follow `anchor`, the last token so far.
 
-    features [1, S, taps * H]: of the S tokens before the anchor, whose position is therefore S. embedding, head [V, H].
+    features [1, S, taps * H]: of the S tokens before the anchor, whose position is S. embedding, head [V, H].
+    vocabulary: as in rollout.
     """
     config, weight = drafter.config, drafter.fc.weight
     block = [anchor] + [config.mask_token_id] * (config.block_size - 1)
@@ -101,7 +102,7 @@ def draft(
 def _draft_domino(drafter: Drafter, hidden: Tensor, anchor: int, embedding: Tensor, head: Tensor) -> list[int]:
     """Slot k gives the token at anchor + k + 1, from a state that has read the anchor and the k drafts before it.
 
-    Slot 0 has no correction. Every slot chooses from the whole vocabulary.
+    Slot 0 has no correction. Every slot chooses from the complete vocabulary.
     """
     base = hidden[:-1].to(head.dtype) @ head.T
     drafts = [int(base[0].argmax())]
@@ -114,13 +115,13 @@ def _draft_domino(drafter: Drafter, hidden: Tensor, anchor: int, embedding: Tens
 
 
 def _run(target: PreTrainedModel, tokens: Sequence[int], cache: Any) -> Any:
-    """The target over `tokens`, which follow what the cache holds."""
+    """The target over `tokens`, which follow the tokens in the cache."""
     ids = torch.tensor([list(tokens)], device=target.device)
     return target(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
 
 
 def _features(output: Any, drafter: Drafter) -> Tensor:
-    """[1, n, taps * H]. Layer k's output is hidden_states[k + 1], the embedding being the first of them."""
+    """[1, n, taps * H]. Layer k's output is hidden_states[k + 1], since the first of them is the embedding."""
     return torch.cat([output.hidden_states[layer + 1] for layer in drafter.config.target_layer_ids], dim=-1)
 
 
@@ -145,6 +146,5 @@ def _check_taps(target: PreTrainedModel, drafter: Drafter) -> None:
     if last >= layers - 1:
         raise ConfigError(
             f"a drafter that taps layer {last} of a target with {layers}",
-            "taps before the last layer: transformers gives its output after the final norm alone",
-            "decode with a drafter of other taps",
+            "taps before the last layer: transformers gives its output only after the final norm",
         )

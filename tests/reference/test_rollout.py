@@ -1,4 +1,4 @@
-"""The torch reference of speculative decoding: the answer is plain greedy decoding's, whatever drafts it is given."""
+"""The torch reference of speculative decoding: its answer is that of plain greedy decoding, whatever the drafts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def target() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def plain(target: LlamaForCausalLM) -> list[int]:
-    """The greedy answer, every token from a whole new forward pass; longer than any test asks for."""
+    """The greedy answer, every token from a new forward pass over the text; longer than any test asks for."""
     tokens = list(PROMPT)
     with torch.no_grad():
         for _ in range(LENGTH + 16):
@@ -76,9 +76,9 @@ HEADS = pytest.mark.parametrize("dflash", [{}, DOMINO], ids=["dflash", "domino"]
 
 
 class Scripted(torch.nn.Module):
-    """A drafter that knows the answer and makes the first mistake of its n-th block where `right[n]` says.
+    """A drafter that knows the answer and drafts `right[n]` right tokens in its n-th block.
 
-    It keeps what it was given.
+    It records its inputs.
     """
 
     def __init__(self, target: LlamaForCausalLM, answer: list[int], block_size: int, right: list[int]) -> None:
@@ -140,7 +140,7 @@ def test_exactly_the_drafts_before_the_first_mistake_are_accepted(
 
 
 def test_what_the_drafter_is_given_in_each_step(target: LlamaForCausalLM, plain: list[int]) -> None:
-    """Features of all tokens before the anchor, as one pass over the whole text makes them; anchor and masks."""
+    """Features of all tokens before the anchor, equal to those of one pass over the text; anchor and masks."""
     drafter = Scripted(target, plain, 4, [2, 0, 3, 1])
     found = rollout(target, drafter, PROMPT, max_new_tokens=LENGTH, stop_ids=NO_STOP)  # type: ignore[arg-type]
     text = PROMPT + plain
@@ -209,7 +209,7 @@ def test_a_tap_on_the_last_layer_is_refused(target: LlamaForCausalLM) -> None:
 
 
 def sglangs_rollout() -> Callable[..., torch.Tensor]:
-    """SGLang's own function, from its file alone: importing the package would take seconds and a platform."""
+    """SGLang's function, loaded from its file alone: importing the package takes seconds and needs a platform."""
     package = importlib.util.find_spec("sglang")
     assert package is not None
     assert package.submodule_search_locations is not None
@@ -258,7 +258,7 @@ def test_domino_drafts_are_sglangs_over_the_whole_vocabulary(target: LlamaForCau
 
 @torch.no_grad()
 def test_domino_feeds_its_own_tokens_to_the_gru_as_training_feeds_the_texts(target: LlamaForCausalLM) -> None:
-    """Teacher forced on what it drafted, the training head says the same tokens again."""
+    """Teacher forced with the drafted tokens, the training head predicts the same tokens."""
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     drafter = make_drafter(8, 1, **DOMINO)
     features = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(0))

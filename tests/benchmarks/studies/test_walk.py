@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.harness.records import Record
 from benchmarks.studies.walk import Walker
-from sglang_auf.acceptance import total
+from sglang_auf.acceptance import total_acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import OnlineFeatures
@@ -84,7 +84,7 @@ def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = evaluate_drafter(str(drafter), target, str(data))
-    assert total(record.acceptance for record in walked).histogram == expected.histogram
+    assert total_acceptance(record.acceptance for record in walked).histogram == expected.histogram
     assert sum(expected.histogram[1:]) > 15, "else little would show"
     for record, given, row in zip(walked, records, rows, strict=True):
         (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
