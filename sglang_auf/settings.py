@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -13,6 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from sglang_auf.errors import AufError, ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_SHORT = reprlib.Repr()  # values in messages: a list of a thousand tokens must not fill the terminal
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class Settings(BaseModel):
@@ -115,7 +119,7 @@ def _complaint(problem: Any, model: type[BaseModel]) -> str:
         section = _section(model, problem["loc"][:-1])
         return f"unknown key {location}{suggestion(str(problem['loc'][-1]), section.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(problem["input"], (dict, BaseModel, bytes)) else f", got {problem['input']!r}"
+    got = "" if isinstance(problem["input"], (dict, BaseModel, bytes)) else f", got {_SHORT.repr(problem['input'])}"
     return f"{location}: {message}{got}" if location else f"{message}{got}"
 
 

@@ -46,6 +46,10 @@ def test_a_wrong_value_is_shown_with_its_place() -> None:
     assert "part.rate" in found and "got -1" in found and "parts" in found, "every complaint, not only the first"
 
 
+def test_a_long_value_is_shown_in_part() -> None:
+    assert len(refusal({"part": list(range(10_000))})) < 200
+
+
 def test_json_is_checked_like_a_mapping() -> None:
     assert checked(Whole, b'{"part": {"rate": 2}}', "here", "").part.rate == 2
     with pytest.raises(DataError, match=r"here: .*Invalid JSON"):
