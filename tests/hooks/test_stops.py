@@ -1,0 +1,113 @@
+"""Tokens that come several a step finish a request as the same tokens do that come one by one."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+from transformers import PreTrainedTokenizerFast
+
+from sglang_auf.hooks.stops import update_finish_state
+from tests.support.toy_tokenizer import toy_tokenizer
+
+# SGLang's own, without the hook that an installed plugin may have put around it.
+ORIGINAL = getattr(Req.update_finish_state, "__wrapped__", Req.update_finish_state)
+TOKENIZER: PreTrainedTokenizerFast = toy_tokenizer()
+TOKENIZER.additional_stop_token_ids = None  # as SGLang's loader leaves it
+END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+
+
+def request(**parameters: Any) -> Req:
+    sampling = SamplingParams(**{"max_new_tokens": 64, **parameters})
+    sampling.normalize(TOKENIZER)
+    made = Req("r", "", array("q", [1]), sampling, eos_token_ids={END}, vocab_size=len(TOKENIZER))
+    made.tokenizer = TOKENIZER
+    return made
+
+
+def outcome(made: Req) -> tuple[Any, list[int]]:
+    reason = made.finished_reason.to_json() if made.finished_reason else None
+    return reason, list(made.output_ids_through_stop)
+
+
+def in_steps(made: Req, tokens: list[int], sizes: list[int]) -> Req:
+    """The request after it got `tokens` in steps of these sizes (the last size again and again), with the hook."""
+    rest, sizes = list(tokens), list(sizes)
+    while rest and not made.finished():
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        step, rest = rest[:size], rest[size:]
+        made.output_ids.extend(step)
+        update_finish_state(ORIGINAL, made, len(step))
+    return made
+
+
+def one_by_one(made: Req, tokens: list[int]) -> Req:
+    for token in tokens:
+        made.output_ids.append(token)
+        ORIGINAL(made, 1)
+        if made.finished():
+            break
+    return made
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False))
+
+
+def test_the_end_token_wins_over_a_stop_string_behind_it() -> None:
+    tokens = [*ids("Hello."), END, *ids("\nmore")]
+    made = in_steps(request(stop=["\n"]), tokens, [8])
+    assert outcome(made) == outcome(one_by_one(request(stop=["\n"]), tokens))
+    assert made.finished_reason.to_json()["matched"] == END
+    assert made.finished_len == 7
+    assert list(made.output_ids) == tokens[:8], "tokens behind the stop stay, as SGLang leaves them"
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"stop": ["cd", "ab"]}, {"stop_regex": ["c.", "a."]}, {"stop": ["cd"], "stop_regex": ["ab"]}]
+)
+def test_the_stop_that_is_reached_first_wins_whatever_the_order_of_the_list(parameters: dict[str, Any]) -> None:
+    tokens = ids("xxabxcdx")
+    made = in_steps(request(**parameters), tokens, [8])
+    assert outcome(made) == outcome(one_by_one(request(**parameters), tokens))
+    assert made.finished_len == 4
+
+
+def test_a_grammar_that_has_ended_ends_the_answer_with_the_last_token_of_the_step() -> None:
+    made = request(stop=["zz"])
+    made.grammar = SimpleNamespace(is_terminated=lambda: True)
+    assert in_steps(made, ids("abc"), [3]).finished_len is None or made.finished_len == 3
+    assert len(made.output_ids_through_stop) == 3 and made.grammar is not None
+
+
+def test_an_abort_takes_all_tokens_of_the_step() -> None:
+    made = request(stop=["b"])
+    made.to_finish = FINISH_ABORT("gone")
+    assert outcome(in_steps(made, ids("abc"), [3]))[0]["type"] == "abort"
+    assert len(made.output_ids_through_stop) == 3
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_any_steps_finish_as_single_tokens_do(data: st.DataObject) -> None:
+    text = data.draw(st.text("ab.\n ", min_size=1, max_size=24))
+    tokens = ids(text)
+    for _ in range(data.draw(st.integers(0, 2))):
+        tokens.insert(data.draw(st.integers(0, len(tokens))), END)
+    pieces = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 4)).map(lambda cut: text[cut[0] : sum(cut)])
+    parameters: dict[str, Any] = {
+        "stop": data.draw(st.lists(pieces, max_size=3)),
+        "stop_regex": data.draw(st.lists(st.sampled_from([r"a\.", r"\n+", r"b$", r"[ab]{3}", r"\s\s"]), max_size=2)),
+        "stop_token_ids": data.draw(st.sampled_from([None, ids("b")])),
+        "max_new_tokens": data.draw(st.integers(1, 24)),
+        "ignore_eos": data.draw(st.booleans()),
+    }
+    sizes = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6))
+    made = in_steps(request(**parameters), tokens, sizes)
+    assert outcome(made) == outcome(one_by_one(request(**parameters), tokens))
