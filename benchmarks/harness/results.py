@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_auf import provenance
+from sglang_auf.files import write_whole
 
 PACKAGES = ("sglang", "sglang-auf", "torch", "transformers", "openai")
 
@@ -34,8 +35,11 @@ class Measured(StrictModel):
     command: list[str] = Field(default_factory=provenance.command)
 
 
-class Report(Measured):
-    """What a command measured. The command line prints `text()` and exits with 1 unless `passed`."""
+class Report(StrictModel):
+    """What a command returns. The command line writes it, prints `text()`, and exits with 1 unless `passed`."""
+
+    STEM: ClassVar[str]
+    """Name of its files, without the ending."""
 
     @property
     def passed(self) -> bool:
@@ -43,15 +47,17 @@ class Report(Measured):
         return True
 
     def markdown(self) -> str:
-        """The result as a Markdown document, with command, versions and machine."""
-        raise NotImplementedError
+        """The result as a Markdown document, with command, versions and machine; "" where there is none."""
+        return ""
 
     def text(self) -> str:
         """What the terminal shows."""
         return self.markdown()
 
-    def write(self, stem: Path) -> None:
-        """Write STEM.json and STEM.md."""
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        stem.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+    def write(self, out: Path) -> Path:
+        """Write STEM.json into `out`, and STEM.md where there is Markdown. Returns the path to show to the user."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / f"{self.STEM}.json", self.model_dump_json(indent=2) + "\n")
+        if document := self.markdown():
+            write_whole(out / f"{self.STEM}.md", document)
+        return out

@@ -1,4 +1,4 @@
-"""One run: a server, a workload, a directory with run.json and records.jsonl."""
+"""One run: a server that is asked prompts, and a directory with run.json and records.jsonl."""
 
 from __future__ import annotations
 
@@ -14,21 +14,53 @@ from openai.types.chat import ChatCompletionMessageParam
 from tqdm import tqdm
 
 from benchmarks.harness.client import FAILURES, ChatClient, Reply
-from benchmarks.harness.config import RunConfig
+from benchmarks.harness.config import Questions, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
-from benchmarks.harness.server_info import card_warnings, server_facts
-from benchmarks.harness.tasks import Prompt, Selection
+from benchmarks.harness.server_info import card_warnings, flush_cache, server_facts
+from benchmarks.harness.tasks import Prompt, Selection, resolve, select
 from sglang_auf.errors import ConfigError, ServerError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
 
 
+def chosen_prompts(questions: Questions) -> list[Selection]:
+    """The prompts that `questions` names, task by task. Raises ConfigError or DataError."""
+    return [select(task, questions.data_dir, questions.limit) for task in resolve(questions.tasks)]
+
+
+def ask(
+    config: RunConfig,
+    selections: list[Selection],
+    label: str,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    resume: bool = False,
+    empty_cache: bool = False,
+) -> BenchmarkRun:
+    """Ask all prompts of `selections`, or what is missing of them. Returns the finished run.
+
+    label: of the progress bar. prompts: the same prompts in another order (default: task by task). resume: continue the
+    run in config.out if there is one. empty_cache: forget cached prefixes before the first prompt. Raises ConfigError
+    where config.out holds another run, ServerError where the server is down or not of the kind that config.plain says.
+    """
+    if prompts is None:
+        prompts = [prompt for chosen in selections for prompt in chosen.prompts]
+    run = BenchmarkRun.begin(config, selections, resume)
+    if run.unfinished(prompts):
+        run.prepare()
+        if empty_cache:
+            flush_cache(config.base_url)
+        run.ask(prompts, label)
+    run.require_tau()
+    return run
+
+
 @dataclass(slots=True)
-class Run:
+class BenchmarkRun:
     """A run that can be asked. records: what is known so far, by key; a failure stays until it is asked again."""
 
     config: RunConfig
@@ -36,15 +68,19 @@ class Run:
     records: dict[Key, Record]
 
     @classmethod
-    def begin(cls, config: RunConfig, selections: list[Selection], resume: bool = False) -> Run:
-        """Look at server and directory, write nothing. An existing run is continued with resume and equal settings."""
+    def begin(cls, config: RunConfig, selections: list[Selection], resume: bool = False) -> BenchmarkRun:
+        """Look at the server and the directory, and write nothing.
+
+        A run in config.out is continued where `resume` is set and its settings are the same. Raises ConfigError
+        otherwise, ServerError where the server is down or not of the kind that config.plain says.
+        """
         server = server_facts(config.base_url, config.model)
         if config.plain != (server.algorithm is None):
             raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
         manifest.warnings = [] if config.plain else card_warnings(config)
         for warning in manifest.warnings:
-            log.warning("%s", warning)
+            logger.warning("%s", warning)
         records: dict[Key, Record] = {}
         if path.exists():
             if not resume:
@@ -56,8 +92,9 @@ class Run:
                 records = {record.key: record for record in latest(read_records(config.out / RECORDS))}
         return cls(config, manifest, records)
 
-    def open(self) -> None:
-        """Make the directory ready for records; after warm_up, so that a refused server leaves nothing behind."""
+    def prepare(self) -> None:
+        """Warm up, then make the directory ready for records. A server that is refused leaves nothing behind."""
+        asyncio.run(self._warm_up())
         self.config.out.mkdir(parents=True, exist_ok=True)
         if (self.config.out / RECORDS).exists():
             drop_torn_line(self.config.out / RECORDS)
@@ -74,8 +111,8 @@ class Run:
         record = self.records.get((prompt.task, prompt.id, turn))
         return record is None or record.failed
 
-    async def warm_up(self) -> None:
-        """Requests that are not recorded, with prompts of their own; then what they show of speculation is checked."""
+    async def _warm_up(self) -> None:
+        """Send requests with other prompts, which are not recorded, and check whether the server speculates."""
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
         async with self._connect() as client:
@@ -94,13 +131,19 @@ class Run:
             raise _wrong_server(self.config, found)
 
     def require_tau(self) -> None:
-        """After the last request: a run without a single verify step has no tau to report."""
+        """After the last request: a run without a verify step has no tau. Raises ServerError, as `begin` does."""
         answered = [record for record in self.records.values() if record.completion_tokens > 1 and not record.failed]
         if answered:
             self._require_kind(record.verify_steps for record in answered)
 
-    async def ask(self, prompts: Sequence[Prompt], label: str) -> None:
-        """Closed loop: `concurrency` conversations in flight, each record on disk before its conversation goes on."""
+    def ask(self, prompts: Sequence[Prompt], label: str) -> None:
+        """Ask what is missing of `prompts`, with `concurrency` conversations in flight. label: of the progress bar.
+
+        Each record is on disk before its conversation continues.
+        """
+        asyncio.run(self._ask(prompts, label))
+
+    async def _ask(self, prompts: Sequence[Prompt], label: str) -> None:
         queue = iter(self.unfinished(prompts))
         total = sum(len(prompt.turns) for prompt in prompts)
         done = sum(not self._due(prompt, turn) for prompt in prompts for turn in range(len(prompt.turns)))
@@ -120,7 +163,7 @@ class Run:
                     group.create_task(work(client, writer))
 
     async def _converse(self, client: ChatClient, prompt: Prompt) -> AsyncIterator[Record]:
-        """The turns of one prompt that are still open. The history between them is the model's own answers."""
+        """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history."""
         messages: list[ChatCompletionMessageParam] = []
         failed_turn: int | None = None
         for turn, text in enumerate(prompt.turns):
@@ -148,7 +191,7 @@ class Run:
         return self._record(prompt, turn, started_at, time.perf_counter() - started, reply)
 
     def _seed(self, prompt: Prompt, turn: int) -> int | None:
-        """The same for a prompt whatever else is asked, so that filters and concurrency do not change answers."""
+        """Depends on the prompt and its turn alone, so that filters and concurrency do not change answers."""
         if self.config.temperature == 0:
             return None
         return zlib.crc32(f"{self.config.seed}/{prompt.task}/{prompt.id}/{turn}".encode()) & 0x7FFFFFFF
@@ -184,14 +227,6 @@ class Run:
             latency_s=latency_s,
             error=error,
         )
-
-
-def start(config: RunConfig, selections: list[Selection]) -> Run:
-    """A new run that can be asked at once: server looked at and warmed up, directory ready."""
-    run = Run.begin(config, selections)
-    asyncio.run(run.warm_up())
-    run.open()
-    return run
 
 
 def discard(directory: Path) -> None:

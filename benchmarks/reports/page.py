@@ -6,7 +6,9 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from benchmarks.harness.results import Report
 from benchmarks.reports.markdown import markdown_table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,6 +29,22 @@ class Section:
     picture: bytes | None = None
     picture_name: str = ""
     in_words: bool = False
+
+
+class PageReport(Report):
+    """What a command returns whose result is a page. summary: what the terminal shows of it."""
+
+    STEM: ClassVar[str] = "report"
+
+    title: str
+    sections: list[Section]
+    summary: str = ""
+
+    def text(self) -> str:
+        return self.summary
+
+    def write(self, out: Path) -> Path:
+        return write_page(out, self.STEM, self.title, self.sections)
 
 
 def write_page(out: Path, stem: str, title: str, sections: Sequence[Section]) -> Path:

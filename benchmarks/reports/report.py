@@ -9,19 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.config import ReportConfig
+from pydantic import Field
+
+from benchmarks.harness.config import CommandConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import interval_text, number
-from benchmarks.reports.page import Section, Table, write_page
+from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.stats.intervals import Interval, by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
 from sglang_auf.errors import DataError
 
 METRICS = "metrics.jsonl"
+
+
+class ReportConfig(CommandConfig):
+    """One page of benchmark runs and training runs: tau, alpha_k, accepted lengths, speed-up, training, provenance."""
+
+    runs: tuple[Path, ...] = Field(
+        min_length=1, description="directories of `run` or `sweep`, or of `sglang-auf train`"
+    )
+    paper: bool = Field(False, description="set the figures of arXiv 2607.01893 beside these")
+    title: str = Field("Acceptance of a block drafter", description="the page's title")
+    out: Path = Field(Path("runs/report"), description="directory for report.html, report.md and the pictures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +60,11 @@ class MeasuredRun:
         return (*asked, server.target, server.device, server.dtype, *sorted(machines))
 
 
-def write_report(config: ReportConfig) -> Path:
-    """Write the page, and return its path. Raises DataError for a directory without a run, or a run without tau."""
+def report_runs(config: ReportConfig) -> PageReport:
+    """Raises DataError for a directory that holds no run, or one with no tau to show."""
     measured, trained = load_runs(config.runs)
     sections = make_sections(measured, trained, with_paper=config.paper)
-    return write_page(config.out, "report", config.title, sections)
+    return PageReport(title=config.title, sections=sections)
 
 
 def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str, list[dict[str, Any]]]]:

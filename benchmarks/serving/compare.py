@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import ClassVar, Literal
 
-from benchmarks.harness.config import CompareConfig, LosslessConfig, RunConfig, Workload
-from benchmarks.harness.results import Measured, StrictModel
-from benchmarks.harness.run import Run, discard, start
+from pydantic import Field
+
+from benchmarks.harness.config import RunConfig, Workload
+from benchmarks.harness.results import Measured, Report, StrictModel
+from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, serve
-from benchmarks.harness.tasks import Prompt, Selection, resolve, select
+from benchmarks.harness.tasks import Prompt, Selection
+from benchmarks.reports.numbers import number
+from benchmarks.reports.text import asked_text, lossless_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import check_records
 from benchmarks.stats.summary import (
@@ -25,7 +30,19 @@ from benchmarks.stats.summary import (
     throughput,
 )
 
-SUMMARY = "summary.json"
+
+class CompareConfig(Workload):
+    """Start the speculating and the plain server of one profile and ask both the same."""
+
+    profile: str = Field(description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field((), alias="set", description="key=value for both servers; may be repeated")
+    mode: Literal["interleaved", "sequential"] = Field(
+        "interleaved", description="both servers up and asked in turns, or one after the other if memory is short"
+    )
+    rounds: int = Field(4, ge=1, description="turns each server gets when interleaved")
+    stream: bool = Field(False, description="stream answers; the client then takes CPU from a server on this machine")
+    start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")
+    out: Path = Field(Path("runs/demo"), description="result directory; results of an earlier comparison are replaced")
 
 
 class Round(StrictModel):
@@ -36,8 +53,10 @@ class Round(StrictModel):
     speedup: float | None
 
 
-class Comparison(Measured):
+class Comparison(Measured, Report):
     """summary.json. lossless is None when the answers were sampled (temperature above 0)."""
+
+    STEM: ClassVar[str] = "summary"
 
     target: str
     drafter: str | None
@@ -62,21 +81,35 @@ class Comparison(Measured):
     def passed(self) -> bool:
         return not self.failed and (self.lossless is None or self.lossless.passed)
 
+    def text(self) -> str:
+        config = self.config
+        lines = [speed_line("plain", self.plain), speed_line("AUF", self.auf)]
+        if self.speedup is not None:
+            rounds = ", ".join(number(part.speedup) for part in self.rounds)
+            lines.append(f"speed-up    {self.speedup:.2f} at concurrency {config.concurrency} (by round: {rounds})")
+        parts = [
+            asked_text(self.target, self.drafter, self.block_size, config.temperature, config.max_tokens),
+            task_table(self.tasks),
+            tau_text(self.tasks, self.macro, self.micro),
+            "\n".join(lines),
+        ]
+        if self.lossless is not None:
+            parts.append(lossless_text(self.lossless))
+        return "\n\n".join(parts)
+
 
 def compare_servers(config: CompareConfig) -> Comparison:
-    """Start, ask, compare, stop, and write summary.json."""
-    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
+    """Start both servers, ask them, compare their answers, and stop them."""
+    selections = chosen_prompts(config)
     for name in ("auf", "plain"):
         discard(config.out / name)
-    (config.out / SUMMARY).unlink(missing_ok=True)
+    (config.out / f"{Comparison.STEM}.json").unlink(missing_ok=True)
     measure = _interleaved if config.mode == "interleaved" else _one_after_the_other
-    comparison = measure(config, selections)
-    (config.out / SUMMARY).write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return comparison
+    return measure(config, selections)
 
 
 def _interleaved(config: CompareConfig, selections: list[Selection]) -> Comparison:
-    """Both servers up, one of them paused: slow drifts of the machine meet both alike."""
+    """Both servers are up, one of them paused, so that slow drifts of the machine affect both alike."""
     prompts = [prompt for chosen in selections for prompt in chosen.prompts]
     slices = [part for number in range(config.rounds) if (part := prompts[number :: config.rounds])]
     with _serve(config, plain=False) as auf_server:
@@ -87,11 +120,11 @@ def _interleaved(config: CompareConfig, selections: list[Selection]) -> Comparis
                 auf = _begin(config, auf_server, selections, plain=False)
             with awake(plain_server):
                 plain = _begin(config, plain_server, selections, plain=True)
-            for number, part in enumerate(slices):
+            for round_number, part in enumerate(slices):
                 turns = [(auf, auf_server), (plain, plain_server)]
-                for run, server in turns if number % 2 == 0 else reversed(turns):
+                for run, server in turns if round_number % 2 == 0 else reversed(turns):
                     with awake(server):
-                        _ask(run, part, f"round {number + 1}/{len(slices)}")
+                        _ask(run, part, f"round {round_number + 1}/{len(slices)}")
             with awake(plain_server):
                 return _conclude(config, auf, plain, slices)
 
@@ -118,27 +151,30 @@ def _serve(config: CompareConfig, plain: bool) -> AbstractContextManager[Server]
     )
 
 
-def _begin(config: CompareConfig, server: Server, selections: list[Selection], plain: bool) -> Run:
+def _begin(config: CompareConfig, server: Server, selections: list[Selection], plain: bool) -> BenchmarkRun:
     workload = config.model_dump(include=set(Workload.model_fields))
     run_config = RunConfig(
         **workload, base_url=server.base_url, plain=plain, stream=config.stream, out=config.out / _name(plain)
     )
-    return start(run_config, selections)
+    run = BenchmarkRun.begin(run_config, selections)
+    run.prepare()
+    return run
 
 
-def _ask(run: Run, prompts: Sequence[Prompt], label: str) -> None:
-    asyncio.run(run.ask(prompts, f"{_name(run.config.plain)} {label}"))
+def _ask(run: BenchmarkRun, prompts: Sequence[Prompt], label: str) -> None:
+    run.ask(prompts, f"{_name(run.config.plain)} {label}")
 
 
-def _conclude(config: CompareConfig, auf: Run, plain: Run, slices: Sequence[Sequence[Prompt]]) -> Comparison:
-    """Figures of both runs; the plain server must be up, to be asked about forks."""
+def _conclude(
+    config: CompareConfig, auf: BenchmarkRun, plain: BenchmarkRun, slices: Sequence[Sequence[Prompt]]
+) -> Comparison:
+    """Figures of both runs. The plain server must be up: it is asked about answers that differ."""
     auf.require_tau()
     plain.require_tau()
     ours, theirs = list(auf.records.values()), list(plain.records.values())
     lossless = None
     if config.temperature == 0:
-        scale = LosslessConfig.model_fields["logit_scale"].default
-        lossless = check_records(ours, theirs, plain.manifest.server, plain.config.base_url, scale)
+        lossless = check_records(ours, theirs, plain.manifest.server, plain.config.base_url)
     facts, tasks = auf.manifest.server, summarize_tasks(ours)
     plain_speed, auf_speed = throughput(theirs, config.concurrency), throughput(ours, config.concurrency)
     return Comparison(
@@ -159,7 +195,7 @@ def _conclude(config: CompareConfig, auf: Run, plain: Run, slices: Sequence[Sequ
     )
 
 
-def _round(auf: Run, plain: Run, prompts: Sequence[Prompt]) -> Round:
+def _round(auf: BenchmarkRun, plain: BenchmarkRun, prompts: Sequence[Prompt]) -> Round:
     asked = {(prompt.task, prompt.id) for prompt in prompts}
     speeds = [
         throughput([record for key, record in run.records.items() if key[:2] in asked], run.config.concurrency)

@@ -1,7 +1,7 @@
-"""Two servers behind SGLang's router, of which one is killed under load. Clients that retry must lose nothing.
+"""Put two servers behind SGLang's router and kill one under load. Clients that retry must lose no request.
 
-First all questions are asked with both servers up: the verify steps in the replies must add up to the totals of the two
-servers. Then they are asked again, and in the middle one server and all its processes are killed.
+All questions are asked with both servers up first. The verify steps that the replies report must add up to the totals
+of the two servers. Then they are asked again, and meanwhile one server and all its processes are killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -10,21 +10,41 @@ import asyncio
 import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
 import openai
+from pydantic import Field
 
-from benchmarks.harness.config import FailoverConfig
-from benchmarks.harness.results import Measured, StrictModel
+from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.harness.template_prompts import demo_prompts
+from benchmarks.reports.markdown import markdown_document, markdown_table
 from sglang_auf.errors import ConfigError, ServerError
 from sglang_auf.training.generation.client import SglExt, openai_client
 
 ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
+
+
+class FailoverConfig(CommandConfig):
+    """Two servers behind SGLang's router; one is killed under load, and clients that retry must lose nothing."""
+
+    profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field(
+        ("server_args.max_total_tokens=4096", "server_args.context_length=2048"),
+        alias="set",
+        description="key=value for both servers; may be repeated",
+    )
+    requests: int = Field(48, ge=6, description="different prompts, asked with both servers up, and during the kill")
+    clients: int = Field(6, ge=1, description="requests in flight")
+    max_tokens: int = Field(64, ge=2, description="new tokens of one answer")
+    retries: int = Field(8, ge=0, description="of one request, by the openai client, with its pauses")
+    timeout_s: float = Field(300.0, gt=0, description="seconds one request may take")
+    out: Path = Field(Path("runs/failover"), description="directory of failover.json, failover.md and the logs")
 
 
 class Load(StrictModel):
@@ -43,8 +63,10 @@ class Load(StrictModel):
         return self.sent - self.asked
 
 
-class FailoverReport(Measured):
-    """failover.json. totals: of the two servers after the first part, by COUNTED."""
+class FailoverReport(Measured, Report):
+    """failover.json. totals: the counts in COUNTED of the two servers after the first part."""
+
+    STEM: ClassVar[str] = "failover"
 
     config: FailoverConfig
     both: Load
@@ -61,9 +83,28 @@ class FailoverReport(Measured):
         faults = [load.lost + load.wrong for load in (self.both, self.killed)]
         return not any(faults) and self.adds_up and all(server["verify_steps"] for server in self.totals)
 
+    def markdown(self) -> str:
+        config = self.config
+        rows = [["", "requests", "sent", "retried", "lost", "wrong", "verify steps", "emitted tokens"]]
+        for name, load in (("both servers up", self.both), ("one killed", self.killed)):
+            figures = [load.asked, load.sent, load.retried, load.lost, load.wrong, load.verify_steps, load.emitted]
+            rows.append([name, *map(str, figures)])
+        asked = (
+            f"{config.profile}, two servers behind sglang-router, {config.clients} clients, {config.max_tokens} tokens "
+            f"an answer, the openai client with {config.retries} retries; one server killed after "
+            f"{self.answered_before} of {self.killed.asked} answers"
+        )
+        shares = " and ".join(f"{server['verify_steps']} verify steps" for server in self.totals)
+        notes = [
+            f"Failover {'passed' if self.passed else 'FAILED'}. The servers' totals in the first part, {shares}, "
+            f"{'add up to' if self.adds_up else 'DO NOT ADD UP TO'} what the replies say.",
+            *(f"- {what}" for what in self.both.named + self.killed.named),
+        ]
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes))
+
 
 def measure_failover(config: FailoverConfig) -> FailoverReport:
-    """Raises ConfigError without the router's package, ServerError when a server or the router does not come up."""
+    """Raises ConfigError without the router's package, ServerError where a server or the router does not start."""
     if importlib.util.find_spec(ROUTER) is None:
         raise ConfigError("no package sglang-router", "SGLang's router", "pip install -c constraints.txt sglang-router")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -75,8 +116,8 @@ def measure_failover(config: FailoverConfig) -> FailoverReport:
             for name in "ab"
         ]
         urls = [server.base_url for server in servers]
-        # round_robin gives both servers work. The client retries, not the router: either has to ask again for the
-        # complete answer, and the client can count how often.
+        # Round robin gives both work. The client retries, not the router: an answer that broke off is asked again
+        # from its beginning either way, and the client counts how often.
         options = ["--policy", "round_robin", "--disable-retries", "--health-check-interval-secs", "2"]
         program = ["-m", f"{ROUTER}.launch_router", "--worker-urls", *urls, *options]
         router = running.enter_context(launch(program, log_file=config.out / "router.log"))
@@ -113,13 +154,7 @@ async def _measure(config: FailoverConfig, servers: Sequence[Server], router: Se
             f"look at the logs in {config.out}",
         )
     answered = killing.result()
-    return FailoverReport(
-        config=config,
-        both=both,
-        totals=totals,
-        killed=killed,
-        answered_before=answered,
-    )
+    return FailoverReport(config=config, both=both, totals=totals, killed=killed, answered_before=answered)
 
 
 def _totals(server: Server) -> dict[str, int]:

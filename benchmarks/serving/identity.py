@@ -1,38 +1,41 @@
 """Are greedy answers the tokens of plain decoding? A table over block size, drafter, prefix cache and concurrency.
 
 A cell is one server at one concurrency. At concurrency 1 it is asked the first `alone` prompts, otherwise all of them.
-The reference is the plain server in company, so the plain server alone is a check of it too. `unconstrained` is the
-plain server without row-invariant products: it is compared with its own answers at concurrency 1, which shows what the
-constraint is for, and its speed shows what the constraint costs. Its forks are a finding, not a failure.
+The reference is the plain server at concurrency 16, so the plain server at concurrency 1 checks the reference too.
+`unconstrained` is the plain server without row-invariant products. It is compared with its own answers at concurrency
+1, which shows what the constraint is for, and its speed shows what the constraint costs. Its forks are a finding, not a
+failure.
 
-A server is asked at 16 first, with an empty prefix cache; at the lower concurrencies it finds these prompts cached, so
-that answers from cached prefixes are compared too. Speeds compare at 16 only.
+A server is asked at concurrency 16 first, with an empty prefix cache. At lower concurrencies these prompts are cached,
+so that answers from cached prefixes are compared too. Speeds can be compared at 16 only.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from benchmarks.harness.config import IdentityConfig, RunConfig
+from benchmarks.harness.config import Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record, latest, read_records
-from benchmarks.harness.results import Measured, StrictModel, versions
-from benchmarks.harness.run import RECORDS, discard, start
+from benchmarks.harness.results import Measured, Report, StrictModel, versions
+from benchmarks.harness.run import RECORDS, ask, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
+from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
+from benchmarks.reports.numbers import number
 from benchmarks.serving.random_drafter import write_random_drafter
 from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
-from sglang_auf import provenance
+from sglang_auf import env, provenance
 from sglang_auf.errors import ConfigError
+from sglang_auf.files import write_whole
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 COMPANY = 16
 REFERENCE = ("plain", COMPANY)
@@ -40,9 +43,21 @@ CELL = "cell.json"
 SHIPPED_DRAFTER = provenance.CHECKOUT / "drafters" / "smollm2-135m"
 
 
+class IdentityConfig(StartedServersConfig):
+    """Greedy answers of several servers against plain decoding, token by token; what is measured is not redone."""
+
+    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample); first turns")
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+    max_tokens: int = Field(128, ge=1, description="new tokens of one answer at most")
+    variants: Names | None = Field(None, description="comma-separated servers to ask beside plain (default: all)")
+    alone: int = Field(24, ge=1, description="prompts asked at concurrency 1, of all tasks in turn")
+    drafter: Path | None = Field(None, description="drafter whose shape random-drafter has (default: the shipped one)")
+    out: Path = Field(Path("runs/identity"), description="result directory; finished cells in it are kept")
+
+
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One server. constrained: its answers must be the reference's; otherwise they are compared with its own alone."""
+class ServerVariant:
+    """One server. constrained: its answers must be the reference's; otherwise they are compared with its own."""
 
     name: str
     concurrencies: tuple[int, ...] = (COMPANY,)
@@ -58,24 +73,24 @@ class Variant:
 
 
 _ALL = (
-    Variant("plain", (COMPANY, 1), plain=True),
-    Variant("auf-b8", (COMPANY, 4, 1), settings=("block_size=8",)),
-    Variant("auf-b8-no-prefix-cache", settings=("block_size=8", "server_args.disable_radix_cache=true")),
-    Variant("auf-b4", settings=("block_size=4",)),
-    Variant("random-drafter", random_drafter=True),
-    Variant(
+    ServerVariant("plain", (COMPANY, 1), plain=True),
+    ServerVariant("auf-b8", (COMPANY, 4, 1), settings=("block_size=8",)),
+    ServerVariant("auf-b8-no-prefix-cache", settings=("block_size=8", "server_args.disable_radix_cache=true")),
+    ServerVariant("auf-b4", settings=("block_size=4",)),
+    ServerVariant("random-drafter", random_drafter=True),
+    ServerVariant(
         "unconstrained",
         (COMPANY, 1),
         plain=True,
-        environment={"SGLANG_AUF_ROW_INVARIANT": "0"},  # read by sglang_auf/cpu/linear.py
+        environment={env.ROW_INVARIANT.name: "0"},
         constrained=False,
     ),
 )
 VARIANTS = {variant.name: variant for variant in _ALL}
 
 
-class Cell(StrictModel):
-    """cell.json: a finished measurement. asked: everything that must be equal for it to be kept on a rerun."""
+class MeasuredCell(StrictModel):
+    """cell.json: a finished measurement. asked: what must be equal for it to be kept when the command is repeated."""
 
     asked: dict[str, Any]
     throughput: Throughput
@@ -93,8 +108,8 @@ class ForkedAnswer(StrictModel):
     reference: int | None
 
 
-class Row(StrictModel):
-    """A cell and its comparison. identical None: the cell is the reference itself. tau: macro, None without drafter."""
+class ComparedCell(StrictModel):
+    """A cell and its comparison. identical: None for the reference itself. tau: macro, None without a drafter."""
 
     variant: str
     concurrency: int
@@ -108,24 +123,49 @@ class Row(StrictModel):
     versions: dict[str, str | None]
 
 
-class IdentityReport(Measured):
-    """identity.json. versions of a row are those it was measured with; those of the report, of the last call."""
+class IdentityReport(Measured, Report):
+    """identity.json. The versions of a row are those of its measurement; the report's are those of the last call."""
+
+    STEM: ClassVar[str] = "identity"
 
     config: IdentityConfig
-    rows: list[Row]
+    rows: list[ComparedCell]
 
     @property
     def passed(self) -> bool:
         """Every request was answered, and every constrained cell is free of forks."""
         return not any(row.failed or (row.constrained and row.forks) for row in self.rows)
 
+    def markdown(self) -> str:
+        config = self.config
+        rows = [["variant", "concurrency", "prompts", "identical", "forks", "tokens/s", "tau"]]
+        for row in self.rows:
+            identical, forks = "reference", "-"
+            if row.identical is not None:
+                identical, forks = f"{row.identical} of {row.identical + len(row.forks)}", str(len(row.forks))
+            cells = [row.variant, str(row.concurrency), prompts_cell(row.prompts, row.failed), identical, forks]
+            rows.append([*cells, number(row.tokens_per_s, 1), number(row.tau)])
+        asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(config.tasks)}"
+        outcome = "passed" if self.passed else "FAILED"
+        notes = [
+            f"Identity {outcome}. The reference of `unconstrained`, which promises nothing, is itself alone; of the "
+            "others it is plain decoding at concurrency 16. Speeds compare at concurrency 16.",
+            *(
+                f"- fork: {row.variant} at {row.concurrency}, {fork.prompt_id} token {fork.position}: "
+                f"{fork.token} for {fork.reference}"
+                for row in self.rows
+                for fork in row.forks
+            ),
+        ]
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes))
+
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PlannedCell:
     """A cell to be measured. selections: of exactly these prompts."""
 
     config: IdentityConfig
-    variant: Variant
+    variant: ServerVariant
     concurrency: int
     prompts: list[Prompt]
     selections: list[Selection]
@@ -148,20 +188,20 @@ class Job:
             "prompts": {chosen.task.name: chosen.sha256 for chosen in self.selections},
         }
 
-    def finished(self) -> Cell | None:
-        """The cell measured before, if it was asked the same and every request was answered."""
+    def finished(self) -> MeasuredCell | None:
+        """The measurement of an earlier call, if it was asked the same and every request was answered."""
         path = self.place / CELL
         if not path.exists():
             return None
         try:
-            cell = Cell.model_validate_json(path.read_bytes())
+            cell = MeasuredCell.model_validate_json(path.read_bytes())
         except ValidationError:
-            log.warning("%s is of another version of the benchmark; the cell is measured again", path)
+            logger.warning("%s is of another version of the benchmark; the cell is measured again", path)
             return None
         return cell if cell.asked == self.asked and not cell.throughput.failed else None
 
-    def measure(self, base_url: str) -> Cell:
-        """cell.json comes last, atomically: a cell without it is measured again."""
+    def measure(self, base_url: str) -> MeasuredCell:
+        """Ask the server and write cell.json last: a cell without it is measured again."""
         discard(self.place)
         (self.place / CELL).unlink(missing_ok=True)
         run_config = RunConfig(
@@ -172,19 +212,15 @@ class Job:
             stream=False,
             out=self.place,
         )
-        run = start(run_config, self.selections)
-        asyncio.run(run.ask(self.prompts, f"{self.variant.name} at {self.concurrency}"))
-        run.require_tau()
-        records = list(run.records.values())
-        cell = Cell(
+        label = f"{self.variant.name} at {self.concurrency}"
+        records = list(ask(run_config, self.selections, label, prompts=self.prompts).records.values())
+        cell = MeasuredCell(
             asked=self.asked,
             throughput=throughput(records, self.concurrency),
             tau=macro(summarize_tasks(records).values()).tau,
             versions=versions(),
         )
-        fresh = self.place / f"{CELL}.tmp"
-        fresh.write_text(cell.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        fresh.replace(self.place / CELL)
+        write_whole(self.place / CELL, cell.model_dump_json(indent=2) + "\n")
         return cell
 
     def records(self) -> dict[Key, Record]:
@@ -196,39 +232,39 @@ def measure_identity(config: IdentityConfig) -> IdentityReport:
     variants = chosen_variants(config.variants)
     selections = first_turns(select(task, config.data_dir, config.limit) for task in resolve(config.tasks))
     everything = in_turn(selections)
-    jobs: dict[tuple[str, int], Job] = {}
+    planned: dict[tuple[str, int], PlannedCell] = {}
     for variant in variants:
-        for number in variant.concurrencies:
-            prompts = everything[: config.alone] if number == 1 else everything
-            jobs[variant.name, number] = Job(config, variant, number, prompts, keep(selections, prompts))
-    cells = [cell for variant in variants for cell in _cells([jobs[variant.name, n] for n in variant.concurrencies])]
-    rows = [
-        _row(job, cell, None if job is (against := jobs[job.variant.reference]) else against.records())
-        for job, cell in zip(jobs.values(), cells, strict=True)
+        for concurrency in variant.concurrencies:
+            prompts = everything[: config.alone] if concurrency == 1 else everything
+            cell = PlannedCell(config, variant, concurrency, prompts, keep(selections, prompts))
+            planned[variant.name, concurrency] = cell
+    measured = [
+        cell for variant in variants for cell in _measured([planned[variant.name, n] for n in variant.concurrencies])
     ]
-    return IdentityReport(
-        config=config,
-        rows=rows,
-    )
+    rows = [
+        _compared(cell, result, None if cell is (against := planned[cell.variant.reference]) else against.records())
+        for cell, result in zip(planned.values(), measured, strict=True)
+    ]
+    return IdentityReport(config=config, rows=rows)
 
 
-def chosen_variants(names: Sequence[str] | None) -> list[Variant]:
-    """plain, the reference, is always one of them. ConfigError for an unknown name."""
+def chosen_variants(names: Sequence[str] | None) -> list[ServerVariant]:
+    """The variants of these names, and always plain, the reference. Raises ConfigError for an unknown name."""
     for name in names or ():
         if name not in VARIANTS:
-            raise ConfigError(f"variant {name!r}", "one of " + ", ".join(VARIANTS), "mend --variants")
+            raise ConfigError(f"variant {name!r}", "one of " + ", ".join(VARIANTS))
     return [variant for variant in _ALL if names is None or variant.name in {REFERENCE[0], *names}]
 
 
-def _cells(jobs: list[Job]) -> list[Cell]:
-    """The cells of one variant; its server is started only where one is missing."""
-    cells = [job.finished() for job in jobs]
-    if None not in cells:
-        log.info("%s is measured already", jobs[0].variant.name)
-        return [cell for cell in cells if cell is not None]
-    config, variant = jobs[0].config, jobs[0].variant
+def _measured(cells: list[PlannedCell]) -> list[MeasuredCell]:
+    """The cells of one variant, measured. Its server is started only where a cell is missing."""
+    finished = [cell.finished() for cell in cells]
+    if None not in finished:
+        logger.info("%s is measured already", cells[0].variant.name)
+        return [result for result in finished if result is not None]
+    config, variant = cells[0].config, cells[0].variant
     settings = [*config.settings, *variant.settings]
-    if shape_of := jobs[0].shape_of:
+    if shape_of := cells[0].shape_of:
         settings.append(f"drafter={write_random_drafter(shape_of, config.out / 'random-drafter-weights')}")
     with serve(
         config.profile,
@@ -238,13 +274,13 @@ def _cells(jobs: list[Job]) -> list[Cell]:
         log_file=config.out / f"{variant.name}-server.log",
         timeout_s=config.start_timeout_s,
     ) as server:
-        return [cell or job.measure(server.base_url) for job, cell in zip(jobs, cells, strict=True)]
+        return [result or cell.measure(server.base_url) for cell, result in zip(cells, finished, strict=True)]
 
 
-def _row(job: Job, cell: Cell, reference: Mapping[Key, Record] | None) -> Row:
-    """Answers that are in both, and not failed in either, are compared; failures count in their own rows."""
+def _compared(cell: PlannedCell, result: MeasuredCell, reference: Mapping[Key, Record] | None) -> ComparedCell:
+    """Compare the answers that both have and that failed in neither. Each cell counts its own failures."""
     forks, identical = [], 0
-    ours_and_theirs = [] if reference is None else [(r, reference.get(r.key)) for r in job.records().values()]
+    ours_and_theirs = [] if reference is None else [(r, reference.get(r.key)) for r in cell.records().values()]
     for ours, theirs in ours_and_theirs:
         if theirs is None or ours.failed or theirs.failed:
             continue
@@ -261,15 +297,15 @@ def _row(job: Job, cell: Cell, reference: Mapping[Key, Record] | None) -> Row:
                     reference=fork.plain,
                 )
             )
-    return Row(
-        variant=job.variant.name,
-        concurrency=job.concurrency,
-        constrained=job.variant.constrained,
-        prompts=cell.throughput.requests,
-        failed=cell.throughput.failed,
+    return ComparedCell(
+        variant=cell.variant.name,
+        concurrency=cell.concurrency,
+        constrained=cell.variant.constrained,
+        prompts=result.throughput.requests,
+        failed=result.throughput.failed,
         identical=None if reference is None else identical,
         forks=forks,
-        tokens_per_s=cell.throughput.tokens_per_s,
-        tau=cell.tau,
-        versions=cell.versions,
+        tokens_per_s=result.throughput.tokens_per_s,
+        tau=result.tau,
+        versions=result.versions,
     )

@@ -1,48 +1,74 @@
-"""Servers of one machine that are asked the same greedy prompts in turns: all up, all but one paused.
+"""Ask several servers of one machine the same greedy prompts in turns. All are up, and all but one are paused.
 
-Every server is asked in every round, at every concurrency, after its prefix cache was emptied; who goes first changes
-with the round, so that a slow drift of the machine meets all alike. Not streamed: the client would take CPU for every
-chunk, and the servers send different numbers of them.
+Every server is asked in every round, at every concurrency, with an empty prefix cache. Another server begins in each
+round, so that a slow drift of the machine affects all alike. Answers are not streamed: the client would take CPU for
+every chunk, and the servers send different numbers of chunks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
-from benchmarks.harness.config import RunConfig, TurnsConfig
+from pydantic import Field
+
+from benchmarks.harness.config import Counts, Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record
 from benchmarks.harness.results import StrictModel
-from benchmarks.harness.run import discard, start
-from benchmarks.harness.server_info import ServerFacts, flush_cache, server_facts
+from benchmarks.harness.run import ask, discard
+from benchmarks.harness.server_info import ServerFacts, server_facts
 from benchmarks.harness.servers import Server, awake
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
 from benchmarks.stats.lossless import comparable_tokens
 from benchmarks.stats.summary import ratio, throughput
 from sglang_auf.errors import ConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Records = dict[Key, Record]
 
 
+class TurnsConfig(StartedServersConfig):
+    """What commands share whose servers are asked in turns."""
+
+    tasks: Names | None = Field(
+        None, description="comma-separated tasks or groups; first turns (default: mt_bench, without --data-dir sample)"
+    )
+    limit: int = Field(8, ge=1, description="prompts in all, of all tasks in turn; more where more are in flight")
+    max_tokens: int = Field(256, ge=2, description="new tokens of one answer at most")
+    concurrency: Counts = Field((1,), description="comma-separated numbers of requests in flight")
+    rounds: int = Field(3, ge=1, description="turns each server gets at each concurrency; medians are reported")
+    pool_tokens: int = Field(16384, ge=1, description="KV pool of each server, in tokens")
+    out: Path = Field(description="result directory; earlier results are replaced")
+
+    @property
+    def server_settings(self) -> tuple[str, ...]:
+        return (f"server_args.max_total_tokens={self.pool_tokens}", *self.settings)
+
+
 class Agreement(StrictModel):
-    """Of the answers that two servers both gave, over all rounds: equal tokens, equal histograms of accepted drafts."""
+    """How many answers of two servers, over all rounds, have equal tokens and equal histograms of accepted drafts.
+
+    compared: answers that both servers gave.
+    """
 
     compared: int
     same_tokens: int
     same_histogram: int
 
+    def tokens_text(self) -> str:
+        return f"{self.same_tokens} of {self.compared}"
+
 
 class Turns:
-    """The questions of one table, and what became of them."""
+    """The prompts of one command, and the answers of all servers in all rounds."""
 
     def __init__(self, config: TurnsConfig) -> None:
-        """Raises ConfigError for fewer prompts than are to be in flight."""
+        """Raises ConfigError where there are fewer prompts than requests in flight."""
         self.config = config
         self.levels = list(dict.fromkeys(config.concurrency))
         self.selections = _selections(config)
@@ -55,17 +81,20 @@ class Turns:
             )
         self._prompts = {level: everything[: max(config.limit, level)] for level in self.levels}
         self.answers: dict[tuple[str, int], list[Records]] = {}
-        """Of each server's name and concurrency: a round each."""
+        """(server name, concurrency) -> records of each round."""
         self.prefill: dict[str, list[Records]] = {}
-        """The prompts of concurrency 1 with one new token, by server: a round each."""
+        """Server name -> records of each round, of the prompts of concurrency 1 with one new token."""
 
     @property
     def tasks(self) -> list[str]:
         return [chosen.task.name for chosen in self.selections]
 
     def ask(self, servers: Mapping[str, Server], plain: Collection[str]) -> None:
-        """All rounds. servers: up and paused, by name, which is also a directory of config.out. plain: whose no tau
-        is asked for."""
+        """Ask all rounds.
+
+        servers: running but paused, by name (also their directory under config.out). plain: names of servers without a
+        drafter.
+        """
         names = list(servers)
         for number in range(self.config.rounds):
             order = names[number % len(names) :] + names[: number % len(names)]
@@ -87,7 +116,7 @@ class Turns:
         return [throughput(list(records.values()), level).tokens_per_s for records in self.answers[name, level]]
 
     def step_seconds(self, name: str) -> list[float | None]:
-        """By round; concurrency 1 must have been asked for."""
+        """Seconds of a step, by round. Concurrency 1 must have been asked."""
         return list(map(seconds_per_step, self.answers[name, 1], self.prefill[name]))
 
     def failed(self, name: str, level: int) -> int:
@@ -112,9 +141,9 @@ class Turns:
 def up_and_paused(
     names: Iterable[str], starting: Callable[[str, Mapping[str, ServerFacts]], AbstractContextManager[Server]]
 ) -> Iterator[tuple[dict[str, Server], dict[str, ServerFacts]]]:
-    """Servers started one after the other, each paused once it is up, and what they are; all ended on the way out.
+    """Start servers one after the other and pause each. Yields servers and facts by name, and ends all servers.
 
-    starting: a server by name, given what those before it are.
+    starting: makes the server of a name; its second argument holds the facts of those before it.
     """
     servers: dict[str, Server] = {}
     facts: dict[str, ServerFacts] = {}
@@ -130,7 +159,7 @@ def _selections(config: TurnsConfig) -> list[Selection]:
     names = config.tasks
     if names is None:
         names = ("mt_bench",) if config.data_dir else ("sample",)
-        log.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
+        logger.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
     most = max(config.limit, *config.concurrency)
     return first_turns(select(task, config.data_dir, most) for task in resolve(names))
 
@@ -147,7 +176,7 @@ class _Turn:
     concurrency: int
 
     def ask(self, selections: list[Selection], prompts: Sequence[Prompt], max_tokens: int) -> Records:
-        """All prompts, with an empty prefix cache. Only the first round has a warm-up."""
+        """Ask all prompts, with an empty prefix cache. Only the first round has a warm-up."""
         kind = "prefill" if max_tokens == 1 else "answers"
         place = self.config.out / self.name / f"c{self.concurrency}-round{self.number + 1}-{kind}"
         run_config = RunConfig(
@@ -161,18 +190,15 @@ class _Turn:
             out=place,
         )
         discard(place)
-        run = start(run_config, keep(selections, prompts))
-        flush_cache(self.base_url)
-        asyncio.run(run.ask(prompts, f"{self.name} at {self.concurrency}, round {self.number + 1}, {kind}"))
-        run.require_tau()
-        return run.records
+        label = f"{self.name} at {self.concurrency}, round {self.number + 1}, {kind}"
+        return ask(run_config, keep(selections, prompts), label, prompts=prompts, empty_cache=True).records
 
 
 def seconds_per_step(answers: Records, prefill: Records) -> float | None:
-    """Of one round at concurrency 1. None without a step.
+    """Seconds of a step in one round at concurrency 1; None without a step.
 
-    (latency - latency of the same prompt with one new token) / steps, sums over prompts. A step is a verify step, with
-    its drafting, or a token of plain decoding.
+    (latency - latency of the same prompt with one new token) / steps, where both are summed over prompts. A step is a
+    verify step with its drafting, or a token of plain decoding.
     """
     pairs = [(answers[key], prefill[key]) for key in answers]
     counted = [(answer, first) for answer, first in pairs if not answer.failed and not first.failed]
@@ -181,7 +207,7 @@ def seconds_per_step(answers: Records, prefill: Records) -> float | None:
 
 
 def median_of_all(values: Iterable[float | None]) -> float | None:
-    """None where a round has no value: a median of the others would hide it."""
+    """The median; None where a round has no value, since the median of the others would hide that."""
     every = list(values)
     known = [value for value in every if value is not None]
     return median(known) if known and len(known) == len(every) else None

@@ -1,6 +1,6 @@
-"""A server under mixed load for minutes: no wrong answer, no server error, nothing leaked.
+"""Put a server under mixed load for minutes. No answer may be wrong, no server error may occur, nothing may leak.
 
-Plain decoding answers the questions first. Then clients send the AUF server every kind of request (soak_requests.py),
+A plain server answers the questions first. Then clients send the AUF server every kind of request (soak_requests.py),
 good and bad, finished and abandoned, while memory, open files and KV slots of the server are sampled.
 """
 
@@ -11,27 +11,62 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 import psutil
+from pydantic import Field, ValidationInfo, field_validator
 
-from benchmarks.harness.config import SoakConfig
-from benchmarks.harness.results import Measured, StrictModel
+from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, flush_cache, server_facts
 from benchmarks.harness.servers import Server, family, serve
+from benchmarks.reports.markdown import markdown_document, markdown_table
+from benchmarks.reports.numbers import number
 from benchmarks.serving.soak_requests import BROKEN, KINDS, Question, Sender, Wrong, questions
 from sglang_auf.errors import ServerError
 
 NAMED = 20
 IDLE_S = 120.0
 GROWTH = 0.05
-"""Share by which resident memory may be larger at the end than after the first part, see `SoakReport.growth`."""
+"""Share by which resident memory may grow, see `SoakReport.growth`."""
+
+
+class SoakConfig(CommandConfig):
+    """Mixed load on a server for minutes, checked against plain decoding; memory, files and KV slots are watched."""
+
+    profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
+    settings: tuple[str, ...] = Field(
+        ("server_args.max_running_requests=8", "server_args.max_total_tokens=1024", "server_args.context_length=1024"),
+        alias="set",
+        description="key=value for both servers; may be repeated. A small pool has requests wait and be retracted",
+    )
+    minutes: float = Field(30.0, gt=0, description="how long the load lasts")
+    clients: int = Field(12, ge=1, description="requests in flight")
+    questions: int = Field(24, ge=1, description="different prompts; plain decoding answers each three times first")
+    seed: int = Field(0, ge=0, description="of what is drawn: kinds of request and prompts")
+    sample_s: float = Field(
+        5.0, gt=0, validate_default=True, description="seconds between looks at the server, a tenth of the time at most"
+    )
+    timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+    out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
+
+    @field_validator("sample_s")
+    @classmethod
+    def _often_enough(cls, value: float, info: ValidationInfo) -> float:
+        """Growth needs samples in the parts of the time that it compares."""
+        if value > info.data.get("minutes", value) * 6:
+            raise ValueError("must be a tenth of the time that the load lasts at most")
+        return value
 
 
 class Sample(StrictModel):
-    """seconds since the load began; memory_mib: resident, of all processes of the server; kv_tokens: slots in use."""
+    """The server at one time. seconds: since the load began. memory_mib: resident, of all its processes.
+
+    kv_tokens: KV slots in use. running, waiting: requests.
+    """
 
     seconds: float
     memory_mib: float
@@ -41,8 +76,10 @@ class Sample(StrictModel):
     waiting: int
 
 
-class SoakReport(Measured):
-    """soak.json. asked: requests by kind. faults: how many of each; named: the first ones, in words."""
+class SoakReport(Measured, Report):
+    """soak.json. asked: requests by kind. faults: how many of each kind. named: the first faults, in words."""
+
+    STEM: ClassVar[str] = "soak"
 
     config: SoakConfig
     asked: dict[str, int]
@@ -55,7 +92,7 @@ class SoakReport(Measured):
 
     @property
     def growth(self) -> float:
-        """Median memory in the last fifth against that from 20 to 40 % of the time, as a share; pools fill before."""
+        """Growth of median memory from 20 to 40 % of the time to the last fifth, as a share. Pools fill before that."""
         end = self.samples[-1].seconds
         early = [sample.memory_mib for sample in self.samples if 0.2 * end <= sample.seconds <= 0.4 * end]
         late = [sample.memory_mib for sample in self.samples if sample.seconds >= 0.8 * end]
@@ -76,10 +113,37 @@ class SoakReport(Measured):
     def passed(self) -> bool:
         return not self.faults and not self.leaks
 
+    def markdown(self) -> str:
+        config, total = self.config, self.acceptance["total"]
+        rows = [["", "idle before", "idle after", "under load, at most"]]
+        for name, unit, what in (
+            ("memory_mib", "MiB", "resident memory"),
+            ("files", "", "open files"),
+            ("kv_tokens", "", "KV slots in use"),
+            ("running", "", "running requests"),
+            ("waiting", "", "waiting requests"),
+        ):
+            most = max(getattr(sample, name) for sample in self.samples)
+            figures = [getattr(self.before, name), getattr(self.after, name), most]
+            rows.append([what, *(f"{figure:.0f} {unit}".strip() for figure in figures)])
+        asked = (
+            f"{config.profile}, {config.minutes:g} minutes, {config.clients} clients: {sum(self.asked.values())} "
+            f"requests ({', '.join(f'{count} {kind}' for kind, count in sorted(self.asked.items()))})"
+        )
+        faults = ", ".join(f"{count} {what}" for what, count in self.faults.items())
+        notes = [
+            f"Soak {'passed' if self.passed else 'FAILED'}: {faults or 'no wrong answer, no server error'}; "
+            f"{'; '.join(self.leaks) or 'nothing leaked'}.",
+            f"Memory in the last fifth of the time against 20 to 40 % of it: {self.growth:+.1%}. Tau of "
+            f"{total['requests']} answers with a verify step: {number(total['tau'])}.",
+            *(f"- {fault}" for fault in self.named),
+        ]
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes))
+
 
 @dataclass(slots=True)
 class Tally:
-    """What happened so far. faults: by what kind of fault; named: the first ones."""
+    """What happened so far. faults: how many of each kind. named: the first faults, in words."""
 
     asked: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -91,8 +155,8 @@ class Tally:
             self.named.append(f"{what}, {kind}: {error!r}"[:600])
 
 
-def soak(config: SoakConfig) -> SoakReport:
-    """Raises ServerError when a server does not start or ends by itself."""
+def measure_soak(config: SoakConfig) -> SoakReport:
+    """Raises ServerError where a server does not start or ends by itself."""
     config.out.mkdir(parents=True, exist_ok=True)
     with serve(config.profile, plain=True, settings=config.settings, log_file=config.out / "plain.log") as plain:
         known = asyncio.run(_references(plain.base_url, config))
@@ -112,7 +176,7 @@ async def _soak(server: Server, known: list[Question], config: SoakConfig) -> So
     sender = Sender(server.base_url, server_facts(server.base_url).model, config.timeout_s)
     tally, samples = Tally(), []
     draws = random.Random(config.seed)
-    for kind in KINDS:  # what is loaded or opened on first use is there before the first count
+    for kind in KINDS:  # warm up, so that what is loaded or opened on first use does not count as a leak
         await _send(kind, sender, draws.choice(known), Tally())
     before = await _idle(server)
     began = time.monotonic()
@@ -138,7 +202,7 @@ async def _soak(server: Server, known: list[Question], config: SoakConfig) -> So
 async def _client(
     sender: Sender, known: list[Question], draws: random.Random, tally: Tally, began: float, config: SoakConfig
 ) -> None:
-    """One client: a request, and the next when it has ended."""
+    """One client: sends a request when the one before it has ended."""
     while time.monotonic() - began < config.minutes * 60:
         [kind] = draws.choices(list(KINDS), list(KINDS.values()))
         await _send(kind, sender, draws.choice(known), tally)
@@ -157,7 +221,7 @@ async def _send(kind: Any, sender: Sender, question: Question, tally: Tally) -> 
 
 
 async def _idle(server: Server) -> Sample:
-    """The server with nothing to do and no cached prefix. Raises ServerError where it never gets there."""
+    """A sample of the server without requests and cached prefixes. Raises ServerError where requests never end."""
     deadline = time.monotonic() + IDLE_S
     while True:
         sample = await asyncio.to_thread(_sample, server, time.monotonic())

@@ -1,30 +1,41 @@
-"""AUF, plain decoding and SGLang's built-in DFLASH in turns (turns.py).
+"""Ask AUF, plain decoding and SGLang's built-in DFLASH in turns (interleaved.py).
 
-Figures are medians over rounds; ratios are medians of the rounds' ratios.
+Figures are medians over rounds. Ratios are medians of the ratios of each round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import yaml
+from pydantic import Field
 
-from benchmarks.harness.config import SpeedConfig
-from benchmarks.harness.results import Measured, StrictModel
+from benchmarks.harness.config import Counts
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, launch, serve
-from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
+from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
+from benchmarks.reports.numbers import number
+from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"
-NAMES = (AUF, PLAIN, DFLASH)
+NAMES = {AUF: "AUF", PLAIN: "plain", DFLASH: "DFLASH"}
 SERVER_ARGS = "server_args."
 
 
-class Level(StrictModel):
-    """One concurrency. tokens_per_s: medians; rounds: what they are of; tau: macro, of the first round."""
+class SpeedConfig(TurnsConfig):
+    """AUF, plain decoding and SGLang's built-in DFLASH with the same drafter, asked in turns."""
+
+    concurrency: Counts = Field((1, 4, 16), description="comma-separated numbers of requests in flight")
+    out: Path = Field(Path("runs/speed"), description="result directory; earlier results are replaced")
+
+
+class SpeedLevel(StrictModel):
+    """One concurrency. tokens_per_s: medians of `rounds`; tau: macro, of the first round."""
 
     concurrency: int
     prompts: int
@@ -39,7 +50,7 @@ class Level(StrictModel):
 
 
 class StepCost(StrictModel):
-    """Seconds; medians over rounds. ratio: median of the rounds' AUF / plain."""
+    """Seconds, medians over rounds. ratio: median of AUF / plain of each round."""
 
     auf_s: float | None
     dflash_s: float | None
@@ -47,18 +58,47 @@ class StepCost(StrictModel):
     ratio: float | None
 
 
-class SpeedReport(Measured):
+class SpeedReport(Measured, Report):
     """speed.json. step_cost: None unless concurrency 1 was asked for."""
+
+    STEM: ClassVar[str] = "speed"
 
     config: SpeedConfig
     tasks: list[str]
     servers: dict[str, ServerFacts]
-    levels: list[Level]
+    levels: list[SpeedLevel]
     step_cost: StepCost | None
 
     @property
-    def failed(self) -> int:
-        return sum(level.failed for level in self.levels)
+    def passed(self) -> bool:
+        return not any(level.failed for level in self.levels)
+
+    def markdown(self) -> str:
+        config, auf = self.config, self.servers[AUF]
+        rows = [["concurrency", "prompts", *(f"{name} tokens/s" for name in NAMES.values())]]
+        rows[0] += ["AUF / plain", "AUF / DFLASH", "tau AUF", "tau DFLASH"]
+        for level in self.levels:
+            speeds = [number(level.tokens_per_s[name], 1) for name in NAMES]
+            ratios = [level.auf_over_plain, level.auf_over_dflash, level.tau[AUF], level.tau[DFLASH]]
+            prompts = prompts_cell(level.prompts, level.failed)
+            rows.append([str(level.concurrency), prompts, *speeds, *map(number, ratios)])
+        asked = (
+            f"{config.profile} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} new "
+            f"tokens, {', '.join(self.tasks)}; medians of {config.rounds} interleaved rounds"
+        )
+        lines = [
+            f"- at concurrency {level.concurrency}: AUF gave the tokens of DFLASH in "
+            f"{level.auf_and_dflash.tokens_text()} answers, its accepted histogram in "
+            f"{level.auf_and_dflash.same_histogram}, and the tokens of plain in {level.auf_and_plain.tokens_text()}"
+            for level in self.levels
+        ]
+        if (cost := self.step_cost) is not None:
+            lines.append(
+                f"- step cost at concurrency 1: AUF {milliseconds(cost.auf_s)} a verify step, DFLASH "
+                f"{milliseconds(cost.dflash_s)}, plain {milliseconds(cost.plain_s)} a token; AUF / plain "
+                f"{number(cost.ratio)}"
+            )
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(lines))
 
 
 def measure_speed(config: SpeedConfig) -> SpeedReport:
@@ -85,8 +125,8 @@ def _starting(config: SpeedConfig, name: str, facts: Mapping[str, ServerFacts]) 
 def dflash_program(auf: ServerFacts, settings: Sequence[str]) -> list[str]:
     """SGLang's own server with the models, block and server arguments of a running AUF server.
 
-    Of the settings, server_args.* become its flags; the others are in the facts already, or each request says them.
-    Overlap is off, as AUF has it on a CPU, and metrics are on, as the profiles have them.
+    settings: key=value of the profile. Those of server_args become flags; the others are in the facts already, or are
+    sent with each request. Overlap is off, as it is with AUF on a CPU; metrics are on, as in the profiles.
     """
     arguments: dict[str, Any] = {
         "model_path": auf.target,
@@ -112,10 +152,10 @@ def dflash_program(auf: ServerFacts, settings: Sequence[str]) -> list[str]:
     return program
 
 
-def _level(turns: Turns, concurrency: int) -> Level:
+def _level(turns: Turns, concurrency: int) -> SpeedLevel:
     rounds = {name: turns.speeds(name, concurrency) for name in NAMES}
     first = {name: list(turns.answers[name, concurrency][0].values()) for name in NAMES}
-    return Level(
+    return SpeedLevel(
         concurrency=concurrency,
         prompts=len(first[AUF]),
         tokens_per_s={name: median_of_all(speeds) for name, speeds in rounds.items()},

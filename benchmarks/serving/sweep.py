@@ -1,27 +1,39 @@
-"""One server at several concurrencies, next to a plain one: what speculation gives as load grows.
+"""Ask one server, and a plain one beside it, at several concurrencies: what speculation gains as load grows.
 
-Every level of a server is an ordinary run in a directory of its own; a finished level is not asked again. The two
+Each concurrency of a server is an ordinary run with its own directory. A finished one is not asked again. The two
 servers are asked one after the other, never at once; where they share a machine, an idle one should take no CPU.
+SGLang's bench_serving and guidellm measure latency under load too, but not tau.
 """
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
+from typing import ClassVar
 
-from benchmarks.harness.config import Questions, RunConfig, SweepConfig
+from pydantic import Field
+
+from benchmarks.harness.config import Counts, Questions, RunConfig, ServerUrl
 from benchmarks.harness.manifest import RunManifest
-from benchmarks.harness.results import Measured, StrictModel
-from benchmarks.harness.run import Run
-from benchmarks.harness.server_info import flush_cache
-from benchmarks.harness.tasks import Selection, resolve, select
-from benchmarks.stats.summary import RunSummary, ratio, summarize_run
+from benchmarks.harness.results import Measured, Report, StrictModel
+from benchmarks.harness.run import ask, chosen_prompts
+from benchmarks.harness.tasks import Selection
+from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
+from benchmarks.reports.numbers import number
+from benchmarks.stats.summary import Percentiles, RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
 
 AUF, PLAIN = "auf", "plain"
 
-
 AskedRun = tuple[RunSummary, RunManifest]
+
+
+class SweepConfig(Questions):
+    """One server at several concurrencies, and a plain one beside it: speed-up, time to first token, time per token."""
+
+    base_url: ServerUrl = Field(description="the speculating server")
+    plain_url: ServerUrl | None = Field(None, description="a plain server of the same target, for the speed-up")
+    concurrency: Counts = Field((1, 2, 4, 8, 16, 32), description="comma-separated numbers of requests in flight")
+    out: Path = Field(Path("runs/sweep"), description="result directory; levels that are finished in it are kept")
 
 
 class SweepLevel(StrictModel):
@@ -32,26 +44,52 @@ class SweepLevel(StrictModel):
     plain: RunSummary | None
     speedup: float | None
 
+    @property
+    def runs(self) -> list[RunSummary]:
+        return [run for run in (self.auf, self.plain) if run is not None]
 
-class Sweep(Measured):
+
+class Sweep(Measured, Report):
     """sweep.json."""
+
+    STEM: ClassVar[str] = "sweep"
 
     config: SweepConfig
     levels: list[SweepLevel]
 
     @property
-    def failed(self) -> int:
-        runs = [run for level in self.levels for run in (level.auf, level.plain) if run is not None]
-        return sum(run.throughput.failed for run in runs)
+    def passed(self) -> bool:
+        return not any(run.throughput.failed for level in self.levels for run in level.runs)
 
-
-def run_directory(out: Path, name: str, concurrency: int) -> Path:
-    return out / f"{name}-c{concurrency}"
+    def markdown(self) -> str:
+        config, first = self.config, self.levels[0].auf
+        names = ["AUF", "plain"] if config.plain_url else ["AUF"]
+        rows = [["concurrency", "requests", "tau", *(f"{name} tokens/s" for name in names)]]
+        rows[0] += [*(["speed-up"] if config.plain_url else []), *(f"{name} TTFT p50 / p90 / p99 ms" for name in names)]
+        rows[0] += [f"{name} ITL p50 / p90 / p99 ms" for name in names]
+        for level in self.levels:
+            failed = sum(run.throughput.failed for run in level.runs)
+            cells = [str(level.concurrency), prompts_cell(level.auf.throughput.requests, failed)]
+            cells += [number(level.auf.macro.tau), *(number(run.throughput.tokens_per_s, 1) for run in level.runs)]
+            cells += [number(level.speedup)] if config.plain_url else []
+            cells += [_milliseconds(run.latency.ttft) for run in level.runs]
+            cells += [_milliseconds(run.latency.itl) for run in level.runs]
+            rows.append(cells)
+        asked = (
+            f"{first.target} ({first.device}, block {first.block_size}), temperature {config.temperature:g}, at most "
+            f"{config.max_tokens} new tokens, {', '.join(first.tasks)}, streamed"
+        )
+        note = (
+            "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together. "
+            "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
+            "plain decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
+        )
+        return markdown_document(self, asked, markdown_table(rows), note)
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:
-    """Raises ConfigError when a level has more requests in flight than there are prompts, or old levels differ."""
-    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
+    """Raises ConfigError where a level has more requests in flight than prompts, or where finished levels differ."""
+    selections = chosen_prompts(config)
     count = sum(len(chosen.prompts) for chosen in selections)
     levels = sorted(set(config.concurrency))
     if count < levels[-1]:
@@ -61,7 +99,7 @@ def measure_sweep(config: SweepConfig) -> Sweep:
             "add --tasks, raise --limit, or lower --concurrency",
         )
     urls = {AUF: config.base_url} | ({PLAIN: config.plain_url} if config.plain_url else {})
-    runs = [{name: _measured(config, url, name, level, selections) for name, url in urls.items()} for level in levels]
+    runs = [{name: _asked(config, url, name, level, selections) for name, url in urls.items()} for level in levels]
     origins = [(session.versions, session.machine) for run in runs for _, m in run.values() for session in m.sessions]
     if any(origin != origins[0] for origin in origins):
         raise ConfigError(
@@ -83,20 +121,17 @@ def _level(concurrency: int, runs: dict[str, AskedRun]) -> SweepLevel:
     return SweepLevel(concurrency=concurrency, auf=auf, plain=plain, speedup=ratio(*speeds))
 
 
-def _measured(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> AskedRun:
-    prompts = [prompt for chosen in selections for prompt in chosen.prompts]
+def _asked(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> AskedRun:
     run_config = RunConfig(
         **config.model_dump(include=set(Questions.model_fields)),
         base_url=base_url,
         plain=name == PLAIN,
         concurrency=concurrency,
-        out=run_directory(config.out, name, concurrency),
+        out=config.out / f"{name}-c{concurrency}",
     )
-    run = Run.begin(run_config, selections, resume=True)
-    if run.unfinished(prompts):
-        asyncio.run(run.warm_up())
-        run.open()
-        flush_cache(base_url)
-        asyncio.run(run.ask(prompts, f"{name} at {concurrency}"))
-    run.require_tau()
+    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True, empty_cache=True)
     return summarize_run(run.manifest, list(run.records.values())), run.manifest
+
+
+def _milliseconds(seconds: Percentiles | None) -> str:
+    return "-" if seconds is None else " / ".join(f"{1000 * value:.0f}" for _, value in seconds)

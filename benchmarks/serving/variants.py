@@ -1,29 +1,45 @@
-"""Which block, drafter or setting is served fastest here: a profile, the same with other settings, and plain decoding.
+"""Which block, drafter or setting is served fastest? Ask a profile, its variants and plain decoding in turns.
 
-In turns (turns.py), since servers measured one after the other differ by what else the machine did meanwhile. Figures
-are medians over rounds; ratios are medians of the rounds' ratios.
+Servers that are measured one after the other differ also by what else the machine did, so they are asked in turns
+(interleaved.py). Figures are medians over rounds. Ratios are medians of the ratios of each round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, ClassVar
 
-from benchmarks.harness.config import VariantsConfig
-from benchmarks.harness.results import Measured, StrictModel
+from pydantic import Field
+
+from benchmarks.harness.config import ServerSettings
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, serve
-from benchmarks.serving.interleaved import Agreement, Turns, median_of_all, up_and_paused
+from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
+from benchmarks.reports.numbers import number
+from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
 
 PLAIN, PROFILE = "plain", "profile"
 
 
-class Row(StrictModel):
-    """One server at one concurrency. settings: what differs from the profile; none of it, and no drafter: plain.
+class VariantsConfig(TurnsConfig):
+    """A profile, the same with other settings, and plain decoding, asked in turns: which is served fastest here?"""
 
-    tokens_per_s, step_s (seconds a verify step or plain token, at concurrency 1) and tau (macro, of the first round)
-    are None where there are none; rounds: what tokens_per_s is the median of; plain_tokens: against plain decoding.
+    variants: Annotated[tuple[ServerSettings, ...], Field(min_length=1)] = Field(
+        alias="variant",
+        description='the profile with other settings, as "block_size=6 drafter=DIR"; given once for each variant',
+    )
+    out: Path = Field(Path("runs/variants"), description="result directory; earlier results are replaced")
+
+
+class ServerRow(StrictModel):
+    """One server at one concurrency. settings: what differs from the profile. block_size, tau: None for plain decoding.
+
+    tokens_per_s: median of `rounds`. tau: macro, of the first round. step_s: seconds of a verify step or plain token,
+    at concurrency 1 only. plain_tokens: agreement with plain decoding.
     """
 
     name: str
@@ -42,18 +58,37 @@ class Row(StrictModel):
     plain_tokens: Agreement
 
 
-class VariantsReport(Measured):
+class VariantsReport(Measured, Report):
     """variants.json."""
+
+    STEM: ClassVar[str] = "variants"
 
     config: VariantsConfig
     tasks: list[str]
     servers: dict[str, ServerFacts]
-    rows: list[Row]
+    rows: list[ServerRow]
 
     @property
     def passed(self) -> bool:
         """No request failed, and every answer has plain decoding's tokens."""
         return all(not row.failed and row.plain_tokens.same_tokens == row.plain_tokens.compared for row in self.rows)
+
+    def markdown(self) -> str:
+        config = self.config
+        rows = [["server", "block", "concurrency", "prompts", "tokens/s", "of plain", "of the profile", "tau"]]
+        rows[0] += ["step", "of plain's", "tokens of plain"]
+        for row in self.rows:
+            cells = [" ".join(row.settings) or row.name, str(row.block_size or "-"), str(row.concurrency)]
+            cells += [prompts_cell(row.prompts, row.failed), number(row.tokens_per_s, 1)]
+            cells += map(number, (row.over_plain, row.over_profile, row.tau))
+            cells += [milliseconds(row.step_s), number(row.step_over_plain), row.plain_tokens.tokens_text()]
+            rows.append(cells)
+        asked = (
+            f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(self.tasks)}; "
+            f"medians of {config.rounds} interleaved rounds. A step: a verify step with its drafting, or a token of "
+            "plain decoding"
+        )
+        return markdown_document(self, asked, markdown_table(rows))
 
 
 def measure_variants(config: VariantsConfig) -> VariantsReport:
@@ -85,12 +120,12 @@ def _starting(config: VariantsConfig, name: str, settings: Sequence[str]) -> Abs
     )
 
 
-def _row(turns: Turns, name: str, settings: list[str], block_size: int | None, level: int) -> Row:
+def _row(turns: Turns, name: str, settings: list[str], block_size: int | None, level: int) -> ServerRow:
     speeds, plain, profile = (turns.speeds(each, level) for each in (name, PLAIN, PROFILE))
     first = list(turns.answers[name, level][0].values())
     steps = turns.step_seconds(name) if level == 1 else []
     plain_steps = turns.step_seconds(PLAIN) if level == 1 else []
-    return Row(
+    return ServerRow(
         name=name,
         settings=settings,
         block_size=block_size,

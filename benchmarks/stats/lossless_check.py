@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
 
-from benchmarks.harness.config import LosslessConfig
+from pydantic import Field
+
+from benchmarks.harness.config import CommandConfig, ServerUrl
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
+from benchmarks.harness.results import Report
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
+from benchmarks.reports.text import lossless_text
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
@@ -16,19 +22,45 @@ MAY_DIFFER = {"plain", "stream", "concurrency", "warmup", "seed", "model", "task
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 
 
-def check_runs(config: LosslessConfig) -> Losslessness:
-    """Compare two run directories. Requests that only one of them has count as missing."""
+LOGIT_SCALE = 24.0
+
+
+class LosslessConfig(CommandConfig):
+    """Compare a speculating run with a plain one, answer by answer."""
+
+    speculating: Path = Field(description="run directory of the speculating server")
+    plain: Path = Field(description="run directory of the plain server of the same target")
+    base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
+    logit_scale: float = Field(LOGIT_SCALE, gt=0, description="size of the target's top logits; sets the near-tie bar")
+
+    @property
+    def out(self) -> Path:
+        return self.speculating
+
+
+class LosslessReport(Losslessness, Report):
+    """lossless.json, beside the speculating run."""
+
+    STEM: ClassVar[str] = "lossless"
+
+    def text(self) -> str:
+        return lossless_text(self)
+
+
+def check_runs(config: LosslessConfig) -> LosslessReport:
+    """Compare two run directories. Tasks that only one of them has count as missing."""
     ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:
         _require_baseline(config.base_url, theirs)
-    return check_records(
+    found = check_records(
         read_records(config.speculating / RECORDS),
         read_records(config.plain / RECORDS),
         theirs.server,
         config.base_url,
         config.logit_scale,
     )
+    return LosslessReport(**dict(found))
 
 
 def check_records(
@@ -36,7 +68,7 @@ def check_records(
     plain: Iterable[Record],
     plain_server: ServerFacts,
     base_url: str | None,
-    logit_scale: float,
+    logit_scale: float = LOGIT_SCALE,
 ) -> Losslessness:
     """Compare records. The bar is equality on a CPU, whose backend promises it, and a near-tie elsewhere.
 

@@ -1,26 +1,34 @@
-"""A study as YAML: arms x seeds, what they are trained on, how they are measured, and the claims to be tested."""
+"""A study as YAML: arms and seeds, what they are trained on, how they are measured, and the claims to be tested."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from sglang_auf.errors import ConfigError
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from benchmarks.harness.config import CommandConfig
+from sglang_auf.settings import Settings, checked, read_yaml
 
 
-class Answers(_Settings):
-    """Answers that arms may be trained on. Exactly one of the three says where they come from.
+class StudyConfig(CommandConfig):
+    """Arms x seeds of a training study, trained, walked, served and compared; a killed study goes on."""
 
-    file: training rows that exist. prompts: files or hub data sets that the target answers, greedily, up to
-    max_tokens. demo: so many prompts from templates, likewise. limit: so many of each of `prompts`. Relative files lie
-    in --data-dir.
+    study: Path = Field(description="the study as YAML, see benchmarks/studies")
+    data_dir: Path | None = Field(
+        None, description="read <task>.jsonl of the measured tasks, and files the study names, from here"
+    )
+    out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
+    jobs: int = Field(1, ge=1, description="trainings at a time, sharing the cores of one CPU")
+    report_only: bool = Field(False, description="only write the report anew, from OUT/records")
+
+
+class Answers(Settings):
+    """Answers that arms may be trained on. Exactly one of file, prompts and demo says where they come from.
+
+    file: training rows that exist. prompts: files or hub data sets that the target answers greedily, with up to
+    max_tokens. demo: number of prompts from templates, which the target answers in the same way. limit: at most this
+    many of each entry of `prompts`. Relative files are in --data-dir.
     """
 
     file: Path | None = None
@@ -37,15 +45,15 @@ class Answers(_Settings):
         return self
 
 
-class Arm(_Settings):
-    """One training configuration. set: changes of the study's recipe, as --set has them. answers: a name of them."""
+class Arm(Settings):
+    """One training configuration. set: key=value, changes of the study's recipe. answers: a key of Study.answers."""
 
     set: tuple[str, ...] = ()
     answers: str | None = None
 
 
-class Measured(_Settings):
-    """Prompts that plain decoding answers once, and that every drafter is walked over and some are served on."""
+class MeasuredPrompts(Settings):
+    """Prompts that plain decoding answers once. Every drafter is walked over the answers; some are served."""
 
     tasks: tuple[str, ...] = ("paper",)
     limit: int | None = Field(default=None, ge=1)
@@ -53,8 +61,8 @@ class Measured(_Settings):
     concurrency: int = Field(default=16, ge=1)
 
 
-class Served(_Settings):
-    """Drafters that are also served, on the same prompts, for the figures a walk cannot give. arms: None for all."""
+class ServedArms(Settings):
+    """Drafters that are also served, on the same prompts, for figures that a walk cannot give. None: all of them."""
 
     arms: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
@@ -62,11 +70,11 @@ class Served(_Settings):
     concurrency: int = Field(default=4, ge=1)
 
 
-class Claim(_Settings):
+class Claim(Settings):
     """`arm` is compared with `against` in one figure, over matched seeds.
 
     figure: tau over the measured prompts, or accuracy over all slots of the held-out answers. expected: higher, lower,
-    or equal, which holds when the difference is surely within `margin`.
+    or equal, which holds where every interval of the difference lies within `margin`.
     """
 
     id: str
@@ -78,11 +86,12 @@ class Claim(_Settings):
     margin: float = Field(default=0.02, gt=0)
 
 
-class Study(_Settings):
-    """profile, server_set: server profile of the target, with --set changes. target: the same one, for the trainer.
+class Study(Settings):
+    """A whole study file.
 
-    recipe, set: what all arms share, with changes. cache_features: the target's features of the answers are computed
-    once, for all arms. seeds: for every arm. claims: compared over the seeds.
+    profile, server_set: server profile of the target, and its changes. target: the same model, for the trainer. recipe,
+    set: training recipe of all arms, and its changes. cache_features: compute the target's features of the answers once
+    for all arms. seeds: every arm is trained with each.
     """
 
     title: str
@@ -95,8 +104,8 @@ class Study(_Settings):
     seeds: tuple[int, ...] = Field(min_length=1)
     answers: dict[str, Answers] = Field(min_length=1)
     arms: dict[str, Arm] = Field(min_length=2)
-    measured: Measured = Measured()
-    served: Served | None = None
+    measured: MeasuredPrompts = MeasuredPrompts()
+    served: ServedArms | None = None
     claims: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
@@ -116,29 +125,18 @@ class Study(_Settings):
             faults += [f"served: no arm {name!r}" for name in self.served.arms or () if name not in self.arms]
             faults += [f"served: no seed {seed}" for seed in self.served.seeds or () if seed not in self.seeds]
         ids = [claim.id for claim in self.claims]
-        faults += [f"claim {name!r} is there twice" for name in set(ids) if ids.count(name) > 1]
+        faults += [f"claim {name!r} occurs twice" for name in set(ids) if ids.count(name) > 1]
         if len(set(self.seeds)) < len(self.seeds):
-            faults.append("a seed is there twice")
+            faults.append("a seed occurs twice")
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
     def answers_of(self, arm: str) -> str:
-        """The name of the answers an arm is trained on: its own, or the first ones."""
+        """Name of the answers that an arm is trained on: its own, or the first of the study."""
         return self.arms[arm].answers or next(iter(self.answers))
 
 
 def load_study(path: Path) -> Study:
     """Raises ConfigError for a file that is missing, no YAML, or no study."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Study.model_validate(content)
-    except FileNotFoundError as error:
-        raise ConfigError(f"no file {path}", "a study as YAML", "see benchmarks/studies") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML ({error})", "a study as YAML", "mend the file") from error
-    except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()
-        )
-        raise ConfigError(f"{path}: {reasons}", "the keys of benchmarks/studies/config.py", "mend the file") from error
+    return checked(Study, read_yaml(path), str(path), "the keys of benchmarks/studies/config.py")

@@ -1,52 +1,45 @@
-"""A study: every arm with every seed is trained, exported, walked over the same answers, and some of them are served.
+"""Do a study: train every arm with every seed, export it, walk it over the same answers, and serve some of them.
 
 Seeds are matched: with one seed all arms start from the same weights and see the same batches and anchors in the same
-order (as far as their settings are alike). Everything lies under one directory and nothing finished is done again, so
-that the same command goes on after a kill:
+order, as far as their settings are alike. Everything is in one directory and nothing finished is done again, so that
+the same command continues after a kill:
 
-    target/          the plain server's part: answers to train on, answers to the measured prompts; features
+    target/          answers of the plain server to train on, its answers to the measured prompts, features
     arms/ARM-SEED/   the training run and the drafter
     served/          runs of served drafters, each with the drafter's name and temperature
-    records/         what the report is made of: counts of every answer, training metrics, provenance; no text
+    records/         what the report is made of (records.py)
 """
 
 from __future__ import annotations
 
-import asyncio
-import gzip
 import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.commands import sglang_auf
-from benchmarks.harness.config import RunConfig, StudyConfig
-from benchmarks.harness.manifest import RunManifest
-from benchmarks.harness.records import Record, latest, read_records
-from benchmarks.harness.run import MANIFEST, RECORDS, Run
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.records import latest, read_records
+from benchmarks.harness.run import MANIFEST, RECORDS, ask, chosen_prompts
 from benchmarks.harness.servers import serve
-from benchmarks.harness.tasks import resolve, select
 from benchmarks.harness.template_prompts import demo_prompts
-from benchmarks.studies.config import Study, load_study
+from benchmarks.studies.config import Study, StudyConfig, load_study
+from benchmarks.studies.records import keep, keep_origin, require_same, served_name, write_gz
 from benchmarks.studies.walk import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpointer import Checkpoints, read_state
 from sglang_auf.training.recipe import load_recipe
 
-log = logging.getLogger(__name__)
-
-STUDY = "study.yaml"
-WITHOUT_TEXT = {"prompt_ids": None, "output_ids": None, "output_text": ""}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a study keeps what. data_dir: where it finds tasks and files; None: the hub, the working directory."""
+    """Where the parts of a study are. data_dir: of its tasks and files; None: the hub and the working directory."""
 
     out: Path
     data_dir: Path | None = None
@@ -60,12 +53,12 @@ class Places:
         return self.out / "target" / "plain"
 
     def answers(self, study: Study, name: str) -> Path:
-        """Where answers are given, or where the target's are written."""
+        """The file of answers: a given one, or the one that the target's are written to."""
         given = study.answers[name].file
         return self.out / "target" / f"answers-{name}.jsonl" if given is None else self.given(given)
 
     def features(self, name: str) -> Path:
-        """Of the answers of this name, where the study caches them."""
+        """The cache of features of these answers, for a study that caches them."""
         return self.out / "target" / f"features-{name}"
 
     def given(self, file: Path) -> Path:
@@ -81,12 +74,8 @@ class Places:
         return self.out / "served" / served_name(arm, seed, temperature)
 
 
-def served_name(arm: str, seed: int, temperature: float) -> str:
-    return f"{arm}-{seed}-T{temperature:g}"
-
-
-def run_study(config: StudyConfig) -> Study:
-    """Do what is missing of a study. Raises ConfigError where the directory is another study's."""
+def run_study(config: StudyConfig) -> None:
+    """Do what is missing of a study. Raises ConfigError where config.out belongs to another study."""
     study, places = load_study(config.study), Places(config.out, config.data_dir)
     require_same(config.study, places.records)
     _target_part(study, places)
@@ -97,24 +86,9 @@ def run_study(config: StudyConfig) -> Study:
             kept = places.records / f"walked-{arm}-{seed}.jsonl.gz"
             if not kept.is_file():
                 walker = walker or Walker(study.target, latest(read_records(places.plain / RECORDS)))
-                _keep(kept, walker.walk(places.drafter(arm, seed)))
-                log.info("walked %s, seed %d", arm, seed)
+                keep(kept, walker.walk(places.drafter(arm, seed)))
+                logger.info("walked %s, seed %d", arm, seed)
     _served_part(study, places)
-    return study
-
-
-def require_same(path: Path, records: Path) -> None:
-    """The study's file lies beside its records: they belong together. Raises ConfigError for another study's."""
-    kept, study = records / STUDY, load_study(path)
-    if not kept.is_file():
-        records.mkdir(parents=True, exist_ok=True)
-        _write(kept, path.read_bytes())
-    elif load_study(kept) != study:
-        raise ConfigError(
-            f"{records} are of another study ({kept} and {path} differ)",
-            "the study that was begun there",
-            "give another --out, or take the change back",
-        )
 
 
 # --- the target's part ---
@@ -130,8 +104,8 @@ def _target_part(study: Study, places: Places) -> None:
         for name in due:
             _regenerate(study, places, name, server.base_url)
         _ask(study, places, {"base_url": server.base_url, "plain": True, "out": places.plain})
-    _keep(places.records / "plain.jsonl.gz", latest(read_records(places.plain / RECORDS)))
-    _keep_origin(places.records / "plain.json", places.plain / MANIFEST)
+    keep(places.records / "plain.jsonl.gz", latest(read_records(places.plain / RECORDS)))
+    keep_origin(places.records / "plain.json", places.plain / MANIFEST)
 
 
 def _answers_ready(study: Study, places: Places, name: str) -> bool:
@@ -139,7 +113,7 @@ def _answers_ready(study: Study, places: Places, name: str) -> bool:
     if study.answers[name].file is None:
         return file.with_suffix(".done").is_file()
     if not file.is_file():
-        raise ConfigError(f"answers {name}: no file {file}", "rows with answers", "give --data-dir, or mend the study")
+        raise ConfigError(f"answers {name}: no file {file}", "rows with answers", "give --data-dir, or fix the study")
     return True
 
 
@@ -165,7 +139,7 @@ def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
 
 
 def _train_all(study: Study, places: Places, jobs: int) -> None:
-    """jobs trainings at a time, each with its share of the cores: on a CPU that is more than one with all of them."""
+    """Train `jobs` arms at a time, each with its share of the cores. On a CPU that is faster than one at a time."""
     for name in sorted({study.answers_of(arm) for arm in study.arms}) if study.cache_features else ():
         _cached_features(study, places, name)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
@@ -176,7 +150,7 @@ def _train_all(study: Study, places: Places, jobs: int) -> None:
             if not stopped.is_set():
                 _train(study, places, arm, seed, threads)
         except BaseException:
-            stopped.set()  # what runs beside it is waited for, what has not begun is not begun
+            stopped.set()  # trainings that run are waited for; no other training begins
             raise
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -209,11 +183,11 @@ def _train(study: Study, places: Places, arm: str, seed: int, threads: int | Non
     facts["data"].pop("sources", None)
     for start in facts["starts"]:
         start.pop("command", None)  # holds paths; `set` and the study's file say the same
-    _write_gz(kept, json.dumps({"set": changes, "metrics": metrics, "run": facts, "seconds": seconds}))
+    write_gz(kept, json.dumps({"set": changes, "metrics": metrics, "run": facts, "seconds": seconds}))
 
 
 def _cached_features(study: Study, places: Places, name: str) -> Path:
-    """The cache for the study's recipe, made if it is not there. An arm that taps other layers is refused by it."""
+    """The cache of features for the study's recipe; it is made if missing. It refuses arms that tap other layers."""
     cache, recipe = places.features(name), load_recipe(study.recipe, study.set)
     done = cache.with_suffix(".done")
     if not done.is_file():
@@ -258,8 +232,8 @@ def _serve_one(study: Study, places: Places, arm: str, seed: int, temperature: f
     concurrency = study.served.concurrency
     _ask(study, places, {"base_url": base_url, "temperature": temperature, "concurrency": concurrency, "out": out})
     name = served_name(arm, seed, temperature)
-    _keep_origin(places.records / f"served-{name}.json", out / MANIFEST)
-    _keep(_kept_served(places, arm, seed, temperature), latest(read_records(out / RECORDS)))
+    keep_origin(places.records / f"served-{name}.json", out / MANIFEST)
+    keep(_kept_served(places, arm, seed, temperature), latest(read_records(out / RECORDS)))
 
 
 def _kept_served(places: Places, arm: str, seed: int, temperature: float) -> Path:
@@ -267,21 +241,14 @@ def _kept_served(places: Places, arm: str, seed: int, temperature: float) -> Pat
 
 
 def _ask(study: Study, places: Places, settings: dict[str, Any]) -> None:
-    """A run on the measured prompts, or what is missing of it. settings: of RunConfig, over those of `measured`.
+    """Ask the measured prompts, or what is missing of them. settings: fields of RunConfig, over those of `measured`.
 
-    Raises TrainingError where requests failed: a study has no holes.
+    Raises TrainingError where requests failed, because a study needs every answer.
     """
     config = RunConfig.model_validate(
         {**study.measured.model_dump(), "data_dir": places.data_dir, "stream": False, **settings}
     )
-    selections = [select(task, config.data_dir, config.limit) for task in resolve(config.tasks)]
-    prompts = [prompt for chosen in selections for prompt in chosen.prompts]
-    run = Run.begin(config, selections, resume=True)
-    if run.unfinished(prompts):
-        asyncio.run(run.warm_up())
-        run.open()
-        asyncio.run(run.ask(prompts, config.out.name))
-    run.require_tau()
+    run = ask(config, chosen_prompts(config), config.out.name, resume=True)
     failed = [record for record in run.records.values() if record.failed]
     if failed:
         raise TrainingError(
@@ -289,52 +256,3 @@ def _ask(study: Study, places: Places, settings: dict[str, Any]) -> None:
             "an answer to every prompt",
             f"look at the server's log beside {config.out}; the same command asks the failed ones again",
         )
-
-
-# --- records ---
-
-
-def _keep(path: Path, records: Sequence[Record]) -> None:
-    """Counts of every answer, without its text."""
-    _write_gz(path, "".join(record.model_copy(update=WITHOUT_TEXT).model_dump_json() + "\n" for record in records))
-
-
-def _keep_origin(path: Path, manifest_file: Path) -> None:
-    """What was asked of whom, with which versions, without the paths of the machine it was done on."""
-    manifest = RunManifest.read(manifest_file)
-    server = manifest.server
-    content = {
-        "server": {
-            **server.model_dump(),
-            "target": Path(server.target).name,
-            "drafter": server.drafter and "/".join(Path(server.drafter).parts[-2:]),
-        },
-        "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "out"}),
-        "tasks": {name: origin.model_dump() for name, origin in manifest.tasks.items()},
-        "sessions": [session.model_dump(exclude={"command"}) for session in manifest.sessions],
-    }
-    _write(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _write_gz(path: Path, text: str) -> None:
-    """The same bytes for the same text."""
-    _write(path, gzip.compress(text.encode(), mtime=0))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Complete or not there: what exists is not made again."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_bytes(content)
-    fresh.replace(path)
-
-
-def read_kept(path: Path) -> list[Record]:
-    """What _keep wrote."""
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    return [Record.model_validate_json(line) for line in lines]
-
-
-def read_training(path: Path) -> dict[str, Any]:
-    """set, metrics, run and seconds (spent in steps) of one training."""
-    content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    return content

@@ -1,7 +1,7 @@
-"""From prompts to a served drafter in one call: answers by the target, training with AUF, export, serving, tau.
+"""From prompts to a served drafter in one call: answers of the target, training with AUF, export, serving, tau.
 
-Everything runs through the commands a user has: `sglang-auf regenerate`, `train` and `export`, and `python -m server`.
-The amounts are a demonstration's: what comes out shows that the path works, not how good a drafter can be.
+Everything runs through a user's commands: `sglang-auf regenerate`, `train` and `export`, and `python -m server`. The
+amounts are small: the result shows that the path works, not how good a drafter can be.
 """
 
 from __future__ import annotations
@@ -9,19 +9,35 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
 
 from benchmarks.harness.commands import sglang_auf
-from benchmarks.harness.config import CompareConfig, TrainDemoConfig
-from benchmarks.harness.results import Measured, StrictModel
+from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.figures import png, training_curves
-from benchmarks.serving.compare import compare_servers
+from benchmarks.reports.numbers import number
+from benchmarks.serving.compare import CompareConfig, compare_servers
 from benchmarks.serving.random_drafter import write_random_drafter
 
 
-class Served(StrictModel):
-    """A drafter behind the server, next to plain decoding."""
+class TrainDemoConfig(CommandConfig):
+    """From prompts to a served drafter: regenerate, train, export, serve, and tau before and after."""
+
+    profile: str = Field("smollm2-135m", description="server profile; its target answers and is trained for")
+    recipe: str = Field("smollm2-135m-demo", description="training recipe, a name or a file")
+    prompts: int = Field(160, ge=8, description="training prompts, made from templates")
+    max_tokens: int = Field(96, ge=8, description="new tokens of one answer at most, trained on and measured")
+    concurrency: int = Field(16, ge=1, description="training answers in flight")
+    limit: int = Field(2, ge=1, description="measured prompts of each bundled sample task")
+    out: Path = Field(Path("runs/train-demo"), description="result directory; what is done in it is not done again")
+
+
+class ServedDrafter(StrictModel):
+    """A drafter behind the server, compared with plain decoding."""
 
     tau_macro: float | None
     tau_micro: float | None
@@ -31,27 +47,52 @@ class Served(StrictModel):
     passed: bool
 
 
-class TrainDemo(Measured):
-    """train-demo.json. Seconds by part; held_out_tau: the best checkpoint's, by the trainer's own walk."""
+class TrainDemo(Measured, Report):
+    """train-demo.json. seconds: by part. held_out_tau: of the best checkpoint, by the trainer's walk."""
+
+    STEM: ClassVar[str] = "train-demo"
 
     config: TrainDemoConfig
     answers: int
     answer_tokens: int
     held_out_tau: float
-    before: Served
-    after: Served
+    before: ServedDrafter
+    after: ServedDrafter
     seconds: dict[str, float]
     curves: Path
 
     @property
     def passed(self) -> bool:
-        """Both served losslessly, and training has raised tau."""
+        """Whether both drafters are served losslessly and training has raised tau."""
         taus = (self.before.tau_macro, self.after.tau_macro)
         return self.before.passed and self.after.passed and None not in taus and taus[1] > taus[0]  # type: ignore[operator]
 
+    def text(self) -> str:
+        config = self.config
+        lines = [
+            f"{self.answers} answers of {config.profile} to prompts from templates, {self.answer_tokens:,} tokens; "
+            f"recipe {config.recipe}",
+            f"held-out tau at the best checkpoint, by the trainer's walk: {self.held_out_tau:.3f}",
+            "",
+            "served: the bundled sample tasks, greedy, concurrency 1",
+            _served_line("before", self.before),
+            _served_line("after", self.after),
+            "",
+            "seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in self.seconds.items()),
+            f"loss curve: {self.curves}",
+        ]
+        return "\n".join(lines)
+
+
+def _served_line(name: str, served: ServedDrafter) -> str:
+    return (
+        f"{name:8} tau {number(served.tau_macro)} macro, {number(served.tau_micro)} micro; speed-up "
+        f"{number(served.speedup)}; {served.identical} of {served.compared} answers are plain decoding's"
+    )
+
 
 def train_demo(config: TrainDemoConfig) -> TrainDemo:
-    """Run all parts under config.out. What an earlier call finished is used again: every part can be resumed."""
+    """Run all parts under config.out. What an earlier call finished is used again, because each part can be resumed."""
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -84,7 +125,7 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
     written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     curves = out / "curves.png"
     curves.write_bytes(png(training_curves({"demo": metrics})))
-    result = TrainDemo(
+    return TrainDemo(
         config=config,
         answers=len(written),
         answer_tokens=sum(len(row.get("response_ids") or ()) for row in written),
@@ -94,11 +135,9 @@ def train_demo(config: TrainDemoConfig) -> TrainDemo:
         seconds=seconds,
         curves=curves,
     )
-    (out / "train-demo.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return result
 
 
-def _served(config: TrainDemoConfig, drafter: Path, out: Path) -> Served:
+def _served(config: TrainDemoConfig, drafter: Path, out: Path) -> ServedDrafter:
     comparison = compare_servers(
         CompareConfig.model_validate(
             {
@@ -112,9 +151,10 @@ def _served(config: TrainDemoConfig, drafter: Path, out: Path) -> Served:
             }
         )
     )
+    comparison.write(out)
     lossless = comparison.lossless
     assert lossless is not None
-    return Served(
+    return ServedDrafter(
         tau_macro=comparison.macro.tau,
         tau_micro=comparison.micro.tau,
         speedup=comparison.speedup,

@@ -1,8 +1,8 @@
-"""Benchmark prompts that training prompts repeat, or nearly do: what was trained on must not be measured on.
+"""Find benchmark prompts that training prompts repeat or nearly repeat. A drafter must not be measured on them.
 
-Words in runs of `words`, as lower case, without punctuation. A prompt's overlap is the largest share of its runs that
-one training prompt holds. Runs that a tenth of a task's prompts share are the task's own wording, not the prompt's, and
-do not count; a prompt without a run of its own is compared whole.
+A run is `words` successive words of a prompt, in lower case and without punctuation. A prompt's overlap is the largest
+share of its runs that one training prompt has too. Runs that more than a tenth of a task's prompts share are the task's
+wording and do not count. A prompt without other runs counts only if it is identical to a training prompt.
 """
 
 from __future__ import annotations
@@ -12,20 +12,37 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
 
-from benchmarks.harness.config import OverlapConfig
-from benchmarks.harness.results import Measured, StrictModel
+from pydantic import Field
+
+from benchmarks.harness.config import CommandConfig, Names
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.tasks import Prompt, resolve, select
-from benchmarks.reports.markdown import markdown_number, markdown_origin, markdown_table
+from benchmarks.reports.markdown import markdown_document, markdown_table
+from benchmarks.reports.numbers import number
 from sglang_auf.errors import DataError
 from sglang_auf.training.data.rows import BadRow, grouped, messages_of, named, read_rows
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Words = tuple[str, ...]
 
 WORD = re.compile(r"\w+")
 OF_THE_TASK = 0.1
+
+
+class OverlapConfig(CommandConfig):
+    """Benchmark prompts that the prompts of training data repeat, or nearly do."""
+
+    training: tuple[str, ...] = Field(min_length=1, description="file, folder or hub data set; may be repeated")
+    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
+    words: int = Field(8, ge=1, description="words of a run that two prompts may have in common")
+    share: float = Field(0.5, gt=0, le=1, description="overlap from which on a prompt is named")
+    out: Path = Field(Path("runs/overlap"), description="result directory; earlier results are replaced")
 
 
 class Near(StrictModel):
@@ -37,7 +54,7 @@ class Near(StrictModel):
 
 
 class TaskOverlap(StrictModel):
-    """identical: prompts that are a training prompt word for word; near: at `share` or more, nearest first."""
+    """identical: prompts that equal a training prompt word for word. near: overlap `share` or more, largest first."""
 
     task: str
     prompts: int
@@ -46,12 +63,35 @@ class TaskOverlap(StrictModel):
     nearest: Near | None
 
 
-class OverlapReport(Measured):
-    """overlap.json. training_prompts: distinct ones that were read."""
+class OverlapReport(Measured, Report):
+    """overlap.json. training_prompts: how many different ones were read."""
+
+    STEM: ClassVar[str] = "overlap"
 
     config: OverlapConfig
     training_prompts: int
     tasks: list[TaskOverlap]
+
+    @property
+    def passed(self) -> bool:
+        return not any(task.identical or task.near for task in self.tasks)
+
+    def markdown(self) -> str:
+        config = self.config
+        rows = [["task", "prompts", "identical", f"overlap {config.share:g} or more", "largest overlap"]]
+        for each in self.tasks:
+            largest = number(each.nearest.overlap if each.nearest else 0.0)
+            rows.append([each.task, str(each.prompts), str(each.identical), str(len(each.near)), largest])
+        asked = (
+            f"{self.training_prompts} training prompts; overlap: the largest share of a benchmark prompt's runs of "
+            f"{config.words} words that one of them holds"
+        )
+        lines = [
+            f"- {each.task}: {near.prompt} and {near.training_row}, {near.overlap:.2f}"
+            for each in self.tasks
+            for near in each.near
+        ]
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(lines))
 
 
 def measure_overlap(config: OverlapConfig) -> OverlapReport:
@@ -69,7 +109,7 @@ def measure_overlap(config: OverlapConfig) -> OverlapReport:
 
 
 def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
-    """Words of each distinct prompt, all turns of the user's, and the row that holds it. Faulty rows are named."""
+    """Words of all the user's turns in a row -> name of the row. Faulty rows are logged and left out."""
     found: dict[Words, str] = {}
     faults: list[tuple[str, str]] = []
     for row in read_rows(list(sources), hashlib.sha256()):
@@ -82,15 +122,15 @@ def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
         else:
             found[_words(said)] = row.name
     for reason, rows in grouped(faults).items():
-        log.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
+        logger.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
     found.pop((), None)
     if not found:
-        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations", "give the training data")
+        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations")
     return found
 
 
 def holders_of_runs(training: Mapping[Words, str], length: int) -> dict[Words, list[str]]:
-    """Rows that hold each run of `length` words."""
+    """Run of `length` words -> rows that have it."""
     holders: defaultdict[Words, list[str]] = defaultdict(list)
     for words, row in training.items():
         for run in _runs(words, length):
@@ -105,7 +145,7 @@ def task_overlap(
     holders: Mapping[Words, Sequence[str]],
     config: OverlapConfig,
 ) -> TaskOverlap:
-    """training, holders: as training_prompts and holders_of_runs give them."""
+    """training, holders: from training_prompts and holders_of_runs."""
     texts = {prompt.id: _words(" ".join(prompt.turns)) for prompt in prompts}
     runs = {prompt: _runs(words, config.words) for prompt, words in texts.items()}
     shared = Counter(run for some in runs.values() for run in some)
@@ -127,25 +167,6 @@ def task_overlap(
         near=[near for near in found if near.overlap >= config.share],
         nearest=found[0] if found else None,
     )
-
-
-def overlap_markdown(report: OverlapReport) -> str:
-    config = report.config
-    rows = [["task", "prompts", "identical", f"overlap {config.share:g} or more", "largest overlap"]]
-    for each in report.tasks:
-        largest = markdown_number(each.nearest.overlap if each.nearest else 0.0)
-        rows.append([each.task, str(each.prompts), str(each.identical), str(len(each.near)), largest])
-    asked = (
-        f"{report.training_prompts} training prompts; overlap: the largest share of a benchmark prompt's runs of "
-        f"{config.words} words that one of them holds"
-    )
-    lines = [
-        f"- {each.task}: {near.prompt} and {near.training_row}, {near.overlap:.2f}"
-        for each in report.tasks
-        for near in each.near
-    ]
-    parts = [asked, markdown_table(rows), "\n".join(lines), markdown_origin(report)]
-    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _words(text: str) -> Words:

@@ -1,4 +1,7 @@
-"""Peak memory of one step, in a process that does nothing else: `python -m benchmarks.step_memory` runs a Job."""
+"""Peak memory of one step, in a process that does nothing else.
+
+`python -m benchmarks.training.step_memory` reads a MemoryJob from standard input and prints bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,14 @@ import subprocess
 import sys
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from benchmarks.training.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.provenance import CHECKOUT
+from sglang_auf.settings import Settings
 
 
-class Job(BaseModel):
-    """What to measure: one variant on a batch of rows x length tokens with `anchors` blocks a row."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class MemoryJob(Settings):
+    """What to measure: one variant on a batch of rows x length tokens with `anchors` blocks in each row."""
 
     shape: str
     rows: int
@@ -29,8 +29,8 @@ class Job(BaseModel):
     precision: Literal["bf16", "fp32"]
 
 
-def measured_peak(job: Job) -> int:
-    """Bytes beyond weights, tables and batch, gradients included. Raises TrainingError where the process fails."""
+def measured_peak(job: MemoryJob) -> int:
+    """Bytes beyond weights, tables and batch, gradients included. Raises TrainingError if the process fails."""
     if job.device == "cpu" and not CLEAR_REFS.exists():
         raise ConfigError("a system without " + str(CLEAR_REFS), "Linux", "measure there, or with --device cuda")
     ended = subprocess.run(
@@ -52,7 +52,7 @@ def measured_peak(job: Job) -> int:
     return int(ended.stdout)
 
 
-def _measure(job: Job) -> int:
+def _measure(job: MemoryJob) -> int:
     from dataclasses import replace
 
     from benchmarks.training.step_shapes import SHAPES
@@ -61,10 +61,10 @@ def _measure(job: Job) -> int:
     shape = replace(SHAPES[job.shape], rows=job.rows, length=job.length, anchors=job.anchors)
     bench = Bench(shape, job.device, job.precision)
     batch = bench.batch(shape, job.r_active, seed=1)
-    bench.run(job.variant, batch)  # what libraries keep for themselves, kernels above all, is not the step's
+    bench.run(job.variant, batch)  # warm up: what libraries keep, such as kernels, is not memory of the step
     bench.drop_gradients()
     return peak_bytes(lambda: bench.run(job.variant, batch), job.device)
 
 
 if __name__ == "__main__":
-    print(_measure(Job.model_validate_json(sys.stdin.read())))
+    print(_measure(MemoryJob.model_validate_json(sys.stdin.read())))

@@ -8,12 +8,12 @@ from typing import Any
 from sglang_auf.models.config import DrafterConfig
 
 GAMMAS = {8: 4.0, 16: 7.0}
-"""Decay length in slots by block size: arXiv 2602.06036."""
+"""Block size -> decay length in slots, from arXiv 2602.06036."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A drafter and the amount of one step: rows of `length` tokens, `anchors` blocks in each."""
+    """A drafter and the batch of one step: `rows` rows of `length` tokens with `anchors` blocks in each."""
 
     name: str
     drafter: DrafterConfig
@@ -26,7 +26,7 @@ class Shape:
         return GAMMAS[self.drafter.block_size]
 
     def sized(self, anchors: int, length: int) -> Shape:
-        """The same drafter on one row."""
+        """The same drafter with one row of this size."""
         return replace(self, rows=1, anchors=anchors, length=length)
 
 
@@ -65,7 +65,7 @@ TINY = SMOLLM2_135M | {
 }
 
 SHAPES = {
-    # The drafter and the anchors a row of the recipe smollm2-135m-auf; four of its conversations.
+    # Drafter and anchors per row of the recipe smollm2-135m-auf, with four rows.
     "smollm2-135m": Shape(
         "smollm2-135m",
         DrafterConfig.for_target(
@@ -75,7 +75,7 @@ SHAPES = {
         length=512,
         anchors=128,
     ),
-    # The taps, block and head of the recipe qwen3-8b-dflash-auf; one layer and few anchors, so that a CPU can.
+    # Taps, block and head of the recipe qwen3-8b-dflash-auf; one layer and few anchors, so that a CPU can run it.
     "qwen3-8b": Shape(
         "qwen3-8b",
         DrafterConfig.for_target(

@@ -1,8 +1,8 @@
-"""One training step, forward and backward, in the three ways that are compared, on synthetic batches.
+"""One training step, forward and backward, in the three variants that are compared, on synthetic batches.
 
-A batch is arranged so that the drafter is right as often as a trained one: each token of the text is, with a set
-probability, the drafter's own argmax at that position. So blocks fail where they would in training. Weights and
-features are random, and no optimiser steps: the same batch costs the same each time.
+Each token of the text is, with a set probability, the drafter's argmax at that position. So the drafter is right as
+often as a trained one, and blocks fail where they would in training. Weights and features are random, and there is no
+optimiser: the same batch costs the same each time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ AUF, DECAY, DENSE = "auf", "decay", "decay-dense"
 VARIANTS = (AUF, DECAY, DENSE)
 
 DENSE_BLOCKS = 128
-"""Blocks whose logits exist at one time in the usual implementation (SpecForge's objective_chunk_blocks)."""
+"""Blocks whose logits exist at the same time in the usual implementation (SpecForge's objective_chunk_blocks)."""
 
 MASK_LOGIT = 12.0
-"""About the logit of the mask token, which this random drafter predicts in every slot."""
+"""Approximate logit of the mask token, which this random drafter predicts in every slot."""
 
 MicroBatch = tuple[Batch, Tensor, Tensor]
 """A batch, its anchors and which of them count: the arguments of TrainingStep."""
@@ -41,7 +41,7 @@ MicroBatch = tuple[Batch, Tensor, Tensor]
 class DenseDecay(TrainingStep):
     """`decay` as it is usually computed: all logits of DENSE_BLOCKS blocks at a time, under activation checkpointing.
 
-    Loss and gradient are those of TrainingStep. The logits are made in the forward pass, and again in the backward.
+    Loss and gradient are those of TrainingStep. The logits are computed in the forward and again in the backward pass.
     """
 
     def forward(
@@ -68,8 +68,8 @@ class DenseDecay(TrainingStep):
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """One step. r_active: credited slots of a block / B, of this variant's objective."""
+class TimedStep:
+    """One step that was run. r_active: share of a block's B slots that this variant's objective credits."""
 
     seconds: float
     loss: float
@@ -79,7 +79,7 @@ class Ran:
 class Bench:
     """A drafter of random weights, the target's two tables, and the steps that train it.
 
-    As the trainer has it: weights in float32, under autocast where precision is bf16; tables and features in bf16 then.
+    As in the trainer, weights are float32. Where precision is bf16, tables and features are bf16 and autocast is on.
     """
 
     def __init__(self, shape: Shape, device: str, precision: Literal["bf16", "fp32"], seed: int = 0) -> None:
@@ -88,7 +88,7 @@ class Bench:
         self.shape, self.device, self.bf16 = shape, device, precision == "bf16"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         drafter = Drafter(config).to(device)
-        # The state of a mask slot is close to the mask's embedding, so the head's row of that token wins.
+        # The state of a mask slot is close to the mask's embedding, so that token gets the largest logit.
         embedding = torch.randn(config.vocab_size, config.hidden_size, dtype=self.dtype, device=device)
         head = embedding * (MASK_LOGIT / config.hidden_size)
         self._steps: dict[str, TrainingStep] = {
@@ -98,7 +98,7 @@ class Bench:
         }
 
     def batch(self, shape: Shape, r_active: float, seed: int) -> MicroBatch:
-        """A batch of that size whose blocks keep about r_active of their B slots under AUF."""
+        """A batch of the shape's size in which AUF credits about `r_active` of a block's B slots."""
         config = shape.drafter
         chance = chance_right(r_active, config.block_size)
         generator = torch.Generator().manual_seed(seed)
@@ -119,7 +119,7 @@ class Bench:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _own_tokens(self, batch: Batch, anchors: Tensor) -> Tensor:
-        """[R, S]: what the drafter predicts at each position that a block covers, elsewhere the text."""
+        """[R, S]: the drafter's prediction at each position that a block covers, elsewhere the text."""
         step = self._steps[AUF]
         config = step.drafter.config
         positions = anchors[..., None] + torch.arange(1, config.block_size, device=anchors.device)
@@ -131,8 +131,8 @@ class Bench:
         inside = positions.clamp(max=batch.input_ids.shape[1] - 1).flatten(1)
         return batch.input_ids.scatter(1, inside, drafted.view_as(inside))
 
-    def run(self, variant: str, micro_batch: MicroBatch) -> Ran:
-        """Forward and backward, gradients from none."""
+    def run(self, variant: str, micro_batch: MicroBatch) -> TimedStep:
+        """Run forward and backward, without gradients from before."""
         step = self._steps[variant]
         self.drop_gradients()
         self._wait()
@@ -144,7 +144,7 @@ class Bench:
         self._wait()
         seconds = time.perf_counter() - began
         slots = terms.metrics["blocks"] * self.shape.drafter.block_size
-        return Ran(seconds, float(loss.detach()), float(terms.metrics["support"] / slots))
+        return TimedStep(seconds, float(loss.detach()), float(terms.metrics["support"] / slots))
 
     def drop_gradients(self) -> None:
         self._steps[AUF].drafter.zero_grad(set_to_none=True)
@@ -155,16 +155,16 @@ class Bench:
 
 
 def chance_right(r_active: float, block_size: int) -> float:
-    """Chance that a slot is right for AUF to keep r_active of a block's slots: sum of chance**k = r_active * B, k < K.
+    """Probability of a right slot with which AUF credits `r_active` of a block's slots.
 
-    Raises ConfigError where no chance gives that: the first slot is always kept, slot 0 never counts.
+    It solves sum over k < B - 1 of chance**k = r_active * B. Raises ConfigError where none does: the first drafted slot
+    always has credit, the anchor never.
     """
     slots = block_size - 1
     if not 1 / block_size <= r_active <= slots / block_size:
         raise ConfigError(
             f"--r-active {r_active} for blocks of {block_size}",
-            f"{1 / block_size:.3f} to {slots / block_size:.3f}: one slot is always kept, and the anchor is none",
-            "give --r-active such a value",
+            f"{1 / block_size:.3f} to {slots / block_size:.3f}: one slot always has credit, and the anchor has none",
         )
     kept = min(max(r_active * block_size, 1.0), float(slots))  # rounding must not move it out of reach
     root = brentq(lambda chance: sum(chance**slot for slot in range(slots)) - kept, 0.0, 1.0, xtol=2.0**-50)

@@ -3,11 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import get_type_hints
 
 import pytest
 
-from benchmarks.cli import main
-from benchmarks.harness.config import RunConfig
+from benchmarks.cli import COMMANDS, main
+from benchmarks.harness.config import CommandConfig, RunConfig
+from benchmarks.harness.results import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,14 +49,36 @@ def test_the_server_may_be_named_with_or_without_v1(url: str) -> None:
     assert RunConfig(base_url=url).base_url == "http://h:1"
 
 
-def test_help_needs_no_heavy_library() -> None:
+def help_of(commands: list[list[str]], unwanted: set[str]) -> str:
+    """What `--help` prints after each of `commands`, in one process that must load none of the unwanted packages."""
     code = (
         "import sys; from benchmarks.cli import main\n"
-        "try: main(['run', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(', '.join({'openai', 'torch', 'sglang', 'huggingface_hub', 'psutil'} & set(sys.modules)) or 0)"
+        f"for command in {commands}:\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        f"sys.exit(', '.join({unwanted} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--base-url" in done.stdout
-    assert "(default: 512)" in done.stdout
+    return done.stdout
+
+
+def test_the_list_of_commands_needs_no_heavy_library() -> None:
+    shown = help_of([[]], {"openai", "torch", "sglang", "huggingface_hub", "psutil", "numpy", "matplotlib"})
+    assert all(f"    {name}" in shown for name in COMMANDS)
+
+
+def test_help_of_every_command_needs_neither_torch_nor_sglang() -> None:
+    shown = help_of([[name] for name in COMMANDS], {"torch", "sglang", "transformers", "datasets", "matplotlib"})
+    assert all(f"usage: python -m benchmarks {name} [-h]" in shown for name in COMMANDS)
+    assert "--base-url" in shown
+    assert "(default: 512)" in shown
+
+
+def test_every_command_returns_a_report() -> None:
+    for command in COMMANDS.values():
+        function = resolve_name(command.function)
+        types = get_type_hints(function)
+        assert issubclass(types["config"], CommandConfig)
+        assert issubclass(types["return"], Report)
+        assert types["return"].STEM

@@ -14,8 +14,8 @@ import yaml
 
 from benchmarks.cli import main
 from benchmarks.studies import run as study_module
-from benchmarks.studies.report import read_results
-from benchmarks.studies.run import read_kept
+from benchmarks.studies.findings import read_results
+from benchmarks.studies.records import read_kept
 from tests.support.tiny_models import VOCABULARY, write_target
 
 pytestmark = pytest.mark.e2e

@@ -1,1 +1,1 @@
-"""Drivers: one training step of each package, each run by the interpreter of that package's own environment."""
+"""Drivers: one training step of each package, run by the interpreter of that package's environment."""

@@ -1,17 +1,17 @@
-"""This trainer's step, through the same protocol as the others'."""
+"""This trainer's step, through the same protocol as the steps of other packages."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.training.rivals.protocol import DriverJob, MakeStep, Step, serve
 from benchmarks.training.step_shapes import SHAPES
 from benchmarks.training.step_variants import Bench
 from sglang_auf.training.data.batching import draw_anchors
 
 
-def prepare(job: Job, attention: str) -> MakeStep:
+def prepare(job: DriverJob, attention: str) -> MakeStep:
     bench = Bench(SHAPES[job["shape"]], job["device"], job["precision"])
 
     def make_step(length: int, anchors: int, number: int) -> Step:
@@ -20,7 +20,7 @@ def prepare(job: Job, attention: str) -> MakeStep:
         generator = torch.Generator().manual_seed(number)
 
         def step() -> Tensor:
-            draw_anchors(batch.loss_mask, anchors, [generator])  # the labels fit `drawn`; the others draw in the step
+            draw_anchors(batch.loss_mask, anchors, [generator])  # for its time: other packages draw in the step
             return torch.tensor(bench.run(job["step"], (batch, drawn, valid)).loss)
 
         bench.drop_gradients()

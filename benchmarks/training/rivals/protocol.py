@@ -1,8 +1,8 @@
-"""How rival_steps.py talks to a driver, in lines of JSON over its standard input and output.
+"""How rival_steps.py talks to a driver: lines of JSON over the driver's standard input and output.
 
-In: a job; out: what was prepared, or why it could not be. Then for each batch number in, one timed step out. A job that
-asks for memory gets the peak of one step instead, and the driver ends. Torch and the standard library alone are used,
-because a driver runs in another package's environment.
+The driver reads a job and answers what it prepared, or why it could not. Then it reads batch numbers and answers each
+with the time of one step. For a job of memory it answers the peak of one step instead, and ends. Only torch and the
+standard library are used, because a driver runs in another package's environment.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ import torch
 
 from benchmarks.training.peak_memory import peak_bytes
 
-Job = dict[str, Any]
-"""driver: of the drafter, as DrafterConfig.to_checkpoint gives it; length, anchors, gamma, r_active, step, ..."""
+DriverJob = dict[str, Any]
+"""drafter: as DrafterConfig.to_checkpoint gives it. length, anchors, gamma, r_active, step, measure, ...: as flags."""
 
 Step = Callable[[], torch.Tensor]
-"""Forward and backward; gives the loss."""
+"""Runs forward and backward, and returns the loss."""
 
 MakeStep = Callable[[int, int, int], Step]
-"""(length, anchors, batch number) -> the step on that batch. No gradients are left when it returns."""
+"""(length, anchors, batch number) -> the step on that batch. It leaves no gradients."""
 
 WARM_UP = (32, 2, 0)
 
 
-def serve(package: str, attentions: Sequence[str], prepare: Callable[[Job, str], MakeStep], note: str = "") -> None:
-    """Answer rival_steps.py until its end of file. attentions: implementations to try, the first that runs is used."""
+def serve(
+    package: str, attentions: Sequence[str], prepare: Callable[[DriverJob, str], MakeStep], note: str = ""
+) -> None:
+    """Answer rival_steps.py until it closes the input.
+
+    attentions: implementations to try; the first that runs is used. note: what a reader of the report must know.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to the log
 
@@ -40,7 +45,7 @@ def serve(package: str, attentions: Sequence[str], prepare: Callable[[Job, str],
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    job: Job = json.loads(sys.stdin.readline())
+    job: DriverJob = json.loads(sys.stdin.readline())
     refused: dict[str, str] = {}
     for attention in attentions:
         try:
@@ -55,7 +60,7 @@ def serve(package: str, attentions: Sequence[str], prepare: Callable[[Job, str],
     answer(refused=refused, attention=attention, version=_version(package), torch=torch.__version__, note=note)
     size = (job["length"], job["anchors"])
     if job["measure"] == "memory":
-        make_step(*size, 1)()  # what libraries keep for themselves, kernels above all, is not the step's
+        make_step(*size, 1)()  # warm up: what libraries keep, such as kernels, is not memory of the step
         answer(peak=peak_bytes(make_step(*size, 1), job["device"]))
         return
     for line in sys.stdin:
@@ -74,6 +79,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _wait(job: Job) -> None:
+def _wait(job: DriverJob) -> None:
     if job["device"] == "cuda":
         torch.cuda.synchronize()

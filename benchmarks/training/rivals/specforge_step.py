@@ -1,4 +1,4 @@
-"""SpecForge's DFlash step: OnlineDFlashModel, whose objective runs in checkpointed chunks of 128 blocks."""
+"""SpecForge's DFlash step: OnlineDFlashModel, which computes its objective in checkpointed chunks of 128 blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.training.rivals.protocol import DriverJob, MakeStep, Step, serve
 
 
-def prepare(job: Job, attention: str) -> MakeStep:
-    """In bf16 weights and all are bf16, as its trainer has them (model.torch_dtype)."""
+def prepare(job: DriverJob, attention: str) -> MakeStep:
+    """With bf16 the weights are bf16 too, as in its trainer (model.torch_dtype)."""
     config = import_module("transformers").Qwen3Config(**job["drafter"])
     config._attn_implementation = attention
     family = import_module("specforge.algorithms.common.dflash_family_model")

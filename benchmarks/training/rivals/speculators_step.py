@@ -7,11 +7,11 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.rivals.protocol import Job, MakeStep, Step, serve
+from benchmarks.training.rivals.protocol import DriverJob, MakeStep, Step, serve
 
 
-def prepare(job: Job, attention: str) -> MakeStep:
-    """In bf16 the weights are float32, under autocast, as in its trainer. Its fused losses need CUDA."""
+def prepare(job: DriverJob, attention: str) -> MakeStep:
+    """With bf16 the weights are float32, under autocast, as in its trainer. Its fused losses need CUDA."""
     drafter = job["drafter"]
     config = import_module("transformers").Qwen3Config(**drafter)
     config._attn_implementation = attention

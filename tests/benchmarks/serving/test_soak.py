@@ -11,9 +11,7 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.harness.config import SoakConfig
-from benchmarks.reports.markdown import soak_markdown
-from benchmarks.serving.soak import Sample, SoakReport, Tally, _send
+from benchmarks.serving.soak import Sample, SoakConfig, SoakReport, Tally, _send
 from benchmarks.serving.soak_requests import (
     BAD,
     KINDS,
@@ -73,14 +71,14 @@ def test_a_leak_is_named_and_fails(memory: list[float], after: Sample, said: str
     found = report(memory, sample(0), after)
     assert found.leaks == [said]
     assert not found.passed
-    assert said in soak_markdown(found)
+    assert said in found.markdown()
 
 
 def test_a_fault_fails_and_is_shown() -> None:
     found = report([1000.0] * 10, sample(0), sample(0), {"wrong answers": 2})
     assert not found.passed
-    assert "2 wrong answers" in soak_markdown(found)
-    assert "what it was" in soak_markdown(found)
+    assert "2 wrong answers" in found.markdown()
+    assert "what it was" in found.markdown()
 
 
 class Answering:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.harness.config import OverlapConfig
 from benchmarks.harness.tasks import Prompt
-from benchmarks.training.overlap import holders_of_runs, task_overlap
+from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
 

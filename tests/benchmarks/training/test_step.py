@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.cli import main
 from benchmarks.training.peak_memory import peak_bytes
-from benchmarks.training.step_memory import Job, measured_peak
+from benchmarks.training.step_memory import MemoryJob, measured_peak
 from benchmarks.training.step_shapes import SHAPES
 from benchmarks.training.step_variants import AUF, DECAY, DENSE, VARIANTS, Bench, chance_right
 from sglang_auf.errors import ConfigError
@@ -97,7 +97,7 @@ def test_the_report_has_every_variant_and_right_ratios(written: Path) -> None:
 
 def test_peak_memory_tells_all_logits_from_few() -> None:
     size = {"rows": 1, "length": 96, "anchors": 64, "r_active": 0.25, "device": "cpu", "precision": "bf16"}
-    peaks = {name: measured_peak(Job(shape="smollm2-135m", variant=name, **size)) for name in (AUF, DENSE)}  # type: ignore[arg-type]
+    peaks = {name: measured_peak(MemoryJob(shape="smollm2-135m", variant=name, **size)) for name in (AUF, DENSE)}  # type: ignore[arg-type]
     logits = 64 * 7 * 49152 * 2
     assert peaks[DENSE] - peaks[AUF] > logits
 

@@ -1,0 +1,52 @@
+"""Ask one server that is up, and report tau, alpha_k, throughput and latency."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.results import Report
+from benchmarks.harness.run import ask, chosen_prompts
+from benchmarks.reports.text import asked_text, speed_line, task_table, tau_text
+from benchmarks.stats.summary import RunSummary, summarize_run
+
+
+class AskConfig(RunConfig):
+    """Ask one server that is already up."""
+
+    resume: bool = Field(False, description="continue the run in --out: what is answered is not asked")
+
+
+class RunReport(RunSummary, Report):
+    """summary.json."""
+
+    STEM: ClassVar[str] = "summary"
+
+    @property
+    def passed(self) -> bool:
+        return not self.throughput.failed
+
+    def text(self) -> str:
+        parts = [asked_text(self.target, self.drafter, self.block_size, self.temperature, self.max_tokens)]
+        parts.append(task_table(self.tasks))
+        if self.micro.verify_steps:
+            parts.append(tau_text(self.tasks, self.macro, self.micro))
+        parts += [f"warning: {warning}" for warning in self.warnings]
+        if self.sessions > 1:
+            parts.append(f"written in {self.sessions} sessions: throughput is not that of one uninterrupted run")
+        lines = [speed_line("throughput", self.throughput)]
+        for name, seconds in self.latency:
+            if seconds is not None:
+                figures = ", ".join(f"{share} {1000 * value:.0f} ms" for share, value in seconds)
+                lines.append(f"{name:<11} {figures}")
+        return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def ask_server(config: AskConfig) -> RunReport:
+    """Raises ConfigError where config.out holds another run, ServerError where the server cannot be asked."""
+    stored = RunConfig(**config.model_dump(exclude={"resume"}))
+    label = "plain" if config.plain else "auf"
+    run = ask(stored, chosen_prompts(stored), label, resume=config.resume)
+    return RunReport(**dict(summarize_run(run.manifest, list(run.records.values()))))
