@@ -4,6 +4,6 @@ import sys
 from benchmarks.cli import main
 
 if __name__ == "__main__":
-    # SIGTERM leaves through every `finally`, so that servers started here are ended.
+    # After SIGTERM every `finally` runs, so that servers started here are ended.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     raise SystemExit(main())

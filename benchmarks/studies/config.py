@@ -87,7 +87,7 @@ class Claim(Settings):
 
 
 class Study(Settings):
-    """A whole study file.
+    """What a study file holds.
 
     profile, server_set: server profile of the target, and its changes. target: the same model, for the trainer. recipe,
     set: training recipe of all arms, and its changes. cache_features: compute the target's features of the answers once
