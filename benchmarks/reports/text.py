@@ -1,4 +1,4 @@
-"""Parts of what `run`, `compare` and `lossless` print: figures of the JSON file that they write, and no others."""
+"""Parts of what `run` and `compare` print: figures of the JSON file that they write, and no others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from benchmarks.reports.numbers import interval_text, number
-from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
 
 NOTE = (
@@ -49,23 +48,6 @@ def speed_line(name: str, speed: Throughput) -> str:
         f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
     )
-
-
-def lossless_text(result: Losslessness) -> str:
-    bar = "equality" if result.exact else f"a near-tie of at most {result.near_tie_bar:g} in logits"
-    outcome = "passed" if result.passed else "FAILED"
-    counts = f"{result.identical} identical, {result.near_tie} near-tie, {result.fault} fault"
-    lines = [f"lossless    {counts} ({outcome}; the bar is {bar})"]
-    if result.follow_up:
-        lines.append(f"            {result.follow_up} later turns not compared: their history forked")
-    if result.missing:
-        lines.append(f"            {result.missing} requests failed or absent in one of the runs")
-    lines += [
-        f"            {part.verdict}: {part.task} {part.prompt_id} turn {part.turn} token {part.position}: "
-        f"{part.speculating} for {part.plain}, {number(part.gap, 3)} below the best"
-        for part in result.differences
-    ]
-    return "\n".join(lines)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, serve
 from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
-from benchmarks.reports.text import asked_text, lossless_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import asked_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import check_records
 from benchmarks.stats.summary import (
@@ -94,7 +94,7 @@ class Comparison(Measured, Report):
             "\n".join(lines),
         ]
         if self.lossless is not None:
-            parts.append(lossless_text(self.lossless))
+            parts.append(self.lossless.text())
         return "\n\n".join(parts)
 
 

@@ -97,6 +97,23 @@ class Losslessness(StrictModel):
     def passed(self) -> bool:
         return not (self.fault or self.missing or (self.exact and self.near_tie))
 
+    def text(self) -> str:
+        """For the terminal: the counts, and a line for each difference."""
+        bar = "equality" if self.exact else f"a near-tie of at most {self.near_tie_bar:g} in logits"
+        outcome = "passed" if self.passed else "FAILED"
+        counts = f"{self.identical} identical, {self.near_tie} near-tie, {self.fault} fault"
+        lines = [f"lossless    {counts} ({outcome}; the bar is {bar})"]
+        if self.follow_up:
+            lines.append(f"            {self.follow_up} later turns not compared: their history forked")
+        if self.missing:
+            lines.append(f"            {self.missing} requests failed or absent in one of the runs")
+        lines += [
+            f"            {part.verdict}: {part.task} {part.prompt_id} turn {part.turn} token {part.position}: "
+            f"{part.speculating} for {part.plain}, {'-' if part.gap is None else f'{part.gap:.3f}'} below the best"
+            for part in self.differences
+        ]
+        return "\n".join(lines)
+
 
 def near_tie_bar(logit_scale: float) -> float:
     """Largest gap that rounding explains for logits of size `logit_scale`, in logits."""

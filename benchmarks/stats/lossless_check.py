@@ -14,7 +14,6 @@ from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.results import Report
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
-from benchmarks.reports.text import lossless_text
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
@@ -42,9 +41,6 @@ class LosslessReport(Losslessness, Report):
     """lossless.json, beside the speculating run."""
 
     STEM: ClassVar[str] = "lossless"
-
-    def text(self) -> str:
-        return lossless_text(self)
 
 
 def check_runs(config: LosslessConfig) -> LosslessReport:
