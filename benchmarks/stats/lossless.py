@@ -1,9 +1,9 @@
 """Is speculative decoding lossless? Every greedy answer against plain decoding, token by token.
 
-identical   the same tokens
+identical   the same tokens, and the same finish reason
 near_tie    at the first difference the logits of the two tokens are the largest and equal within rounding; two correct
             evaluations of the same model may fork there, and everything after a fork is another text
-fault       any other difference: speculation changed the answer
+fault       any other difference, also of finish reasons alone: speculation changed the answer
 
 The near-tie bar. Logits are computed in bfloat16, which has 8 significant bits: near a value x its numbers are
 2**(floor(log2 x) - 7) apart (0.125 for logits of 16 to 32). A block of several tokens and a single token go through
@@ -66,7 +66,10 @@ Judge = Callable[[Record, Fork], Candidates]
 
 
 class Difference(StrictModel):
-    """One answer that differs. gap: `Candidates.gap`; None where one answer only ended earlier."""
+    """One answer that differs. gap: `Candidates.gap`; None where one answer only ended earlier.
+
+    finish: finish reasons of the speculating and the plain answer, where only these differ.
+    """
 
     task: str
     prompt_id: str
@@ -76,6 +79,7 @@ class Difference(StrictModel):
     plain: int | None
     gap: float | None
     verdict: Verdict
+    finish: tuple[str | None, str | None] | None = None
 
 
 class Losslessness(StrictModel):
@@ -109,7 +113,12 @@ class Losslessness(StrictModel):
             lines.append(f"            {self.missing} requests failed or absent in one of the runs")
         lines += [
             f"            {part.verdict}: {part.task} {part.prompt_id} turn {part.turn} token {part.position}: "
-            f"{part.speculating} for {part.plain}, {'-' if part.gap is None else f'{part.gap:.3f}'} below the best"
+            + (
+                f"finished by {part.finish[0]!r} and not {part.finish[1]!r}"
+                if part.finish
+                else f"{part.speculating} for {part.plain}, "
+                f"{'-' if part.gap is None else f'{part.gap:.3f}'} below the best"
+            )
             for part in self.differences
         ]
         return "\n".join(lines)
@@ -144,7 +153,11 @@ def compare(
             result.follow_up += 1
         else:
             fork = first_fork(*comparable_tokens(ours, theirs))
-            if fork is None:
+            ends = ours.finish_reason, theirs.finish_reason
+            if fork is None and None not in ends and ends[0] != ends[1]:
+                result.fault += 1
+                result.differences.append(_other_end(theirs, ends))
+            elif fork is None:
                 result.identical += 1
             else:
                 forked.add(key[:2])
@@ -167,6 +180,21 @@ def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int
             "serve both with the same tokenizer, chat template and thinking switch",
         )
     return ours.output_ids, theirs.output_ids
+
+
+def _other_end(plain: Record, ends: tuple[str | None, str | None]) -> Difference:
+    """The same tokens, which ended for another reason."""
+    return Difference(
+        task=plain.task,
+        prompt_id=plain.prompt_id,
+        turn=plain.turn,
+        position=len(plain.output_ids or ()),
+        speculating=None,
+        plain=None,
+        gap=None,
+        verdict=Verdict.FAULT,
+        finish=ends,
+    )
 
 
 def _add_difference(result: Losslessness, plain: Record, fork: Fork, judge: Judge) -> None:

@@ -131,3 +131,11 @@ def test_texts_are_no_proof() -> None:
 def test_different_prompt_tokens_are_no_comparison() -> None:
     with pytest.raises(DataError, match="different prompt tokens"):
         compare(keyed(record("a", [1])), keyed(record("a", [1], prompt_ids=[8])), never, BAR, exact=False)
+
+
+def test_the_same_tokens_that_end_for_another_reason_are_a_fault() -> None:
+    ours, plain = record("a", [1, 2], finish_reason="length"), record("a", [1, 2], finish_reason="stop")
+    result = compare(keyed(ours), keyed(plain), never, BAR, exact=False)
+    assert (result.identical, result.fault, result.passed) == (0, 1, False)
+    assert "finished by 'length' and not 'stop'" in result.text()
+    assert compare(keyed(plain), keyed(plain), never, BAR, exact=True).passed
