@@ -16,7 +16,7 @@ from sglang_auf.hooks import metrics, redaction, registry, replies, seeds, spans
 logger = logging.getLogger(__name__)
 
 # All hooks, in the order in which they are installed; on the CPU platform those of cpu/platform.py follow. Where
-# several are on one function, the one installed last is the outermost and runs first.
+# several are on one function, the one installed last is the outermost: it runs first, as AFTER last.
 HOOKS = (
     *redaction.HOOKS,  # keys stay out of logs and /server_info
     *replies.HOOKS,  # tau in every OpenAI reply

@@ -74,7 +74,7 @@ ABOUT_MORE_THAN_A_MODULE = {
     "tests/test_wheel.py",
     "tests/benchmarks/studies/test_results.py",
     "tests/server/test_main.py",
-    "tests/server/test_schema.py",
+    "tests/server/test_openapi.py",
 }
 
 
