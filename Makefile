@@ -7,7 +7,7 @@
 # make soak   mixed load on a server for MINUTES (30), checked against plain decoding; nothing wrong, nothing leaked
 # make fuzz   card, recipe, profile and JSONL parsing on INPUTS (25,000) inputs a test
 # make audit  known vulnerabilities of the pinned packages, asked of PyPI
-# make lint   ruff and mypy
+# make lint   ruff, mypy and the directions of imports
 #
 # The environment is .venv, or where VENV= says. It is made once and reused while the pins are the same.
 
@@ -76,3 +76,4 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache

@@ -87,7 +87,9 @@ def _check_value(key: str, value: object, annotation: Any) -> None:
         # SGLang's records do not check types; a wrong one would give a stack trace in the middle of start-up.
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"server_args.{key} = {value!r}", error.errors()[0]["msg"]) from error
+        raise ConfigError(
+            f"server_args.{key} = {value!r}", error.errors()[0]["msg"], "change the profile or the --set"
+        ) from error
     for detail in getattr(annotation, "__metadata__", ()):
         choices = getattr(detail, "choices", None)
         if choices and value is not None and value not in choices:
@@ -102,5 +104,9 @@ def build_server_args(arguments: dict[str, Any]) -> ServerArgs:
     try:
         record.resolve_once()
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"SGLang refuses these arguments: {error}", "arguments that it can honour") from error
+        raise ConfigError(
+            f"SGLang refuses these arguments: {error}",
+            "arguments that it can honour",
+            "change the profile or the --set",
+        ) from error
     return record

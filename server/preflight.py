@@ -93,7 +93,9 @@ def check_port(host: str, port: int) -> None:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ConfigError(f"host {host!r} ({error})", "a name or address of this machine") from error
+        raise ConfigError(
+            f"host {host!r} ({error})", "a name or address of this machine", "give another --host"
+        ) from error
     for family, kind, protocol, _, address in addresses:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the HTTP server does
@@ -111,6 +113,7 @@ def check_port(host: str, port: int) -> None:
                 raise ConfigError(
                     f"cannot listen on {host}:{port} ({error.strerror})",
                     "an address of this machine, a port above 1023",
+                    "give another --host or --port",
                 ) from error
 
 

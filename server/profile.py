@@ -86,5 +86,9 @@ def load_profile(
             content.pop("drafter_notice", None)  # both are about the drafter that was just replaced
             content.pop("drafter_revision", None)
     return checked(
-        Profile, content | dict(flags or {}), f"profile {name}", f"the keys {', '.join(Profile.model_fields)}"
+        Profile,
+        content | dict(flags or {}),
+        f"profile {name}",
+        f"the keys {', '.join(Profile.model_fields)}",
+        "change the profile or the --set",
     )

@@ -101,9 +101,12 @@ def weight_files(directory: Path, error: type[AufError]) -> list[Path]:
     if not files:
         pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
         raise error(
-            f"no weights as *.safetensors in {directory} (it holds: {listing(directory)})",
+            f"no weights as *.safetensors in {directory} "
+            f"({'pickles: ' + ', '.join(pickles) if pickles else 'it holds: ' + listing(directory)})",
             "weights as safetensors: loading a pickle may run any code",
-            "convert it to safetensors in an environment you trust" if pickles else "fetch the model again",
+            "save it as safetensors in an environment you trust (SpecForge has a command: specforge export --to hf)"
+            if pickles
+            else "fetch the model again",
         )
     return files
 
@@ -139,26 +142,22 @@ def whole_directory(path: Path) -> Iterator[Path]:
         yield draft
         for entry in (*draft.rglob("*"), draft):
             sync(entry)
-        if path.exists():
-            replaced = _unfinished(path)
+        replaced = _unfinished(path) if path.exists() else None
+        if replaced:
             path.rename(replaced)
-            draft.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            draft.rename(path)
+        draft.rename(path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(path.parent)
+    if replaced:
+        _remove(replaced)
 
 
 def remove_unfinished(path: Path) -> None:
     """Remove what a killed process left of writing `path`. Only for a caller who holds the lock of `path`."""
     for entry in path.parent.glob(f".{path.name}{UNFINISHED}*"):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
 
 
 def sync(path: Path) -> None:
@@ -178,7 +177,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     where the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -188,6 +187,14 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.release()
+
+
+def _remove(entry: Path) -> None:
+    """A directory with all in it, or a file; of a link the link alone."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _unfinished(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -28,6 +28,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positiona
         kind: dict[str, Any] = {"metavar": flag.removeprefix("--").replace("-", "_").upper()}
         if field.annotation is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(field.annotation) is Literal:
+            kind = {"metavar": f"{{{','.join(map(str, get_args(field.annotation)))}}}"}
         elif _takes_several(field.annotation):
             kind["action"] = "append"
         parser.add_argument(

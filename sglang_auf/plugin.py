@@ -81,7 +81,6 @@ def seams() -> tuple[Seam, ...]:
 
     They belong to modules that SGLang or our hooks import in every process, so checking them costs nothing.
     """
-    from sglang_auf.cpu import platform
     from sglang_auf.cpu import seams as cpu
     from sglang_auf.speculative import seams as speculative
 
@@ -93,7 +92,7 @@ def seams() -> tuple[Seam, ...]:
         *stops.SEAMS,
         *seeds.SEAMS,
         *spans.SEAMS,
-        *(hook.seam for hook in (*HOOKS, *platform.HOOKS)),
+        *(hook.seam for hook in HOOKS),
         *speculative.SEAMS,
         *cpu.SEAMS,
     )

@@ -117,6 +117,17 @@ def test_a_directory_that_could_not_be_filled_leaves_the_earlier_one(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_link_to_a_directory_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "a").write_text("kept")
+    link.symlink_to(real)
+    with files.whole_directory(link) as draft:
+        (draft / "a").write_text("new")
+    assert (link / "a").read_text() == "new" and not link.is_symlink() and (real / "a").read_text() == "kept"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     left = tmp_path / f".model{files.UNFINISHED}0123"
     left.mkdir()
@@ -166,5 +177,5 @@ def test_pickles_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(CardError, match="nothing"):
         files.weight_files(tmp_path, CardError)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CardError, match=r"pytorch_model\.bin.*convert it"):
+    with pytest.raises(CardError, match=r"pytorch_model\.bin.*save it as safetensors"):
         files.weight_files(tmp_path, CardError)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from sglang_auf import provenance
 from sglang_auf.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the checkout or image that holds benchmarks/; the package may be installed elsewhere."""
 
 PACKAGES = ("sglang", "sglang-auf", "torch", "transformers", "openai")
 
@@ -21,7 +24,7 @@ class StrictModel(BaseModel):
 
 def versions() -> dict[str, str | None]:
     """Of the packages that decide a figure; None for one that is not installed. commit: of this checkout."""
-    return provenance.versions(PACKAGES) | {"commit": provenance.git_commit(provenance.CHECKOUT)}
+    return provenance.versions(PACKAGES) | {"commit": provenance.git_commit(ROOT)}
 
 
 class Measured(StrictModel):
@@ -33,6 +36,16 @@ class Measured(StrictModel):
     versions: dict[str, str | None] = Field(default_factory=versions)
     machine: dict[str, Any] = Field(default_factory=provenance.machine)
     command: list[str] = Field(default_factory=provenance.command)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said_in_files(cls, content: Any, info: ValidationInfo) -> Any:
+        """A file that does not say where it comes from must not claim to come from here."""
+        if info.mode == "json" and isinstance(content, dict):
+            for name in Measured.model_fields:
+                if name not in content:
+                    raise ValueError(f"{name} is missing")
+        return content
 
 
 class Report(StrictModel):

@@ -133,7 +133,7 @@ def free_port() -> int:
 
 
 def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
-    """Ask a server to end, kill what is left of its family and its process group, and wait until all have ended.
+    """Ask a server to end, kill what is left of its family and its process group, and wait until the family has ended.
 
     drain_s: seconds that the server has for the requests in flight.
     """
@@ -145,8 +145,10 @@ def end(process: subprocess.Popen[bytes], drain_s: float = DRAIN_S) -> None:
     _signal(members, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()  # before psutil waits, which would take the exit code
-    psutil.wait_procs(members, timeout=KILLED_S)
+    process.wait()
+    deadline = time.monotonic() + KILLED_S
+    while any(map(_runs, members)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -156,6 +158,14 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return [leader, *leader.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended. One that ended and that its parent did not ask after holds nothing any more."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from benchmarks.harness.config import Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record, latest, read_records
-from benchmarks.harness.results import Measured, Report, StrictModel, versions
+from benchmarks.harness.results import ROOT, Measured, Report, StrictModel, versions
 from benchmarks.harness.run import RECORDS, ask, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
@@ -31,7 +31,7 @@ from benchmarks.reports.numbers import number
 from benchmarks.serving.random_drafter import write_random_drafter
 from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
-from sglang_auf import env, provenance
+from sglang_auf import env
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import write_whole
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 COMPANY = 16
 REFERENCE = ("plain", COMPANY)
 CELL = "cell.json"
-SHIPPED_DRAFTER = provenance.CHECKOUT / "drafters" / "smollm2-135m"
+SHIPPED_DRAFTER = ROOT / "drafters" / "smollm2-135m"
 
 
 class IdentityConfig(StartedServersConfig):

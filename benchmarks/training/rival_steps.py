@@ -28,17 +28,16 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from benchmarks.harness.config import CommandConfig
-from benchmarks.harness.results import Measured, Report, StrictModel
+from benchmarks.harness.results import ROOT, Measured, Report, StrictModel
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from benchmarks.training.peak_memory import ENVIRONMENT, counted_by
 from benchmarks.training.step_shapes import SHAPES
-from sglang_auf import provenance
 from sglang_auf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-DRIVERS = provenance.CHECKOUT / "benchmarks" / "training" / "rivals"
+DRIVERS = ROOT / "benchmarks" / "training" / "rivals"
 OURS = "sglang_auf"
 RIVALS = ("specforge", "speculators")
 
@@ -134,7 +133,7 @@ class Driver:
         self.log_file = config.out / f"{trainer}-{step}-{measure}.log"
         self._config, self._step, self._measure = config, step, measure
         name = "own" if trainer == OURS else trainer
-        path = os.pathsep.join([str(provenance.CHECKOUT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._program = [python, str(DRIVERS / f"{name}_step.py")]
         self._environment = os.environ | {"PYTHONPATH": path} | (ENVIRONMENT if measure == "memory" else {})
 

@@ -10,9 +10,9 @@ import subprocess
 import sys
 from typing import Literal
 
+from benchmarks.harness.results import ROOT
 from benchmarks.training.peak_memory import CLEAR_REFS, ENVIRONMENT, peak_bytes
 from sglang_auf.errors import ConfigError, TrainingError
-from sglang_auf.provenance import CHECKOUT
 from sglang_auf.settings import Settings
 
 
@@ -39,9 +39,7 @@ def measured_peak(job: MemoryJob) -> int:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ
-        | ENVIRONMENT
-        | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
     if ended.returncode:
         raise TrainingError(

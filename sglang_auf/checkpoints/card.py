@@ -72,7 +72,7 @@ class DrafterCard(BaseModel):
     mask_token_id: StrictInt | None = Field(ge=0)
     block_size: StrictInt = Field(ge=2)
     head: str
-    thinking: Thinking = None
+    thinking: Literal["on", "off"] | None = None
     chat_template_hash: str | None = None
     max_length: int | None = Field(default=None, ge=1)
     objective: str | None = None

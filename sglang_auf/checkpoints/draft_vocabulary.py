@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, f
 from sglang_auf import env
 from sglang_auf.checkpoints.weights import config_size, head_of
 from sglang_auf.errors import CardError, ConfigError
-from sglang_auf.files import read_json, write_whole
+from sglang_auf.files import read_json, remove_unfinished, write_whole
 
 FILE = "draft_vocabulary.json"
 """Beside the drafter's weights."""
@@ -85,6 +85,7 @@ def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) ->
     if file.exists() and not force:
         raise ConfigError(f"{file} exists", "a drafter without one", "give --force to replace it")
     try:
+        remove_unfinished(file)
         write_whole(file, vocabulary.model_dump_json() + "\n")
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", "a directory that can be written to") from error

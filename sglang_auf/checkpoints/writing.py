@@ -1,8 +1,8 @@
 """Write a drafter as SGLang loads it: config.json, bf16 weights, the card, and where it comes from.
 
 SGLang skips weights it does not know and leaves those it does not find uninitialised, so everything is checked before
-the directory appears under its name: names, shapes and numbers before they are written, then the files on the disk,
-the card against the target included.
+the directory appears under its name: names, shapes and numbers before they are written, then the files as they
+were read back, the card against the target included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sglang_auf.checkpoints.card import CARD_NAME, DrafterCard, check_drafter, load_card
 from sglang_auf.checkpoints.weights import check_weights, expected_weights
@@ -59,7 +59,7 @@ def write_drafter(
             _write_json(made / PROVENANCE, {**of_this_run(), **origin, "files": hashes})
             for file in made.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
-            warnings += _check_written(made, config, target)
+            warnings += _check_written(made, config, tensors, target)
     except (OSError, SafetensorError) as problem:
         raise ConfigError(
             f"writing {out} failed: {problem}",
@@ -120,8 +120,21 @@ def _check_free(out: Path, force: bool) -> None:
         )
 
 
-def _check_written(made: Path, config: Mapping[str, Any], target: str | None) -> list[str]:
-    """Warnings on the files in `made`. Raises CardError where SGLang could not serve them, or not with the target."""
+def _check_written(
+    made: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], target: str | None
+) -> list[str]:
+    """Warnings on the files in `made`.
+
+    Raises CardError where they are not what was meant, or where SGLang could not serve them, or not with the target.
+    """
+    stored = load_file(made / WEIGHTS)
+    changed = [name for name in tensors if name not in stored or not torch.equal(stored[name], tensors[name])]
+    if changed or stored.keys() != tensors.keys():
+        raise CardError(
+            f"{WEIGHTS} read back from {made.parent} differs from what was written ({', '.join(changed) or 'names'})",
+            "a disk that keeps what is written",
+            "write to another disk",
+        )
     if target is not None:
         return list(check_drafter(str(made), target).warnings)
     load_card(made)

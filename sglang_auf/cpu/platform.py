@@ -16,6 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
+from sglang_auf.cpu import seams
 from sglang_auf.errors import ConfigError
 from sglang_auf.hooks.registry import Hook
 
@@ -222,27 +223,6 @@ def register() -> None:
 
 
 HOOKS = (
-    Hook(
-        "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
-        "REPLACE",
-        assign_req_to_token_pool,
-        ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
-    ),
-    Hook(
-        "sglang.srt.speculative.domino_utils:validate_domino_runtime",
-        "AROUND",
-        validate_domino_runtime,
-        (
-            "device",
-            "tp_size",
-            "tp_rank",
-            "target_vocab_size",
-            "draft_vocab_size",
-            "hidden_size",
-            "target_embedding",
-            "lm_head",
-            "prefix_gru",
-            "embed_proj",
-        ),
-    ),
+    Hook.on(seams.ASSIGN_TO_POOL, "REPLACE", assign_req_to_token_pool),
+    Hook.on(seams.VALIDATE_DOMINO, "AROUND", validate_domino_runtime),
 )

@@ -1,4 +1,4 @@
-"""What the modules of this folder use of SGLang, apart from them: they compile kernels, this file imports nothing."""
+"""What the modules of this folder use of SGLang. It stands apart from them, because importing them compiles kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,32 @@ _GROUPS = f"{_SRT}.arg_groups"
 
 _ATTEND = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "kwargs")
 
+# Functions that the platform hooks (`platform.HOOKS`).
+ASSIGN_TO_POOL = Seam(
+    f"{_SRT}.mem_cache.allocation:assign_req_to_token_pool_func",
+    "cpu.platform",
+    ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
+)
+VALIDATE_DOMINO = Seam(
+    f"{_SRT}.speculative.domino_utils:validate_domino_runtime",
+    "cpu.platform",
+    (
+        "device",
+        "tp_size",
+        "tp_rank",
+        "target_vocab_size",
+        "draft_vocab_size",
+        "hidden_size",
+        "target_embedding",
+        "lm_head",
+        "prefix_gru",
+        "embed_proj",
+    ),
+)
+
 SEAMS = (
+    ASSIGN_TO_POOL,
+    VALIDATE_DOMINO,
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),
     Seam(f"{_SRT}.platforms.interface:PlatformCapabilities", "cpu.platform"),

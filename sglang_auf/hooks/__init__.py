@@ -1,1 +1,1 @@
-"""What the plugin changes in the server process of SGLang."""
+"""What the plugin changes in SGLang by hooks: replies, requests, counts, logs, and where an answer ends."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sglang_auf import ALGORITHM
 from sglang_auf.compat import Seam
@@ -27,6 +27,8 @@ HANDLE_REQUEST = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.h
 SEND_REQUEST = "sglang.srt.managers.tokenizer_manager:TokenizerManager._send_one_request"
 RECEIVE_BATCH = "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output"
 
+Kind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
+
 
 @dataclass(frozen=True, slots=True)
 class Hook:
@@ -38,9 +40,14 @@ class Hook:
     """
 
     target: str
-    kind: Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
+    kind: Kind
     function: Callable[..., Any]
     parameters: tuple[str, ...]
+
+    @classmethod
+    def on(cls, seam: Seam, kind: Kind, function: Callable[..., Any]) -> Self:
+        """A hook on a function whose row must be checked before the module of `function` can be imported."""
+        return cls(seam.target, kind, function, seam.parameters or ())
 
     @property
     def seam(self) -> Seam:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_auf.compat import Seam
-from sglang_auf.hooks.registry import Hook
+from sglang_auf.hooks.registry import Hook, serves_auf
 
 _REQUEST = "sglang.srt.managers.schedule_batch:Req"
 
@@ -28,27 +28,31 @@ def update_finish_state(original: Any, request: Any, new_accepted_len: int = 1) 
     """Around `Req.update_finish_state`: asks it after each token of the step and not after all of them.
 
     Tokens behind the one that finishes the request stay in `output_ids`, as SGLang leaves them there: `finished_len`
-    says where the answer ends. Without stop strings and regexes SGLang's own answer is that of single tokens.
+    says where the answer ends. Without stop strings and regexes SGLang ends the answer at the right token by itself.
+    Other algorithms than AUF are left as SGLang has them.
     """
     settings = request.sampling_params
     one_by_one = new_accepted_len > 1 and (settings.stop_strs or settings.stop_regex_strs)
-    if not one_by_one or request.finished() or request.to_finish:  # to_finish: an abort, which takes all tokens
+    # to_finish: an abort, which takes all tokens
+    if not one_by_one or request.finished() or request.to_finish or not serves_auf():
         original(request, new_accepted_len)
         return
     tokens, grammar = request.output_ids, request.grammar
     step = tokens[-new_accepted_len:]
     del tokens[-new_accepted_len:]
-    for position, token in enumerate(step, start=1):
-        tokens.append(token)
-        # The grammar has read the complete step, and only its last token can have ended it.
-        request.grammar = grammar if position == len(step) else None
-        original(request, 1)
-        if request.finished():
-            if request.finished_len is None:
-                request.finished_len = len(tokens)
-            tokens.extend(step[position:])
-            break
-    request.grammar = grammar
+    asked = 0
+    try:
+        while asked < len(step) and not request.finished():
+            tokens.append(step[asked])
+            asked += 1
+            # The grammar has read the complete step, and only its last token can have ended it.
+            request.grammar = grammar if asked == len(step) else None
+            original(request, 1)
+        if request.finished() and request.finished_len is None:
+            request.finished_len = len(tokens)
+    finally:
+        tokens.extend(step[asked:])
+        request.grammar = grammar
 
 
 HOOKS = (Hook(f"{_REQUEST}.update_finish_state", "AROUND", update_finish_state, ("self", "new_accepted_len")),)

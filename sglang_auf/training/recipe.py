@@ -196,7 +196,13 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
     """Check the keys and values of a recipe. source: where they come from, for the message. Raises ConfigError."""
-    return checked(Recipe, content, f"recipe {source}", "the keys and values of sglang_auf/training/recipe.py")
+    return checked(
+        Recipe,
+        content,
+        f"recipe {source}",
+        "the keys and values of sglang_auf/training/recipe.py",
+        "change the recipe or the --set",
+    )
 
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:

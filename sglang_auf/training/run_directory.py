@@ -51,6 +51,7 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
             raise TrainingError(
                 f"{directory} holds no run, but {', '.join(foreign[:5])}",
                 "a new directory, or that of the run to resume",
+                "give another --out",
             )
         yield directory
 

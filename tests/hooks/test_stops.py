@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 from transformers import PreTrainedTokenizerFast
 
+from sglang_auf.hooks import stops
 from sglang_auf.hooks.stops import update_finish_state
 from tests.support.toy_tokenizer import toy_tokenizer
 
@@ -21,6 +23,13 @@ ORIGINAL = getattr(Req.update_finish_state, "__wrapped__", Req.update_finish_sta
 TOKENIZER: PreTrainedTokenizerFast = toy_tokenizer()
 TOKENIZER.additional_stop_token_ids = None  # as SGLang's loader leaves it
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def auf() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stops, "serves_auf", lambda: True)
+        yield
 
 
 def request(**parameters: Any) -> Req:
@@ -77,6 +86,20 @@ def test_the_stop_that_is_reached_first_wins_whatever_the_order_of_the_list(para
     made = in_steps(request(**parameters), tokens, [8])
     assert outcome(made) == outcome(one_by_one(request(**parameters), tokens))
     assert made.finished_len == 4
+
+
+def test_other_algorithms_are_left_as_sglang_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stops, "serves_auf", lambda: False)
+    assert in_steps(request(stop=["cd", "ab"]), ids("xxabxcdx"), [8]).finished_len == 7, "the stop listed first"
+
+
+def test_a_check_that_raises_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = request(stop=["b"])
+    made.grammar = SimpleNamespace(is_terminated=lambda: False)
+    made.output_ids.extend(ids("abc"))
+    with pytest.raises(RuntimeError):
+        update_finish_state(lambda *_: (_ for _ in ()).throw(RuntimeError()), made, 3)
+    assert list(made.output_ids) == ids("abc") and made.grammar is not None
 
 
 def test_a_grammar_that_has_ended_ends_the_answer_with_the_last_token_of_the_step() -> None:

@@ -14,7 +14,7 @@ import httpx
 import openai
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ConfigError, ServerError
@@ -50,7 +50,7 @@ def openai_client(
         base_url=base_url,
         api_key=client_api_key(),
         max_retries=retries,
-        timeout=httpx.Timeout(timeout_s, connect=30.0, pool=None),
+        timeout=httpx.Timeout(timeout_s, connect=min(30.0, timeout_s), pool=None),
         http_client=openai.DefaultAsyncHttpxClient(limits=limits, event_hooks=hooks),
     )
 
@@ -67,8 +67,8 @@ class SglExt(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     input_ids: list[int] | None = None
-    output_ids: list[list[int]] | None = Field(default=None, min_length=1)
-    spec_tokens_details: dict[str, Any] | None = None
+    output_ids: list[list[int]] | None = None
+    spec_tokens_details: Any = None
 
     @classmethod
     def of(cls, reply: BaseModel) -> Self:

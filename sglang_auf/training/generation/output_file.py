@@ -53,7 +53,8 @@ class OutputFile:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             try:
-                opened.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
+                real = self.path.resolve()  # one file has one lock, also through a link
+                opened.enter_context(locked(real.with_name(f".{real.name}.lock")))
                 self._descriptor = opened.enter_context(self.path.open("ab", buffering=0)).fileno()
                 self._size = os.fstat(self._descriptor).st_size
                 self._check_manifest()
