@@ -11,7 +11,7 @@ import os
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import AufError
-from sglang_auf.hooks import metrics, redaction, registry, replies, seeds, spans, stops, validation
+from sglang_auf.hooks import metrics, ranges, redaction, registry, replies, seeds, spans, stops, validation
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ HOOKS = (
     *replies.HOOKS,  # tau in every OpenAI reply
     # handle_request: validation is outside replies, so that a refused request never begins a reply.
     *validation.HOOKS,  # what speculation cannot honour is refused
+    *ranges.HOOKS,  # numbers out of range end no scheduler
     *stops.HOOKS,  # a stop inside a verify step ends an answer where plain decoding would end it
     *seeds.HOOKS,  # the choices of a seeded request differ
     # handle_request: spans is outside validation, and a refused request has no choices whose tokens it could mark.
@@ -89,6 +90,7 @@ def seams() -> tuple[Seam, ...]:
         *registry.SEAMS,
         *replies.SEAMS,
         *validation.SEAMS,
+        *ranges.SEAMS,
         *stops.SEAMS,
         *seeds.SEAMS,
         *spans.SEAMS,

@@ -240,3 +240,35 @@ def test_sigterm_finishes_what_runs_and_leaves_no_process(server: Server) -> Non
     assert server.process.wait(timeout=120) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+FATAL: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 8, "logprobs": True, "top_logprobs": 60000}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 4, "logprobs": 60000}),
+    ("/v1/completions", {"prompt": [60000], "max_tokens": 4}),
+    ("/v1/completions", {"prompt": [-1, 5], "max_tokens": 4}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 4, "n": 10**9}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 4, "logit_bias": {"1": 1e39}}),
+    (
+        "/generate",
+        {"text": "Hi", "sampling_params": {"max_new_tokens": 4}, "return_logprob": True, "top_logprobs_num": 10**9},
+    ),
+    ("/generate", {"input_ids": [2**40], "sampling_params": {"max_new_tokens": 4}}),
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "stop_token_ids": [2**70]}}),
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "top_k": 2**40}}),
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 2**40}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), FATAL, ids=[str(number) for number in range(len(FATAL))])
+def test_a_number_out_of_range_is_the_clients_fault_and_ends_nothing(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    """Each of these ended the engine, or would have."""
+    before = server.chat().choices[0].message.content
+    content = json.dumps({"model": MODEL, **body} if path.startswith("/v1/") else body).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(server.url + path, content, headers), timeout=60)
+    assert caught.value.code in (400, 422), caught.value.read()
+    assert server.chat().choices[0].message.content == before

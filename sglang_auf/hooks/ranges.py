@@ -1,0 +1,145 @@
+"""Numbers of a request that become an index, a size or an integer of fixed width are checked before anything uses them.
+
+SGLang looks at few of them (`TokenizerManager._validate_one_request`: at lengths, never at ids). A scheduler that fails
+on one request ends, and every client of the server loses its answer. The checks hold with and without a drafter, on
+every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a ValueError).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from sglang_auf.compat import Seam
+from sglang_auf.hooks.registry import Hook
+
+MOST_CHOICES = 128
+"""Of n: SGLang makes that many copies of a request before it looks at any of them."""
+
+MOST_LOGPROBS = 1000
+"""Of top_logprobs_num and the list token_ids_logprob: each makes a row of that width for every token."""
+
+BIAS = 100.0
+"""OpenAI's limit of a logit_bias, either way."""
+
+INTEGERS = {
+    "max_new_tokens": (0, 2**31 - 1),
+    "min_new_tokens": (0, 2**31 - 1),
+    "top_k": (-1, 2**31 - 1),
+    "n": (1, MOST_CHOICES),
+    "stream_interval": (1, 2**31 - 1),
+    "sampling_seed": (-(2**63), 2**63 - 1),
+}
+FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+_REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
+
+SEAMS = tuple(
+    Seam(f"{_REQUEST}.{name}", "hooks.ranges")
+    for name in ("sampling_params", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "input_embeds")
+)
+
+
+def check_copies(request: Any) -> None:
+    """Before `GenerateReqInput.normalize_batch_and_arguments`, which copies the request n times. Raises ValueError."""
+    given = request.sampling_params
+    for settings in given if isinstance(given, list) else [given]:
+        if isinstance(settings, dict):
+            _integer("n", settings.get("n"))
+
+
+def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
+    """Before `TokenizerManager._validate_one_request`, of one request of a batch. Raises ValueError.
+
+    input_ids: the prompt's tokens, None where it is given as embeddings.
+    """
+    vocabulary = manager.model_config.vocab_size
+    _ids("input_ids", input_ids or (), vocabulary)
+    settings = request.sampling_params
+    if not isinstance(settings, dict):
+        return
+    for name in INTEGERS:
+        _integer(name, settings.get(name))
+    for name in FLOATS:
+        value = settings.get(name)
+        if value is not None and not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    _ids("stop_token_ids", _listed("stop_token_ids", settings.get("stop_token_ids")), vocabulary)
+    _check_bias(settings.get("logit_bias"), vocabulary)
+    _check_logprobs(request, 0 if input_ids is None else len(input_ids), vocabulary)
+    if getattr(request, "input_embeds", None) is not None:
+        _check_embeddings(request.input_embeds, manager.model_config.hidden_size)
+
+
+def _check_bias(bias: Any, vocabulary: int) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {type(bias).__name__}.")
+    for key, value in bias.items():
+        if not str(key).isdecimal() or int(key) >= vocabulary:
+            raise ValueError(f"logit_bias must have token ids in [0, {vocabulary - 1}], got {key!r}.")
+        if not _is_finite(value) or abs(value) > BIAS:
+            raise ValueError(f"logit_bias of token {key} must be in [-{BIAS:g}, {BIAS:g}], got {value!r}.")
+
+
+def _check_logprobs(request: Any, length: int, vocabulary: int) -> None:
+    """The three settings that choose which log-probabilities are returned; an embedding request has none of them."""
+    for name, lowest, highest in (("top_logprobs_num", 0, MOST_LOGPROBS), ("logprob_start_len", -1, length)):
+        value = getattr(request, name, None)
+        if value is not None and not _in_range(value, lowest, highest):
+            raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], got {value!r}.")
+    ids = _listed("token_ids_logprob", getattr(request, "token_ids_logprob", None))
+    if len(ids) > MOST_LOGPROBS:
+        raise ValueError(f"token_ids_logprob must have at most {MOST_LOGPROBS} ids, got {len(ids)}.")
+    _ids("token_ids_logprob", ids, vocabulary)
+
+
+def _check_embeddings(rows: Any, width: int) -> None:
+    import numpy as np
+
+    try:
+        values = np.asarray(rows, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"input_embeds must be a matrix of numbers ({error}).") from error
+    if values.ndim != 2 or values.shape[1] != width or not len(values):
+        raise ValueError(f"input_embeds must have the shape [tokens, {width}], got {list(values.shape)}.")
+    if not np.isfinite(values).all():
+        raise ValueError("input_embeds must be finite numbers.")
+
+
+def _integer(name: str, value: Any) -> None:
+    lowest, highest = INTEGERS[name]
+    if value is not None and not _in_range(value, lowest, highest):
+        raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], got {value!r}.")
+
+
+def _ids(name: str, ids: Iterable[Any], vocabulary: int) -> None:
+    for token in ids:
+        if not _in_range(token, 0, vocabulary - 1):
+            raise ValueError(f"{name} must have token ids in [0, {vocabulary - 1}], got {token!r}.")
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """A list without its nulls, which SGLang leaves out too; one number counts as a list of one."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple, set)):
+        return [one for one in value if one is not None]
+    raise ValueError(f"{name} must be a list of token ids, got {value!r}.")
+
+
+def _in_range(value: Any, lowest: int, highest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+HOOKS = (
+    Hook(f"{_REQUEST}.normalize_batch_and_arguments", "BEFORE", check_copies, ("self",)),
+    Hook(f"{_MANAGER}._validate_one_request", "BEFORE", check_numbers, ("self", "obj", "input_ids")),
+)

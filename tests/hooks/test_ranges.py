@@ -1,0 +1,102 @@
+"""Numbers out of range are refused before the scheduler sees them; what SGLang can compute passes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_auf.hooks.ranges import FLOATS, INTEGERS, MOST_CHOICES, MOST_LOGPROBS, check_copies, check_numbers
+
+VOCABULARY, WIDTH = 64, 4
+MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY, hidden_size=WIDTH))
+ALLOWED: list[dict[str, Any]] = [
+    {},
+    {"stop_token_ids": [0, VOCABULARY - 1, None], "n": MOST_CHOICES, "top_k": -1, "sampling_seed": -(2**63)},
+    {"logit_bias": {"0": -100, str(VOCABULARY - 1): 100.0}, "temperature": 0, "max_new_tokens": None},
+]
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("stop_token_ids", {"stop_token_ids": [VOCABULARY]}),
+    ("stop_token_ids", {"stop_token_ids": 5}),
+    ("logit_bias", {"logit_bias": {str(VOCABULARY): 1}}),
+    ("logit_bias", {"logit_bias": {"-1": 1}}),
+    ("logit_bias", {"logit_bias": {"a": 1}}),
+    ("logit_bias", {"logit_bias": {"1": 100.1}}),
+    ("logit_bias", {"logit_bias": {"1": float("nan")}}),
+    ("logit_bias", {"logit_bias": {"1": "1"}}),
+    ("logit_bias", {"logit_bias": [1]}),
+    *((name, {name: high + 1}) for name, (_, high) in INTEGERS.items()),
+    *((name, {name: low - 1}) for name, (low, _) in INTEGERS.items()),
+    *((name, {name: 1.5}) for name in INTEGERS),
+    *((name, {name: value}) for name in FLOATS for value in (float("nan"), float("inf"), "1", True)),
+]
+
+
+def check(ids: list[int] | None = None, settings: dict[str, Any] | None = None, **fields: Any) -> None:
+    request = GenerateReqInput(input_ids=ids, sampling_params=settings or {}, **fields)
+    check_numbers(MANAGER, request, [1] if ids is None and "input_embeds" not in fields else ids)
+
+
+@pytest.mark.parametrize("settings", ALLOWED)
+def test_what_can_be_computed_passes(settings: dict[str, Any]) -> None:
+    check([0, VOCABULARY - 1], settings, top_logprobs_num=MOST_LOGPROBS, logprob_start_len=2, token_ids_logprob=[0])
+    check(None, settings, input_embeds=[[0.0] * WIDTH] * 3)
+
+
+@pytest.mark.parametrize(("name", "settings"), REFUSED)
+def test_a_setting_out_of_range_is_refused_by_name(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=name):
+        check([1], settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("input_ids", {"ids": [1, VOCABULARY]}),
+        ("input_ids", {"ids": [-1]}),
+        ("top_logprobs_num", {"top_logprobs_num": MOST_LOGPROBS + 1}),
+        ("top_logprobs_num", {"top_logprobs_num": -1}),
+        ("logprob_start_len", {"ids": [1, 2], "logprob_start_len": 3}),
+        ("logprob_start_len", {"logprob_start_len": -2}),
+        ("token_ids_logprob", {"token_ids_logprob": [VOCABULARY]}),
+        ("token_ids_logprob", {"token_ids_logprob": [0] * (MOST_LOGPROBS + 1)}),
+        ("input_embeds", {"input_embeds": [[0.0] * (WIDTH + 1)]}),
+        ("input_embeds", {"input_embeds": [[0.0] * WIDTH, [0.0]]}),
+        ("input_embeds", {"input_embeds": [[float("inf")] * WIDTH]}),
+        ("input_embeds", {"input_embeds": [["a"] * WIDTH]}),
+    ],
+)
+def test_a_field_out_of_range_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=name):
+        check(**fields)
+
+
+@given(st.dictionaries(st.sampled_from([*INTEGERS, *FLOATS]), st.floats() | st.integers() | st.text() | st.none()))
+def test_any_values_are_refused_or_fit(settings: dict[str, Any]) -> None:
+    try:
+        check([1], settings)
+    except ValueError:
+        return
+    for name, (low, high) in INTEGERS.items():
+        assert settings.get(name) is None or (isinstance(settings[name], int) and low <= settings[name] <= high)
+
+
+@pytest.mark.parametrize("settings", [{"n": 10**9}, [{"n": 1}, {"n": 0}], {"n": "2"}])
+def test_a_request_is_not_copied_too_often(settings: Any) -> None:
+    with pytest.raises(ValueError, match="n must be an integer in"):
+        check_copies(SimpleNamespace(sampling_params=settings))
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"n": 2}, [{}, {"n": 3}]])
+def test_other_requests_are_copied(settings: Any) -> None:
+    check_copies(SimpleNamespace(sampling_params=settings))
+
+
+def test_an_embedding_request_has_ids_alone() -> None:
+    check_numbers(MANAGER, SimpleNamespace(sampling_params=None), [1])
+    with pytest.raises(ValueError, match="input_ids"):
+        check_numbers(MANAGER, SimpleNamespace(sampling_params=None), [VOCABULARY])
