@@ -216,32 +216,6 @@ def test_management_routes_and_long_requests_are_refused(server: Server) -> None
     assert unreadable.value.code == 401
 
 
-def test_a_port_in_use_is_refused_before_anything_loads(server: Server) -> None:
-    port = server.url.rsplit(":", 1)[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "--profile", MODEL, "--port", port],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert port in done.stderr.decode()
-
-
-def test_sigterm_finishes_what_runs_and_leaves_no_process(server: Server) -> None:
-    """Runs last, because it ends the module's server."""
-    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.chat, max_tokens=64, extra_body={"ignore_eos": True})
-        time.sleep(1)
-        os.kill(server.process.pid, signal.SIGTERM)
-        assert running.result(timeout=300).usage.completion_tokens == 64
-    assert server.process.wait(timeout=120) == 0
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
-
-
 FATAL: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 8, "logprobs": True, "top_logprobs": 60000}),
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 4, "logprobs": 60000}),
@@ -272,3 +246,29 @@ def test_a_number_out_of_range_is_the_clients_fault_and_ends_nothing(
         urllib.request.urlopen(urllib.request.Request(server.url + path, content, headers), timeout=60)
     assert caught.value.code in (400, 422), caught.value.read()
     assert server.chat().choices[0].message.content == before
+
+
+def test_a_port_in_use_is_refused_before_anything_loads(server: Server) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "--profile", MODEL, "--port", port],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert port in done.stderr.decode()
+
+
+def test_sigterm_finishes_what_runs_and_leaves_no_process(server: Server) -> None:
+    """Runs last, because it ends the module's server."""
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.chat, max_tokens=64, extra_body={"ignore_eos": True})
+        time.sleep(1)
+        os.kill(server.process.pid, signal.SIGTERM)
+        assert running.result(timeout=300).usage.completion_tokens == 64
+    assert server.process.wait(timeout=120) == 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
