@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 MODEL = "smollm2-135m"
 LISTS = 320
 IN_FLIGHT = 8
-SAME = ("finish_reason", "prompt_tokens", "completion_tokens", "output_token_logprobs")
+SAME = ("finish_reason", "prompt_tokens", "completion_tokens")
 GRAMMAR = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 1, "maxItems": 3})
 
 
@@ -56,7 +56,15 @@ def generate(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def kept(reply: dict[str, Any]) -> dict[str, Any]:
     meta = {name: value for name, value in reply["meta_info"].items() if name in SAME}
-    return {"text": reply["text"], "ids": reply.get("output_ids"), **meta}
+    rows = reply["meta_info"].get("output_token_logprobs") or []
+    chosen = {"logprobs_of": [token for _, token, _ in rows], "logprobs": [value for value, _, _ in rows]}
+    return {"text": reply["text"], "ids": reply.get("output_ids"), **meta, **chosen}
+
+
+def agree(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> bool:
+    """Equal in all fields; of equal logits torch's log_softmax may round differently beside other rows."""
+    near = [choice | {"logprobs": pytest.approx(choice["logprobs"], abs=1e-5)} for choice in theirs]
+    return ours == near
 
 
 def question(text: str) -> str:
@@ -117,7 +125,9 @@ def test_generated_stops_end_answers_as_plain_decoding_does(urls: dict[str, str]
         plain = list(pool.map(lambda body: generate(urls["plain"], body), bodies))
         auf = list(pool.map(lambda body: generate(urls["auf"], body), bodies))
     ends = Counter(choice["finish_reason"]["type"] for choices in plain for choice in choices)
-    different = [(body, ours, theirs) for body, ours, theirs in zip(bodies, auf, plain, strict=True) if ours != theirs]
+    different = [
+        (body, ours, theirs) for body, ours, theirs in zip(bodies, auf, plain, strict=True) if not agree(ours, theirs)
+    ]
     assert not different, f"{len(different)} of {LISTS}, for example {different[:2]}"
     assert ends["stop"] > LISTS / 2 and ends["length"], f"the stops that were drawn are of use: {ends}"
 
