@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,11 +29,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {"1": 100.1}}),
     ("logit_bias", {"logit_bias": {"1": float("nan")}}),
     ("logit_bias", {"logit_bias": {"1": "1"}}),
+    ("logit_bias", {"logit_bias": {"1": 10**400}}),
     ("logit_bias", {"logit_bias": [1]}),
     *((name, {name: high + 1}) for name, (_, high) in INTEGERS.items()),
     *((name, {name: low - 1}) for name, (low, _) in INTEGERS.items()),
     *((name, {name: 1.5}) for name in INTEGERS),
-    *((name, {name: value}) for name in FLOATS for value in (float("nan"), float("inf"), "1", True)),
+    *((name, {name: value}) for name in FLOATS for value in (float("nan"), float("inf"), 10**400, "1", True)),
 ]
 
 
@@ -45,6 +47,14 @@ def check(ids: list[int] | None = None, settings: dict[str, Any] | None = None, 
 def test_what_can_be_computed_passes(settings: dict[str, Any]) -> None:
     check([0, VOCABULARY - 1], settings, top_logprobs_num=MOST_LOGPROBS, logprob_start_len=2, token_ids_logprob=[0])
     check(None, settings, input_embeds=[[0.0] * WIDTH] * 3)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Callers of SGLang's Engine pass them."""
+    ids: list[Any] = [np.int64(0), np.int32(VOCABULARY - 1)]
+    check(ids, {"temperature": np.float32(0.5), "max_new_tokens": np.int64(4)})
+    with pytest.raises(ValueError, match="input_ids"):
+        check([*ids, np.int64(VOCABULARY)])
 
 
 @pytest.mark.parametrize(("name", "settings"), REFUSED)
