@@ -15,6 +15,7 @@ from server.preflight import ServedModel, check_device, check_models, check_port
 from server.probe import Probe
 from server.profile import Profile
 from server.routes import auf_router
+from server.unreadable import add_replies
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
 from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
@@ -58,6 +59,7 @@ def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, ma
     start = Start(server_args, served, api_key)
     http_server.app.include_router(auf_router(served, closed_because))
     add_all(http_server.app, closed_because, start.token, management)
+    add_replies(http_server.app)
     signal.signal(signal.SIGTERM, _stopped_while_starting)
     try:
         http_server.launch_server(

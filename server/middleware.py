@@ -114,7 +114,7 @@ class ReadableKey:
 
 CLIENTS = frozenset(
     {
-        *("/generate", "/encode", "/classify", "/tokenize", "/detokenize", "/abort_request"),
+        *("/generate", "/encode", "/classify", "/tokenize", "/detokenize"),
         *("/parse_function_call", "/separate_reasoning", "/invocations", "/vertex_generate", "/ping"),
         *("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/flush_cache"),
         *("", "/docs", "/openapi.json", "/auf"),
@@ -128,9 +128,10 @@ class Guard:
     """ASGI middleware that answers 404 to every route that is not for clients.
 
     Those are SGLang's routes that manage the engine: they change weights, load files, write profiles to directories
-    that a request names, and pause the engine. They take the same API key as clients have; but changed weights void
-    every promise about answers, and no path from a request may reach the file system. A profile with
-    `management: true` opens them, as reinforcement learning needs.
+    that a request names, pause the engine, and abort requests of any client. They take the same API key as clients
+    have; but changed weights void every promise about answers, no path from a request may reach the file system, and a
+    client may end its own requests only, which it does by closing its connection. A profile with `management: true`
+    opens them, as reinforcement learning needs.
     """
 
     def __init__(self, app: ASGIApp) -> None:

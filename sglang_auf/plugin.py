@@ -11,7 +11,19 @@ import os
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import AufError
-from sglang_auf.hooks import metrics, ranges, redaction, registry, replies, seeds, spans, stops, validation
+from sglang_auf.hooks import (
+    aborts,
+    intake,
+    metrics,
+    ranges,
+    redaction,
+    registry,
+    replies,
+    seeds,
+    spans,
+    stops,
+    validation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +35,8 @@ HOOKS = (
     # handle_request: validation is outside replies, so that a refused request never begins a reply.
     *validation.HOOKS,  # what speculation cannot honour is refused
     *ranges.HOOKS,  # numbers out of range end no scheduler
+    *intake.HOOKS,  # fields of wrong types and shapes end no scheduler, and are the client's fault
+    *aborts.HOOKS,  # the end of a request ends no other one
     *stops.HOOKS,  # a stop inside a verify step ends an answer where plain decoding would end it
     *seeds.HOOKS,  # the choices of a seeded request differ
     # handle_request: spans is outside validation, and a refused request has no choices whose tokens it could mark.
@@ -91,6 +105,8 @@ def seams() -> tuple[Seam, ...]:
         *replies.SEAMS,
         *validation.SEAMS,
         *ranges.SEAMS,
+        *intake.SEAMS,
+        *aborts.SEAMS,
         *stops.SEAMS,
         *seeds.SEAMS,
         *spans.SEAMS,

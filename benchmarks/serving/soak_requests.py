@@ -166,6 +166,14 @@ BAD: tuple[dict[str, Any], ...] = (
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
     {"extra_body": {"min_tokens": 3}},
     {"extra_body": {"regex": "("}},
+    {"logprobs": True, "top_logprobs": 60000},
+    {"logit_bias": {"1": 101}},
+    {"logit_bias": {"10000000": 1}},
+    {"n": 10**9},
+    {"seed": 2**70},
+    {"extra_body": {"top_k": 2**40}},
+    {"extra_body": {"stop_token_ids": [2**70]}},
+    {"extra_body": {"bootstrap_room": []}},
 )
 REFUSALS = (400, 404, 422)
 

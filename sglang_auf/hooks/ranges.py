@@ -71,7 +71,17 @@ def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
     _check_bias(settings.get("logit_bias"), vocabulary)
     _check_logprobs(request, 0 if input_ids is None else len(input_ids), vocabulary)
     if getattr(request, "input_embeds", None) is not None:
-        _check_embeddings(request.input_embeds, manager.model_config.hidden_size)
+        # A prefill batch of a request with embeddings and one with tokens has rows for the first alone
+        # (managers/schedule_batch.py, prepare_for_extend), and the scheduler ends.
+        raise ValueError("input_embeds is not supported: such a request cannot share a batch with others.")
+    _check_labels(getattr(request, "custom_labels", None))
+
+
+def check_detokenized(serving: Any, adapted: Any, request: Any, raw_request: Any) -> None:
+    """Before `OpenAIServingDetokenize._handle_non_streaming_request`. Raises ValueError."""
+    vocabulary = serving.tokenizer_manager.model_config.vocab_size
+    for entry in request.tokens:
+        _ids("tokens", entry if isinstance(entry, list) else [entry], vocabulary)
 
 
 def _check_bias(bias: Any, vocabulary: int) -> None:
@@ -88,7 +98,8 @@ def _check_bias(bias: Any, vocabulary: int) -> None:
 
 def _check_logprobs(request: Any, length: int, vocabulary: int) -> None:
     """The three settings that choose which log-probabilities are returned; an embedding request has none of them."""
-    for name, lowest, highest in (("top_logprobs_num", 0, MOST_LOGPROBS), ("logprob_start_len", -1, length)):
+    most = min(MOST_LOGPROBS, vocabulary)
+    for name, lowest, highest in (("top_logprobs_num", 0, most), ("logprob_start_len", -1, length)):
         value = getattr(request, name, None)
         if value is not None and not _in_range(value, lowest, highest):
             raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], got {value!r}.")
@@ -98,17 +109,15 @@ def _check_logprobs(request: Any, length: int, vocabulary: int) -> None:
     _ids("token_ids_logprob", ids, vocabulary)
 
 
-def _check_embeddings(rows: Any, width: int) -> None:
-    import numpy as np
+def _check_labels(given: Any) -> None:
+    """A label that the metrics do not have ends the server when the request is counted."""
+    if not given:
+        return
+    from sglang.srt.runtime_context import get_observability
 
-    try:
-        values = np.asarray(rows, dtype=np.float32)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"input_embeds must be a matrix of numbers ({error}).") from error
-    if values.ndim != 2 or values.shape[1] != width or not len(values):
-        raise ValueError(f"input_embeds must have the shape [tokens, {width}], got {list(values.shape)}.")
-    if not np.isfinite(values).all():
-        raise ValueError("input_embeds must be finite numbers.")
+    allowed = get_observability().tokenizer_metrics_allowed_custom_labels or []
+    if unknown := sorted(set(given) - set(allowed)):
+        raise ValueError(f"custom_labels must have names of {sorted(allowed)}, got {unknown}.")
 
 
 def _integer(name: str, value: Any) -> None:
@@ -145,5 +154,11 @@ def _is_finite(value: Any) -> bool:
 
 HOOKS = (
     Hook(f"{_REQUEST}.normalize_batch_and_arguments", "BEFORE", check_copies, ("self",)),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_tokenize:OpenAIServingDetokenize._handle_non_streaming_request",
+        "BEFORE",
+        check_detokenized,
+        ("self", "adapted_request", "request", "raw_request"),
+    ),
     Hook(f"{_MANAGER}._validate_one_request", "BEFORE", check_numbers, ("self", "obj", "input_ids")),
 )

@@ -11,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from sglang_auf.hooks.ranges import FLOATS, INTEGERS, MOST_CHOICES, MOST_LOGPROBS, check_copies, check_numbers
+from sglang_auf.hooks.ranges import (
+    FLOATS,
+    INTEGERS,
+    MOST_CHOICES,
+    MOST_LOGPROBS,
+    check_copies,
+    check_detokenized,
+    check_numbers,
+)
 
-VOCABULARY, WIDTH = 64, 4
-MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY, hidden_size=WIDTH))
+VOCABULARY = 64
+MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY))
 ALLOWED: list[dict[str, Any]] = [
     {},
     {"stop_token_ids": [0, VOCABULARY - 1, None], "n": MOST_CHOICES, "top_k": -1, "sampling_seed": -(2**63)},
@@ -45,8 +53,7 @@ def check(ids: list[int] | None = None, settings: dict[str, Any] | None = None, 
 
 @pytest.mark.parametrize("settings", ALLOWED)
 def test_what_can_be_computed_passes(settings: dict[str, Any]) -> None:
-    check([0, VOCABULARY - 1], settings, top_logprobs_num=MOST_LOGPROBS, logprob_start_len=2, token_ids_logprob=[0])
-    check(None, settings, input_embeds=[[0.0] * WIDTH] * 3)
+    check([0, VOCABULARY - 1], settings, top_logprobs_num=VOCABULARY, logprob_start_len=2, token_ids_logprob=[0])
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -68,16 +75,13 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, settings: dict[str
     [
         ("input_ids", {"ids": [1, VOCABULARY]}),
         ("input_ids", {"ids": [-1]}),
-        ("top_logprobs_num", {"top_logprobs_num": MOST_LOGPROBS + 1}),
+        ("top_logprobs_num", {"top_logprobs_num": VOCABULARY + 1}),
         ("top_logprobs_num", {"top_logprobs_num": -1}),
         ("logprob_start_len", {"ids": [1, 2], "logprob_start_len": 3}),
         ("logprob_start_len", {"logprob_start_len": -2}),
         ("token_ids_logprob", {"token_ids_logprob": [VOCABULARY]}),
         ("token_ids_logprob", {"token_ids_logprob": [0] * (MOST_LOGPROBS + 1)}),
-        ("input_embeds", {"input_embeds": [[0.0] * (WIDTH + 1)]}),
-        ("input_embeds", {"input_embeds": [[0.0] * WIDTH, [0.0]]}),
-        ("input_embeds", {"input_embeds": [[float("inf")] * WIDTH]}),
-        ("input_embeds", {"input_embeds": [["a"] * WIDTH]}),
+        ("input_embeds", {"input_embeds": [[0.0] * 4]}),
     ],
 )
 def test_a_field_out_of_range_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:
@@ -110,3 +114,28 @@ def test_an_embedding_request_has_ids_alone() -> None:
     check_numbers(MANAGER, SimpleNamespace(sampling_params=None), [1])
     with pytest.raises(ValueError, match="input_ids"):
         check_numbers(MANAGER, SimpleNamespace(sampling_params=None), [VOCABULARY])
+
+
+def test_the_cap_of_top_logprobs_is_below_a_large_vocabulary() -> None:
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=10**6))
+    check_numbers(manager, GenerateReqInput(sampling_params={}, top_logprobs_num=MOST_LOGPROBS), [1])
+    with pytest.raises(ValueError, match="top_logprobs_num"):
+        check_numbers(manager, GenerateReqInput(sampling_params={}, top_logprobs_num=MOST_LOGPROBS + 1), [1])
+
+
+def test_a_label_that_the_metrics_do_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    observability = SimpleNamespace(tokenizer_metrics_allowed_custom_labels=["tenant"])
+    monkeypatch.setattr("sglang.srt.runtime_context.get_observability", lambda: observability)
+    check([1], custom_labels={"tenant": "a"})
+    with pytest.raises(ValueError, match=r"\['tenant'\], got \['colour'\]"):
+        check([1], custom_labels={"tenant": "a", "colour": "red"})
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [([], True), ([0, 63], True), ([[1], [2, 64]], False), ([-1], False)])
+def test_ids_to_detokenize_are_in_the_vocabulary(tokens: Any, fits: bool) -> None:
+    serving, request = SimpleNamespace(tokenizer_manager=MANAGER), SimpleNamespace(tokens=tokens)
+    if fits:
+        check_detokenized(serving, request, request, None)
+        return
+    with pytest.raises(ValueError, match="tokens must have token ids"):
+        check_detokenized(serving, request, request, None)

@@ -172,8 +172,20 @@ def test_every_route_of_sglang_is_one_or_the_other() -> None:
 
     paths = {str(path) for route in app.routes if (path := getattr(route, "path", None))}
     closed = {path for path in paths if not is_for_clients(path)}
-    assert {"/v1/chat/completions", "/generate", "/health", "/v1/models", "/abort_request"} <= paths - closed
-    for word in ("weight", "lora", "profile", "memory", "corp", "dump", "session", "logging", "hicache", "pause"):
+    assert {"/v1/chat/completions", "/generate", "/health", "/v1/models"} <= paths - closed
+    for word in (
+        "abort",
+        "weight",
+        "lora",
+        "profile",
+        "memory",
+        "corp",
+        "dump",
+        "session",
+        "logging",
+        "hicache",
+        "pause",
+    ):
         assert [path for path in paths if word in path], f"no route with {word}: look at what moved"
         assert {path for path in paths if word in path} <= closed
 

@@ -15,8 +15,8 @@ VOCABULARY = 64
 LAYERS = 5
 
 
-def target_config(head_dim: int = 16) -> dict[str, Any]:
-    """A Llama: 5 layers, 4 heads on 2 key heads, 64 tokens."""
+def target_config(head_dim: int = 16, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """A Llama: 5 layers, 4 heads on 2 key heads."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -26,7 +26,7 @@ def target_config(head_dim: int = 16) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": head_dim,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -38,7 +38,7 @@ def target_config(head_dim: int = 16) -> dict[str, Any]:
     }
 
 
-def drafter_config(block_size: int, head_dim: int = 16, **dflash: Any) -> dict[str, Any]:
+def drafter_config(block_size: int, head_dim: int = 16, vocabulary: int = VOCABULARY, **dflash: Any) -> dict[str, Any]:
     """A DFlash drafter of one layer for that target; `dflash` adds to dflash_config (a Domino head, say)."""
     return {
         "architectures": ["DFlashDraftModel"],
@@ -58,20 +58,20 @@ def drafter_config(block_size: int, head_dim: int = 16, **dflash: Any) -> dict[s
         "rope_scaling": None,
         "max_position_embeddings": 512,
         "layer_types": ["full_attention"],
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "attention_bias": False,
         "dtype": "bfloat16",
     }
 
 
-def write_target(directory: Path, head_dim: int = 16) -> Path:
+def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULARY) -> Path:
     """Random weights whose distributions are neither flat nor certain."""
-    config = target_config(head_dim)
+    config = target_config(head_dim, vocabulary)
     hidden, inner, kv = config["hidden_size"], config["intermediate_size"], 2 * head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, hidden),
-        "lm_head.weight": (VOCABULARY, hidden),
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
     }
     for layer in range(LAYERS):
@@ -90,9 +90,11 @@ def write_target(directory: Path, head_dim: int = 16) -> Path:
     return _write(directory, config, shapes, seed=1)
 
 
-def write_drafter(directory: Path, block_size: int = 4, head_dim: int = 16, **dflash: Any) -> Path:
+def write_drafter(
+    directory: Path, block_size: int = 4, head_dim: int = 16, vocabulary: int = VOCABULARY, **dflash: Any
+) -> Path:
     """Random weights: drafts that are nearly always wrong, which exactness must not notice."""
-    config = drafter_config(block_size, head_dim, **dflash)
+    config = drafter_config(block_size, head_dim, vocabulary, **dflash)
     return _write(directory, config, expected_weights(config), seed=2)
 
 

@@ -1,0 +1,102 @@
+"""What a request breaks before the scheduler has it is refused; what is right passes unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from typing import Any
+
+import msgspec
+import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_auf.hooks.intake import check_types, refuse_faults
+
+
+def tokenized(**changes: Any) -> TokenizedGenerateReqInput:
+    good = TokenizedGenerateReqInput(
+        rid="a",
+        input_text="Hi",
+        input_ids=array("q", [1, 2]),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=SamplingParams(max_new_tokens=4, logit_bias={"1": 0.5}, custom_params={"a": object()}),
+        return_logprob=True,
+        logprob_start_len=-1,
+        top_logprobs_num=2,
+        token_ids_logprob=[1],
+        stream=False,
+        time_stats=object(),
+    )
+    return msgspec.structs.replace(good, **changes)
+
+
+def test_the_schedulers_types_pass_and_nothing_changes() -> None:
+    request = tokenized(extra_key="tenant", priority=3)
+    before = msgspec.structs.asdict(request)
+    check_types(request)
+    assert msgspec.structs.asdict(request) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_id": []},
+        {"lora_id": 3},
+        {"extra_key": ["a"]},
+        {"bootstrap_room": "a"},
+        {"top_logprobs_num": [1]},
+        {"token_ids_logprob": [[1]]},
+        {"return_routed_experts": "yes"},
+        {"positional_embed_overrides": ""},
+        {"sampling_params": msgspec.structs.replace(SamplingParams(), max_new_tokens="4")},
+    ],
+    ids=str,
+)
+def test_another_type_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        check_types(tokenized(**changes))
+
+
+def test_an_integer_that_fits_no_64_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="wrong type"):
+        check_types(tokenized(priority=2**64))
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), OverflowError()]
+)
+def test_what_a_step_raises_is_the_clients_fault(error: Exception) -> None:
+    def step(argument: int) -> None:
+        raise error
+
+    async def waiting(argument: int) -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    with pytest.raises(ValueError, match=type(error).__name__):
+        refuse_faults(step, 1)
+    with pytest.raises(ValueError, match=type(error).__name__):
+        asyncio.run(refuse_faults(waiting, 1))
+
+
+def test_what_a_step_gives_is_passed_on() -> None:
+    async def waiting(argument: int) -> int:
+        return argument
+
+    async def refusing() -> None:
+        raise MemoryError
+
+    assert refuse_faults(lambda argument: argument, 3) == 3
+    assert asyncio.run(refuse_faults(waiting, 4)) == 4
+    with pytest.raises(MemoryError):  # no fault of the request's form
+        asyncio.run(refuse_faults(refusing))
+
+
+def test_a_list_that_is_too_short_breaks_a_batch() -> None:
+    """The original raises what is no ValueError; with the hook it is one."""
+    request = GenerateReqInput(text=["Hi", "you"], audio_data=[])
+    with pytest.raises(ValueError, match="cannot be prepared"):
+        refuse_faults(GenerateReqInput.__getitem__, request, 1)
