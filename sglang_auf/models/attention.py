@@ -10,24 +10,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 SCORE_BYTES = 2**28
 """Most bytes for the scores of one layer; several such tensors live at a time. Below it, plain products were quicker
 than flex attention on an H200 at the shapes tried. The value is a judgement that bounds memory."""
 
+KERNELS = 64
+"""Most versions of flex attention compiled in a process. Shapes of training need about eight, PyTorch's own limit."""
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
-    """-> [R, N, B, heads, D], scaled by D ** -0.5.
 
-    By `attend_two_part`; on CUDA by `attend_flex` where the scores would take more than SCORE_BYTES.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor,
+    context_v: Tensor,
+    anchors: Tensor,
+    mask: BlockMask | None = None,
+) -> Tensor:
+    """-> [R, N, B, heads, D], scaled by D ** -0.5. By `attend_flex` with a `mask`, which `large_mask` makes."""
+    if mask is None:
+        return attend_two_part(q, k, v, context_k, context_v, anchors)
+    return attend_flex(q, k, v, context_k, context_v, mask)
+
+
+def large_mask(blocks: Tensor, heads: int, length: int, anchors: Tensor) -> BlockMask | None:
+    """Flex attention's mask on CUDA where the scores of a layer would take more than SCORE_BYTES, otherwise None.
+
+    blocks [R, N, B, H], in the type of the scores; length: S. All layers of a drafter share it, since several booleans
+    for each pair of a query and a key exist while it is made: 370 MB each for 4 rows of 3,072 tokens with 512 blocks of
+    16.
     """
-    scores = q.shape[:-1].numel() * (context_k.shape[1] + q.shape[2]) * q.element_size()
-    attention = attend_flex if q.device.type == "cuda" and scores > SCORE_BYTES else attend_two_part
-    return attention(q, k, v, context_k, context_v, anchors)
+    scores = blocks.shape[:-1].numel() * heads * (length + blocks.shape[2]) * blocks.element_size()
+    return flex_mask(anchors, length, blocks.shape[2]) if blocks.is_cuda and scores > SCORE_BYTES else None
 
 
 def attend_two_part(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
@@ -63,20 +85,11 @@ def attend_two_part(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_
     return out.permute(0, 3, 4, 1, 2, 5).reshape(rows, blocks, width, heads, dim)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, anchors: Tensor) -> Tensor:
-    """The same through flex attention, whose block-sparse kernel skips keys that no query of a tile sees."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, mask: BlockMask) -> Tensor:
+    """The same through flex attention, whose block-sparse kernel skips keys that no query of a tile sees.
 
-    rows, blocks, width, _, _ = q.shape
-    length = context_k.shape[1]
-    mask = create_block_mask(
-        block_mask(anchors, length, width),
-        B=rows,
-        H=None,
-        Q_LEN=blocks * width,
-        KV_LEN=length + blocks * width,
-        device=str(q.device),
-    )
+    mask: of `flex_mask`.
+    """
     out = _flex(q.device.type)(
         q.flatten(1, 2).transpose(1, 2),
         torch.cat([context_k, k.flatten(1, 2)], dim=1).transpose(1, 2),
@@ -85,6 +98,21 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: T
         enable_gqa=True,
     )
     return out.transpose(1, 2).reshape(q.shape)
+
+
+def flex_mask(anchors: Tensor, length: int, block_size: int) -> BlockMask:
+    """Of blocks at anchors [R, N] over a context of `length` tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, blocks = anchors.shape
+    return create_block_mask(
+        block_mask(anchors, length, block_size),
+        B=rows,
+        H=None,
+        Q_LEN=blocks * block_size,
+        KV_LEN=length + blocks * block_size,
+        device=str(anchors.device),
+    )
 
 
 def block_mask(anchors: Tensor, length: int, block_size: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -100,8 +128,20 @@ def block_mask(anchors: Tensor, length: int, block_size: int) -> Callable[[Tenso
 
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Flex attention, compiled on CUDA: the eager version would hold the dense scores."""
+    """Flex attention, compiled on CUDA: the eager version would hold the dense scores.
+
+    PyTorch compiles it anew where a size becomes 1 or stops being 1, and for training and evaluation. After a number of
+    times it would go on with the eager version; fullgraph makes this an error, and KERNELS is far above what we saw.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel, dynamic=True) if device == "cuda" else kernel
+    return compiled(kernel) if device == "cuda" else kernel
+
+
+def compiled(kernel: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`kernel` for all shapes of batches. Raises torch._dynamo's FailOnRecompileLimitHit above KERNELS."""
+    made: Callable[..., Any] = torch.compile(
+        kernel, dynamic=True, fullgraph=True, recompile_limit=KERNELS, backend=backend
+    )
+    return made

@@ -8,16 +8,19 @@ not part of this module.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sglang_auf.errors import ConfigError
-from sglang_auf.models.attention import attend
+from sglang_auf.models.attention import attend, large_mask
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.domino import PrefixGRU, make_projector
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 INIT_STD = 0.02
 
@@ -89,13 +92,20 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, rotary: Rotary, positions: Tensor, context_positions: Tensor, anchors: Tensor
+        self,
+        x: Tensor,
+        context: Tensor,
+        rotary: Rotary,
+        positions: Tensor,
+        context_positions: Tensor,
+        anchors: Tensor,
+        mask: BlockMask | None,
     ) -> Tensor:
         q = rotary(self.q_norm(self._heads(self.q_proj(x))), positions)
         k = rotary(self.k_norm(self._heads(self.k_proj(x))), positions)
         context_k = rotary(self.k_norm(self._heads(self.k_proj(context))), context_positions)
         v, context_v = self._heads(self.v_proj(x)), self._heads(self.v_proj(context))
-        return self.o_proj(attend(q, k, v, context_k, context_v, anchors).flatten(-2))
+        return self.o_proj(attend(q, k, v, context_k, context_v, anchors, mask).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -158,7 +168,8 @@ class Drafter(nn.Module):  # type: ignore[misc]
         context = self.hidden_norm(self.fc(features))
         context_positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
         positions = anchors[..., None] + torch.arange(embeddings.shape[2], device=anchors.device)
+        mask = large_mask(embeddings, self.config.num_attention_heads, features.shape[1], anchors)
         x = embeddings
         for layer in self.layers:
-            x = layer(x, context, self.rotary, positions, context_positions, anchors)
+            x = layer(x, context, self.rotary, positions, context_positions, anchors, mask)
         return self.norm(x)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
-from sglang_auf.models.attention import attend, attend_flex, attend_two_part, block_mask
+from sglang_auf.models import attention
+from sglang_auf.models.attention import attend, attend_flex, attend_two_part, block_mask, flex_mask, large_mask
 
 Attention = Callable[..., torch.Tensor]
 LENGTH, WIDTH, DIM = 9, 4, 8
 # Anchors with nothing before, with everything before, twice the same, of overlapping blocks, and unsorted.
 ANCHORS = torch.tensor([[0, 4, 9], [5, 5, 1]])
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [attend_two_part, attend_flex])
+
+
+def flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    context_k: torch.Tensor,
+    context_v: torch.Tensor,
+    anchors: torch.Tensor,
+) -> torch.Tensor:
+    return attend_flex(q, k, v, context_k, context_v, flex_mask(anchors, context_k.shape[1], q.shape[2]))
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [attend_two_part, flex])
 GROUPS = pytest.mark.parametrize(("heads", "keys"), [(4, 2), (3, 3), (4, 1)])
 
 
@@ -88,8 +104,8 @@ def test_gradients_equal_those_under_a_dense_mask(heads: int, keys: int) -> None
 def test_the_compiled_kernel_and_its_gradients_equal_those_under_a_dense_mask() -> None:
     tensors = [tensor.cuda() for tensor in inputs(dim=16)]  # the kernel's smallest head
     anchors = ANCHORS.cuda()
-    torch.testing.assert_close(attend_flex(*tensors, anchors), reference(*tensors), rtol=1e-2, atol=1e-3)
-    ours = gradients(lambda leaves: attend_flex(*leaves, anchors), tensors)
+    torch.testing.assert_close(flex(*tensors, anchors), reference(*tensors), rtol=1e-2, atol=1e-3)
+    ours = gradients(lambda leaves: flex(*leaves, anchors), tensors)
     theirs = gradients(lambda leaves: reference(*leaves), tensors)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
@@ -152,9 +168,49 @@ def test_a_row_is_the_same_alone_and_with_more_padding(implementation: Attention
     torch.testing.assert_close(alone, together[1:], rtol=1e-6, atol=1e-7)
 
 
-def test_two_part_is_what_a_cpu_uses() -> None:
+def test_two_part_is_what_is_used_without_a_mask_and_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs()
     assert torch.equal(attend(*tensors, ANCHORS), attend_two_part(*tensors, ANCHORS))
+    assert torch.equal(attend(*tensors, ANCHORS, flex_mask(ANCHORS, LENGTH, WIDTH)), flex(*tensors, ANCHORS))
+    monkeypatch.setattr(attention, "SCORE_BYTES", 0)
+    assert large_mask(torch.zeros(*ANCHORS.shape, WIDTH, 8), 2, LENGTH, ANCHORS) is None
+
+
+def test_scores_decide_whether_a_gpu_gets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 rows of 3 blocks of 4 slots, 2 heads, 9 + 4 keys, 2 bytes each: 1,248 bytes of scores."""
+    blocks = SimpleNamespace(shape=torch.Size([2, 3, 4, 8]), is_cuda=True, element_size=lambda: 2)
+    for limit, made in ((1247, True), (1248, False)):
+        monkeypatch.setattr(attention, "SCORE_BYTES", limit)
+        assert (large_mask(blocks, 2, LENGTH, ANCHORS) is not None) == made
+
+
+def compiles(limit: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often flex attention is compiled for batches of very different shapes. Results are compared."""
+    seen: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention, "KERNELS", limit)
+    kernel = attention.compiled(flex_attention, backend)
+    monkeypatch.setattr(attention, "_flex", lambda device: kernel)
+    for rows, blocks, length in [(2, 8, 100), (2, 9, 131), (3, 7, 200), (1, 5, 77), (1, 1, 64), (4, 12, 128)]:
+        shapes = [(rows, blocks, 16, 2), (rows, blocks, 16, 1), (rows, blocks, 16, 1), (rows, length, 1)]
+        q, k, v, context = (torch.randn(*shape, 16) for shape in shapes)
+        anchors = torch.randint(1, length, (rows, blocks))
+        expected = attend_two_part(q, k, v, context, context, anchors)
+        torch.testing.assert_close(flex(q, k, v, context, context, anchors), expected, rtol=1e-4, atol=1e-5)
+    return len(seen)
+
+
+def test_a_run_s_shapes_are_compiled_and_never_computed_by_the_eager_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager version holds the scores of all heads: 47 GB for a batch of the Qwen3-8B recipe."""
+    found = compiles(attention.KERNELS, monkeypatch)
+    assert 3 < found < attention.KERNELS / 4
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiles(1, monkeypatch)
 
 
 def test_bfloat16_stays_within_its_rounding() -> None:
