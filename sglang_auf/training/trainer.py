@@ -11,9 +11,10 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
+from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
@@ -136,8 +138,9 @@ class Trainer:
             logger.info("%s is finished: all %d steps are done", self.out, steps)
             return self._outcome(None)
         self.metrics = MetricLogger(self.out, self.accelerator, start, steps)
+        self.stream = self.batches.stream(self._wanted(start))
         try:
-            with stop_signals() as caught:
+            with stop_signals() as caught, closing(self.stream):
                 for index in range(start, steps):
                     stopped = self._advance(index, caught)
                     if stopped:
@@ -146,6 +149,13 @@ class Trainer:
         finally:
             self.metrics.close()
         return self._outcome(None)
+
+    def _wanted(self, start: int) -> Iterator[tuple[list[Conversation], int]]:
+        """(conversations, epoch) of each micro-batch of this rank from step `start` on."""
+        for index in range(start, self.plan.steps):
+            epoch, rows = self.plan.at(index)
+            for some in rows[self.rank :: self.ranks]:
+                yield [self.data.train[row] for row in some], epoch
 
     def _advance(self, index: int, caught: list[int]) -> int:
         """Make one optimiser step; log, evaluate and save where due. Returns the signal that stops the run, or 0."""
@@ -156,7 +166,7 @@ class Trainer:
         pooled = pooled_gradient(
             self.accelerator,
             self.model,
-            (self.batches.with_anchors([train[row] for row in some], epoch) for some in rows[self.rank :: self.ranks]),
+            islice(self.stream, len(rows) // self.ranks),
             len(rows) // self.ranks,
             branches=2 if recipe.drafter.head == "domino" else 1,
             progress=index / steps,
@@ -235,8 +245,10 @@ class Trainer:
 
     def _agreed(self, caught: list[int]) -> int:
         """The signal that any rank has caught, or 0, so that all ranks stop after the same step."""
-        mine = torch.tensor(max(caught, default=0), device=self.accelerator.device)
-        return int(self.accelerator.gather(mine[None]).max()) if self.ranks > 1 else int(mine)
+        mine = max(caught, default=0)
+        if self.ranks == 1:
+            return mine
+        return int(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max())
 
     def _save(self) -> None:
         weights, optimiser = gather(self.model, self.optimisers)

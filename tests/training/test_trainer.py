@@ -7,18 +7,22 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_auf.cli import main
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
 from sglang_auf.training.evaluate import HeldOutAnswers
+from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, train
 from tests.support.training_runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
@@ -334,6 +338,81 @@ def test_labels_of_the_target_are_another_loss(models: tuple[str, str], tmp_path
         train(recipe, tmp_path / labels)
         losses.append(metrics(tmp_path / labels)[0]["loss"])
     assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+
+
+# --- what a GPU would be waited for ---
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that wait for a GPU: a number read from a tensor, or a result whose size is a tensor's."""
+
+    READ = ("_local_scalar_dense", "nonzero", "masked_select")
+    PLACES = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        masks = name in self.PLACES and any(each is not None and each.dtype == torch.bool for each in args[1])
+        self.count += name in self.READ or masks
+        return function(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Counts what Waits does not see on a CPU: tensors read as lists, and numbers sent to a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        self.count += name in ("tolist", "cpu", "numpy", "tensor", "as_tensor")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"), [("full", {}), ("auf", {}), ("decay", DOMINO), ("b-auf", DOMINO), ("s-auf", DOMINO)]
+)
+def test_how_often_a_step_waits(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sections: dict[str, Any]
+) -> None:
+    """Each micro-batch: once for its blocks, and in each branch once for the rows that carry loss.
+
+    Waves: twice each; once where an objective stops no block. The step: losses, weights and the gradient's norm.
+    """
+    waves, branches = [0, 0], 0
+    advance, of_head = Trainer._advance, cross_entropy._waves
+
+    def counted_waves(mask: torch.Tensor, correct: torch.Tensor, failures: int | None, chunk: int) -> Iterator[Any]:
+        nonlocal branches
+        branches += 1
+        for wave in of_head(mask, correct, failures, chunk):
+            waves[failures is None] += 1
+            yield wave
+
+    def counted(self: Trainer, index: int, caught: list[int]) -> int:
+        nonlocal branches
+        if index != 1:
+            return advance(self, index, caught)
+        self.stream = chain([next(self.stream) for _ in range(4)], self.stream)  # type: ignore[assignment]
+        waves[:], branches = [0, 0], 0
+        with Waits() as waits, Copies() as copies:
+            stopped = advance(self, index, caught)
+        passes = 2 if "head" in sections.get("drafter", {}) else 1
+        assert branches == 4 * passes**2
+        assert waits.count == 4 * passes + branches + 2 * waves[0] + waves[1] + 1
+        assert copies.count == 2
+        assert waves[0] <= 3 * branches
+        return stopped
+
+    monkeypatch.setattr(Trainer, "_advance", counted)
+    monkeypatch.setattr(cross_entropy, "_waves", counted_waves)
+    monkeypatch.setattr(cross_entropy, "_RIGHT", {})  # as on a GPU
+    sections = {**sections, "objective": {"name": name}, "schedule": {"max_steps": 3}}
+    train(tiny_recipe(*models, **sections, log_every=3, save_every=3), tmp_path / "run")
 
 
 # --- the command ---

@@ -113,14 +113,25 @@ def with_features(
     labels: what the slots of a block are compared with (objective.labels). The target's own tokens come from an
     OnlineFeatures with argmax=True only.
     """
-    input_ids, loss_mask, lengths = (tensor.to(source.device) for tensor in collate(conversations))
-    ids = [conversation.id for conversation in conversations]
+    return make_batch(collate(conversations), [conversation.id for conversation in conversations], source, labels)
+
+
+def make_batch(
+    padded: Padded, ids: list[str], source: FeatureSource, labels: Literal["text", "target"] = "text"
+) -> Batch:
+    """As with_features, of conversations that `collate` has padded. No step of it waits for a GPU."""
+    input_ids, loss_mask, lengths = (to_device(tensor, source.device) for tensor in padded)
     if labels == "text":
-        return Batch(input_ids, loss_mask, lengths, source(ids, input_ids, lengths), ids)
-    features, following = cast("OnlineFeatures", source).with_argmax(input_ids, lengths)
+        return Batch(input_ids, loss_mask, lengths, source(ids, padded.input_ids, padded.lengths), ids)
+    features, following = cast("OnlineFeatures", source).with_argmax(padded.input_ids, padded.lengths)
     return Batch(
         input_ids, loss_mask, lengths, features, ids, labels=torch.cat([input_ids[:, :1], following[:, :-1]], dim=1)
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, which is on the CPU, on `device`; through pinned memory, so that nobody waits for a GPU's work."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def collate(conversations: Sequence[Conversation]) -> Padded:

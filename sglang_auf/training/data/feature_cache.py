@@ -26,6 +26,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import DataError
 from sglang_auf.files import read_json, write_whole
 from sglang_auf.settings import checked
+from sglang_auf.training.data.batching import to_device
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.rows import named
 
@@ -167,7 +168,7 @@ class CachedFeatures:
                 check_contents(path)
                 self._verified.add(place.shard)
             features[row, :length] = read_tokens(path, place.start, place.start + length)
-        return features.to(self.device)
+        return to_device(features, self.device)
 
     def _place(self, name: str, tokens: Sequence[int]) -> _Place:
         place = self._places.get(name)

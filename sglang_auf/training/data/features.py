@@ -19,6 +19,7 @@ from sglang_auf.checkpoints.prepare import resolve_target
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.files import find_model
+from sglang_auf.training.data.batching import to_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,7 +46,8 @@ class FeatureSource(Protocol):
     def __call__(self, ids: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Features [R, S, T * H] of R conversations in the target's dtype; zero at and after a row's length.
 
-        ids: of the conversations. input_ids [R, S]: right padded. lengths [R].
+        ids: of the conversations. input_ids [R, S]: right padded. lengths [R]. On a GPU nothing waits where these two
+        are on the CPU.
         """
         ...
 
@@ -146,7 +148,8 @@ class OnlineFeatures(FrozenTarget):
 
     def _rows(self, input_ids: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each row (tapped [length, T * H], states after the final norm [length, H])."""
-        input_ids = input_ids.to(self.device)
+        if input_ids.device != self.device:
+            input_ids = to_device(input_ids, self.device)
         together = len(input_ids)
         if self.device.type == "cpu":
             together = max(1, CPU_TOKENS // input_ids.shape[1])

@@ -8,7 +8,8 @@ on GPUs, Liger-Kernel's FusedLinearCrossEntropy and Apple's cut-cross-entropy (a
 
 Waves, which are our own: where an objective stops a block at its first failure, slot 1 of all blocks is computed, then
 slot 2 of those whose slot 1 was right, and so on. A product of few rows takes as long as reading the head, so where few
-blocks are left a wave holds several of their slots, and rows beyond a failure are dropped afterwards.
+blocks are left a wave holds several of their slots, and rows beyond a failure are dropped afterwards. How many rows a
+wave has depends on the wave before it, so on a GPU each wave waits twice for the device.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def head_loss(
             log_q.view(-1)[some] = -ce
             parts.append((some, ce, gradient))
     kept = _kept(mask, correct, failures)
-    rows, ce, gradients = (torch.cat(part) for part in zip(*(_inside(kept, *part) for part in parts), strict=True))
+    rows, ce, gradients = _inside(kept, *(torch.cat(part) for part in zip(*parts, strict=True)))
     attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows, ce, gradients)
     return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask), rows, attached)
 
@@ -90,12 +91,12 @@ def corrected_head_loss(
     parts: list[tuple[Tensor, Tensor]] = []
     for rows in _waves(mask, correct, failures, chunk):
         for some in rows.split(chunk):
-            ce, right = checkpoint(of_rows, some, use_reentrant=False)
+            ce, right = checkpoint(of_rows, some, use_reentrant=False, preserve_rng_state=False)
             correct.view(-1)[some] = right
             log_q.view(-1)[some] = -ce.detach()
             parts.append((some, ce))
     kept = _kept(mask, correct, failures)
-    rows, ce = (torch.cat(part) for part in zip(*(_inside(kept, *part) for part in parts), strict=True))
+    rows, ce = _inside(kept, *(torch.cat(part) for part in zip(*parts, strict=True)))
     return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask), rows, ce)
 
 
@@ -162,8 +163,8 @@ def _kept(mask: Tensor, correct: Tensor, failures: int | None) -> Tensor:
 
 def _inside(kept: Tensor, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """`rows` and their values without the rows that are not kept; the same tensors where all are kept."""
-    inside = kept.flatten()[rows]
-    return (rows, *values) if inside.all() else tuple(each[inside] for each in (rows, *values))
+    inside = kept.flatten()[rows].nonzero()[:, 0]
+    return (rows, *values) if len(inside) == len(rows) else tuple(each[inside] for each in (rows, *values))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -171,10 +172,7 @@ def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
     """Loss [n], argmax == label [n], and d loss / d hidden [n, H] of some rows."""
     logits = hidden.to(head.dtype) @ head.T
     label = labels[:, None]
-    # On a CPU argmax over a vocabulary in bf16 is slow, but amax is not, and few labels reach it in training.
-    right = logits.gather(1, label)[:, 0] == logits.amax(-1)
-    reached = right.nonzero()[:, 0]
-    right[reached] = logits[reached].argmax(-1) == labels[reached]  # of equal logits the first counts
+    right = _RIGHT.get(logits.device.type, _right)(logits, labels)
     # float32 where that costs little. On a CPU it is too slow, so the softmax stays in bf16: the loss is then exact to
     # 0.4 % of the label's probability, and the gradient loses no more than in the bf16 product below.
     logits = logits.float() if logits.device.type != "cpu" else logits
@@ -182,6 +180,22 @@ def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
     ce = -q.gather(1, label).float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, 0]
     q[torch.arange(len(label), device=q.device), labels] -= 1.0  # scatter_add_ would copy all of q
     return ce, right, q.to(head.dtype) @ head
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each label is the argmax; of equal logits the first counts."""
+    return logits.argmax(-1) == labels
+
+
+def _right_on_a_cpu(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same. On a CPU argmax over a vocabulary in bf16 is slow, but amax is not, and few labels reach it."""
+    right = logits.gather(1, labels[:, None])[:, 0] == logits.amax(-1)
+    reached = right.nonzero()[:, 0]
+    right[reached] = _right(logits[reached], labels[reached])
+    return right
+
+
+_RIGHT = {"cpu": _right_on_a_cpu}
 
 
 class _Attach(torch.autograd.Function):  # type: ignore[misc]

@@ -63,7 +63,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         assert (batch.labels is None) == (self.settings.labels == "text")
         hidden, tokens, mask = self.blocks(batch, anchors, valid)
         slots = self.drafter.config.block_size - 1
-        labels = tokens if batch.labels is None else _window(batch.labels, anchors, slots + 1)[valid]
+        labels = tokens if batch.labels is None else _chosen(valid, _window(batch.labels, anchors, slots + 1))[0]
         labels, mask = labels[:, 1:], mask[:, 1:]
         if self.drafter.config.head == "domino":
             return self._domino(hidden[:, :slots], tokens[:, :slots], labels, mask, progress, diagnostics)
@@ -88,7 +88,8 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         drafted = torch.full_like(tokens, self.drafter.config.mask_token_id)
         drafted[..., 0] = tokens[..., 0]
         hidden = self.drafter(batch.features, self.embedding[drafted], anchors)
-        return hidden[valid], tokens[valid], inside[valid]
+        hidden, tokens, inside = _chosen(valid, hidden, tokens, inside)
+        return hidden, tokens, inside
 
     def _domino(
         self, hidden: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor, progress: float, diagnostics: bool
@@ -120,7 +121,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         return Terms(
             torch.stack([base_terms[0], final_terms[0]]),
             torch.stack([base_terms[1], final_terms[1]]),
-            torch.tensor([weight, 1 - weight], device=mask.device),
+            torch.stack([torch.full((), share, device=mask.device) for share in (weight, 1 - weight)]),
             metrics,
         )
 
@@ -134,7 +135,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         prefix = right.cumprod(-1).bool()
         tried = torch.cat([slots.mask[:, :1], prefix[:, :-1] & slots.mask[:, 1:]], dim=1)
         metrics = {
-            "blocks": torch.tensor(float(len(labels)), device=labels.device),
+            "blocks": torch.full((), float(len(labels)), device=labels.device),
             "valid": slots.mask.sum().float(),
             "support": support.sum().float(),
             "support_correct": (right & support).sum().float(),
@@ -149,6 +150,12 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
             metrics["common_valid"] = slots.mask.sum().float()
             metrics["common_correct"] = correct.sum().float()
         return metrics
+
+
+def _chosen(valid: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """tensors [R, N, ...] -> [blocks, ...] of the valid blocks. A GPU is waited for once, not once for each tensor."""
+    places = valid.flatten().nonzero()[:, 0]
+    return [tensor.flatten(0, 1)[places] for tensor in tensors]
 
 
 def _window(rows: Tensor, anchors: Tensor, width: int) -> Tensor:

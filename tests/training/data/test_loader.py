@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from sglang_auf.errors import DataError
 from sglang_auf.training.data.batching import anchor_positions
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
-from sglang_auf.training.data.loader import BatchMaker, Plan
+from sglang_auf.training.data.loader import BatchMaker, Plan, one_ahead
 from sglang_auf.training.recipe import Recipe
 from tests.support.training_runs import tiny_recipe, write_models
 
@@ -115,6 +118,48 @@ def test_features_from_a_cache_are_the_online_ones(models: tuple[str, str], tmp_
     online = maker(recipe)
     assert torch.equal(cached.batch(CHATS).features, online.batch(CHATS).features)
     assert torch.equal(cached.target.head, online.target.head)
+    wanted = [(CHATS[:2], 0), (CHATS[2:], 0), (CHATS, 1)]
+    for streamed, (chats, epoch) in zip(cached.stream(wanted), wanted, strict=True):
+        made = cached.with_anchors(chats, epoch)
+        assert streamed[0].ids == made[0].ids
+        assert all(map(torch.equal, (streamed[0].features, *streamed[1:]), (made[0].features, *made[1:])))
     with pytest.raises(DataError, match="stranger"):
         cached.require([*CHATS, Conversation("stranger", [5, 6, 7], [True] * 3)])
     cached.require(CHATS)
+
+
+def test_a_micro_batch_is_made_without_waiting_for_the_device(
+    models: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device has no values, so that reading one is an error. transformers reads one in each forward."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    meta = torch.device("meta")
+    for labels in ("text", "target"):
+        recipe = tiny_recipe(*models, objective={"name": "auf", "labels": labels})
+        batch, anchors, valid = BatchMaker(recipe, Path(recipe.target), meta).with_anchors(CHATS, 0)
+        assert {batch.features.device, batch.input_ids.device, anchors.device, valid.device} == {meta}
+
+
+def test_one_item_is_made_ahead_and_no_more() -> None:
+    made: list[int] = []
+    ready = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            if number == 1:
+                ready.set()
+            yield number
+        raise DataError("a damaged shard", "an intact one")
+
+    found = one_ahead(items(), CPU)
+    assert next(found) == 0
+    assert ready.wait(10) and made == [0, 1]
+    assert [next(found) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(DataError, match="damaged shard"):
+        next(found)
+
+    abandoned = one_ahead(iter(range(9)), CPU)
+    next(abandoned)
+    abandoned.close()
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
