@@ -45,6 +45,7 @@ NEW_BEST = ".best.new"
 NAME = re.compile(r"step-(\d{8})")
 DRAFTER = "drafter."
 """Prefix of the drafter's weights in TrainingStep."""
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 UNDAMAGED = "an undamaged checkpoint"
 DAMAGED_REMEDY = "remove this directory and run the same command again: it goes on from the checkpoint before it"
 
@@ -167,11 +168,14 @@ def gather(step: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> tupl
 
     step: TrainingStep, as accelerate wrapped it. Every rank must call this; only rank 0 is sure to get anything.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(step, options=options)
-    state = get_optimizer_state_dict(step, tuple(optimisers), options=options).get("state", {})
+    state = get_optimizer_state_dict(step, tuple(optimisers), options=_WHOLE).get("state", {})
     named = {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()}
-    return _without_prefix(weights), _without_prefix(named)
+    return gather_weights(step), _without_prefix(named)
+
+
+def gather_weights(step: nn.Module) -> Tensors:
+    """The drafter's weights alone, otherwise as `gather`."""
+    return _without_prefix(get_model_state_dict(step, options=_WHOLE))
 
 
 def restore(

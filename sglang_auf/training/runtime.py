@@ -49,7 +49,15 @@ def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
             "a multiple of the number of ranks",
             f"--set batch.micro_batches={math.ceil(recipe.batch.micro_batches / ranks) * ranks}, or other ranks",
         )
-    if accelerator.distributed_type == DistributedType.FSDP and recipe.optimiser.name == "muon":
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if (version := accelerator.state.fsdp_plugin.fsdp_version) != 2:
+        raise ConfigError(
+            f"FSDP version {version}",
+            "version 2, the one that this trainer is tested with",
+            "accelerate launch --fsdp_version 2",
+        )
+    if recipe.optimiser.name == "muon":
         raise ConfigError(
             "optimiser muon under FSDP",
             "complete matrices on every rank, as muon orthogonalises them",

@@ -30,7 +30,16 @@ from sglang_auf.errors import TrainingError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
-from sglang_auf.training.checkpointer import Checkpoints, RunState, Tensors, gather, read_state, read_tensors, restore
+from sglang_auf.training.checkpointer import (
+    Checkpoints,
+    RunState,
+    Tensors,
+    gather,
+    gather_weights,
+    read_state,
+    read_tensors,
+    restore,
+)
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
@@ -235,7 +244,7 @@ class Trainer:
         if self.accelerator.distributed_type != DistributedType.FSDP:
             unwrapped: TrainingStep = self.accelerator.unwrap_model(self.model)
             return unwrapped
-        weights, _ = gather(self.model, ())
+        weights = gather_weights(self.model)
         target = self.batches.target
         step = TrainingStep(Drafter(self.config), target.embedding, target.head, self.recipe.objective)
         if self.accelerator.is_main_process:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.accumulation import MicroBatch, pooled_gradient
 from sglang_auf.training.data.batching import Batch, draw_anchors
+from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 from tests.support.tiny_models import VOCABULARY, target_config
+from tests.support.training_runs import allow_fsdp_on_a_cpu
 
 MICRO_BATCHES = 8
 PROGRESS = 0.4
@@ -51,12 +57,29 @@ def micro_batches() -> list[MicroBatch]:
     return made
 
 
-def step_gradient(cases: list[tuple[str, str]], out: str) -> None:
-    """Write the gradient of the pooled loss of every (head, objective), the loss, and a metric; rank 0 does."""
+def step_gradient(cases: list[tuple[str, str]], out: str, environment: dict[str, str] | None = None) -> None:
+    """Write the gradient of the pooled loss of every (head, objective), the loss, a metric and the waves of each rank.
+
+    environment: FSDP's, if that is to be used. Rank 0 writes.
+    """
+    if environment:
+        os.environ |= environment
+        allow_fsdp_on_a_cpu()
+    waves, of_head = 0, cross_entropy._waves
+
+    def counted(*arguments: Any) -> Iterator[torch.Tensor]:
+        nonlocal waves
+        for wave in of_head(*arguments):
+            waves += 1
+            yield wave
+
+    cross_entropy._waves = counted
     accelerator = Accelerator()
     found: dict[str, torch.Tensor] = {}
     for head, objective in cases:
-        model = accelerator.prepare(make_step(head, objective))
+        step = make_step(head, objective)
+        model, _ = accelerator.prepare(step, torch.optim.SGD(step.parameters()))
+        waves = 0
         mine = micro_batches()[accelerator.process_index :: accelerator.num_processes]
         pooled = pooled_gradient(
             accelerator, model, iter(mine), len(mine),
@@ -65,9 +88,12 @@ def step_gradient(cases: list[tuple[str, str]], out: str) -> None:
         step = accelerator.unwrap_model(model)
         for name, parameter in step.drafter.named_parameters():
             assert parameter.grad is not None
-            found[f"{head} {objective} {name}"] = parameter.grad.clone()
+            gradient = parameter.grad
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+            found[f"{head} {objective} {name}"] = whole
         found[f"{head} {objective} loss"] = torch.tensor(pooled.loss)
         found[f"{head} {objective} blocks"] = pooled.metrics["blocks"]
+        found[f"{head} {objective} waves"] = accelerator.gather(torch.tensor([waves]))
     if accelerator.is_main_process:
         save_file(found, out)
     accelerator.end_training()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_auf.errors import AufError
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from tests.support.tiny_models import VOCABULARY, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
@@ -82,14 +83,50 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 # --- called in a process of their own, see training_forks.py ---
 
 
-def train_in_fork(recipe: dict[str, Any], out: str, kill_at: int | None = None, term_at: int | None = None) -> None:
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+"""What `accelerate launch --use_fsdp --fsdp_version 2 ...` puts into the environment."""
+
+
+def allow_fsdp_on_a_cpu() -> None:
+    """accelerate shards on accelerators only, and on a CPU would train with DDP; PyTorch shards on both."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def as_on_gpus(self: AcceleratorState, *arguments: Any, **named: Any) -> None:
+        if not PartialState._shared_state:
+            PartialState(True).distributed_type = DistributedType.MULTI_GPU
+        begin(self, *arguments, **named)
+
+    AcceleratorState.__init__ = as_on_gpus  # type: ignore[method-assign]
+
+
+def train_in_fork(
+    recipe: dict[str, Any],
+    out: str,
+    kill_at: int | None = None,
+    term_at: int | None = None,
+    kill_last_at: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
     """Train; die at the kill_at-th event (a file or name brought to the disk, a rename, a backward pass).
 
-    term_at: SIGTERM before that event instead, on the last rank only. The signal that ended the run goes to OUT.signal.
+    term_at, kill_last_at: SIGTERM or SIGKILL before that event, on the last rank only. environment: is added to the
+    process's. The signal that ended the run goes to OUT.signal, what a rank finds wrong to OUT.error-RANK.
     """
+    if environment:
+        os.environ |= environment
+        allow_fsdp_on_a_cpu()
     from sglang_auf.training.trainer import train
 
-    events = 0
+    rank, last, events = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1, 0
 
     def counted(act: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(act)
@@ -98,8 +135,10 @@ def train_in_fork(recipe: dict[str, Any], out: str, kill_at: int | None = None, 
             events += 1
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if events == term_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            if events == term_at and rank == last:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if events == kill_last_at and rank == last:
+                os.kill(os.getpid(), signal.SIGKILL)
             return act(*arguments, **named)
 
         return call
@@ -107,7 +146,11 @@ def train_in_fork(recipe: dict[str, Any], out: str, kill_at: int | None = None, 
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
     torch.Tensor.backward = counted(torch.Tensor.backward)  # type: ignore[method-assign]
-    outcome = train(parse_recipe(recipe, "of a test"), Path(out))
+    try:
+        outcome = train(parse_recipe(recipe, "of a test"), Path(out))
+    except AufError as error:
+        Path(f"{out}.error-{rank}").write_text(error.found)
+        raise
     Path(f"{out}.signal").write_text(str(outcome.signal))
 
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 from sglang_auf.training.accumulation import pooled_gradient
 from tests.support import training_ranks
+from tests.support.training_runs import FSDP
 
 CASES = [
     ("dflash", "full"),
@@ -23,19 +24,22 @@ CASES = [
     ("domino", "f-auf"),
 ]
 
+LAUNCHES: dict[str, tuple[int, dict[str, str]]] = {"one": (1, {}), "two": (2, {}), "sharded": (2, FSDP)}
+
 
 @pytest.fixture(scope="module")
 def found(
     in_fork: Callable[..., list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Number of ranks -> what step_gradient wrote."""
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Launch -> what step_gradient wrote."""
     directory = tmp_path_factory.mktemp("gradients")
-    for count in (1, 2):
+    for launch, (count, environment) in LAUNCHES.items():
         statuses = in_fork(
-            "tests.support.training_ranks:step_gradient", ranks=count, cases=CASES, out=str(directory / f"{count}")
-        )
+            "tests.support.training_ranks:step_gradient",
+            ranks=count, cases=CASES, out=str(directory / launch), environment=environment,
+        )  # fmt: skip
         assert statuses == [0] * count
-    return {count: training_ranks.gradients_in(directory / f"{count}") for count in (1, 2)}
+    return {launch: training_ranks.gradients_in(directory / launch) for launch in LAUNCHES}
 
 
 @pytest.fixture
@@ -45,18 +49,21 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 @pytest.mark.parametrize(("head", "objective"), CASES)
-def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition(
-    found: dict[int, dict[str, torch.Tensor]], head: str, objective: str
+def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition_sharded_or_not(
+    found: dict[str, dict[str, torch.Tensor]], head: str, objective: str
 ) -> None:
     gradients, loss = training_ranks.reference(head, objective)
-    for count in (1, 2):
+    for launch, (ranks, _) in LAUNCHES.items():
         of_case = {
             name.removeprefix(f"{head} {objective} "): tensor
-            for name, tensor in found[count].items()
+            for name, tensor in found[launch].items()
             if name.startswith(f"{head} {objective} ")
         }
         assert float(of_case.pop("loss")) == pytest.approx(loss, rel=1e-5)
         assert of_case.pop("blocks") == sum(int(valid.sum()) for _, _, valid in training_ranks.micro_batches())
+        waves = of_case.pop("waves").tolist()
+        # Ranks wait for each other in the gradient only, however many waves each has.
+        assert len(waves) == ranks == 1 or (waves[0] != waves[1]) == ("auf" in objective)
         assert of_case.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 0, name

@@ -17,8 +17,9 @@ from sglang_auf.training.runtime import check_launch, give_back_free_memory
 from tests.support.training_runs import tiny_recipe
 
 
-def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU) -> Any:
-    return SimpleNamespace(num_processes=ranks, distributed_type=kind)
+def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU, version: int = 2) -> Any:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    return SimpleNamespace(num_processes=ranks, distributed_type=kind, state=state)
 
 
 def test_ranks_share_micro_batches_evenly() -> None:
@@ -37,6 +38,11 @@ def test_muon_needs_whole_matrices() -> None:
     check_launch(tiny_recipe("t", "d"), launched(2, DistributedType.FSDP))
     with pytest.raises(ConfigError, match="muon under FSDP"):
         check_launch(muon, launched(2, DistributedType.FSDP))
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    with pytest.raises(ConfigError, match="FSDP version 1"):
+        check_launch(tiny_recipe("t", "d"), launched(2, DistributedType.FSDP, version=1))
 
 
 def test_holes_in_the_heap_go_back_to_the_system() -> None:

@@ -25,7 +25,15 @@ from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, train
-from tests.support.training_runs import limit_file_size, metrics, same_weights, tiny_recipe, weights_at, write_models
+from tests.support.training_runs import (
+    FSDP,
+    limit_file_size,
+    metrics,
+    same_weights,
+    tiny_recipe,
+    weights_at,
+    write_models,
+)
 
 Forks = Callable[..., list[int]]
 TRAIN = "tests.support.training_runs:train_in_fork"
@@ -187,25 +195,76 @@ def test_fresh_starts_over(models: tuple[str, str], tmp_path: Path) -> None:
 # --- ranks ---
 
 
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp"])
 def test_two_ranks_train_as_one_and_resume_exactly(
-    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    recipe = tiny_recipe(*models).model_dump(mode="json")
+    job = {"recipe": tiny_recipe(*models).model_dump(mode="json"), "environment": environment}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(whole)) == [0, 0]
+    assert in_fork(TRAIN, ranks=2, out=str(whole), **job) == [0, 0]
     # Only the second rank is asked to stop, in its third step: it makes two backward passes in each.
-    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(broken), term_at=5) == [0, 0]
+    assert in_fork(TRAIN, ranks=2, out=str(broken), term_at=5, **job) == [0, 0]
     assert Path(f"{broken}.signal").read_text() == str(int(signal.SIGTERM))
     assert max(Checkpoints(broken, 1).steps()) == 3
-    assert in_fork(TRAIN, ranks=2, recipe=recipe, out=str(broken)) == [0, 0]
+    assert in_fork(TRAIN, ranks=2, out=str(broken), **job) == [0, 0]
     for file in ("model.safetensors", "optimiser/state.safetensors"):
         place = Path("checkpoints") / f"step-{STEPS:08d}" / file
         assert (whole / place).read_bytes() == (broken / place).read_bytes()
     together, alone = (weights_at(run, STEPS) for run in (whole, unbroken["dflash"]))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-4)
-    losses = [[row["loss"] for row in metrics(run)] for run in (whole, unbroken["dflash"])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same_losses(whole, unbroken["dflash"])
+
+
+def assert_same_losses(first: Path, second: Path, rel: float = 1e-4) -> None:
+    losses = [[row["loss"] for row in metrics(run)] for run in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=rel)
+
+
+def test_domino_sharded_in_bfloat16(
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*models, **DOMINO | {"optimiser": {"lr": 0.01}, "schedule": {"max_steps": 2}})
+    job = {"recipe": recipe.model_dump(mode="json")}
+    assert in_fork(TRAIN, ranks=2, out=str(tmp_path / "sharded"), environment=FSDP, **job) == [0, 0]
+    train(recipe, tmp_path / "alone")
+    assert_same_losses(tmp_path / "sharded", tmp_path / "alone", rel=0.02)
+
+
+def test_two_ranks_over_the_end_of_an_epoch_whose_rows_fill_no_step(
+    models: tuple[str, str], in_fork: Forks, tmp_path: Path
+) -> None:
+    """22 conversations one by one, four a step: two are left out of each epoch. The run stops after the first one."""
+    sections = {"batch": {"batch_rows": 1}, "schedule": {"epochs": 2, "max_steps": None}, "evaluate_every": 5}
+    recipe = tiny_recipe(*models, **sections)
+    job = {"recipe": recipe.model_dump(mode="json"), "out": str(tmp_path / "two")}
+    assert in_fork(TRAIN, ranks=2, term_at=9, **job) == [0, 0]
+    assert max(Checkpoints(tmp_path / "two", 1).steps()) == 5
+    assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
+    assert train(recipe, tmp_path / "one").steps == 10
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(in_fork: Forks, tmp_path: Path) -> None:
+    recipe = tiny_recipe(*write_models(tmp_path, poisoned=(3,)), save_every=1, keep_last=9)
+    out = tmp_path / "run"
+    assert in_fork(TRAIN, ranks=2, recipe=recipe.model_dump(mode="json"), out=str(out)) == [1, 1]
+    found = [Path(f"{out}.error-{rank}").read_text() for rank in (0, 1)]
+    assert found[0] == found[1] and "loss nan" in found[0] and "row-3" in found[0].replace(",", " ").split()
+    saved = Checkpoints(out, 9).steps()
+    assert saved == list(range(1, int(found[0].split(":")[0].removeprefix("step "))))
+    for step in saved:
+        assert all(tensor.isfinite().all() for tensor in weights_at(out, step).values())
+
+
+def test_a_rank_that_dies_ends_the_other_one_and_the_run_goes_on(
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    job = {"recipe": tiny_recipe(*models).model_dump(mode="json"), "out": str(tmp_path / "run")}
+    assert in_fork(TRAIN, ranks=2, kill_last_at=6, **job) == [1, -signal.SIGKILL]
+    assert max(Checkpoints(tmp_path / "run", 1).steps()) == 2
+    assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
+    assert_same_losses(tmp_path / "run", unbroken["dflash"])
 
 
 # --- what a run leaves ---
