@@ -69,6 +69,13 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     train.add_argument("--fresh", action="store_true", help="remove the run that is in DIR and start over")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="memory and work of a recipe on a GPU, counted before anything is loaded")
+    plan.add_argument("recipe", metavar="RECIPE", help="YAML file, or one of ours by name")
+    plan.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change the recipe, as in a.b=c")
+    plan.add_argument("--ranks", metavar="N", type=int, default=1, help="GPUs (default: 1)")
+    plan.add_argument("--fsdp", action="store_true", help="the drafter is sharded over the GPUs")
+    plan.set_defaults(run=_plan)
+
     _add_features(commands.add_parser("features", help="compute the target's features of training data once, on disk"))
 
     export = commands.add_parser("export", help="write the drafter of a training run as SGLang loads it, and check it")
@@ -195,6 +202,17 @@ def _train(options: argparse.Namespace) -> int:
         return 128 + outcome.signal
     best = "" if outcome.best_tau is None else f"; best held-out tau {outcome.best_tau:.3f} at step {outcome.best_step}"
     print(f"{outcome.run}: {outcome.steps} steps{best}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from sglang_auf.training.plan.report import report
+    from sglang_auf.training.recipe import load_recipe
+
+    lines = report(load_recipe(options.recipe, options.set), ranks=options.ranks, sharded=options.fsdp)
+    print(tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "right")))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.attention import attend, large_mask
@@ -140,7 +141,13 @@ class Layer(nn.Module):  # type: ignore[misc]
 
 
 class Drafter(nn.Module):  # type: ignore[misc]
-    """DFlash backbone, with Domino's head where the config asks for it."""
+    """DFlash backbone, with Domino's head where the config asks for it.
+
+    recompute: whether the backward pass computes a layer's activations again, from the layer's input, which is then all
+    that is kept. The numbers are the same.
+    """
+
+    recompute = False
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -170,6 +177,10 @@ class Drafter(nn.Module):  # type: ignore[misc]
         positions = anchors[..., None] + torch.arange(embeddings.shape[2], device=anchors.device)
         mask = large_mask(embeddings, self.config.num_attention_heads, features.shape[1], anchors)
         x = embeddings
+        given = (context, self.rotary, positions, context_positions, anchors, mask)
         for layer in self.layers:
-            x = layer(x, context, self.rotary, positions, context_positions, anchors, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, *given)
         return self.norm(x)

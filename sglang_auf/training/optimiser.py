@@ -19,11 +19,7 @@ def make_optimisers(drafter: nn.Module, settings: OptimiserSettings) -> list[tor
     Muon orthogonalises a weight matrix. That makes no sense for norms, for Domino's GRU (three gates in one tensor) and
     for its projector (one side is the vocabulary): AdamW trains these.
     """
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in drafter.named_parameters():
-        is_matrix = parameter.ndim == 2 and (name.startswith("layers.") or name == "fc.weight")
-        (matrices if settings.name == "muon" and is_matrix else rest).append(parameter)
+    matrices, rest = _split(drafter, settings)
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ]
@@ -42,6 +38,23 @@ def make_optimisers(drafter: nn.Module, settings: OptimiserSettings) -> list[tor
         for group in optimiser.param_groups:
             group[PEAK] = group["lr"]
     return optimisers
+
+
+def state_numbers(drafter: nn.Module, settings: OptimiserSettings) -> int:
+    """How many numbers the optimisers keep: two for each weight of AdamW's, one for each of Muon's."""
+    matrices, rest = _split(drafter, settings)
+    numbers: int = sum(parameter.numel() for parameter in matrices) + 2 * sum(parameter.numel() for parameter in rest)
+    return numbers
+
+
+def _split(drafter: nn.Module, settings: OptimiserSettings) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(Muon's, AdamW's)."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in drafter.named_parameters():
+        is_matrix = parameter.ndim == 2 and (name.startswith("layers.") or name == "fc.weight")
+        (matrices if settings.name == "muon" and is_matrix else rest).append(parameter)
+    return matrices, rest
 
 
 def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], factor: float) -> None:

@@ -114,6 +114,7 @@ class Trainer:
         self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
 
         drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
+        drafter.recompute = recipe.batch.recompute
         frozen = self.batches.target
         step = TrainingStep(drafter, frozen.embedding, frozen.head, recipe.objective)
         optimisers = make_optimisers(drafter, recipe.optimiser)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_auf.cli import main
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
+from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
 from sglang_auf.training.evaluate import HeldOutAnswers
@@ -195,11 +196,17 @@ def test_fresh_starts_over(models: tuple[str, str], tmp_path: Path) -> None:
 # --- ranks ---
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(("environment", "recompute"), [({}, False), (FSDP, True)], ids=["ddp", "fsdp"])
 def test_two_ranks_train_as_one_and_resume_exactly(
-    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path, environment: dict[str, str]
+    models: tuple[str, str],
+    in_fork: Forks,
+    unbroken: dict[str, Path],
+    tmp_path: Path,
+    environment: dict[str, str],
+    recompute: bool,
 ) -> None:
-    job = {"recipe": tiny_recipe(*models).model_dump(mode="json"), "environment": environment}
+    recipe = tiny_recipe(*models, batch={"recompute": recompute})
+    job = {"recipe": recipe.model_dump(mode="json"), "environment": environment}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert in_fork(TRAIN, ranks=2, out=str(whole), **job) == [0, 0]
     # Only the second rank is asked to stop, in its third step: it makes two backward passes in each.
@@ -388,6 +395,30 @@ def test_what_cannot_be_trained_is_refused(
 
 
 # --- settings that change what is computed ---
+
+
+@pytest.mark.parametrize("kind", ["dflash", "domino"])
+def test_recomputing_changes_no_bit_and_may_be_changed_in_a_run(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    recipe = tiny_recipe(*models, **(DOMINO if kind == "domino" else {}))
+    layers: list[int] = []
+    forward = Layer.forward
+
+    def counted(self: Layer, *arguments: Any) -> torch.Tensor:
+        layers.append(self.training and torch.is_grad_enabled())
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    passes = []
+    for recompute, until in ((True, 3), (False, STEPS)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_agreed", lambda self, caught, until=until: int(self.state.step == until) * 15)
+            train(changed(recipe, batch={"recompute": recompute}), tmp_path / "run")
+        passes.append(sum(layers))
+        layers.clear()
+    assert passes == [2 * 3 * 4, 3 * 4]
+    assert same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken[kind], STEPS))
 
 
 def test_labels_of_the_target_are_another_loss(models: tuple[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a run will take, counted from its recipe before anything is loaded."""

@@ -1,0 +1,35 @@
+"""The table of the command `plan`."""
+
+from __future__ import annotations
+
+from sglang_auf.checkpoints.prepare import resolve_target
+from sglang_auf.errors import TargetError
+from sglang_auf.files import CONFIG, find_model
+from sglang_auf.training.initial_weights import shape_of
+from sglang_auf.training.plan.memory import OUTSIDE, plan
+from sglang_auf.training.plan.work import work
+from sglang_auf.training.recipe import Recipe
+
+Line = tuple[str, str, str]
+
+
+def report(recipe: Recipe, *, ranks: int = 1, sharded: bool = False) -> list[Line]:
+    """(when or unit, what, number) of memory on each rank and of the work of a micro-batch; GB are 10 ** 9 bytes.
+
+    Of the target only its config.json is read. Raises ConfigError or TargetError.
+    """
+    target = find_model(resolve_target(recipe.target), (CONFIG,), TargetError, recipe.target_revision)
+    config = shape_of(recipe.drafter, target)
+    found = plan(recipe, config, target, ranks=ranks, sharded=sharded)
+    sizes = [
+        *(("always", name, size) for name, size in found.always.items()),
+        *(("features", name, size) for name, size in found.features.items()),
+        *(("backward", name, size) for name, size in found.backward.items()),
+        ("peak", "always, and the larger of the other two", found.peak),
+        ("peak", "and what is outside of our tensors (a guess)", found.peak + OUTSIDE),
+    ]
+    operations = work(recipe, config, target)
+    operations["all"] = sum(operations.values())
+    return [(when, what, f"{size / 1e9:.2f} GB") for when, what, size in sizes] + [
+        ("work", what, f"{count / 1e12:.1f} TFLOP") for what, count in operations.items()
+    ]
