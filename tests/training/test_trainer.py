@@ -421,6 +421,14 @@ def test_recomputing_changes_no_bit_and_may_be_changed_in_a_run(
     assert same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken[kind], STEPS))
 
 
+def test_weights_of_a_bfloat16_run_are_float32(models: tuple[str, str], tmp_path: Path) -> None:
+    """In bfloat16 a norm's weight of 1 would lose every update below 1 / 256."""
+    train(tiny_recipe(*models, precision="bf16", optimiser={"lr": 1e-5}, schedule={"max_steps": 2}), tmp_path / "run")
+    found = weights_at(tmp_path / "run", 2)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert 0 < (found["norm.weight"] - 1).abs().max() < 1 / 256
+
+
 def test_labels_of_the_target_are_another_loss(models: tuple[str, str], tmp_path: Path) -> None:
     losses = []
     for labels in ("text", "target"):
