@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from sglang_auf.hooks.intake import FAULTS
 
+ROUTES = "/sglang/srt/entrypoints/http_server.py"
 logger = logging.getLogger(__name__)
 
 
@@ -40,5 +41,8 @@ def add_replies(app: FastAPI) -> None:
 
 
 def _while_reading(error: Exception) -> bool:
-    """Whether FastAPI was making a route's arguments: some validators of SGLang's models break on other types."""
-    return any(frame.name == "solve_dependencies" for frame in traceback.extract_tb(error.__traceback__))
+    """Whether it was raised while a request was taken apart: by FastAPI for a route's arguments (some validators of
+    SGLang's models break on other types), or by the route's own function (/vertex_generate looks into a dictionary).
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "solve_dependencies" for frame in frames) or frames[-1].filename.endswith(ROUTES)

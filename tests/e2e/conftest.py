@@ -40,7 +40,7 @@ def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @contextmanager
 def running(
-    module_and_arguments: list[str], log: Path, port: int | None = None
+    module_and_arguments: list[str], log: Path, port: int | None = None, **environment: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`python -m ... --port P` in a process group of its own, until GET /health answers 200; killed at the end.
 
@@ -52,6 +52,7 @@ def running(
         process = subprocess.Popen(
             [sys.executable, "-m", *module_and_arguments, "--port", str(port)],
             cwd=ROOT,
+            env=os.environ | environment,
             stdout=output,
             stderr=output,
             start_new_session=True,
