@@ -1,4 +1,4 @@
-"""One request through the server's own HTTP port, which proves that it speculates before it is announced."""
+"""Two requests through the server's own HTTP port: it speculates, and it can sample, before it is announced."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ PROBE_HEADER = "x-auf-probe"
 PROMPT = "The capital city of France is"
 # More than one block of any drafter, so that a verify step must happen; short enough for a slow CPU.
 NEW_TOKENS = 64
+# The first token after prefill and one of a verify step are drawn by different code.
+SAMPLED_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +35,17 @@ class Probe:
     reply_s: float = 600.0
 
     def run(self, needs_verify_steps: bool) -> int:
-        """Number of verify steps of one short greedy answer.
+        """Number of verify steps of one short greedy answer, after which a few tokens were sampled too.
 
         It asks /generate, whose `meta_info` has SGLang's own count, with `log_metrics` off, so that neither the totals
-        nor SGLang's metrics count a request that no client sent. Raises ServerError when there is no answer, or no
+        nor SGLang's metrics count requests that no client sent. Raises ServerError when there is no answer, or no
         verify step and `needs_verify_steps`.
         """
         # The server is this process: no proxy is in between, and its certificate does not name the loopback address.
         with httpx.Client(base_url=self.url, headers=self._headers(), trust_env=False, verify=False) as client:
             self._wait_for_port(client)
-            meta_info = self._generate(client)
+            meta_info = self._generate(client, temperature=0, max_new_tokens=NEW_TOKENS)
+            self._generate(client, temperature=1, max_new_tokens=SAMPLED_TOKENS)
         steps = int(meta_info.get("spec_verify_ct") or 0)
         if needs_verify_steps and steps == 0:
             raise ServerError(
@@ -71,10 +74,10 @@ class Probe:
                     ) from error
             time.sleep(0.2)
 
-    def _generate(self, client: httpx.Client) -> dict[str, Any]:
+    def _generate(self, client: httpx.Client, **sampling_params: Any) -> dict[str, Any]:
         body = {
             "text": PROMPT,
-            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+            "sampling_params": sampling_params | {"ignore_eos": True},
             "log_metrics": False,
         }
         try:

@@ -92,11 +92,10 @@ def register() -> None:
 
 
 def seams() -> tuple[Seam, ...]:
-    """Every SGLang name that is relied on but the worker's (speculative/seams.py).
+    """Every SGLang name that is relied on but the worker's (speculative/seams.py) and the CPU platform's (cpu/seams.py).
 
     They belong to modules that SGLang or our hooks import in every process, so checking them costs nothing.
     """
-    from sglang_auf.cpu import seams as cpu
     from sglang_auf.speculative import seams as speculative
 
     return (
@@ -112,7 +111,6 @@ def seams() -> tuple[Seam, ...]:
         *spans.SEAMS,
         *(hook.seam for hook in HOOKS),
         *speculative.SEAMS,
-        *cpu.SEAMS,
     )
 
 
@@ -129,6 +127,9 @@ def _register() -> None:
     register_sampler_backend(SAMPLER_NAME, create_sampler)
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
+        from sglang_auf.cpu import seams as cpu
+
+        check_seams(cpu.SEAMS)  # before the import that would fail without a word about what moved
         from sglang_auf.cpu import platform
 
         platform.register()

@@ -16,10 +16,11 @@ import pytest
 from sglang_auf import compat, plugin
 from sglang_auf.compat import Seam, check_seams, check_version, moved
 from sglang_auf.cpu import platform
+from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
 from sglang_auf.speculative.seams import WORKER_SEAMS
 
-SEAMS = (*plugin.seams(), *WORKER_SEAMS)
+SEAMS = (*plugin.seams(), *cpu.SEAMS, *WORKER_SEAMS)
 HOOKS = (*plugin.HOOKS, *platform.HOOKS)
 
 
@@ -61,7 +62,8 @@ def test_rows_of_the_worker_wait_for_the_worker() -> None:
 
 
 def test_every_hook_is_checked() -> None:
-    assert {hook.seam for hook in HOOKS} <= set(plugin.seams())
+    assert {hook.seam for hook in plugin.HOOKS} <= set(plugin.seams())
+    assert {hook.seam for hook in platform.HOOKS} <= set(cpu.SEAMS)
 
 
 def test_a_target_has_one_row_and_one_signature() -> None:

@@ -10,8 +10,9 @@ from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
 SEAMS = (
     *(
         Seam(f"sglang.srt.sampling.sampling_params:SamplingParams.{name}", "hooks.validation")
-        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
+        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "min_p")
     ),
+    Seam("sglang.srt.runtime_context:get_exec", "hooks.validation", ()),
     Seam(
         "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.create_error_response",
         "hooks.validation",
@@ -21,8 +22,10 @@ SEAMS = (
 _REMEDY = "leave it out, or ask a server without speculation"
 
 
-def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str | None:
-    """Why a request cannot be honoured, or None.
+def refusal(
+    sampling_params: Any, *, return_sampling_mask: bool = False, deterministic: bool = False
+) -> str | None:
+    """Why a request cannot be honoured, or None. deterministic: the server has --enable-deterministic-inference.
 
     SGLang applies penalties and min_new_tokens from a state per request, which it does not update with the tokens of
     the answer when blocks are drafted (prepare_for_decode returns early, dflash_utils.py
@@ -36,6 +39,12 @@ def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str 
                 f"{name}={given} is not supported with speculative decoding (AUF): a block is verified in one pass, "
                 f"before the tokens that the penalty depends on are known; {_REMEDY}"
             )
+    if deterministic and sampling_params.min_p > 0:
+        # An assertion of SGLang's seeded sampler (layers/sampler.py), which would end the engine for every client.
+        return (
+            f"min_p={sampling_params.min_p} is not supported with --enable-deterministic-inference: SGLang's seeded "
+            "sampler cannot apply it; leave it out, or ask a server without that flag"
+        )
     if return_sampling_mask:
         return f"return_sampling_mask is not supported with the AUF sampler; {_REMEDY}"
     return None
@@ -43,7 +52,12 @@ def refusal(sampling_params: Any, *, return_sampling_mask: bool = False) -> str 
 
 def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) -> str | None:
     """After SGLang's own check of DFLASH requests (speculative/dflash_utils.py)."""
-    return result or refusal(req.sampling_params, return_sampling_mask=req.return_sampling_mask)
+    from sglang.srt.runtime_context import get_exec
+
+    deterministic = bool(get_exec().deterministic.enable_deterministic_inference)
+    return result or refusal(
+        req.sampling_params, return_sampling_mask=req.return_sampling_mask, deterministic=deterministic
+    )
 
 
 def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, str] | None:

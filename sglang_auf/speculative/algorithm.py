@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # SGLang's default for its built-in DFLASH (arg_groups/speculative_hook.py, _handle_dflash).
 MAX_RUNNING_REQUESTS = 48
+# Attention that is always causal. The slots of a drafted block attend to one another in both directions.
+CAUSAL_ONLY = "trtllm_mha"
 
 
 class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
@@ -87,13 +89,16 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
         server_args.speculative_num_draft_tokens = _requested_block(server_args) or checked.card.block_size
         server_args.speculative_num_steps = 1
         server_args.speculative_eagle_topk = 1
-        server_args.sampling_backend = SAMPLER_NAME
+        if not server_args.enable_deterministic_inference:  # SGLang insists on its own sampler then
+            server_args.sampling_backend = SAMPLER_NAME
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         if server_args.device == "cpu":
             server_args.speculative_draft_attention_backend = PLATFORM
             # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have.
             server_args.disable_overlap_schedule = True
+        elif (backend := draft_attention_backend(server_args)) is not None:
+            server_args.speculative_draft_attention_backend = backend
 
 
 def _requested_block(server_args: Any) -> int | None:
@@ -108,6 +113,22 @@ def _requested_block(server_args: Any) -> int | None:
             f"block sizes {sorted(given)}", "one block size of 2 or more", "give --speculative-num-draft-tokens once"
         )
     return given.pop() if given else None
+
+
+def draft_attention_backend(server_args: Any) -> str | None:
+    """The drafter's attention where SGLang would give it the target's and that is causal only; None to leave it.
+
+    The same choice as for the built-in DFLASH (arg_groups/speculative_hook.py, _resolve_dflash_draft_attention_backend).
+    Without it every draft would attend to the past alone: no error, and hardly a draft accepted.
+    """
+    inherited = server_args.prefill_attention_backend or server_args.attention_backend
+    if server_args.speculative_draft_attention_backend is not None or inherited != CAUSAL_ONLY:
+        return None
+    from sglang.srt.runtime_context import get_platform
+
+    backend = "fa4" if get_platform().is_sm100 else "flashinfer"
+    logger.warning("the drafter attends with %s, since the target's %s is causal only", backend, CAUSAL_ONLY)
+    return backend
 
 
 def refuse_unsupported(server_args: Any) -> None:
@@ -188,14 +209,23 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         (bool(a.enable_unified_memory), "--enable-unified-memory: SGLang admits it for its built-in DFLASH only"),
         (a.disaggregation_mode != "null", f"--disaggregation-mode {a.disaggregation_mode}: not supported with AUF"),
         (
-            bool(a.enable_deterministic_inference),
-            "--enable-deterministic-inference: it replaces our sampler; AUF honours a request's seed without it",
+            bool(a.enable_deterministic_inference) and a.device == "cpu",
+            "--enable-deterministic-inference: the CPU platform is deterministic without it",
+        ),
+        (
+            a.rl_on_policy_target is not None,
+            "--rl-on-policy-target: verification does not compute the trainer's log-probabilities",
+        ),
+        (
+            a.speculative_draft_attention_backend == CAUSAL_ONLY,
+            f"--speculative-draft-attention-backend {CAUSAL_ONLY}: it is causal only, and a block's slots are not",
         ),
         (
             bool(a.enable_custom_logit_processor),
             "--enable-custom-logit-processor: verification does not apply it, and requests would carry pickled code",
         ),
-        (bool(a.enable_dp_attention) and a.device == "cpu", "--enable-dp-attention: not on the CPU platform"),
+        # SGLang has turned --enable-dp-attention into --attn-dp-size by now (arg_groups/parallel_hook.py).
+        (a.attn_dp_size > 1, f"--attn-dp-size {a.attn_dp_size} (--enable-dp-attention): not tried with AUF"),
     ]
 
 

@@ -2,21 +2,55 @@
 
 SGLang 0.5.23 fills `sampling_seed` only under --enable-deterministic-inference, refuses it with min_p and with the
 flashinfer sampler, and otherwise draws from the generator of the process. Here every request has a seed: the one it
-came with, or one drawn when it is first batched. The first token of an answer (after prefill), plain decoding on the
-CPU platform and verification then draw by the same rule, so a seeded answer is the same with and without speculation.
+came with, or one drawn when it is first batched. The first token of an answer (after prefill), plain decoding with this
+sampler and verification then draw by the same rule, so a seeded answer is the same with and without speculation.
+
+Under --enable-deterministic-inference SGLang insists on its own sampler, in which an unseeded request has seed 42. Then
+verification draws with that one (`draw_as`), again so that both kinds of decoding draw by one rule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_auf.speculative import sampling
 
-if TYPE_CHECKING:
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+@dataclasses.dataclass
+class SeededBatchInfo(SamplingBatchInfo):  # type: ignore[misc]
+    """SGLang's sampling parameters of a batch, with a seed for each request and what the host knows of its filters.
+
+    The three methods are those that SGLang leaves open for this.
+    """
+
+    kinds: Sequence[int] | None = None
+    """`sampling.kind_of` each request. SGLang's own flags (need_top_k_sampling, max_top_k) are those of the whole batch:
+    they cannot tell a batch of greedy and of plain requests from one whose rows must be filtered."""
+
+    def adjusted_from_schedule_batch(self, batch: Any, vocab_size: int) -> None:
+        self.sampling_seed = sampling.on_device([_seed_of(request) for request in batch.reqs], self.temperatures.device)
+        # As float32 says it, because the draws compare in float32.
+        settings = torch.tensor(
+            [(given.sampling_params.top_p, given.sampling_params.min_p) for given in batch.reqs], dtype=torch.float32
+        )
+        self.kinds = [
+            sampling.kind_of(request.sampling_params.top_k, *filters, vocab_size)
+            for request, filters in zip(batch.reqs, settings.tolist(), strict=True)
+        ]
+
+    def adjusted_filter_batch(self, keep_indices: list[int], keep_indices_device: torch.Tensor) -> None:
+        if self.kinds is not None:
+            self.kinds = [self.kinds[kept] for kept in keep_indices]
+
+    def adjusted_merge_batch(self, other: SamplingBatchInfo) -> None:
+        theirs = getattr(other, "kinds", None)
+        self.kinds = None if self.kinds is None or theirs is None else [*self.kinds, *theirs]
 
 
 def _seed_of(request: Any) -> int:
@@ -28,23 +62,13 @@ def _seed_of(request: Any) -> int:
 
 
 def carry_seeds() -> None:
-    """Make every SamplingBatchInfo hold its requests' seeds. A second call changes nothing.
-
-    Extends SamplingBatchInfo.from_schedule_batch (sampling_batch_info.py, `sampling_seed = ... if
-    enable_deterministic`). Not needed once SGLang fills the seeds without that flag.
-    """
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
+    """Have SGLang make its batches' sampling parameters as SeededBatchInfo. A second call changes nothing."""
     original = SamplingBatchInfo.from_schedule_batch.__func__
     if getattr(original, "carries_seeds", False):
         return
 
     def from_schedule_batch(cls: type, batch: Any, vocab_size: int) -> Any:
-        info = original(cls, batch, vocab_size)
-        info.sampling_seed = torch.tensor([_seed_of(request) for request in batch.reqs], dtype=torch.int64).to(
-            info.temperatures.device, non_blocking=True
-        )
-        return info
+        return original(SeededBatchInfo if cls is SamplingBatchInfo else cls, batch, vocab_size)
 
     from_schedule_batch.carries_seeds = True  # type: ignore[attr-defined]
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
@@ -67,7 +91,23 @@ def draw(
         per_row(sampling_info.top_ps),
         per_row(sampling_info.min_ps),
         sampling.uniforms(per_row(sampling_info.sampling_seed), positions.flatten().long()),
+        getattr(sampling_info, "kinds", None),
     )
+
+
+def draw_as(
+    sampler: Any, probabilities: torch.Tensor, sampling_info: SamplingBatchInfo, positions: torch.Tensor
+) -> torch.Tensor:
+    """As `draw`, but as `sampler`, one of SGLang's, draws a single row of each request. Not yet run on a GPU."""
+    each = len(probabilities) // len(sampling_info.top_ks)
+    per_row = {
+        name: getattr(sampling_info, name).repeat_interleave(each, dim=0)
+        for name in ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed")
+    }
+    rows = dataclasses.replace(sampling_info, sampling_mask_batch_indices=None, **per_row)
+    simple = not (rows.need_top_p_sampling or rows.need_top_k_sampling or rows.need_min_p_sampling)
+    drawn, _ = sampler._sample_from_probs(probabilities, rows, positions.flatten(), simple)
+    return drawn.long()
 
 
 def create_sampler() -> Any:

@@ -29,8 +29,19 @@ SEAMS = (
     Seam(f"{_BATCH_INFO}.from_schedule_batch", "speculative.sampler_backend", ("batch", "vocab_size")),
     *(
         Seam(f"{_BATCH_INFO}.{name}", "speculative.sampler_backend")
-        for name in ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed", "is_all_greedy")
+        for name in (
+            *("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed", "is_all_greedy"),
+            *("need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling", "sampling_mask_batch_indices"),
+        )
     ),
+    Seam(f"{_BATCH_INFO}.adjusted_from_schedule_batch", "speculative.sampler_backend", ("self", "batch", "vocab_size")),
+    Seam(
+        f"{_BATCH_INFO}.adjusted_filter_batch",
+        "speculative.sampler_backend",
+        ("self", "keep_indices", "keep_indices_device"),
+    ),
+    Seam(f"{_BATCH_INFO}.adjusted_merge_batch", "speculative.sampler_backend", ("self", "other")),
+    Seam(f"{_SRT}.runtime_context:get_platform", "speculative.algorithm", ()),
     Seam(f"{_SRT}.layers.sampler:register_sampler_backend", "speculative.sampler_backend", ("backend", "factory")),
     Seam(f"{_SRT}.layers.sampler:Sampler.__init__", "speculative.sampler_backend", ("self",)),
     Seam(
@@ -62,6 +73,15 @@ WORKER_SEAMS = (
             "target_predict",
         ),
     ),
+    Seam(
+        f"{_WORKER}._measure_sampling_peak",
+        "speculative.worker",
+        ("self", "candidates", "target_logits", "sampling_info"),
+    ),
+    Seam(f"{_WORKER}.prewarm_sampling", "speculative.worker", ("self",)),
+    Seam(f"{_SRT}.model_executor.runner_utils.pool:borrow_graph_pool", "speculative.worker", ("user",)),
+    Seam(f"{_SPEC}.spec_tp_sync:SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE", "speculative.worker"),
+    Seam(f"{_SPEC}.spec_tp_sync:SpecTpSync.sync", "speculative.worker", ("self", "site", "values")),
     Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "speculative.worker"),
     Seam(f"{_WORKER}._validate_phase1_sampling_support", "speculative.worker", ("self", "batch")),
     Seam(

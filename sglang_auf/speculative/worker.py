@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import sampler_softmax
+from sglang.srt.model_executor.runner_utils.pool import borrow_graph_pool
 from sglang.srt.speculative.dflash_worker_v2 import (
     DFlashWorkerV2,
     _DflashDraftSampler,
     build_block_pos_offsets,
     make_draft_block_spec_info,
 )
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
 from sglang_auf.env import ADAPTIVE_BLOCK
-from sglang_auf.speculative import sampler_backend
+from sglang_auf.speculative import sampler_backend, sampling
 from sglang_auf.speculative.adaptive_block import SMALLEST, BlockChooser
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
@@ -41,6 +44,9 @@ PER_BLOCK_SIZE = (
     "_new_seq_lens_bufs",
     "_accept_bonus_buffer_cap",
 )
+
+# What is drawn to see how much memory it takes: no filter, top_k, and top_p alone, for which everything is sorted.
+REHEARSED = ((sampling.PLAIN, 1 << 30, 1.0), (sampling.POOLS[0], 20, 0.95), (sampling.OPEN, 1 << 30, 0.95))
 
 
 class _NoDraft:
@@ -135,11 +141,9 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         greedy acceptance of those tokens is exact speculative sampling (sglang_auf/speculative/sampling.py).
         """
         if target_predict is None and sampling_info is not None and not sampling_info.is_all_greedy:
-            block = candidates.shape[1]
-            temperatures = sampling_info.temperatures.repeat_interleave(block, dim=0)
-            probabilities = sampler_softmax(next_token_logits / temperatures)
-            positions = prefix_lens[:, None] + torch.arange(block, device=prefix_lens.device)
-            target_predict = sampler_backend.draw(probabilities, sampling_info, positions, rows_per_request=block)
+            target_predict = self._draw(next_token_logits, sampling_info, prefix_lens)
+            # SGLang sends greedy choices to the other ranks too, unless SGLANG_SPEC_TP_SYNC keeps it to random ones.
+            self._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE, target_predict)
         return super()._accept_block(
             candidates=candidates,
             next_token_logits=next_token_logits,
@@ -149,6 +153,60 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             bs=bs,
             target_predict=target_predict,
         )
+
+    def _draw(self, logits: torch.Tensor, sampling_info: Any, prefix_lens: torch.Tensor) -> torch.Tensor:
+        """The target's tokens, drawn at every slot: logits [bs * B, vocabulary], prefix_lens [bs] -> int64 [bs * B].
+
+        The host looks at no value of the device here (see sampling.sample), so it runs ahead of the device.
+        """
+        block = len(logits) // len(prefix_lens)
+        drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        # As upstream's verification does: what is as wide as the vocabulary may lie in the graphs' idle memory.
+        with borrow_graph_pool(user="AUF draw"):
+            scaled = logits / sampling_info.temperatures.repeat_interleave(block, dim=0)
+            positions = prefix_lens[:, None] + torch.arange(block, device=prefix_lens.device)
+            if self._deterministic_sampler is None:
+                probabilities = sampler_softmax(scaled)
+                drawn.copy_(sampler_backend.draw(probabilities, sampling_info, positions, rows_per_request=block))
+            else:  # with the softmax that SGLang's sampler uses then
+                probabilities = torch.softmax(scaled, dim=-1)
+                drawn.copy_(
+                    sampler_backend.draw_as(self._deterministic_sampler, probabilities, sampling_info, positions)
+                )
+        return drawn
+
+    @cached_property
+    def _deterministic_sampler(self) -> Any:
+        """SGLang's sampler, with which plain decoding draws under --enable-deterministic-inference; else None."""
+        sampler = self.target_worker.model_runner.sampler
+        return sampler if sampler.enable_deterministic else None
+
+    def _measure_sampling_peak(
+        self, *, candidates: torch.Tensor, target_logits: torch.Tensor, sampling_info: Any
+    ) -> int:
+        """Bytes that a sampled step takes at most, for upstream's `prewarm_sampling`. Called on CUDA only.
+
+        Upstream's own would compile and rehearse its verification, which this worker never calls. candidates [bs, B];
+        target_logits [bs * B, vocabulary], all equal: the rows with the most to sort.
+        """
+        bs, device = len(candidates), target_logits.device
+        seeds, prefix_lens = torch.zeros((2, bs), dtype=torch.int64, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["allocated_bytes.all.current"]
+        for kind, top_k, top_p in REHEARSED:
+            given = dataclasses.replace(
+                sampling_info,
+                top_ks=torch.full_like(sampling_info.top_ks, top_k),
+                top_ps=torch.full_like(sampling_info.top_ps, top_p),
+                sampling_seed=seeds,
+                need_top_k_sampling=top_k < 1 << 30,
+                need_top_p_sampling=top_p < 1,
+            )
+            given.kinds = [kind] * bs
+            self._draw(target_logits, given, prefix_lens)
+        torch.cuda.synchronize()
+        return int(torch.cuda.memory_stats()["allocated_bytes.all.peak"]) - int(before)
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         """Upstream warns here that it will verify greedily, which is not true of this worker."""

@@ -44,11 +44,28 @@ def test_a_sampling_mask_is_refused() -> None:
     assert "return_sampling_mask" in reason
 
 
+def test_min_p_is_refused_where_sglangs_seeded_sampler_draws() -> None:
+    """Its assertion would end the engine."""
+    reason = refusal(SamplingParams(min_p=0.1), deterministic=True)
+    assert reason is not None
+    assert "min_p=0.1" in reason
+    assert refusal(SamplingParams(temperature=0.7, top_p=0.9, sampling_seed=3), deterministic=True) is None
+    assert refusal(SamplingParams(min_p=0.1)) is None
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's setting, as the scheduler's process has it; off."""
+    setting = SimpleNamespace(enable_deterministic_inference=False)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(deterministic=setting))
+    return setting
+
+
 def request(**parameters: Any) -> SimpleNamespace:
     return SimpleNamespace(sampling_params=SamplingParams(**parameters), return_sampling_mask=False)
 
 
-def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours() -> None:
+def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(deterministic: SimpleNamespace) -> None:
     assert validate_dflash_request("no hidden states", request(min_new_tokens=3), True) == "no hidden states"
     reason = validate_dflash_request(None, request(min_new_tokens=3), True)
     assert reason is not None
@@ -56,6 +73,9 @@ def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours() -> None:
     assert validate_dflash_request(None, request(), True) is None
     masked = SimpleNamespace(sampling_params=SamplingParams(), return_sampling_mask=True)
     assert validate_dflash_request(None, masked, False) is not None
+    assert validate_dflash_request(None, request(min_p=0.1), True) is None
+    deterministic.enable_deterministic_inference = True
+    assert "min_p" in str(validate_dflash_request(None, request(min_p=0.1), True))
 
 
 # --- what OpenAI's API calls an error ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,13 +14,18 @@ import pytest
 from server.probe import PROBE_HEADER, Probe
 from sglang_auf.errors import ServerError
 
+Refusal = Callable[[dict[str, Any]], bool]
+
 
 class Engine(ThreadingHTTPServer):
-    """Answers /health with 503, as a starting server does, and /generate with `status` and `reply`."""
+    """Answers /health with 503, as a starting server does, and /generate with `status` and `reply`.
 
-    def __init__(self, reply: Any, status: int = 200) -> None:
+    refuses: says of a body whether it is answered with 500.
+    """
+
+    def __init__(self, reply: Any, status: int = 200, refuses: Refusal = lambda _: False) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.reply, self.status = reply, status
+        self.reply, self.status, self.refuses = reply, status, refuses
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
 
     @property
@@ -39,7 +44,7 @@ class Answer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(({name.lower(): value for name, value in self.headers.items()}, body))
         data = json.dumps(self.server.reply).encode()
-        self.send_response(self.server.status)
+        self.send_response(500 if self.server.refuses(body) else self.server.status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -49,8 +54,8 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def engine(reply: Any, status: int = 200) -> Iterator[Engine]:
-    with Engine(reply, status) as server:
+def engine(reply: Any, status: int = 200, refuses: Refusal = lambda _: False) -> Iterator[Engine]:
+    with Engine(reply, status, refuses) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -72,12 +77,27 @@ def test_verify_steps_are_counted() -> None:
 def test_probe_passes_the_gate_the_key_and_stays_out_of_the_totals() -> None:
     with engine(answered(spec_verify_ct=27)) as server:
         Probe(server.url, "token", api_key="secret").run(needs_verify_steps=True)
-    [(headers, body)] = server.requests
-    assert headers[PROBE_HEADER] == "token"
-    assert headers["authorization"] == "Bearer secret"
-    assert body["log_metrics"] is False
-    assert body["sampling_params"]["temperature"] == 0
-    assert body["sampling_params"]["ignore_eos"] is True, "an early end would leave no verify step to count"
+    for headers, body in server.requests:
+        assert headers[PROBE_HEADER] == "token"
+        assert headers["authorization"] == "Bearer secret"
+        assert body["log_metrics"] is False
+        assert body["sampling_params"]["ignore_eos"] is True, "an early end would leave no verify step to count"
+
+
+def test_a_greedy_answer_and_a_sampled_one_are_asked() -> None:
+    with engine(answered(spec_verify_ct=27)) as server:
+        Probe(server.url, "token").run(needs_verify_steps=True)
+    asked = [body["sampling_params"] for _, body in server.requests]
+    assert [given["temperature"] for given in asked] == [0, 1]
+    assert asked[1]["max_new_tokens"] > 1, "the first token is drawn by other code than those of verify steps"
+
+
+def test_a_server_that_cannot_sample_is_found_out() -> None:
+    with (
+        engine(answered(spec_verify_ct=27), refuses=lambda body: body["sampling_params"]["temperature"] > 0) as server,
+        pytest.raises(ServerError, match="500"),
+    ):
+        Probe(server.url, "token").run(needs_verify_steps=True)
 
 
 @pytest.mark.parametrize("meta_info", [{}, {"spec_verify_ct": 0}, {"spec_verify_ct": None}])

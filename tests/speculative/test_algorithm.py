@@ -50,7 +50,10 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "enable_unified_memory": False,
         "disaggregation_mode": "null",
         "enable_deterministic_inference": False,
-        "enable_dp_attention": False,
+        "rl_on_policy_target": None,
+        "attn_dp_size": 1,
+        "attention_backend": None,
+        "prefill_attention_backend": None,
         "enable_custom_logit_processor": False,
         "trust_remote_code": False,
         "sampling_backend": None,
@@ -132,8 +135,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory"),
     "disaggregation": ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
     "pickled code": ({"enable_custom_logit_processor": True}, "--enable-custom-logit-processor"),
-    "deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
-    "dp attention on a CPU": ({"enable_dp_attention": True, "device": "cpu"}, "--enable-dp-attention"),
+    "deterministic": ({"enable_deterministic_inference": True, "device": "cpu"}, "--enable-deterministic-inference"),
+    "on policy": ({"rl_on_policy_target": "fsdp"}, "--rl-on-policy-target"),
+    "causal drafts": ({"speculative_draft_attention_backend": "trtllm_mha"}, "trtllm_mha"),
+    "dp attention": ({"attn_dp_size": 2}, "--enable-dp-attention"),
 }
 
 
@@ -199,6 +204,35 @@ def test_everything_is_filled_in_from_the_drafter(target: Path, device: str) -> 
     on_cpu = device == "cpu"
     assert given.disable_overlap_schedule is on_cpu
     assert given.speculative_draft_attention_backend == ("auf_cpu" if on_cpu else None)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sglangs_deterministic_sampler_is_left_in_place(target: Path, deterministic: bool) -> None:
+    given = arguments(target, enable_deterministic_inference=deterministic, sampling_backend="pytorch")
+    AUF.handle_server_args(given)
+    assert given.sampling_backend == ("pytorch" if deterministic else SAMPLER_NAME)
+
+
+@pytest.mark.parametrize(
+    ("backends", "sm100", "chosen"),
+    [
+        ({"attention_backend": "fa3"}, False, None),
+        ({"attention_backend": "trtllm_mha"}, True, "fa4"),
+        ({"attention_backend": "trtllm_mha"}, False, "flashinfer"),
+        ({"attention_backend": "fa4", "prefill_attention_backend": "trtllm_mha"}, True, "fa4"),
+        ({"attention_backend": "trtllm_mha", "prefill_attention_backend": "fa4"}, True, None),
+        ({"attention_backend": "trtllm_mha", "speculative_draft_attention_backend": "triton"}, True, "triton"),
+    ],
+)
+def test_a_block_is_never_drafted_with_causal_attention(
+    target: Path, backends: dict[str, str], sm100: bool, chosen: str | None
+) -> None:
+    from sglang.srt.runtime_context import override_platform
+
+    given = arguments(target, **backends)
+    with override_platform(is_sm100=sm100):
+        AUF.handle_server_args(given)
+    assert given.speculative_draft_attention_backend == chosen
 
 
 def test_what_the_user_gave_stays(target: Path) -> None:

@@ -17,6 +17,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_auf import SAMPLER_NAME
 from sglang_auf.speculative import sampler_backend, sampling
+from tests.support.syncs import no_syncs
 
 VOCABULARY = 40
 LARGEST = 2**63 - 1
@@ -133,7 +134,30 @@ def test_carrying_seeds_twice_is_once_and_stays_a_classmethod() -> None:
         pass
 
     assert type(Derived.from_schedule_batch(Batch(request()), VOCABULARY)) is Derived
+    assert type(info_of(request())) is sampler_backend.SeededBatchInfo
 
+
+@pytest.mark.usefixtures("configured")
+def test_kinds_follow_their_requests_through_filter_merge_and_copy() -> None:
+    """On the host, so that no draw has to look at the device for them."""
+    sampler_backend.carry_seeds()
+    greedy, plain, few, rest = (request(temperature=0.0), request(), request(top_k=20, top_p=0.9), request(min_p=0.1))
+    info = SamplingBatchInfo.from_schedule_batch(batch := Batch(greedy, plain, few), VOCABULARY)
+    assert info.kinds == [sampling.GREEDY, sampling.PLAIN, 64]
+    info.filter_batch([0, 2], torch.tensor([0, 2]))
+    other = SamplingBatchInfo.from_schedule_batch(others := Batch(rest), VOCABULARY)
+    info.merge_batch(other)
+    copy = info.copy_for_forward()
+    assert copy.kinds == [sampling.GREEDY, 64, sampling.OPEN]
+    info.filter_batch([2], torch.tensor([2]))
+    assert (copy.kinds, info.kinds) == ([sampling.GREEDY, 64, sampling.OPEN], [sampling.OPEN])
+    assert (batch, others)  # SGLang keeps weak references to them
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_filter_that_float32_does_not_see_is_none() -> None:
+    sampler_backend.carry_seeds()
+    assert info_of(request(top_p=1 - 1e-12), request(min_p=1e-60)).kinds == [sampling.PLAIN] * 2
 
 # --- draws ---
 
@@ -185,6 +209,23 @@ def test_sglangs_sampler_draws_through_ours() -> None:
     probabilities = torch.softmax(logits / info.temperatures, dim=-1)
     assert tokens.tolist() == sampler_backend.draw(probabilities, info, positions).tolist()
     assert tokens.dtype == torch.int32
+
+
+@pytest.mark.usefixtures("configured")
+def test_prefill_and_plain_decoding_do_not_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass through SGLang's sampler, from logits to tokens, for every kind of request at once and alone."""
+    sampler_backend.carry_seeds()
+    monkeypatch.setattr(sampling, "looking_waits", lambda _: True)
+    requests = [
+        *(request(temperature=0.0), request(), request(top_k=5, top_p=0.9), request(top_p=0.8), request(min_p=0.1))
+    ]
+    for given in (requests, *([one] for one in requests)):
+        info, logits, positions = info_of(*given), logits_of(len(given)), torch.arange(len(given))
+        with no_syncs():
+            tokens, _ = sample_with(info, logits, positions)
+        with monkeypatch.context() as on_a_cpu:
+            on_a_cpu.setattr(sampling, "looking_waits", lambda _: False)
+            assert torch.equal(tokens, sample_with(info, logits, positions)[0])
 
 
 @pytest.mark.usefixtures("configured")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from sglang_auf.speculative import sampling
+from tests.support.syncs import Sync, no_syncs
 
 DRAWS = 20_000
 OFF = 1 << 30  # SGLang's top_k of a request that gives none
@@ -131,10 +132,10 @@ def test_filters_and_order_are_those_of_sglangs_sampler(vocabulary: int, spread:
 
 def test_a_filter_wider_than_the_pool_sees_the_whole_vocabulary() -> None:
     p = distribution(1500, 0.2, seed=3)  # nearly flat: top_p 0.9 keeps about 1300 tokens
-    assert (filtered(p, Filters(top_p=0.9)) > 0).sum() > sampling.POOL
+    assert (filtered(p, Filters(top_p=0.9)) > 0).sum() > sampling.POOLS[-1]
     drawn = draw(p, Filters(top_p=0.9), numbers(4000))
     ranks = p.sort(descending=True).indices.argsort()[drawn]
-    assert ranks.max() > sampling.POOL
+    assert ranks.max() > sampling.POOLS[-1]
 
 
 def mixed_batch(rows: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -150,6 +151,96 @@ def mixed_batch(rows: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, ..
         torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0])[pick],
         torch.rand(rows, generator=generator, dtype=torch.float64),
     )
+
+
+def reference(
+    p: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    """One row at a time, the whole vocabulary sorted: what `sample` means."""
+    drawn = []
+    for row, top_k, top_p, min_p, u in zip(p, top_ks, top_ps, min_ps, uniform, strict=True):
+        order, weights = torch.arange(len(row)), row
+        if top_k == 1:
+            drawn.append(int(row.argmax()))
+            continue
+        if top_k < len(row) or top_p < 1 or min_p > 0:
+            kept = sampling.filtered(row[None], top_k[None], top_p[None], min_p[None])[0]
+            weights, order = kept.sort(descending=True, stable=True)
+        mass = weights.double().cumsum(dim=0)
+        drawn.append(int(order[int((mass <= u * mass[-1]).sum())]))
+    return torch.tensor(drawn)
+
+
+def rounded(p: torch.Tensor) -> torch.Tensor:
+    """Distributions with many equal values, as bf16 logits give them."""
+    return torch.softmax(p.log().bfloat16().float(), dim=-1)
+
+
+def everything(vocabulary: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """300 rows: peaked to flat, with ties or only ties, each under all kinds of filters."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 300
+    spreads = torch.tensor([0.0, 0.05, 0.3, 1.0, 3.0, 8.0])[torch.arange(rows) % 6]
+    p = torch.softmax(torch.randn(rows, vocabulary, generator=generator) * spreads[:, None], dim=-1)
+    p = torch.where((torch.arange(rows) % 12 < 6)[:, None], rounded(p), p)
+    pick = torch.randint(11, (rows,), generator=generator)
+    return (
+        p,
+        torch.tensor([1, OFF, 2, 20, 63, 64, 65, OFF, OFF, 1500, vocabulary], dtype=torch.int32)[pick],
+        torch.tensor([1.0, 1.0, 1.0, 0.95, 0.9, 1.0, 0.999, 0.95, 1.0, 0.9, 1.0])[pick],
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0, 0.05, 0.001, 0.0])[pick],
+        torch.rand(rows, generator=generator, dtype=torch.float64),
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["CPU", "accelerator"])
+def waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether draws go the way they go on a device behind a queue."""
+    monkeypatch.setattr(sampling, "looking_waits", lambda _: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 1000, 2500])
+def test_draws_are_those_of_the_simple_definition(vocabulary: int, waits: bool) -> None:
+    """The same tokens, not just the same distribution; whatever is drawn at once, and whoever says the kinds."""
+    batch = everything(vocabulary, seed=vocabulary)
+    expected = reference(*batch)
+    settings = [part.tolist() for part in batch[1:4]]
+    kinds = [sampling.kind_of(*of_row, vocabulary) for of_row in zip(*settings, strict=True)]
+    assert torch.equal(sampling.sample(*batch), expected)
+    assert torch.equal(sampling.sample(*batch, kinds=kinds), expected)
+    for size in (1, 8, 50):  # few enough that an accelerator sorts them, and too many
+        for rows in torch.arange(300).split(size)[:6]:
+            part = (*(of[rows] for of in batch), kinds[rows[0] : rows[-1] + 1])
+            assert torch.equal(sampling.sample(*part), expected[rows])
+
+
+def test_kinds_are_those_of_requests_with_several_rows(waits: bool) -> None:
+    batch = everything(1000, seed=1)
+    requests = [part[::10].repeat_interleave(10) for part in batch[1:4]]
+    kinds = [sampling.kind_of(*of, 1000) for of in zip(*(part[::10].tolist() for part in requests), strict=True)]
+    given = (batch[0], *requests, batch[4])
+    assert torch.equal(sampling.sample(*given, kinds=kinds), reference(*given))
+
+
+@pytest.mark.parametrize("filters", [*ALL.values(), Filters(top_k=1)], ids=[*ALL, "greedy"])
+def test_an_accelerator_is_not_waited_for(filters: Filters, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "looking_waits", lambda _: True)
+    p = torch.stack([distribution(3000, spread, seed=1) for spread in (0.0, 0.3, 5.0, 8.0)] * 4)
+    rows, uniform = filters.rows(16), torch.rand(16, dtype=torch.float64)
+    kinds = [sampling.kind_of(filters.top_k, filters.top_p, filters.min_p, 3000)] * 4
+    with no_syncs():
+        drawn = sampling.sample(p, *rows, uniform, kinds=kinds)
+    assert torch.equal(drawn, reference(p, *rows, uniform))
+
+
+def test_many_rows_whose_filter_nothing_bounds_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To sort the whole vocabulary for each of them would take longer."""
+    monkeypatch.setattr(sampling, "looking_waits", lambda _: True)
+    n = sampling.SORTED_ROWS + 1
+    p = distribution(3000, 5.0, seed=1).repeat(n, 1)
+    with no_syncs(), pytest.raises(Sync, match="nonzero"):
+        sampling.sample(p, *Filters(top_p=0.9).rows(n), torch.rand(n), kinds=[sampling.OPEN] * n)
 
 
 def test_a_rows_draw_is_the_same_alone_and_in_any_company() -> None:
@@ -352,7 +443,7 @@ def test_of_equally_likely_tokens_the_lower_ones_are_kept(
     filters: Filters, pool: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in bf16, where logits are often equal; ties reach over the end of the filter and of the pool."""
-    monkeypatch.setattr(sampling, "POOL", pool)
+    monkeypatch.setattr(sampling, "POOLS", (pool,))
     levels = torch.randint(3, (64,), generator=torch.Generator().manual_seed(2)).float()
     probabilities = torch.softmax(levels, dim=0).repeat(DRAWS, 1)
     uniform = (torch.arange(DRAWS) + 0.5) / DRAWS

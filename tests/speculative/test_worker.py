@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative import dflash_worker_v2
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraftSampler
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu import linear
 from sglang_auf.env import DRAFT_VOCABULARY
-from sglang_auf.speculative import sampler_backend
+from sglang_auf.speculative import sampler_backend, sampling
 from sglang_auf.speculative.draft_head import ListedDraftSampler
 from sglang_auf.speculative.worker import AufWorker
+from tests.support.syncs import no_syncs
 
 VOCABULARY, BLOCK, SEEDS = 5, 4, 20_000
 OFF = 1 << 30
@@ -36,6 +40,7 @@ def worker() -> AufWorker:
     made._use_triton_accept_bonus = False
     made._tp_sync = SimpleNamespace(sync=lambda *_: None)
     made._draft_head = None
+    made._deterministic_sampler = None
     return made
 
 
@@ -144,6 +149,146 @@ def test_greedy_requests_among_sampled_ones_are_verified_greedily(worker: AufWor
     _, greedy_lens, _, greedy_tokens = accept(worker, info(6, top_k=1), 6)
     assert torch.equal(commit_lens[::2], greedy_lens[::2])
     assert torch.equal(out_tokens[::2, : greedy_lens[0]], greedy_tokens[::2, : greedy_lens[0]])
+
+
+def known(sampling_info: SimpleNamespace) -> SimpleNamespace:
+    """With the kinds that our batches carry."""
+    settings = zip(*(getattr(sampling_info, name).tolist() for name in ("top_ks", "top_ps", "min_ps")), strict=True)
+    sampling_info.kinds = [sampling.kind_of(*of, VOCABULARY) for of in settings]
+    return sampling_info
+
+
+def mixed(n: int) -> SimpleNamespace:
+    """Greedy, plain, top_k, top_p and min_p requests side by side."""
+    made = info(n)
+    made.top_ks[::5], made.top_ks[2::5] = 1, 3
+    made.top_ps[3::5], made.min_ps[4::5] = 0.8, 0.2
+    return known(made)
+
+
+@pytest.mark.parametrize(
+    "sampling_info",
+    [info(6, top_k=1), *(known(info(6, *parameters)) for parameters in PARAMETERS), mixed(10)],
+    ids=["greedy", "T=1", "T=0.6", "top_k", "top_p", "min_p", "mixed"],
+)
+def test_no_step_waits_for_a_gpu(
+    worker: AufWorker, sampling_info: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise SGLang could not prepare the next step while this one runs."""
+    monkeypatch.setattr(sampling, "looking_waits", lambda _: True)
+    n = len(sampling_info.top_ks)
+    with no_syncs():
+        found = accept(worker, sampling_info, n)
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(found, accept(worker, sampling_info, n), strict=True))
+
+
+def test_other_ranks_get_the_draws_where_they_get_random_choices_only(worker: AufWorker) -> None:
+    """SGLANG_SPEC_TP_SYNC=rng leaves out what SGLang takes for a greedy choice."""
+    sent: list[tuple[str, int]] = []
+    worker._tp_sync = SimpleNamespace(sync=lambda site, values: sent.append((site.name, values.numel())))
+    accept(worker, info(3), 3)
+    assert ("DFLASH_ACCEPT_SAMPLE", 3 * BLOCK) in sent
+
+
+def test_a_deterministic_server_draws_with_sglangs_sampler(worker: AufWorker) -> None:
+    """Each row as plain decoding would draw it: the request's settings, the row's own position."""
+    seen: list[Any] = []
+
+    def sample_from_probs(probabilities: Any, rows: Any, positions: Any, simple: bool) -> Any:
+        seen.append((probabilities, rows, positions, simple))
+        return probabilities.argmin(dim=-1).int(), None
+
+    worker._deterministic_sampler = SimpleNamespace(_sample_from_probs=sample_from_probs)
+    given = batch_info(2)
+    _, commit_lens, bonus, _ = accept(worker, given, 2)
+    ((probabilities, rows, positions, simple),) = seen
+    assert positions.tolist() == [30, 31, 32, 33] * 2
+    assert rows.sampling_seed.tolist() == [5] * BLOCK + [6] * BLOCK
+    assert rows.temperatures.shape == (2 * BLOCK, 1)
+    assert not simple
+    assert torch.equal(probabilities, torch.softmax(LOGITS.repeat(2, 1) / 0.7, dim=-1))
+    assert given.sampling_seed.tolist() == [5, 6], "the batch itself stays as it is"
+    assert commit_lens.tolist() == [1, 1], "the least likely tokens are not the drafts"
+    assert bonus.tolist() == [int(LOGITS[0].argmin())] * 2
+
+
+def batch_info(n: int) -> SamplingBatchInfo:
+    """SGLang's own class, with top_p."""
+    return SamplingBatchInfo(
+        temperatures=torch.full((n, 1), 0.7),
+        top_ps=torch.full((n,), 0.9),
+        top_ks=torch.full((n,), OFF, dtype=torch.int32),
+        min_ps=torch.zeros(n),
+        is_all_greedy=False,
+        is_any_greedy=False,
+        need_top_p_sampling=True,
+        need_top_k_sampling=False,
+        need_min_p_sampling=False,
+        vocab_size=VOCABULARY,
+        sampling_seed=torch.arange(n) + 5,
+    )
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_sampler_is_sglangs_on_a_deterministic_server_alone(enabled: bool) -> None:
+    made = AufWorker.__new__(AufWorker)
+    sampler = SimpleNamespace(enable_deterministic=enabled)
+    made._target_worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=sampler))
+    assert made._deterministic_sampler is (sampler if enabled else None)
+
+
+# --- the rehearsal before the first request ---
+
+
+@pytest.fixture
+def rehearsing(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> AufWorker:
+    """A worker on what SGLang takes for CUDA: 3 requests at most, 900 bytes in use, 7000 at the peak."""
+    memory = {"allocated_bytes.all.current": 900, "allocated_bytes.all.peak": 7000}
+    monkeypatch.setattr(dflash_worker_v2, "is_cuda", lambda: True)
+    monkeypatch.setattr(dflash_worker_v2, "is_dflash_sampling_verify_available", lambda: True)
+    monkeypatch.setattr(
+        dflash_worker_v2,
+        "compute_dflash_sampling_correct_drafts_and_bonus",
+        lambda **_: pytest.fail("upstream's verification would be compiled"),
+    )
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: memory)
+    worker.device = "cpu"
+    runner = SimpleNamespace(
+        max_decode_logits_rows=lambda: 64 * BLOCK,
+        max_running_requests=3,
+        prewarm_sampling=SamplingPrewarmResult,
+        model_config=SimpleNamespace(vocab_size=VOCABULARY),
+    )
+    worker._target_worker = SimpleNamespace(model_runner=runner)
+    worker.model_runner = runner
+    worker.model_config = runner.model_config
+    return worker
+
+
+def test_our_draw_is_rehearsed_and_measured(rehearsing: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    sample = sampling.sample
+
+    def spy(probabilities: torch.Tensor, *settings: Any) -> torch.Tensor:
+        seen.append((len(probabilities), settings[-1]))
+        return sample(probabilities, *settings)
+
+    monkeypatch.setattr(sampling, "sample", spy)
+    result = rehearsing.prewarm_sampling()
+    assert {rows for rows, _ in seen} == {3 * BLOCK}, "the largest batch"
+    assert {kinds[0] for _, kinds in seen} == {sampling.PLAIN, sampling.POOLS[0], sampling.OPEN}
+    logits_bytes = 3 * BLOCK * VOCABULARY * 4
+    assert result == SamplingPrewarmResult(logits_bytes, logits_bytes + 7000 - 900)
+    assert rehearsing.model_runner.sampling_prewarm_result == result
+
+
+def test_off_cuda_nothing_is_rehearsed(rehearsing: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dflash_worker_v2, "is_cuda", lambda: False)
+    monkeypatch.setattr(sampling, "sample", lambda *_: pytest.fail("drawn"))
+    assert rehearsing.prewarm_sampling() == SamplingPrewarmResult()
 
 
 @pytest.mark.parametrize("sampling_info", [None, info(3, top_k=1)], ids=["none", "greedy"])
