@@ -101,11 +101,9 @@ def check_seams(seams: Iterable[Seam]) -> None:
 def main() -> int:
     """Print every row and whether it holds in the installed SGLang. Returns 1 if one does not."""
     from sglang_auf import plugin
-    from sglang_auf.cpu import seams as cpu
-    from sglang_auf.speculative.seams import WORKER_SEAMS
 
     print(f"SGLang {installed_version()}, relied on: {SGLANG_VERSION}")
-    complaints = {seam: moved(seam) for seam in (*plugin.seams(), *cpu.SEAMS, *WORKER_SEAMS)}
+    complaints = {seam: moved(seam) for seam in plugin.all_seams()}
     for seam, complaint in complaints.items():
         print(f"moved  {complaint}" if complaint else f"holds  {seam.target} (used by {seam.used_by})")
     return int(any(complaints.values()))

@@ -92,7 +92,7 @@ def register() -> None:
 
 
 def seams() -> tuple[Seam, ...]:
-    """Every SGLang name that is relied on but the worker's (speculative/seams.py) and the CPU platform's (cpu/seams.py).
+    """The SGLang names that every process relies on: all but the worker's and the CPU platform's.
 
     They belong to modules that SGLang or our hooks import in every process, so checking them costs nothing.
     """
@@ -114,18 +114,29 @@ def seams() -> tuple[Seam, ...]:
     )
 
 
+def all_seams() -> tuple[Seam, ...]:
+    """Every SGLang name that is relied on."""
+    from sglang_auf.cpu import seams as cpu
+    from sglang_auf.speculative import seams as speculative
+
+    return (*seams(), *cpu.SEAMS, *speculative.WORKER_SEAMS)
+
+
 def _register() -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
+    from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker, refuse_unsupported
     from sglang_auf.speculative.sampler_backend import create_sampler
 
     replies.widen_models()
     registry.install(HOOKS)
     register_sampler_backend(SAMPLER_NAME, create_sampler)
-    SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=AufSpecAlgo)(create_worker)
+    # SGLang rewrites some arguments (--speculative-adaptive) between this check and AufSpecAlgo.handle_server_args.
+    SpeculativeAlgorithm.register(
+        ALGORITHM, supports_overlap=True, validate_server_args=refuse_unsupported, spec_class=AufSpecAlgo
+    )(create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
         from sglang_auf.cpu import seams as cpu
 

@@ -20,7 +20,7 @@ from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
 from sglang_auf.speculative.seams import WORKER_SEAMS
 
-SEAMS = (*plugin.seams(), *cpu.SEAMS, *WORKER_SEAMS)
+SEAMS = plugin.all_seams()
 HOOKS = (*plugin.HOOKS, *platform.HOOKS)
 
 

@@ -73,6 +73,7 @@ ABOUT_MORE_THAN_A_MODULE = {
     "tests/test_rooms.py",
     "tests/test_wheel.py",
     "tests/benchmarks/studies/test_results.py",
+    "tests/server/test_cuda_arguments.py",
     "tests/server/test_main.py",
     "tests/server/test_openapi.py",
 }

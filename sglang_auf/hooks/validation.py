@@ -22,9 +22,7 @@ SEAMS = (
 _REMEDY = "leave it out, or ask a server without speculation"
 
 
-def refusal(
-    sampling_params: Any, *, return_sampling_mask: bool = False, deterministic: bool = False
-) -> str | None:
+def refusal(sampling_params: Any, *, return_sampling_mask: bool = False, deterministic: bool = False) -> str | None:
     """Why a request cannot be honoured, or None. deterministic: the server has --enable-deterministic-inference.
 
     SGLang applies penalties and min_new_tokens from a state per request, which it does not update with the tokens of

@@ -118,8 +118,8 @@ def _requested_block(server_args: Any) -> int | None:
 def draft_attention_backend(server_args: Any) -> str | None:
     """The drafter's attention where SGLang would give it the target's and that is causal only; None to leave it.
 
-    The same choice as for the built-in DFLASH (arg_groups/speculative_hook.py, _resolve_dflash_draft_attention_backend).
-    Without it every draft would attend to the past alone: no error, and hardly a draft accepted.
+    The same choice as for the built-in DFLASH (_resolve_dflash_draft_attention_backend in
+    arg_groups/speculative_hook.py). Without it every draft would attend to the past alone: no error, and hardly a draft accepted.
     """
     inherited = server_args.prefill_attention_backend or server_args.attention_backend
     if server_args.speculative_draft_attention_backend is not None or inherited != CAUSAL_ONLY:

@@ -30,8 +30,8 @@ class SeededBatchInfo(SamplingBatchInfo):  # type: ignore[misc]
     """
 
     kinds: Sequence[int] | None = None
-    """`sampling.kind_of` each request. SGLang's own flags (need_top_k_sampling, max_top_k) are those of the whole batch:
-    they cannot tell a batch of greedy and of plain requests from one whose rows must be filtered."""
+    """`sampling.kind_of` each request. SGLang's own flags (need_top_k_sampling, max_top_k) are those of the whole
+    batch: they cannot tell a batch of greedy and of plain requests from one whose rows must be filtered."""
 
     def adjusted_from_schedule_batch(self, batch: Any, vocab_size: int) -> None:
         self.sampling_seed = sampling.on_device([_seed_of(request) for request in batch.reqs], self.temperatures.device)
@@ -40,8 +40,8 @@ class SeededBatchInfo(SamplingBatchInfo):  # type: ignore[misc]
             [(given.sampling_params.top_p, given.sampling_params.min_p) for given in batch.reqs], dtype=torch.float32
         )
         self.kinds = [
-            sampling.kind_of(request.sampling_params.top_k, *filters, vocab_size)
-            for request, filters in zip(batch.reqs, settings.tolist(), strict=True)
+            sampling.kind_of(request.sampling_params.top_k, top_p, min_p, vocab_size)
+            for request, (top_p, min_p) in zip(batch.reqs, settings.tolist(), strict=True)
         ]
 
     def adjusted_filter_batch(self, keep_indices: list[int], keep_indices_device: torch.Tensor) -> None:

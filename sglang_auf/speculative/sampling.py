@@ -158,7 +158,9 @@ def _rows_of(kind: int, kinds: Sequence[int], n: int, device: torch.device) -> I
         yield from (slice(first, first + at_once) for first in range(0, n, at_once))
         return
     each = n // len(kinds)
-    rows = [row for request, of in enumerate(kinds) if of == kind for row in range(request * each, (request + 1) * each)]
+    rows = [
+        row for request, of in enumerate(kinds) if of == kind for row in range(request * each, (request + 1) * each)
+    ]
     yield from on_device(rows, device).split(at_once)
 
 

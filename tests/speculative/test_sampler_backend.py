@@ -159,6 +159,7 @@ def test_a_filter_that_float32_does_not_see_is_none() -> None:
     sampler_backend.carry_seeds()
     assert info_of(request(top_p=1 - 1e-12), request(min_p=1e-60)).kinds == [sampling.PLAIN] * 2
 
+
 # --- draws ---
 
 
