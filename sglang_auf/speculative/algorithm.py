@@ -119,7 +119,8 @@ def draft_attention_backend(server_args: Any) -> str | None:
     """The drafter's attention where SGLang would give it the target's and that is causal only; None to leave it.
 
     The same choice as for the built-in DFLASH (_resolve_dflash_draft_attention_backend in
-    arg_groups/speculative_hook.py). Without it every draft would attend to the past alone: no error, and hardly a draft accepted.
+    arg_groups/speculative_hook.py). Without it every draft would attend to the past alone: no error, and hardly a draft
+    accepted.
     """
     inherited = server_args.prefill_attention_backend or server_args.attention_backend
     if server_args.speculative_draft_attention_backend is not None or inherited != CAUSAL_ONLY:

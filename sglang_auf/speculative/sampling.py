@@ -8,9 +8,9 @@ distributed as p without x, renormalised: the rule of Leviathan et al. (2211.171
 The draw at position t of a request depends only on (seed, t) and p, by inversion of the cumulative distribution. So a
 seeded request gives the same answer in any batch, and the same answer as plain decoding with that seed.
 
-Device-neutral torch, without SGLang. An accelerator works behind a queue, and the host waits for the whole queue when it
-looks at a value. So the host says how each row is drawn (`kind_of`), from what it knows of the requests, and the code
-below looks only where that costs nothing (on a CPU) or where the alternative would cost more (`OPEN`, many rows).
+Device-neutral torch, without SGLang. An accelerator works behind a queue, and the host waits for the whole queue when
+it looks at a value. So the host says how each row is drawn (`kind_of`), from what it knows of the requests, and the
+code below looks only where that costs nothing (on a CPU) or less than the alternative (many rows that are OPEN).
 
 The filters are those of SGLang's plain sampler ("joint" order,
 sglang/srt/layers/sampler.py, top_k_top_p_min_p_sampling_from_probs_torch): on probabilities in descending order, keep
@@ -76,7 +76,8 @@ def _largest(probabilities: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     """
     vocabulary = probabilities.shape[1]
     if count >= vocabulary:
-        return probabilities.sort(dim=-1, descending=True, stable=True)
+        largest, token = probabilities.sort(dim=-1, descending=True, stable=True)
+        return largest, token
     low = 0xFFFFFFFF - torch.arange(vocabulary, device=probabilities.device)
     key = probabilities.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(low)
     key = key.topk(count, dim=-1).values
@@ -117,7 +118,7 @@ def on_device(values: Sequence[int], device: torch.device | str) -> torch.Tensor
 
 def looking_waits(device: torch.device) -> bool:
     """Whether the host has to wait for the device before it can read a tensor's values."""
-    return device.type != "cpu"
+    return str(device.type) != "cpu"
 
 
 def sample(
@@ -152,15 +153,14 @@ def sample(
 
 
 def _rows_of(kind: int, kinds: Sequence[int], n: int, device: torch.device) -> Iterator[slice | torch.Tensor]:
-    """The rows of one kind, as many as are drawn at once: slices, which copy nothing, where all rows are of that kind."""
+    """The rows of a kind, as many as are drawn at once. Slices, which copy nothing, where all rows are of one kind."""
     at_once = ROWS_OF_ACCELERATOR if looking_waits(device) else ROWS
     if all(other == kind for other in kinds):
         yield from (slice(first, first + at_once) for first in range(0, n, at_once))
         return
     each = n // len(kinds)
-    rows = [
-        row for request, of in enumerate(kinds) if of == kind for row in range(request * each, (request + 1) * each)
-    ]
+    firsts = [request * each for request, other in enumerate(kinds) if other == kind]
+    rows = [first + row for first in firsts for row in range(each)]
     yield from on_device(rows, device).split(at_once)
 
 

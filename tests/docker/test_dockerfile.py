@@ -92,6 +92,14 @@ def test_a_server_image_starts_the_server_for_others_to_reach(image: str) -> Non
     assert instructions(image, "VOLUME") == ["/cache"]
 
 
+@pytest.mark.parametrize("image", ["cuda", "train"])
+def test_what_is_compiled_at_the_first_start_outlives_the_container(image: str) -> None:
+    settings = dict(word.split("=", 1) for text in instructions(image, "ENV") for word in text.split())
+    caches = ("SGLANG_JIT_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
+    assert all(settings[name].startswith("/cache") for name in caches)
+    assert "devel" in chain(STAGES, image)[0], "an image without nvcc cannot compile"
+
+
 def test_the_cpu_and_cuda_images_install_in_the_same_way() -> None:
     pip = [[text for text in instructions(image, "RUN") if "pip install" in text] for image in ("cpu", "cuda", "train")]
     assert pip[0] == pip[1] == pip[2]

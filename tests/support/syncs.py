@@ -16,6 +16,8 @@ LOOKING = {
     *(aten.nonzero, aten._local_scalar_dense, aten.masked_select, aten.is_nonzero, aten.equal, aten.unique_dim),
     *(aten._unique, aten._unique2, aten.unique_consecutive, aten.nonzero_static, aten.bincount, aten.item),
 }
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
+MASKS = (torch.bool, torch.uint8)
 # Methods that copy to the host, which a tensor of a CPU does without an operation.
 READING = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__")
 
@@ -30,9 +32,9 @@ class _Operations(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in LOOKING:
             raise Sync(str(func))
-        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index):
-            if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
-                raise Sync(f"{func} with a mask")
+        masks = [index for index in args[1] if index is not None and index.dtype in MASKS] if packet in INDEXING else []
+        if masks:
+            raise Sync(f"{func} with a mask")
         if packet is aten.repeat_interleave and isinstance(kwargs.get("repeats", args[-1]), torch.Tensor):
             raise Sync(f"{func} with repeats on the device")
         return func(*args, **kwargs)
