@@ -163,16 +163,14 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         # As upstream's verification does: what is as wide as the vocabulary may lie in the graphs' idle memory.
         with borrow_graph_pool(user="AUF draw"):
-            scaled = logits / sampling_info.temperatures.repeat_interleave(block, dim=0)
+            rows = logits / sampling_info.temperatures.repeat_interleave(block, dim=0)
             positions = prefix_lens[:, None] + torch.arange(block, device=prefix_lens.device)
             if self._deterministic_sampler is None:
-                probabilities = sampler_softmax(scaled)
-                drawn.copy_(sampler_backend.draw(probabilities, sampling_info, positions, rows_per_request=block))
+                rows = sampler_softmax(rows)
+                drawn.copy_(sampler_backend.draw(rows, sampling_info, positions, rows_per_request=block))
             else:  # with the softmax that SGLang's sampler uses then
-                probabilities = torch.softmax(scaled, dim=-1)
-                drawn.copy_(
-                    sampler_backend.draw_as(self._deterministic_sampler, probabilities, sampling_info, positions)
-                )
+                rows = torch.softmax(rows, dim=-1)
+                drawn.copy_(sampler_backend.draw_as(self._deterministic_sampler, rows, sampling_info, positions))
         return drawn
 
     @cached_property
