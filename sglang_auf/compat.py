@@ -101,9 +101,10 @@ def check_seams(seams: Iterable[Seam]) -> None:
 def main() -> int:
     """Print every row and whether it holds in the installed SGLang. Returns 1 if one does not."""
     from sglang_auf import plugin
+    from sglang_auf.training.data import tools
 
     print(f"SGLang {installed_version()}, relied on: {SGLANG_VERSION}")
-    complaints = {seam: moved(seam) for seam in plugin.all_seams()}
+    complaints = {seam: moved(seam) for seam in (*plugin.all_seams(), *tools.SEAMS)}
     for seam, complaint in complaints.items():
         print(f"moved  {complaint}" if complaint else f"holds  {seam.target} (used by {seam.used_by})")
     return int(any(complaints.values()))

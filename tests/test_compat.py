@@ -19,8 +19,9 @@ from sglang_auf.cpu import platform
 from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
 from sglang_auf.speculative.seams import WORKER_SEAMS
+from sglang_auf.training.data import tools
 
-SEAMS = plugin.all_seams()
+SEAMS = (*plugin.all_seams(), *tools.SEAMS)
 HOOKS = (*plugin.HOOKS, *platform.HOOKS)
 
 

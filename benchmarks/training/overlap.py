@@ -23,7 +23,8 @@ from benchmarks.harness.tasks import Prompt, resolve, select
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from sglang_auf.errors import DataError
-from sglang_auf.training.data.rows import BadRow, grouped, messages_of, named, read_rows
+from sglang_auf.training.data.chats import chat_of, texts
+from sglang_auf.training.data.rows import BadRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
         try:
             if row.fault is not None:
                 raise BadRow(row.fault)
-            said = " ".join(str(part["content"]) for part in messages_of(row.fields) if part["role"] == "user")
+            users = [message for message in chat_of(row.fields).messages if message["role"] == "user"]
+            said = " ".join(text for message in users for text in texts(message))
         except BadRow as fault:
             faults.append((str(fault), row.name))
         else:

@@ -23,7 +23,8 @@ from benchmarks.studies.config import load_study
 from server.profile import load_profile
 from sglang_auf.checkpoints.card import check_drafter, load_card
 from sglang_auf.errors import AufError
-from sglang_auf.training.data.rows import BadRow, messages_of, read_rows
+from sglang_auf.training.data.chats import ROLES, chat_of, texts
+from sglang_auf.training.data.rows import BadRow, read_rows
 from sglang_auf.training.recipe import RECIPES, load_recipe, parse_recipe
 from tests.support.tiny_models import write_drafter, write_target
 
@@ -105,6 +106,21 @@ ROWS = [
     {"id": "a", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     {"id": 3, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"turns": ["one", "two"]},
+    {
+        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]}],
+        "completion": [
+            {
+                "role": "assistant",
+                "content": "a",
+                "weight": 1,
+                "reasoning_content": "r",
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+            }
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "chat_template_kwargs": {"enable_thinking": True},
+    },
+    {"instruction": "q", "input": "i", "output": "a", "system": "s"},
 ]
 
 
@@ -168,11 +184,9 @@ def test_study(content: Any, folder: Path) -> None:
 
 
 @FUZZED
-@given(
-    rows=st.lists(documents(ROWS[0]) | documents(ROWS[1]) | documents(ROWS[2]), max_size=4), junk=st.binary(max_size=60)
-)
+@given(rows=st.lists(st.one_of(map(documents, ROWS)), max_size=4), junk=st.binary(max_size=60))
 def test_rows(rows: list[Any], junk: bytes, folder: Path) -> None:
-    """Every line comes out: as messages, or as a row with its fault."""
+    """Every line comes out: as a chat of texts that any tokenizer takes, or as a row with its fault."""
     file = folder / "rows.jsonl"
     lines = [*map(written, rows), junk.replace(b"\n", b" ")]
     file.write_bytes(b"\n".join(lines))
@@ -181,8 +195,12 @@ def test_rows(rows: list[Any], junk: bytes, folder: Path) -> None:
     for row in read:
         if row.fault is None:
             try:
-                messages = messages_of(row.fields)
+                chat = chat_of(row.fields)
             except BadRow as fault:
                 assert str(fault)
                 continue
-            assert all(isinstance(message["content"], str) for message in messages)
+            assert chat.messages
+            for message in chat.messages:
+                assert message["role"] in ROLES.values()
+                assert "".join(texts(message)).encode() is not None
+            assert all(text.encode() is not None for text in chat.strings())

@@ -50,6 +50,58 @@ THINKING = """
     {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
 {%- endif -%}"""
 
+# Like Qwen3's again: tools are printed into the system message, calls behind what the answer says, results as a user's.
+TOOLS = """
+{%- set ns = namespace(asked=0) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{%- set ns.asked = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- if tools or messages[0].role == 'system' -%}
+    {{- '<|im_start|>system\n' -}}
+    {%- if messages[0].role == 'system' -%}{{- messages[0].content -}}{%- endif -%}
+    {%- for tool in tools or [] -%}{{- '\n' + tool|tojson -}}{%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+    {{- '<|im_start|>assistant\n' -}}
+    {%- if loop.index0 > ns.asked -%}
+        {{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' -}}
+    {%- endif -%}
+    {{- message.content -}}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '\n<tool_call>\n' + call.function.name + ' ' + call.function.arguments|tojson + '\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- elif message.role == 'tool' -%}
+    {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' -}}
+{%- elif message.role == 'user' or not loop.first -%}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+    {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{%- endif -%}"""
+
+# Like Llama 4's: contents may be parts, which it writes one after the other.
+PARTS = """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- if message.content is string -%}{{- message.content -}}{%- else -%}
+    {%- for content in message['content'] -%}{{- content['text'] -}}{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+# Like Phi's: it writes an end of text behind the end of the last turn.
+ENDING = """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- else -%}{{- '<|im_start|>' -}}{%- endif -%}"""
+
 # Like Llama 3's: contents are trimmed, no newline after the end of a turn. Like Gemma's: no system role.
 TRIMMING = """
 {%- for message in messages -%}

@@ -3,18 +3,28 @@
 Templates do not say where an answer begins and ends, and some write an answer differently once the conversation goes
 on: Qwen3 puts an empty think block before the last answer and none before earlier ones. So a conversation is rendered
 as serving renders it at each of its turns, and every border is checked, both in the text and in the tokens.
+
+Serving takes the text of a special token for the token, whoever wrote it. A row that holds one is refused: an answer
+would go on behind the end of its turn, or a user would open a turn.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sglang_auf.training.data.rows import BadRow, Message
+from sglang_auf.training.data.chats import Chat, Message, texts
+from sglang_auf.training.data.rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROBE = "q7zxv"
+"""A text that no template holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,42 +37,67 @@ class Span:
 
 
 class ChatTemplate:
-    """The template of a tokenizer in one thinking mode (None: the template's own default)."""
+    """The template of a tokenizer in one thinking mode (None: the template's own default, or what a row asks for)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> None:
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        self._special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._thinking = thinking
+        added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
+        self._special = frozenset(special.values())
+        # The longest first: one token's text may begin with another's. Without special tokens it finds nothing.
+        words = sorted(filter(None, special), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, words)) or "(?!)")
         switches = [{"enable_thinking": mode} for mode in (True, False)] if _knows_thinking(tokenizer) else []
         mode = {} if thinking is None or not switches else {"enable_thinking": thinking}
         self._modes = [mode, *(switch for switch in switches if switch != mode)]
         """The mode of the rows comes first; the others are ways in which an earlier turn's header may be written."""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+    def encode(self, chat: Chat) -> tuple[list[int], list[Span]]:
         """Token ids of a conversation that ends with an answer, and the span of every answer in it. Raises BadRow."""
-        text = self._render(messages)
-        if not text.startswith(self._prompt(messages[:-1])):
+        self._check(chat)
+        text = self._render(chat)
+        if not text.startswith(self._prompt(chat.first(-1))):
             raise BadRow("the last answer does not follow the prompt that serving writes (thinking on or off?)")
-        return self._locate(text, messages, _answers(messages))
+        return self._locate(text, chat)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+    def encode_prompt(self, chat: Chat) -> tuple[list[int], list[Span]]:
         """The same for a conversation that ends where its next answer begins, as a server gets it."""
-        return self._locate(self._prompt(messages), messages, _answers(messages))
+        self._check(chat)
+        return self._locate(self._prompt(chat), chat)
 
     def user_turn(self) -> tuple[list[int], int]:
         """Token ids before the first user message, and the first token after that message. Raises BadRow."""
-        said = "q7zxv"  # a text that no template holds
-        opening, *rest = self._render([{"role": "user", "content": said}]).split(said)
+        opening, *rest = self._render(Chat([{"role": "user", "content": PROBE}])).split(PROBE)
         if len(rest) != 1 or not opening or not rest[0]:
             raise BadRow("the chat template puts no text before and after a user message")
         ids, after = self._tokens([opening, rest[0]])
         return ids, after[0]
 
-    def _locate(self, text: str, messages: Sequence[Message], answers: Sequence[int]) -> tuple[list[int], list[Span]]:
-        for message in messages:
-            if message["role"] != "assistant" and message["content"].strip() not in text:
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer's turn: the tokenizer's own, and the special one that the template writes first."""
+        ends = end_of_text(self._tokenizer)
+        with suppress(BadRow):  # a template that refuses so short a conversation
+            asked = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}])
+            after = self._tokens([self._render(asked).rpartition(PROBE)[2]])[0]
+            ends |= set([token for token in after if token in self._special][:1])
+        return ends
+
+    def _check(self, chat: Chat) -> None:
+        """Raise BadRow for what would be other tokens than it says."""
+        chat.require_thinking(self._thinking)
+        for said in (*chat.strings(), *("".join(texts(message)) for message in chat.messages)):
+            if found := self._special_text.search(said):
+                raise BadRow(f"text that holds the special token {found[0]!r}, which a server takes for the token")
+        if chat.tools and self._render(chat) == self._render(Chat(chat.messages, None, chat.template_kwargs)):
+            raise BadRow("the chat template leaves out tools")
+
+    def _locate(self, text: str, chat: Chat) -> tuple[list[int], list[Span]]:
+        for message in chat.messages:
+            if message["role"] != "assistant" and any(said.strip() not in text for said in texts(message)):
                 raise BadRow(f"the chat template leaves out what role {message['role']!r} says")
-        borders = [border for index in answers for border in self._borders(text, messages, index)]
+        borders = [border for index in chat.answers for border in self._borders(text, chat, index)]
         ids, *beginnings = self._tokens([text, *(text[:border] for border in borders)])
         for beginning in beginnings:
             if ids[: len(beginning)] != beginning:
@@ -70,10 +105,13 @@ class ChatTemplate:
         places = [len(beginning) for beginning in beginnings]
         return ids, [self._span(ids, *places[k : k + 2]) for k in range(0, len(places), 2)]
 
-    def _borders(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int]:
+    def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int]:
         """Characters of `text` where answer `index` begins, and where what the template adds after it ends."""
-        headers = [self._render(messages[:index], mode, add_generation_prompt=True) for mode in self._modes]
-        alone = self._render(messages[: index + 1])
+        headers = [self._render(chat.first(index), mode, add_generation_prompt=True) for mode in self._modes]
+        alone = self._render(chat.first(index + 1))
+        for name in ("reasoning_content", "tool_calls"):
+            if name in chat.messages[index] and alone == self._render(_without(chat.first(index + 1), name)):
+                raise BadRow(f"the chat template leaves out the {name} of an answer")
         start = _longest_beginning(text, headers)
         answer = alone[_longest_beginning(alone, headers) :]
         if not text.startswith(answer, start):
@@ -81,43 +119,74 @@ class ChatTemplate:
         return start, start + len(answer)
 
     def _span(self, ids: Sequence[int], start: int, end: int) -> Span:
-        """The end-of-turn token is the last special one. A newline after it is the template's."""
-        special = next((k for k in reversed(range(start, end)) if ids[k] in self._special), None)
-        return Span(start, end if special is None else special + 1, special is not None)
+        """Up to the first end of turn. What the template writes behind it (a newline) is not the answer's.
 
-    def _prompt(self, messages: Sequence[Message]) -> str:
-        return self._render(messages, add_generation_prompt=True)
+        Some templates end a turn with tool calls by another special token: then it is the last one.
+        """
+        place = next((k for k in range(start, end) if ids[k] in self.ends), None)
+        if place is None:
+            place = next((k for k in reversed(range(start, end)) if ids[k] in self._special), None)
+        return Span(start, end if place is None else place + 1, place is not None)
 
-    def _render(
-        self, messages: Sequence[Message], mode: dict[str, bool] | None = None, add_generation_prompt: bool = False
-    ) -> str:
+    def _prompt(self, chat: Chat) -> str:
+        return self._render(chat, add_generation_prompt=True)
+
+    def _render(self, chat: Chat, mode: dict[str, bool] | None = None, add_generation_prompt: bool = False) -> str:
+        """As `OpenAIServingChat._apply_jinja_template` of SGLang does, which tries tools in two forms."""
         from jinja2 import TemplateError
 
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(self._modes[0] if mode is None else mode),
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
-        return text
+        messages = [self._as_served(message) for message in chat.messages]
+        variables = chat.template_kwargs | (self._modes[0] if mode is None else mode)
+        forms = [chat.tools, [tool["function"] for tool in chat.tools]] if chat.tools else [None]
+        reason: Exception | None = None
+        for tools in forms:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+                    )
+                )
+            except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
+                reason = error
+        raise BadRow(f"the chat template refuses it: {reason}") from reason
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
+    def _as_served(self, message: Message) -> Message:
+        """Text in parts stays so only for templates that take parts."""
+        if isinstance(message["content"], str) or (self._takes_parts and message["role"] != "tool"):
+            return message
+        return message | {"content": " ".join(texts(message))}
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        from sglang.srt.parser.jinja_template_utils import detect_jinja_template_content_format
+
+        return bool(detect_jinja_template_content_format(_source(self._tokenizer)) == "openai")
+
+    def _tokens(self, rendered: list[str]) -> list[list[int]]:
         """Token ids of each text. Some are equal, as the last answer mostly ends with the conversation."""
-        unique = list(dict.fromkeys(texts))
+        unique = list(dict.fromkeys(rendered))
         ids = dict(zip(unique, self._tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
-        return [ids[text] for text in texts]
+        return [ids[text] for text in rendered]
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokenizer's end token, if it has one."""
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    template: Any = tokenizer.chat_template
+    return template if isinstance(template, str) else " ".join((template or {}).values())
 
 
 def _knows_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
-    template: Any = tokenizer.chat_template
-    return "enable_thinking" in (template if isinstance(template, str) else " ".join((template or {}).values()))
+    return "enable_thinking" in _source(tokenizer)
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def _without(chat: Chat, name: str) -> Chat:
+    """The chat whose last message lacks a field."""
+    last = {key: value for key, value in chat.messages[-1].items() if key != name}
+    return Chat([*chat.messages[:-1], last], chat.tools, chat.template_kwargs)
 
 
 def _longest_beginning(text: str, headers: Sequence[str]) -> int:

@@ -4,14 +4,16 @@ The loss is on the answers of all turns, each with its end-of-turn token, and on
 headers, an empty think block, or what the template writes after the end of a turn. An answer that was cut at a token
 limit (finish_reason "length") did not end its turn, so the template's end-of-turn token is not part of it.
 
-Rows with `prompt_ids` and `response_ids` are used as these tokens and are not rendered again. Every row that cannot be
-used is counted and named with the reason.
+A row is rendered token for token as a server renders the same conversation, or it is refused. Rows with `prompt_ids`
+and `response_ids` are used as these tokens and are not rendered again. Every row that cannot be used is counted and
+named with the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.chat_template import ChatTemplate, Span
-from sglang_auf.training.data.rows import BadRow, ChatRow, Message, Source, grouped, messages_of, named, read_rows
+from sglang_auf.training.data.chat_template import ChatTemplate, Span, end_of_text
+from sglang_auf.training.data.chats import Chat, chat_of, has_chat, texts
+from sglang_auf.training.data.rows import BadRow, ChatRow, Source, grouped, named, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConversations:
-    """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit; sha256: of all that was read."""
+    """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit.
+
+    sha256: of all that was read, and of the tokens and labels it became: a version that renders or labels otherwise
+    gives another one, and does not continue a run.
+    """
 
     conversations: list[Conversation]
     rejected: dict[str, list[str]]
@@ -65,7 +72,7 @@ def load_conversations(
     vocab_size: int | None = None,
     split: str = "train",
 ) -> LoadedConversations:
-    """Read chat rows (see rows.py for sources and forms) into conversations, in the order of the source.
+    """Read chat rows (rows.py has the sources, chats.py the forms) into conversations, in the order of the source.
 
     max_length: tokens of a row; longer ones are rejected, or cut to it. min_answer_tokens: a block's size, since fewer
     fill no block. thinking: enable_thinking for templates that know it, None for the template's default.
@@ -89,6 +96,7 @@ def load_conversations(
             faults.append((str(fault), row.name))
         else:
             kept.append(conversation)
+            digest.update(array("q", conversation.input_ids).tobytes() + bytes(conversation.loss_mask))
     rejected = grouped(faults)
     _report(source, len(kept), rejected, truncated, max_length)
     return LoadedConversations(kept, rejected, truncated, digest.hexdigest())
@@ -124,6 +132,7 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None, vocab_size: int) -> None:
         self._template = ChatTemplate(tokenizer, thinking) if tokenizer.chat_template else None
+        self._ends = self._template.ends if self._template else end_of_text(tokenizer)
         # Rows share one int object for each token: a list then takes 8 bytes a token, not 36.
         self._ids = list(range(vocab_size))
 
@@ -141,30 +150,36 @@ class _Reader:
         return Conversation(row.id, [self._ids[token] for token in ids], mask)
 
     def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span]]:
-        messages = _until_last_answer(messages_of(fields))
-        _require_answers(messages)
-        ids, spans = self._need_template().encode(messages)
-        spans = _own_ends(spans, _cut(fields, len(spans)))
-        return ids[: spans[-1].end], spans
+        whole = chat_of(fields)
+        chat = _until_last_answer(whole)
+        _require_answers(chat)
+        ids, spans = self._need_template().encode(chat)
+        spans = _own_ends(spans, _cut(fields, len(whole.answers))[: len(spans)])
+        return ids[: spans[-1].end], _trained(chat, spans)
 
     def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span]]:
         """The ids as given. The template finds answers of earlier turns, if any, in the prompt."""
         for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise BadRow(f"{name} that are no list of token ids")
+        if any(token in self._ends for token in response[:-1]):
+            raise BadRow("response_ids that go on behind an end-of-turn token")
         return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
 
     def _earlier(self, fields: Mapping[str, Any], prompt: list[int]) -> list[Span]:
-        if fields.get("messages") is None and fields.get("conversations") is None:
+        if not has_chat(fields):
             return []
-        history = _until_last_answer(messages_of(fields))[:-1]
-        if not any(message["role"] == "assistant" for message in history):
+        chat = chat_of(fields)
+        if chat.answers[-1:] and chat.answers[-1] in chat.untrained:
+            raise BadRow("response_ids of an answer with weight 0")
+        if len(chat.answers) < 2:
             return []
+        history = chat.first(chat.answers[-1])
         _require_answers(history)
         rendered, spans = self._need_template().encode_prompt(history)
         if rendered != prompt:
             raise BadRow("prompt_ids are not what the tokenizer's chat template gives")
-        return _own_ends(spans, _cut(fields, len(spans) + 1)[:-1])
+        return _trained(history, _own_ends(spans, _cut(fields, len(spans) + 1)[:-1]))
 
     def _need_template(self) -> ChatTemplate:
         if self._template is None:
@@ -172,23 +187,37 @@ class _Reader:
         return self._template
 
 
-def _until_last_answer(messages: list[Message]) -> list[Message]:
-    """Messages up to the last answer; questions after it have no answer."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise BadRow("no answer (a prompt row? `sglang-auf regenerate` writes answers)")
-    return messages[: len(roles) - roles[::-1].index("assistant")]
+def _until_last_answer(chat: Chat) -> Chat:
+    """The chat up to its last answer that is a label. What follows is no label, and changes none."""
+    trained = [index for index in chat.answers if index not in chat.untrained]
+    if not trained:
+        raise BadRow(
+            "no answer but those of weight 0"
+            if chat.answers
+            else "no answer (a prompt row? `sglang-auf regenerate` writes answers)"
+        )
+    return chat.first(trained[-1] + 1)
 
 
-def _require_answers(messages: Sequence[Message]) -> None:
-    """Raise BadRow unless every answer has text and a question before it."""
+def _require_answers(chat: Chat) -> None:
+    """Raise BadRow unless every answer says something or calls a tool, and a server would be asked for it."""
     asked = False
-    for message in messages:
+    before = ""
+    for message in chat.messages:
         asked = asked or message["role"] == "user"
-        if message["role"] == "assistant" and not asked:
-            raise BadRow("an answer before any question")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise BadRow("an empty answer")
+        if message["role"] == "assistant":
+            if not asked:
+                raise BadRow("an answer before any question")
+            if before == "assistant":
+                raise BadRow("an answer after an answer, which no server would be asked for")
+            if not message.get("tool_calls") and not any(text.strip() for text in texts(message)):
+                raise BadRow("an empty answer")
+        before = message["role"]
+
+
+def _trained(chat: Chat, spans: Sequence[Span]) -> list[Span]:
+    """The spans of answers without weight 0."""
+    return [span for index, span in zip(chat.answers, spans, strict=True) if index not in chat.untrained]
 
 
 def _cut(fields: Mapping[str, Any], answers: int) -> list[bool]:

@@ -1,13 +1,8 @@
-"""Rows of chat data in the forms that are in use, brought into one: a list of messages.
+"""Rows of chat data, read from where they are; chats.py says what a row means.
 
-Read from JSONL files, from a JSON file that is one list (as ShareGPT comes), from a folder that the `datasets` library
-understands, or from a data set of the hub ("owner/name", "owner/name@revision"). A row may hold its conversation as
-
-    {"messages": [{"role": "user", "content": ...}, ...]}            OpenAI
-    {"conversations": [{"from": "human", "value": ...}, ...]}        ShareGPT
-    {"turns": ["...", ...]}                                          user turns alone: a prompt row
-
-A row that cannot be used is never dropped in silence: it comes out as a ChatRow with a fault.
+Read from JSONL files, from a JSON file that is one list (as ShareGPT comes) or {"data": [...]}, from a folder that the
+`datasets` library understands, or from a data set of the hub ("owner/name", "owner/name@revision"). A row that cannot
+be used is never dropped in silence: it comes out as a ChatRow with a fault.
 """
 
 from __future__ import annotations
@@ -25,10 +20,6 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 Source: TypeAlias = str | Path
-Message: TypeAlias = dict[str, str]
-"""role, content, and reasoning_content where the row has it."""
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 NAMED = 10
 """Rows that a message names; the others are counted."""
 
@@ -72,19 +63,6 @@ def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str =
             yield replace(row, position=position)
 
 
-def messages_of(fields: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a row, with ShareGPT's roles translated. Raises BadRow."""
-    key = next((key for key in ("messages", "conversations", "turns") if fields.get(key) is not None), None)
-    if key is None:
-        raise BadRow("none of messages, conversations and turns")
-    parts = fields[key]
-    if not isinstance(parts, list) or not parts:
-        raise BadRow(f"{key} that are no list with entries")
-    if key == "turns":
-        return [{"role": "user", "content": _text(turn, "turns")} for turn in parts]
-    return [_message(part, key) for part in parts]
-
-
 def grouped(faults: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """(reason, row) pairs as reason -> rows."""
     groups: dict[str, list[str]] = {}
@@ -110,27 +88,6 @@ def _row(place: str, default_id: str, value: Any) -> ChatRow:
     if isinstance(found, bool) or not isinstance(found, str | int) or not _is_unicode(str(found)) or found == "":
         return ChatRow(place, "", fault="an id that is neither text nor a number")
     return ChatRow(place, str(found), value)
-
-
-def _message(part: Any, key: str) -> Message:
-    if not isinstance(part, dict):
-        raise BadRow(f"{key} that are no objects")
-    role = part.get("role") or part.get("from")
-    if not isinstance(role, str):
-        raise BadRow("a message without a role")
-    content = part.get("content") if part.get("content") is not None else part.get("value")
-    message = {"role": SHAREGPT_ROLES.get(role, role), "content": _text(content, "content")}
-    if part.get("reasoning_content") is not None:
-        message["reasoning_content"] = _text(part["reasoning_content"], "reasoning_content")
-    return message
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{what} that is no text")
-    if not _is_unicode(value):
-        raise BadRow(f"{what} with half a surrogate pair, which no tokenizer takes")
-    return value
 
 
 def _is_unicode(text: str) -> bool:
@@ -175,8 +132,14 @@ def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
     content = path.read_bytes()
     digest.update(content)
     rows = _decoded(content)
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no JSON list", "one list of rows", "name it .jsonl if it has one row on each line")
+        raise DataError(
+            f"{path} is no JSON list",
+            'one list of rows, or {"data": [rows]}',
+            "name it .jsonl if it has one row on each line",
+        )
     for number, row in enumerate(rows):
         yield number, f"{path.name}[{number}]", row
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ConfigError, ServerError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.data.rows import Message
+from sglang_auf.training.data.chats import Chat
 from sglang_auf.training.generation.settings import GenerationSettings
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ EXACT_IDS = {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": 
 """SGLang's request fields for exact token ids in the reply."""
 UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """SGLang's request fields that keep a model's generation_config.json from shaping the distribution."""
-FINISHED = ("stop", "length")
+FINISHED = ("stop", "length", "tool_calls")
 
 
 def openai_client(
@@ -93,6 +93,7 @@ class Answer:
 
     text: str
     reasoning: str | None
+    tool_calls: list[dict[str, Any]] | None
     finish_reason: str
     prompt_ids: list[int] | None
     response_ids: list[int] | None
@@ -139,11 +140,14 @@ class TargetClient:
             )
         return models[0]
 
-    async def answer(self, model: str, messages: Sequence[Message], seed: int) -> Answer:
+    async def answer(self, model: str, chat: Chat, seed: int) -> Answer:
         """Raises AnswerError, or ServerError if the server would answer no question at all."""
-        question: dict[str, Any] = {"model": model, "messages": messages, "seed": seed, **self._options}
+        question: dict[str, Any] = {"model": model, "messages": chat.messages, "seed": seed, **self._options}
+        if chat.tools:
+            question["tools"] = chat.tools
+        asked = chat.template_kwargs | self._template_fields.get("chat_template_kwargs", {})
         with self._faults():
-            return _read(await self._ask(question))
+            return _read(await self._ask(question, {"chat_template_kwargs": asked} if asked else {}))
 
     async def complete(self, model: str, ids: Sequence[int], end: int | None, seed: int) -> Answer:
         """How the model continues `ids`, without a template. Raises as `answer` does.
@@ -161,7 +165,7 @@ class TargetClient:
         if choice.finish_reason not in FINISHED:
             raise AnswerError(f"the text ended with finish_reason {choice.finish_reason!r}", server=True)
         tokens = reply.usage.completion_tokens if reply.usage else 0
-        return Answer(choice.text, None, choice.finish_reason, None, None, tokens)
+        return Answer(choice.text, None, None, choice.finish_reason, None, None, tokens)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -177,17 +181,15 @@ class TargetClient:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise AnswerError(f"{type(error).__name__}: {str(error)[:300]}{cause}", server=True) from error
 
-    async def _ask(self, question: dict[str, Any]) -> object:
+    async def _ask(self, question: dict[str, Any], template_fields: dict[str, Any]) -> object:
         """Ask with the extra fields. Once a server has refused them, they are left out."""
         extras = self._extras
         try:
-            return await self._openai.chat.completions.create(
-                **question, extra_body={**extras, **self._template_fields}
-            )
+            return await self._openai.chat.completions.create(**question, extra_body={**extras, **template_fields})
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             if not extras:
                 raise
-        reply = await self._openai.chat.completions.create(**question, extra_body=self._template_fields)
+        reply = await self._openai.chat.completions.create(**question, extra_body=template_fields)
         if self._extras:
             self._extras = {}
             logger.warning(
@@ -215,9 +217,11 @@ def _read(reply: object) -> Answer:
     extension = SglExt.of(reply)
     reasoning = (choice.message.model_extra or {}).get("reasoning_content")
     response_ids = extension.output_ids[0] if extension.output_ids else None
+    calls = choice.message.tool_calls
     return Answer(
         text=choice.message.content or "",
         reasoning=reasoning if isinstance(reasoning, str) else None,
+        tool_calls=[call.model_dump(exclude_none=True) for call in calls] if calls else None,
         finish_reason=choice.finish_reason,
         prompt_ids=extension.input_ids,
         response_ids=response_ids,

@@ -1,17 +1,19 @@
 """`sglang-auf regenerate`: the target answers the prompts that a drafter is to be trained on.
 
 A drafter learns to guess what the target says, so it is trained on text of the target. Any OpenAI-compatible server or
-router can give it. The turns of a prompt are asked in order, each with the target's own earlier replies. A row counts
-when it is on disk (output_file.py), so after a kill the same command continues where it stopped.
+router can give it. The turns of a prompt are asked in order, each with the target's own earlier replies, and with the
+row's tools and variables of the template. A row counts when it is on disk (output_file.py), so after a kill the same
+command continues where it stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sglang_auf import __version__
 from sglang_auf.errors import DataError, ServerError
-from sglang_auf.training.data.rows import BadRow, Message, grouped, messages_of, named, read_rows
+from sglang_auf.settings import enable_thinking
+from sglang_auf.training.data.chats import Chat, Message, chat_of
+from sglang_auf.training.data.rows import BadRow, grouped, named, read_rows
 from sglang_auf.training.generation.client import Answer, AnswerError, TargetClient
 from sglang_auf.training.generation.output_file import OutputFile, OutputManifest
 from sglang_auf.training.generation.settings import RegenerateSettings
@@ -33,60 +37,77 @@ MANIFESTED = {"temperature", "max_tokens", "seed", "thinking"}
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row without answers. turns: the messages that come before each answer of the target, in order."""
+    """A row without answers. turns: the messages that come before each answer of the target, in order.
+
+    chat: the row's tools and variables of the template, without messages.
+    """
 
     id: str
     turns: tuple[tuple[Message, ...], ...]
+    chat: Chat
 
     @classmethod
-    def of(cls, id: str, messages: Iterable[Message]) -> Prompt:
+    def of(cls, id: str, chat: Chat, thinking: bool | None) -> Prompt:
         """Leave answers out; every user message ends a turn. Raises BadRow."""
+        chat.require_thinking(thinking)
         turns: list[tuple[Message, ...]] = []
         said: list[Message] = []
-        for message in messages:
-            if message["role"] not in ("system", "developer", "user", "assistant"):
-                raise BadRow(f"a message of role {message['role']!r}, which cannot be asked again")
+        for message in chat.messages:
+            if message["role"] in ("tool", "function"):
+                raise BadRow(f"a message of role {message['role']!r}: its call is of another answer")
             if message["role"] == "assistant":
                 continue
-            if not message["content"].strip():
-                raise BadRow("an empty message")
-            said.append({"role": message["role"], "content": message["content"]})
+            said.append(message)
             if message["role"] == "user":
                 turns.append(tuple(said))
                 said = []
         if not turns:
             raise BadRow("no message of a user")
-        return cls(id, tuple(turns))
+        return cls(id, tuple(turns), replace(chat, messages=[], untrained=frozenset()))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """unusable: reason -> names of the rows that cannot be asked. sha256: of all rows, also those beyond the limit."""
+    """unusable: reason -> names of the rows that cannot be asked.
+
+    sha256: of all rows, also those beyond the limit, and of what is asked for them: a version that asks otherwise does
+    not continue a file.
+    """
 
     prompts: list[Prompt]
     unusable: dict[str, list[str]]
     sha256: str
 
 
-def read_prompts(inputs: Sequence[str], *, split: str = "train", limit: int | None = None) -> Prompts:
-    """The first `limit` rows of each input; unusable rows count. Raises DataError if all are unusable."""
+def read_prompts(
+    inputs: Sequence[str], *, split: str = "train", limit: int | None = None, thinking: bool | None = None
+) -> Prompts:
+    """The first `limit` rows of each input; unusable rows count. Raises DataError if all are unusable.
+
+    thinking: what the command asks for; a row that asks for the other mode is unusable.
+    """
     digest = hashlib.sha256()
     prompts: list[Prompt] = []
     faults: list[tuple[str, str]] = []
     for row in read_rows(inputs, digest, split=split):
-        if limit is not None and row.position >= limit:
-            continue  # these rows count in the digest too, so that a later run may raise the limit
+        # Rows beyond the limit count in the digest too, so that a later run may raise the limit.
+        asked = limit is None or row.position < limit
         try:
             if row.fault:
                 raise BadRow(row.fault)
-            prompts.append(Prompt.of(row.id, messages_of(row.fields)))
+            prompt = Prompt.of(row.id, chat_of(row.fields), thinking)
         except BadRow as fault:
-            faults.append((str(fault), row.name))
+            if asked:
+                faults.append((str(fault), row.name))
+        else:
+            digest.update(json.dumps([prompt.turns, prompt.chat.tools, prompt.chat.template_kwargs]).encode())
+            if asked:
+                prompts.append(prompt)
     unusable = grouped(faults)
     if not prompts:
         raise DataError(
             f"no prompt in {', '.join(inputs)} ({_listed(unusable) or 'no rows'})",
-            'rows with "turns", "messages" or "conversations"',
+            'rows with "turns", "messages", "conversations" or another form that docs/training.md lists',
         )
     return Prompts(prompts, unusable, digest.hexdigest())
 
@@ -97,7 +118,8 @@ def regenerate(settings: RegenerateSettings) -> int:
     Raises ServerError or DataError if a row has no answer in the end. The error names each such row; the answered rows
     are kept.
     """
-    prompts = read_prompts(settings.inputs, split=settings.split, limit=settings.limit)
+    thinking = enable_thinking(settings.thinking)
+    prompts = read_prompts(settings.inputs, split=settings.split, limit=settings.limit, thinking=thinking)
     with logging_redirect_tqdm():
         return asyncio.run(_regenerate(settings, prompts))
 
@@ -158,15 +180,24 @@ class _Workers:
         messages: list[Message] = []
         answers: list[Answer] = []
         for turn, said in enumerate(prompt.turns):
+            if answers and answers[-1].tool_calls:
+                raise AnswerError("the target calls a tool, and the row has no result for it", server=False)
             messages += said
-            answer = await self._client.answer(self._model, messages, seed_of(self._seed, prompt.id, turn))
+            chat = replace(prompt.chat, messages=messages)
+            answer = await self._client.answer(self._model, chat, seed_of(self._seed, prompt.id, turn))
             answers.append(answer)
             messages = [*messages, {"role": "assistant", "content": answer.text}]
             self._progress.add_tokens(answer.tokens)
         last = answers[-1]
         if last.reasoning:
             messages[-1]["reasoning_content"] = last.reasoning
+        if last.tool_calls:
+            messages[-1]["tool_calls"] = last.tool_calls
         row: dict[str, Any] = {"id": prompt.id, "messages": messages, "finish_reason": last.finish_reason}
+        if prompt.chat.tools:
+            row["tools"] = prompt.chat.tools
+        if prompt.chat.template_kwargs:
+            row["chat_template_kwargs"] = prompt.chat.template_kwargs
         if len(answers) > 1:
             row["finish_reasons"] = [answer.finish_reason for answer in answers]
         if last.prompt_ids and last.response_ids:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,8 @@ def test_answers_of_all_turns_with_their_ends_are_labels_and_nothing_else(load: 
         {"id": "a", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}]},
         {"id": "a", "conversations": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]},
         chat(QUESTION, ANSWER, {"role": "user", "content": "a question nobody answered"}),
-        chat(QUESTION, ANSWER, prompt_ids=None, response_ids=None, turns=["ignored"], category="writing"),
+        chat(QUESTION, ANSWER, prompt_ids=None, response_ids=None, turns=None, category="writing"),
+        chat(QUESTION, ANSWER, QUESTION, ANSWER | {"weight": 0}),
     ],
 )
 def test_forms_of_a_row(load: Load, row: dict[str, Any]) -> None:
@@ -98,11 +98,25 @@ def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None
     assert labels(conversation) == ["Hi.<|im_end|>", "Hi.<|im_end|>", "Bye.<|im_end|>"]
 
 
-def test_special_tokens_within_an_answer_do_not_end_it(load: Load) -> None:
-    """As gpt-oss answers in channels, whose names stand between special tokens."""
-    answer = {"role": "assistant", "content": "<|im_start|>final<|im_end|>Hi."}
-    [conversation] = load([chat(QUESTION, answer)]).conversations
-    assert labels(conversation) == ["<|im_start|>final<|im_end|>Hi.<|im_end|>"]
+def test_an_answer_of_weight_0_is_no_label(load: Load) -> None:
+    bad = {"role": "assistant", "content": "Bad.", "weight": 0}
+    rows = [
+        chat(QUESTION, bad, *TWO_TURNS, finish_reasons=["stop", "length", "stop"]),
+        chat(*TWO_TURNS, QUESTION, bad, id="b", finish_reasons=["stop", "length", "stop"]),
+        chat(QUESTION, bad, id="c"),
+    ]
+    loaded = load(rows)
+    assert [labels(conversation) for conversation in loaded.conversations] == [
+        ["Hi.", "Bye.<|im_end|>"],
+        ["Hi.<|im_end|>", "Bye."],
+    ]
+    assert "Bad." in text(loaded.conversations[0]) and "Bad." not in text(loaded.conversations[1])
+    assert loaded.rejected == {"no answer but those of weight 0": ["c (rows.jsonl:3)"]}
+
+
+def test_labels_within_the_prompt_of_trl_are_none(load: Load) -> None:
+    [conversation] = load([{"id": "a", "prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}]).conversations
+    assert labels(conversation) == ["Bye.<|im_end|>"]
 
 
 def test_generation_marks_of_a_template_agree_with_the_answers_found(load: Load) -> None:
@@ -175,6 +189,27 @@ def test_earlier_answers_within_exact_ids_are_labels_too(load: Load) -> None:
     assert text(conversation) == prompt + "Bye"
     with pytest.raises(DataError, match="prompt_ids are not what the tokenizer's chat template gives"):
         load([exact(row, "x" + prompt, "Bye")])
+    weighted = chat(QUESTION, ANSWER | {"weight": 0}, *TWO_TURNS[2:])
+    [conversation] = load([exact(weighted, prompt, "Bye")]).conversations
+    assert labels(conversation) == ["Bye"]
+
+
+def test_exact_ids_behind_an_end_of_turn_or_of_no_weight_are_refused(load: Load) -> None:
+    rows = [
+        GOOD,
+        exact({"id": "a"}, "prompt", "Hi.<|im_end|>\n<|im_start|>user"),
+        exact(chat(QUESTION, ANSWER | {"weight": 0}, id="b"), "prompt", "Hi.<|im_end|>"),
+        exact({"id": "c", "loss_mask": [1]}, "prompt", "Hi.<|im_end|>"),
+        exact({"id": "d"}, "prompt", "Hi.<|im_end|>"),
+    ]
+    for template in (toy.CHATML, None):
+        loaded = load(rows if template else rows[1:], template=template)
+        assert [conversation.id for conversation in loaded.conversations] == (["good", "d"] if template else ["d"])
+        assert [reason[:40] for reason in loaded.rejected] == [
+            "response_ids that go on behind an end-of",
+            "response_ids of an answer with weight 0",
+            "a field 'loss_mask': write a weight of 0",
+        ]
 
 
 GOOD = chat(QUESTION, ANSWER, id="good")
@@ -187,11 +222,14 @@ GOOD = chat(QUESTION, ANSWER, id="good")
         ("[1, 2]", "no JSON object", "rows.jsonl:2"),
         ({"id": ["a"], "messages": TWO_TURNS}, "an id that is neither text nor a number", "rows.jsonl:2"),
         ({"id": "good", "messages": TWO_TURNS}, "an id for the second time", "good (rows.jsonl:2)"),
-        ({"id": "a", "text": "?"}, "none of messages, conversations and turns", None),
+        ({"id": "a", "text": "?"}, "none of messages, conversations, ", None),
         ({"id": "a", "messages": "hello"}, "messages that are no list with entries", None),
         ({"id": "a", "messages": ["hello"]}, "messages that are no objects", None),
         ({"id": "a", "messages": [{"content": "?"}, ANSWER]}, "a message without a role", None),
-        (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content that is no text", None),
+        (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content with a part that is not", None),
+        (chat({"role": "user", "content": 3}, ANSWER), "content that is no text", None),
+        (chat({"role": "Narrator", "content": "?"}, ANSWER), "a message of role 'Narrator', which no server", None),
+        (chat(QUESTION, ANSWER, ANSWER), "an answer after an answer", None),
         (chat({"role": "user", "content": "\ud83d"}, ANSWER), "content with half a surrogate pair", None),
         ({"id": "a", "turns": ["What?"]}, "no answer (a prompt row?", None),
         (chat(ANSWER, QUESTION, ANSWER), "an answer before any question", None),
@@ -267,8 +305,27 @@ def test_several_files_lists_and_the_digest_of_what_was_read(tmp_path: Path) -> 
     loaded = load_conversations([lines, str(listed)], toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
     assert [conversation.id for conversation in loaded.conversations] == ["good", "a", "c"]
     assert loaded.rejected == {"an id for the second time": ["a (two.json[1])"]}
-    assert loaded.sha256 == hashlib.sha256(lines.read_bytes() + listed.read_bytes()).hexdigest()
+    assert loaded.sha256 != load_conversations([lines], toy.toy_tokenizer(), max_length=500, min_answer_tokens=1).sha256
     assert loaded.answer_tokens == sum(map(sum, (c.loss_mask for c in loaded.conversations)))
+
+
+def test_digest_changes_with_the_file_with_the_tokens_and_with_the_labels(load: Load) -> None:
+    """So a version that renders or labels otherwise does not go on with a run."""
+    row = chat(*TWO_TURNS)
+    digests = [
+        load([row]).sha256,
+        load([json.dumps(row) + " "]).sha256,
+        load([row], template=toy.TRIMMING).sha256,
+        load([row], template=toy.ENDING.replace("'<|im_start|>' -%}", "'' -%}")).sha256,
+    ]
+    assert load([row]).sha256 == digests[0]
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_file_that_holds_its_rows_as_data(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": [GOOD]}))
+    loaded = load_conversations(tmp_path / "data.json", toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert [conversation.id for conversation in loaded.conversations] == ["good"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang_auf import cli
 from sglang_auf.errors import ConfigError, DataError, ServerError
+from sglang_auf.training.data.chats import chat_of
 from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.generation import output_file
 from sglang_auf.training.generation.output_file import manifest_path
-from sglang_auf.training.generation.regenerate import regenerate
+from sglang_auf.training.generation.regenerate import read_prompts, regenerate
 from sglang_auf.training.generation.settings import RegenerateSettings
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER
 from tests.support.http_servers import serving
@@ -37,9 +38,13 @@ SOON = {"retry-after-ms": "1"}
 """The client tries a failed request again after this pause."""
 
 
+CALL = {"id": "c", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
 @dataclass
 class Server:
-    """An OpenAI-compatible server that does what the question says: ABORT, REFUSE, CUT, and BUSY the first time.
+    """An OpenAI-compatible server that does what the question says: ABORT, REFUSE, CUT, CALL, BUSY the first time.
 
     strict: it refuses unknown request fields. down: every answer is a 503. together: answers come only when this many
     questions are in flight.
@@ -77,7 +82,9 @@ class Server:
 
     def completion(self, body: dict[str, Any], question: str) -> dict[str, Any]:
         finish = "abort" if "ABORT" in question else "length" if "CUT" in question else "stop"
-        message = {"role": "assistant", "content": f"to {question}", "reasoning_content": None}
+        message: dict[str, Any] = {"role": "assistant", "content": f"to {question}", "reasoning_content": None}
+        if "CALL" in question:
+            finish, message = "tool_calls", message | {"content": None, "tool_calls": [CALL]}
         reply = {
             "id": "x",
             "object": "chat.completion",
@@ -194,6 +201,62 @@ def test_turns_are_asked_in_order_with_the_models_own_replies(serve: Serve, prom
     by_question = {request["messages"][-1]["content"]: request["messages"] for request in server.requests}
     assert by_question["b"] == rows["5"]["messages"][:-1]
     assert by_question["d"] == rows["m"]["messages"][:-1]
+
+
+def test_a_row_is_asked_with_its_system_text_its_tools_and_its_variables(serve: Serve, prompts: Prompts) -> None:
+    server = serve()
+    sharegpt = [{"from": "Human", "value": "one CALL"}, {"from": "GPT", "value": "old", "weight": 0}]
+    kwargs = {"enable_thinking": False, "effort": 1}
+    file = prompts(
+        {"id": "a", "conversations": sharegpt, "system": "s", "tools": [TOOL], "chat_template_kwargs": kwargs}
+    )
+    run = settings(server, file, thinking="off")
+    regenerate(run)
+    [request] = server.requests
+    assert request["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "one CALL"}]
+    assert request["tools"][0]["function"] == TOOL["function"] | {"description": None}
+    assert request["chat_template_kwargs"] == kwargs
+    row = rows_of(run.out)["a"]
+    assert (row["tools"], row["chat_template_kwargs"], row["finish_reason"]) == (request["tools"], kwargs, "tool_calls")
+    assert row["messages"][-1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    again = chat_of(row)
+    assert (again.tools, again.template_kwargs) == (request["tools"], kwargs)
+
+
+def test_what_the_row_and_the_command_disagree_on_is_not_asked(serve: Serve, prompts: Prompts) -> None:
+    server = serve()
+    row = {"id": "a", "turns": ["one"], "chat_template_kwargs": {"enable_thinking": True}}
+    run = settings(server, prompts(row, "two"), thinking="off")
+    with pytest.raises(DataError, match="enable_thinking True, and the command says False: a "):
+        regenerate(run)
+    assert server.asked() == {"two": 1}
+
+
+def test_a_call_in_the_middle_of_a_row_has_no_result(serve: Serve, prompts: Prompts) -> None:
+    run = settings(serve(), prompts({"id": "a", "turns": ["one CALL", "two"], "tools": [TOOL]}, "three"))
+    with pytest.raises(ServerError, match="the target calls a tool, and the row has no result for it: a"):
+        regenerate(run)
+    assert set(rows_of(run.out)) == {"p/1"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "Narrator", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "thinking": "y"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}], "functions": [1]},
+        {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]},
+        {"prompt": "q", "completion": "x"},
+    ],
+)
+def test_asking_and_training_refuse_a_row_for_the_same_reason(row: dict[str, Any], prompts: Prompts) -> None:
+    file = prompts(row)
+    with pytest.raises(DataError) as trained:
+        load_conversations(file, toy_tokenizer(), max_length=99, min_answer_tokens=1)
+    with pytest.raises(DataError) as asked:
+        read_prompts([str(file)])
+    reason = trained.value.found.partition("(")[2]
+    assert reason and reason in asked.value.found
 
 
 def test_answers_can_be_trained_on(serve: Serve, prompts: Prompts) -> None:
@@ -400,7 +463,7 @@ def test_rows_that_cannot_be_asked_are_named(serve: Serve, prompts: Prompts) -> 
     )
     with pytest.raises(DataError, match="3 rows cannot be asked") as failure:
         regenerate(run)
-    for named in ("role 'tool'.*: t \\(prompts.jsonl:2\\)", "an empty message: e ", "without a role: a "):
+    for named in ("role 'tool'.*: t \\(prompts.jsonl:2\\)", "an empty message of a user: e ", "without a role: a "):
         assert re.search(named, failure.value.found)
     assert set(rows_of(run.out)) == {"p/0", "p/4"}
     with pytest.raises(DataError, match=r"no prompt in .*prompts.jsonl"):

@@ -1,0 +1,164 @@
+"""What a row says as a chat: every form, and every field that would change it. Both commands read rows this way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_auf.training.data.chats import REFUSED, ROLES, Chat, chat_of
+from sglang_auf.training.data.rows import BadRow
+
+QUESTION = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def row(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **fields}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        row(QUESTION, ANSWER),
+        {"Conversation": [QUESTION, ANSWER]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"instruction": "q", "input": "", "output": "a", "system": "", "history": []},
+        row(QUESTION, ANSWER, tools=[], system=None, chat_template_kwargs={"enable_thinking": None}, images=[]),
+        row(QUESTION | {"tool_calls": None, "name": "Ann"}, ANSWER | {"tool_calls": [], "thinking": ""}),
+        # Fields of public dumps that nothing reads: UltraChat, tulu, Nemotron, SlimOrca, WildChat, ShareGPT, LMSYS.
+        row(QUESTION, ANSWER, prompt="q", prompt_id="x", source="tulu", license="odc", used_in_training="yes"),
+        row(QUESTION | {"weight": 0, "toxic": True}, ANSWER | {"weight": 1.0, "timestamp": 3}, weight=1, turns=2),
+        {
+            "conversations": [{"from": "human", "value": "q", "markdown": "q"}, {"from": "gpt", "value": "a"}],
+            "views": 3,
+        },
+    ],
+)
+def test_forms_of_one_conversation(fields: dict[str, Any]) -> None:
+    assert chat_of(fields) == Chat([QUESTION, ANSWER])
+
+
+def test_prompt_rows() -> None:
+    assert chat_of({"turns": ["q", "r"]}).messages == [QUESTION, {"role": "user", "content": "r"}]
+    assert chat_of({"instruction": "q", "input": "r"}).messages == [{"role": "user", "content": "q\n\nr"}]
+
+
+@pytest.mark.parametrize(
+    ("said", "role"),
+    [
+        *(("Human", "user"), ("USER", "user"), ("GPT", "assistant"), ("ChatGPT", "assistant"), ("bing", "assistant")),
+        *(("bard", "assistant"), ("model", "assistant"), ("System", "system"), ("observation", "tool")),
+        *((role, role) for role in ("system", "developer", "user", "assistant", "tool", "function")),
+    ],
+)
+def test_roles_of_dumps(said: str, role: str) -> None:
+    messages = chat_of({"conversations": [QUESTION, {"from": said, "value": "x"}]}).messages
+    assert messages[1] == {"role": role, "content": "x"}
+    assert role in ROLES.values()
+
+
+@pytest.mark.parametrize("role", ["function_call", "Assistent", "narrator", "<|im_start|>user"])
+def test_an_unknown_role_is_named(role: str) -> None:
+    with pytest.raises(BadRow, match=r"a message of role '.*', which no server knows: write one of") as fault:
+        chat_of(row(QUESTION, {"role": role, "content": "x"}))
+    assert repr(role) in str(fault.value)
+
+
+def test_fields_that_change_the_text_are_kept() -> None:
+    call = {"id": "1", "index": None, "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    answer = ANSWER | {"reasoning_content": "hm", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}
+    kwargs = {"enable_thinking": True, "reasoning_effort": "low"}
+    chat = chat_of(row(QUESTION, answer, result, ANSWER, tools=[TOOL], system="s", chat_template_kwargs=kwargs))
+    assert chat.messages == [SYSTEM, QUESTION, answer | {"tool_calls": [call]}, result, ANSWER]
+    function = TOOL["function"] | {"description": None}  # type: ignore[operator]
+    assert chat.tools == [{"type": "function", "function": function, "defer_loading": None}]
+    assert chat.template_kwargs == kwargs
+
+
+def test_a_tool_call_needs_no_content() -> None:
+    messages = chat_of(row(QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]})).messages
+    assert messages[1]["content"] == ""
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "System_Message"])
+def test_a_system_text_of_the_row_comes_first(name: str) -> None:
+    assert chat_of(row(QUESTION, ANSWER, **{name: "s"})).messages == [SYSTEM, QUESTION, ANSWER]
+    assert chat_of(row(SYSTEM, QUESTION, ANSWER, **{name: "s"})).messages == [SYSTEM, QUESTION, ANSWER]
+    with pytest.raises(BadRow, match="a system text on the row, and another one"):
+        chat_of(row({"role": "system", "content": "t"}, QUESTION, ANSWER, **{name: "s"}))
+
+
+def test_answers_of_weight_0_and_answers_within_a_prompt_are_no_labels() -> None:
+    bad = ANSWER | {"weight": 0}
+    assert chat_of(row(QUESTION, bad, QUESTION, ANSWER)).untrained == {1}
+    assert chat_of(row(QUESTION, bad, QUESTION, ANSWER, system="s")).untrained == {2}
+    chat = chat_of({"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]})
+    assert {1} <= chat.untrained and 3 not in chat.untrained
+
+
+def test_text_in_parts_stays_in_parts() -> None:
+    parts = [{"type": "text", "text": "q", "image_url": None}, {"type": "text", "text": "r"}]
+    assert chat_of(row(QUESTION | {"content": parts})).messages[0]["content"] == [
+        {"type": "text", "text": "q"},
+        {"type": "text", "text": "r"},
+    ]
+
+
+@pytest.mark.parametrize("name", sorted({name.upper() for name in REFUSED} | set(REFUSED)))
+def test_a_field_of_the_row_that_would_change_it_is_refused(name: str) -> None:
+    with pytest.raises(BadRow, match=f"a field '{name.lower()}': "):
+        chat_of(row(QUESTION, ANSWER, **{name: [0]}))
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning", "function_call", "refusal", "audio", "train", "loss", "new"])
+def test_an_unknown_field_of_a_message_is_refused(name: str) -> None:
+    with pytest.raises(BadRow, match=f"a message with the field '{name}', which has no known meaning"):
+        chat_of(row(QUESTION, ANSWER | {name: "x"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (row(QUESTION, ANSWER, turns=["q"]), "messages and turns: which one is the conversation"),
+        (row(QUESTION, prompt=[QUESTION], completion=[ANSWER]), "messages and prompt with completion: which one"),
+        ({"prompt": "q", "completion": "a"}, "a prompt that is text, which TRL puts into no chat template"),
+        ({"prompt": [QUESTION], "completion": "a"}, "a completion that is text"),
+        ({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]}, "none of messages, conversations, "),
+        ({"data": ["q", "a"]}, "none of messages, conversations, "),
+        ({"instruction": ["q"], "output": "a"}, "instruction that is no text"),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "a field 'history': write all turns"),
+        (row(QUESTION, ANSWER, tools="x"), "tools that are no list"),
+        (row(QUESTION, ANSWER, tools=[{"name": "f"}]), "tools that are not as OpenAI defines them"),
+        (
+            row(QUESTION, ANSWER, tools=[{"function": {"name": "f", "parameters": {"type": "thing"}}}]),
+            "tools with parameters that are no JSON schema",
+        ),
+        (row(QUESTION, ANSWER | {"tool_calls": [{"name": "f"}]}), "tool_calls that are not as OpenAI defines them"),
+        (row(QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}), "tool_calls without"),
+        (row(QUESTION | {"tool_calls": [CALL]}, ANSWER), "reasoning_content or tool_calls in a message of role 'user'"),
+        (row(QUESTION, ANSWER | {"weight": 0.5}), "a weight that is neither 0 nor 1"),
+        (row(QUESTION, ANSWER | {"from": "human"}), "a message with two roles: assistant, human"),
+        (row(QUESTION, ANSWER | {"value": "b"}), "a message with a content and another value"),
+        (row(QUESTION, ANSWER | {"Content": "b"}), "a message with the field 'content' twice"),
+        (row(QUESTION, ANSWER, chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs with a chat_templ"),
+        (row(QUESTION, ANSWER, chat_template_kwargs="x"), "chat_template_kwargs that are no object"),
+        (row(QUESTION, ANSWER, chat_template_kwargs={"x": "\ud83d"}), "content with half a surrogate pair"),
+        (row(QUESTION | {"content": [{"type": "image_url", "image_url": "u"}]}), "content with a part that is not"),
+        (row(QUESTION | {"content": ["q"]}), "content with a part that is not"),
+        (row(QUESTION | {"content": None}), "a message without content"),
+        (row(QUESTION | {"content": " "}), "an empty message of a user"),
+        ({"turns": [" "]}, "an empty message of a user"),
+        (row(QUESTION, ANSWER, system="s", system_prompt="t"), "two of system, system_prompt, system_message"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as fault:
+        chat_of(fields)
+    assert str(fault.value).startswith(reason)
