@@ -7,6 +7,7 @@ shape, and good files with a piece changed, which get further in.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -24,8 +25,10 @@ from server.profile import load_profile
 from sglang_auf.checkpoints.card import check_drafter, load_card
 from sglang_auf.errors import AufError
 from sglang_auf.training.data.chats import ROLES, chat_of, texts
+from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.data.rows import BadRow, read_rows
 from sglang_auf.training.recipe import RECIPES, load_recipe, parse_recipe
+from tests.support import toy_tokenizer as toy
 from tests.support.tiny_models import write_drafter, write_target
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,7 @@ CONFIG = json.loads((ROOT / "drafters" / "smollm2-135m" / "config.json").read_te
 RECIPE = load_recipe(str(RECIPES / "smollm2-135m-auf.yaml")).model_dump(mode="json")
 PROFILE = yaml.safe_load((ROOT / "server" / "profiles" / "smollm2-135m.yaml").read_text())
 STUDY = yaml.safe_load((ROOT / "benchmarks" / "studies" / "smoke.yaml").read_text())
+TOKENIZERS = [toy.toy_tokenizer(template) for template in (toy.CHATML, toy.TOOLS)]
 ROWS = [
     {"id": "a", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     {"id": 3, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -186,7 +190,7 @@ def test_study(content: Any, folder: Path) -> None:
 @FUZZED
 @given(rows=st.lists(st.one_of(map(documents, ROWS)), max_size=4), junk=st.binary(max_size=60))
 def test_rows(rows: list[Any], junk: bytes, folder: Path) -> None:
-    """Every line comes out: as a chat of texts that any tokenizer takes, or as a row with its fault."""
+    """Every line comes out: as a chat of texts that any tokenizer takes, or as a row with its fault. Chats are rendered."""
     file = folder / "rows.jsonl"
     lines = [*map(written, rows), junk.replace(b"\n", b" ")]
     file.write_bytes(b"\n".join(lines))
@@ -204,3 +208,5 @@ def test_rows(rows: list[Any], junk: bytes, folder: Path) -> None:
                 assert message["role"] in ROLES.values()
                 assert "".join(texts(message)).encode() is not None
             assert all(text.encode() is not None for text in chat.strings())
+    for tokenizer in TOKENIZERS:
+        answers(functools.partial(load_conversations, file, tokenizer, max_length=999, min_answer_tokens=1))

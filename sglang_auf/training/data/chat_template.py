@@ -10,7 +10,6 @@ would go on behind the end of its turn, or a user would open a turn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,9 +44,7 @@ class ChatTemplate:
         added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
         self._special = frozenset(special.values())
-        # The longest first: one token's text may begin with another's. Without special tokens it finds nothing.
-        words = sorted(filter(None, special), key=len, reverse=True)
-        self._special_text = re.compile("|".join(map(re.escape, words)) or "(?!)")
+        self._special_texts = sorted(filter(None, special), key=len, reverse=True)
         switches = [{"enable_thinking": mode} for mode in (True, False)] if _knows_thinking(tokenizer) else []
         mode = {} if thinking is None or not switches else {"enable_thinking": thinking}
         self._modes = [mode, *(switch for switch in switches if switch != mode)]
@@ -88,8 +85,9 @@ class ChatTemplate:
         """Raise BadRow for what would be other tokens than it says."""
         chat.require_thinking(self._thinking)
         for said in (*chat.strings(), *("".join(texts(message)) for message in chat.messages)):
-            if found := self._special_text.search(said):
-                raise BadRow(f"text that holds the special token {found[0]!r}, which a server takes for the token")
+            for token in self._special_texts:
+                if token in said:
+                    raise BadRow(f"text that holds the special token {token!r}, which a server takes for the token")
         if chat.tools and self._render(chat) == self._render(Chat(chat.messages, None, chat.template_kwargs)):
             raise BadRow("the chat template leaves out tools")
 

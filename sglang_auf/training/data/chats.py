@@ -115,10 +115,10 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     return chat
 
 
-def has_chat(fields: Mapping[str, Any]) -> bool:
-    """Whether a row holds a conversation. Raises BadRow for a field that cannot be honoured."""
+def has_messages(fields: Mapping[str, Any]) -> bool:
+    """Whether a row of token ids holds its messages too. Raises BadRow for a field that cannot be honoured."""
     row = _known_fields(fields)
-    return bool(_forms(row)) or "instruction" in row
+    return any(name in row for name in ("messages", "conversations", "conversation"))
 
 
 def texts(message: Message) -> list[str]:
@@ -214,7 +214,7 @@ def _message(part: Mapping[str, Any]) -> Message:
     message: Message = {"role": role, "content": _content(part)}
     if role == "user" and not any(text.strip() for text in texts(message)):
         raise BadRow("an empty message of a user")
-    if role != "user":  # the server does not pass a user's name on
+    if role != "user":  # the server passes on only what a user says
         message |= {name: _text(part[name], name) for name in ("name", "tool_call_id") if name in part}
     if role == "assistant":
         if "reasoning_content" in part:

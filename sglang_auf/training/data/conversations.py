@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.chat_template import ChatTemplate, Span, end_of_text
-from sglang_auf.training.data.chats import Chat, chat_of, has_chat, texts
+from sglang_auf.training.data.chats import Chat, chat_of, has_messages, texts
 from sglang_auf.training.data.rows import BadRow, ChatRow, Source, grouped, named, read_rows
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class _Reader:
         return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
 
     def _earlier(self, fields: Mapping[str, Any], prompt: list[int]) -> list[Span]:
-        if not has_chat(fields):
+        if not has_messages(fields):
             return []
         chat = chat_of(fields)
         if chat.answers[-1:] and chat.answers[-1] in chat.untrained:

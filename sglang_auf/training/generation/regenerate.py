@@ -100,7 +100,7 @@ def read_prompts(
             if asked:
                 faults.append((str(fault), row.name))
         else:
-            digest.update(json.dumps([prompt.turns, prompt.chat.tools, prompt.chat.template_kwargs]).encode())
+            digest.update(_asked(prompt))
             if asked:
                 prompts.append(prompt)
     unusable = grouped(faults)
@@ -110,6 +110,10 @@ def read_prompts(
             'rows with "turns", "messages", "conversations" or another form that docs/training.md lists',
         )
     return Prompts(prompts, unusable, digest.hexdigest())
+
+
+def _asked(prompt: Prompt) -> bytes:
+    return json.dumps([prompt.turns, prompt.chat.tools, prompt.chat.template_kwargs], default=str).encode()
 
 
 def regenerate(settings: RegenerateSettings) -> int:

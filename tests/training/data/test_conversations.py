@@ -309,8 +309,8 @@ def test_several_files_lists_and_the_digest_of_what_was_read(tmp_path: Path) -> 
     assert loaded.answer_tokens == sum(map(sum, (c.loss_mask for c in loaded.conversations)))
 
 
-def test_digest_changes_with_the_file_with_the_tokens_and_with_the_labels(load: Load) -> None:
-    """So a version that renders or labels otherwise does not go on with a run."""
+def test_digest_changes_with_the_file_and_with_the_tokens(load: Load) -> None:
+    """So a version that renders otherwise does not go on with a run."""
     row = chat(*TWO_TURNS)
     digests = [
         load([row]).sha256,
