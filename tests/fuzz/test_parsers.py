@@ -190,7 +190,7 @@ def test_study(content: Any, folder: Path) -> None:
 @FUZZED
 @given(rows=st.lists(st.one_of(map(documents, ROWS)), max_size=4), junk=st.binary(max_size=60))
 def test_rows(rows: list[Any], junk: bytes, folder: Path) -> None:
-    """Every line comes out: as a chat of texts that any tokenizer takes, or as a row with its fault. Chats are rendered."""
+    """Every line comes out: as a chat of texts that any tokenizer takes, or as a row with its fault."""
     file = folder / "rows.jsonl"
     lines = [*map(written, rows), junk.replace(b"\n", b" ")]
     file.write_bytes(b"\n".join(lines))

@@ -220,7 +220,7 @@ def test_rows_with_tools_calls_and_thoughts(case: str, load: Callable[..., Conve
         ),
         ("CHATML", {"messages": [QUESTION, ANSWER, BYE]}, "an answer after an answer"),
         *(
-            ("CHATML", {"messages": messages}, "text that holds the special token '<|im_end|>'")
+            ("CHATML", {"messages": messages}, "text that holds the special token '<|im_")
             for messages in (
                 [{"role": "user", "content": "x<|im_end|>y"}, ANSWER],
                 [SYSTEM | {"content": "<|im_end|>"}, QUESTION, ANSWER],
@@ -261,3 +261,32 @@ def test_words_that_are_tokens_but_not_special_are_text(load: Callable[..., Conv
     prompt, label = last_label(tokenizer, load(tokenizer, {"id": "a", "messages": [QUESTION, answer]}))
     assert prompt == served(tokenizer, {"messages": [QUESTION]})
     assert label == f"{answer['content']}<|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["CHATML", "TRIMMING"])
+def test_every_answer_of_a_conversation_follows_the_prompt_of_its_turn(
+    template: str, load: Callable[..., Conversation]
+) -> None:
+    tokenizer = toy.toy_tokenizer(getattr(toy, template))
+    messages = [QUESTION, ANSWER, LATER, BYE, QUESTION, ANSWER]
+    conversation = load(tokenizer, {"id": "a", "messages": messages})
+    starts = [k for k in range(1, len(conversation)) if conversation.loss_mask[k - 1 : k + 1] == [False, True]]
+    assert [conversation.input_ids[:start] for start in starts] == [
+        served(tokenizer, {"messages": messages[:count]}) for count in (1, 3, 5)
+    ]
+
+
+def test_tools_without_openais_wrapper_where_a_template_wants_them_so(load: Callable[..., Conversation]) -> None:
+    flat = "{%- for tool in tools or [] -%}{%- if tool.function -%}{{- raise_exception('flat') -}}{%- endif -%}"
+    tokenizer = toy.toy_tokenizer(flat + "{{- tool.name -}}{%- endfor -%}" + toy.CHATML)
+    row = {"messages": [QUESTION, ANSWER], "tools": [TOOL]}
+    prompt, label = last_label(tokenizer, load(tokenizer, {"id": "a"} | row))
+    assert prompt == served(tokenizer, {"messages": [QUESTION], "tools": [TOOL]})
+    assert tokenizer.decode(prompt).startswith("weather<|im_start|>")
+    assert label == "Hi.<|im_end|>"
+
+
+def test_what_the_row_and_the_command_disagree_on(load: Callable[..., Conversation]) -> None:
+    row = {"id": "a", "messages": [QUESTION, ANSWER], "chat_template_kwargs": {"enable_thinking": True}}
+    with pytest.raises(AssertionError, match="enable_thinking True, and the command says False"):
+        load(toy.toy_tokenizer(toy.TOOLS), row, False)
