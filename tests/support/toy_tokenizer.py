@@ -84,6 +84,14 @@ TOOLS = """
     {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
 {%- endif -%}"""
 
+# Like Llama 3.1's: beside a call it leaves out what the answer says.
+CALLS = """
+{%- for message in messages -%}
+{%- set call = (message.tool_calls or [none])[0] -%}
+{{- '<|im_start|>' + message.role + '\n' + (call.function.name if call else message.content) + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
 # Like Llama 4's: contents may be parts, which it writes one after the other.
 PARTS = """
 {%- for message in messages -%}

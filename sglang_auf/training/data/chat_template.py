@@ -107,8 +107,9 @@ class ChatTemplate:
         """Characters of `text` where answer `index` begins, and where what the template adds after it ends."""
         headers = [self._render(chat.first(index), mode, add_generation_prompt=True) for mode in self._modes]
         alone = self._render(chat.first(index + 1))
-        for name in ("reasoning_content", "tool_calls"):
-            if name in chat.messages[index] and alone == self._render(_without(chat.first(index + 1), name)):
+        said = [name for name in ("content", "reasoning_content", "tool_calls") if chat.messages[index].get(name)]
+        for name in said if said != ["content"] else ():  # content alone is what every template writes
+            if alone == self._render(_without(chat.first(index + 1), name)):
                 raise BadRow(f"the chat template leaves out the {name} of an answer")
         start = _longest_beginning(text, headers)
         answer = alone[_longest_beginning(alone, headers) :]
@@ -182,8 +183,8 @@ def _knows_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _without(chat: Chat, name: str) -> Chat:
-    """The chat whose last message lacks a field."""
-    last = {key: value for key, value in chat.messages[-1].items() if key != name}
+    """The chat whose last message lacks a field; its content is empty then."""
+    last = {"content": ""} | {key: value for key, value in chat.messages[-1].items() if key != name}
     return Chat([*chat.messages[:-1], last], chat.tools, chat.template_kwargs)
 
 

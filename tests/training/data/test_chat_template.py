@@ -210,6 +210,12 @@ def test_rows_with_tools_calls_and_thoughts(case: str, load: Callable[..., Conve
         ("CHATML", {"messages": [QUESTION, CALLING]}, "the chat template leaves out the tool_calls of an answer"),
         (
             "CHATML",
+            {"messages": [QUESTION, CALLING | {"content": None}]},
+            "the chat template leaves out the tool_calls of an answer",
+        ),
+        ("CALLS", {"messages": [QUESTION, CALLING]}, "the chat template leaves out the content of an answer"),
+        (
+            "CHATML",
             {"messages": [QUESTION, ANSWER | {"reasoning_content": "Hm."}]},
             "the chat template leaves out the reasoning_content of an answer",
         ),
