@@ -27,7 +27,16 @@ SEAMS = (
     Seam(f"{_IO}:msgpack_decode", "hooks.intake", ("data",)),
 )
 
-FAULTS = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError, NotImplementedError)
+FAULTS = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+    NotImplementedError,
+    re.error,  # of a stop_regex
+)
 
 
 def refuse_faults(original: Any, *args: Any, **kwargs: Any) -> Any:

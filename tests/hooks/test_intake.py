@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from array import array
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_an_integer_that_fits_no_64_bits_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), OverflowError()]
+    "error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), OverflowError(), re.error("x")]
 )
 def test_what_a_step_raises_is_the_clients_fault(error: Exception) -> None:
     def step(argument: int) -> None:
