@@ -19,12 +19,13 @@ from sglang_auf.hooks.registry import Hook
 _IO = "sglang.srt.managers.io_struct"
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 
-OPAQUE = ("mm_inputs", "positional_embed_overrides", "time_stats", "sampling_params")
-"""Fields of a tokenized request that hold objects without a fixed type; sampling_params in its custom_params alone."""
+OPAQUE = ("mm_inputs", "positional_embed_overrides", "time_stats")
+"""Fields of a tokenized request that hold objects without a fixed type."""
 
 SEAMS = (
     Seam(f"{_IO}:msgpack_encode", "hooks.intake", ("obj",)),
     Seam(f"{_IO}:msgpack_decode", "hooks.intake", ("data",)),
+    Seam("sglang.srt.managers.embed_types:PositionalEmbeds", "hooks.intake"),
 )
 
 FAULTS = (
@@ -60,7 +61,10 @@ def _refusal(error: BaseException) -> ValueError:
 
 
 def check_types(tokenized: Any, *_: Any, **__: Any) -> None:
-    """After `TokenizerManager._create_tokenized_object`: the scheduler's types, by SGLang's own encoder and decoder."""
+    """After `TokenizerManager._create_tokenized_object`: the scheduler's types, by SGLang's own encoder and decoder.
+
+    Raises ValueError, which names the field where msgspec does.
+    """
     import msgspec
     from sglang.srt.managers.embed_types import PositionalEmbeds
     from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
@@ -68,11 +72,10 @@ def check_types(tokenized: Any, *_: Any, **__: Any) -> None:
     overrides = tokenized.positional_embed_overrides
     if overrides is not None and not isinstance(overrides, PositionalEmbeds):
         raise ValueError(f"positional_embed_overrides must be a PositionalEmbeds, got a {type(overrides).__name__}.")
-    plain = dict.fromkeys(OPAQUE) | {
-        "sampling_params": msgspec.structs.replace(tokenized.sampling_params, custom_params=None)
-    }
+    settings = msgspec.structs.replace(tokenized.sampling_params, custom_params=None)  # may hold anything
+    plain = msgspec.structs.replace(tokenized, **dict.fromkeys(OPAQUE), sampling_params=settings)
     try:
-        msgpack_decode(msgpack_encode(msgspec.structs.replace(tokenized, **plain)))
+        msgpack_decode(msgpack_encode(plain))
     except (msgspec.MsgspecError, *FAULTS) as error:
         raise ValueError(f"A field of the request has a wrong type ({_with_names(str(error), tokenized)}).") from error
 

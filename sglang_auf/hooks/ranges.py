@@ -2,7 +2,9 @@
 
 SGLang looks at few of them (`TokenizerManager._validate_one_request`: at lengths, never at ids). A scheduler that fails
 on one request ends, and every client of the server loses its answer. The checks hold with and without a drafter, on
-every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a ValueError).
+every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a ValueError). Two fields
+are no numbers and are looked at here all the same, because a request with them ends the engine too: embeddings, and
+labels for metrics.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalt
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
 
-SEAMS = tuple(
-    Seam(f"{_REQUEST}.{name}", "hooks.ranges")
-    for name in ("sampling_params", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "input_embeds")
+_FIELDS = (
+    *("sampling_params", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
+    *("input_embeds", "custom_labels"),
+)
+SEAMS = (
+    *(Seam(f"{_REQUEST}.{name}", "hooks.ranges") for name in _FIELDS),
+    Seam("sglang.srt.runtime_context:get_observability", "hooks.ranges", ()),
 )
 
 

@@ -8,6 +8,7 @@ from array import array
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -59,6 +60,12 @@ def test_the_schedulers_types_pass_and_nothing_changes() -> None:
 def test_another_type_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         check_types(tokenized(**changes))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Callers of SGLang's Engine pass them."""
+    settings = SamplingParams(max_new_tokens=np.int64(4), temperature=np.float32(0.5))
+    check_types(tokenized(top_logprobs_num=np.int64(2), sampling_params=settings))
 
 
 def test_an_integer_that_fits_no_64_bits_is_refused() -> None:

@@ -15,39 +15,8 @@ import pytest
 
 from sglang_auf.checkpoints.weights import expected_weights
 from tests.support import simulated_h100
+from tests.support.qwen3_8b import DRAFTER, TARGET
 
-# Qwen/Qwen3-8B and z-lab/Qwen3-8B-DFlash-b16, as their config.json say.
-TARGET = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
-DRAFTER = TARGET | {
-    "architectures": ["DFlashDraftModel"],
-    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-    "block_size": 16,
-    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
-    "num_hidden_layers": 5,
-    "num_target_layers": 36,
-    "layer_types": ["full_attention"] * 5,
-    "dtype": "bfloat16",
-}
 CASES: dict[str, list[str]] = {
     "as shipped": [],
     "plain": ["plain"],

@@ -21,7 +21,7 @@ from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.plan.memory import Sizes, _activations, plan, target_numbers
 from sglang_auf.training.recipe import load_recipe
-from tests.support.tiny_models import write_qwen3_8b
+from tests.support import qwen3_8b
 from tests.support.training_runs import tiny_recipe, write_models
 
 
@@ -178,6 +178,6 @@ def test_labels_of_the_target_need_all_its_layers(tmp_path: Path) -> None:
     ],
 )
 def test_the_recipes_of_qwen3_8b_fit_an_h100(tmp_path: Path, name: str, changes: list[str], peak: float) -> None:
-    recipe, target = load_recipe(name, changes), write_qwen3_8b(tmp_path)
+    recipe, target = load_recipe(name, changes), qwen3_8b.write_target(tmp_path)
     found = plan(recipe, shape_of(recipe.drafter, target), target)
     assert found.peak / 1e9 == pytest.approx(peak, abs=0.05)

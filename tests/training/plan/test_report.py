@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from sglang_auf.cli import main
-from tests.support.tiny_models import write_qwen3_8b
+from tests.support import qwen3_8b
 
 
 def test_the_command_needs_a_config_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "qwen3-8b-dflash-auf", "--set", f"target={write_qwen3_8b(tmp_path)}"]
+    command = ["plan", "qwen3-8b-dflash-auf", "--set", f"target={qwen3_8b.write_target(tmp_path)}"]
     assert main(command) == 0
     alone = capsys.readouterr().out.splitlines()
     assert any(line.startswith("peak") and line.endswith("50.67 GB") for line in alone)

@@ -14,7 +14,7 @@ from sglang_auf.training.initial_weights import initial_drafter, shape_of
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.plan.work import work
 from sglang_auf.training.recipe import load_recipe
-from tests.support.tiny_models import write_qwen3_8b
+from tests.support import qwen3_8b
 from tests.support.training_runs import tiny_recipe, write_models
 
 
@@ -44,7 +44,7 @@ def test_products_are_those_of_a_real_step(tmp_path: Path, recompute: bool) -> N
 
 def test_what_is_left_out(tmp_path: Path) -> None:
     recipe = load_recipe("qwen3-8b-dflash-auf")
-    target = write_qwen3_8b(tmp_path)
+    target = qwen3_8b.write_target(tmp_path)
     config = shape_of(recipe.drafter, target)
     stops = work(recipe, config, target)
     everything = work(load_recipe("qwen3-8b-dflash-auf", ["objective.name=decay"]), config, target)
