@@ -63,6 +63,10 @@ def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
     input_ids: the prompt's tokens, None where it is given as embeddings.
     """
     vocabulary = manager.model_config.vocab_size
+    if input_ids is not None and not len(input_ids):
+        # SGLang refuses one empty text, not one of a list. Its row does not exist: alone it ends the scheduler, beside
+        # others it is answered from another request's row (layers/logits_processor.py, _get_pruned_states).
+        raise ValueError("The prompt is empty: at least one token is needed.")
     _ids("input_ids", input_ids or (), vocabulary)
     settings = request.sampling_params
     if not isinstance(settings, dict):

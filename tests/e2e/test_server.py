@@ -231,11 +231,14 @@ FATAL: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "stop_token_ids": [2**70]}}),
     ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "top_k": 2**40}}),
     ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 2**40}}),
+    ("/generate", {"input_ids": [[]], "sampling_params": {"max_new_tokens": 4}}),
+    ("/v1/completions", {"prompt": [""], "max_tokens": 4}),
+    ("/v1/completions", {"prompt": ["Hi", ""], "max_tokens": 4}),
 ]
 
 
 @pytest.mark.parametrize(("path", "body"), FATAL, ids=[str(number) for number in range(len(FATAL))])
-def test_a_number_out_of_range_is_the_clients_fault_and_ends_nothing(
+def test_what_no_engine_can_compute_is_the_clients_fault_and_ends_nothing(
     server: Server, path: str, body: dict[str, Any]
 ) -> None:
     """Each of these ended the engine, or would have."""

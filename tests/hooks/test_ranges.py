@@ -75,6 +75,7 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, settings: dict[str
     [
         ("input_ids", {"ids": [1, VOCABULARY]}),
         ("input_ids", {"ids": [-1]}),
+        ("prompt is empty", {"ids": []}),
         ("top_logprobs_num", {"top_logprobs_num": VOCABULARY + 1}),
         ("top_logprobs_num", {"top_logprobs_num": -1}),
         ("logprob_start_len", {"ids": [1, 2], "logprob_start_len": 3}),
