@@ -1,7 +1,7 @@
 # make demo   install, prepare the target, and compare the accelerated server with plain decoding
 # make train-demo  answers, training with AUF, export, serving: tau before and after, in minutes
 # make study-smoke  two training arms, two seeds, toy size: trained, served, compared, reported, in minutes
-# make test   every test, end-to-end ones included
+# make test   every test, end-to-end ones included, in WORKERS (2) processes
 # make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
 # make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
 # make soak   mixed load on a server for MINUTES (30), checked against plain decoding; nothing wrong, nothing leaked
@@ -16,6 +16,7 @@ VENV ?= .venv
 PROFILE ?= smollm2-135m
 MINUTES ?= 30
 INPUTS ?= 25000
+WORKERS ?= 2
 PINS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(PINS)
 # One environment may serve several checkouts in turn: the package is linked anew when the checkout is another one.
@@ -51,7 +52,7 @@ study-smoke: env
 
 test: env
 	$(BIN)/sglang-auf prepare smollm2-135m
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 serve: env
 	$(BIN)/python -m server --profile $(PROFILE) $(ARGS)

@@ -15,12 +15,22 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker and its engines compute with one thread: several processes whose threads wait for each other actively
+    # take many times as long. Set here, before anything imports torch.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # A busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 START_SECONDS = 300
 """Importing SGLang takes 10 s on two free cores; a busy machine may need many times that."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of engines first: they are the longest, and what is short fills the workers up at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
 @pytest.fixture(scope="module")

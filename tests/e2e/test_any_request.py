@@ -1,8 +1,8 @@
 """Requests of any shape: none ends the engine, none is answered with a server error, none disturbs another client.
 
-How many requests each test makes: AUF_FUZZ, others each time; by default the same 200 each time. Most are good requests with one to three fields changed to
-values at the borders of their ranges and far outside, because those get further than random ones. Beside them a client
-asks good requests all the time, whose answers must stay the same.
+How many requests each test makes: AUF_FUZZ, others each time; by default the same 200. Most are good requests with one
+to three fields changed to values at the borders of their ranges and far outside, because those get further than random
+ones. Beside them a client asks good requests all the time, whose answers must stay the same.
 """
 
 from __future__ import annotations
