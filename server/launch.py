@@ -18,7 +18,7 @@ from server.routes import auf_router
 from server.unreadable import add_replies
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
-from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, TREE, TREE_NODES
 from sglang_auf.errors import ServerError
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else profile.target
     served = check_models(profile, target, plain)
     drafter = served.speculation.checked.path if served.speculation else None
-    if profile.adaptive_block and not plain:
-        ADAPTIVE_BLOCK.set(True)  # read by the scheduler, a child of this process
+    if not profile.tree:
+        TREE.set(False)  # read by the scheduler, a child of this process
+    if profile.tree_nodes is not None:
+        os.environ[TREE_NODES] = str(profile.tree_nodes)
     if not profile.draft_vocabulary:
         DRAFT_VOCABULARY.set(False)
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))

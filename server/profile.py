@@ -23,7 +23,9 @@ class Profile(Settings):
     drafter: directory or hub id; None only for a server that is always plain.
     drafter_notice: warning that is logged as long as the profile's own drafter is used.
     block_size: B; None takes the drafter's.
-    adaptive_block: draft fewer slots where the load makes them expensive (speculative/adaptive_block.py; CPU only).
+    tree: verify a tree of drafts, as large as the load makes worthwhile (speculative/tree.py); else a chain of the
+        whole block. A GPU verifies a chain either way.
+    tree_nodes: nodes of each request's tree at any load; None lets the load decide.
     draft_vocabulary: draft only tokens that the drafter lists, if it has a list (checkpoints/draft_vocabulary.py).
     thinking: the chat template's mode; None where the template has none.
     management: open SGLang's routes that change weights, write files and pause the engine (middleware.Guard).
@@ -37,7 +39,8 @@ class Profile(Settings):
     drafter_revision: str | None = None
     drafter_notice: str | None = None
     block_size: int | None = Field(default=None, ge=2)
-    adaptive_block: bool = False
+    tree: bool = True
+    tree_nodes: int | None = Field(default=None, ge=1)
     draft_vocabulary: bool = True
     device: Literal["cpu", "cuda"]
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"

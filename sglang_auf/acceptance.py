@@ -9,9 +9,8 @@ All figures follow from counts:
     tau               emitted / verify_steps                      (headline)
     tau_verify        1 + accepted / verify_steps                 (what verification accepted, before any cut)
     alpha_k           P(A >= k | A >= k-1), k = 1..B-1            (Spec-AUF, arXiv 2607.01893, section on alpha_k)
-    proposed          drafted tokens: B-1 per verify step. Fewer where the block followed the load
-                      (adaptive_block.py); then alpha_k is unknown, since the histogram does not say which steps
-                      drafted a k-th token
+    proposed          drafted tokens that were verified: B-1 per verify step of a chain, the nodes of a tree
+                      (speculative/tree.py). A tree may have no node at depth k; such a step does not reach k
 
 Pure arithmetic on integers: neither torch nor SGLang is imported here.
 """
@@ -30,32 +29,31 @@ class Acceptance:
     histogram: tuple[int, ...] = ()
     emitted: int = 0
     requests: int = 0
-    unasked: int = 0
-    """Drafts left out by blocks shorter than B; `proposed` counts the others."""
+    proposed: int = 0
 
     def __post_init__(self) -> None:
-        if any(count < 0 for count in (*self.histogram, self.emitted, self.requests, self.unasked, self.rejected)):
+        if any(count < 0 for count in (*self.histogram, self.emitted, self.requests, self.rejected)):
             raise ValueError(f"counts must not be negative: {self}")
 
     @classmethod
     def of_request(cls, histogram: Sequence[int], completion_tokens: int, proposed: int | None = None) -> Acceptance:
         """One finished request. `histogram[a]` counts steps with a accepted drafts, a = 0..B-1; its length is B.
 
-        proposed: drafted tokens, where some blocks were shorter than B. A request without a verify step (one token, or
+        proposed: drafted tokens, where that is not B-1 per step. A request without a verify step (one token, or
         no speculation) has no tau and gives the empty sum.
         """
         if sum(histogram) == 0:
             return cls()
-        most = sum(histogram) * (len(histogram) - 1)
-        unasked = 0 if proposed is None else most - proposed
-        return cls(tuple(histogram), max(completion_tokens - 1, 0), 1, unasked)
+        if proposed is None:
+            proposed = sum(histogram) * (len(histogram) - 1)
+        return cls(tuple(histogram), max(completion_tokens - 1, 0), 1, proposed)
 
     @classmethod
     def from_meta_info(cls, meta_info: Mapping[str, Any]) -> Acceptance:
         """One request from SGLang's `meta_info` (tokenizer_manager.py, `spec_correct_drafts_histogram`).
 
         SGLang's histogram ends at the longest acceptance seen. Here it is padded to the block size, which SGLang gives
-        as proposed drafts per verify step. Shorter blocks are in `spec_cap_lens_histogram`.
+        as proposed drafts per verify step. How many rows a tree's steps had is in `spec_cap_lens_histogram`.
         """
         steps = int(meta_info.get("spec_verify_ct") or 0)
         if steps == 0:
@@ -63,9 +61,9 @@ class Acceptance:
         histogram = [int(count) for count in meta_info["spec_correct_drafts_histogram"]]
         block = int(meta_info["spec_num_proposed_drafts"]) // steps + 1
         histogram += [0] * (block - len(histogram))
-        shorter = enumerate(meta_info.get("spec_cap_lens_histogram") or ())
-        unasked = sum((block - length) * int(count) for length, count in shorter)
-        return cls.of_request(histogram, int(meta_info["completion_tokens"]), steps * (block - 1) - unasked)
+        of_trees = meta_info.get("spec_cap_lens_histogram")
+        proposed = sum((rows - 1) * int(count) for rows, count in enumerate(of_trees)) if of_trees else None
+        return cls.of_request(histogram, int(meta_info["completion_tokens"]), proposed)
 
     def __add__(self, other: Acceptance) -> Acceptance:
         """Sum of requests that share a block size: with different ones, `proposed` and `alpha` would mean nothing."""
@@ -79,7 +77,7 @@ class Acceptance:
             histogram,
             self.emitted + other.emitted,
             self.requests + other.requests,
-            self.unasked + other.unasked,
+            self.proposed + other.proposed,
         )
 
     @property
@@ -97,10 +95,6 @@ class Acceptance:
         return sum(a * count for a, count in enumerate(self.histogram))
 
     @property
-    def proposed(self) -> int:
-        return self.verify_steps * (self.block_size - 1) - self.unasked if self.histogram else 0
-
-    @property
     def rejected(self) -> int:
         return self.proposed - self.accepted
 
@@ -116,9 +110,7 @@ class Acceptance:
 
     @property
     def alpha(self) -> tuple[float | None, ...]:
-        """alpha_1 .. alpha_{B-1}; alpha_k is None where no step reached k-1, or where any block was shorter than B."""
-        if self.unasked:
-            return (None,) * (self.block_size - 1)
+        """alpha_1 .. alpha_{B-1}; alpha_k is None where no step reached k-1."""
         return alpha_from_survival(reached_at_least(self.histogram))
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,9 +155,9 @@ def macro_tau(requests: Iterable[Acceptance]) -> float | None:
 def mean_survival(requests: Iterable[Acceptance]) -> list[float]:
     """P(A >= k) for k = 0..: histograms are normalised per request, then averaged.
 
-    Requests without a verify step or with a block shorter than B are left out; [] where none is left.
+    Requests without a verify step are left out; [] where none is left.
     """
-    known = [request for request in requests if request.verify_steps and not request.unasked]
+    known = [request for request in requests if request.verify_steps]
     survival = [0.0] * max((request.block_size for request in known), default=0)
     for request in known:
         for k, count in enumerate(reached_at_least(request.histogram)):

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_auf.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Switch:
@@ -22,14 +24,21 @@ class Switch:
     def is_on(self) -> bool:
         return {"1": True, "0": False}.get(os.environ.get(self.name, ""), self.default)
 
+    def is_asked_for(self) -> bool:
+        """Whether it was switched on, not only left at its default."""
+        return os.environ.get(self.name) == "1"
+
     def set(self, on: bool) -> None:
         """For this process and those that it starts."""
         os.environ[self.name] = "1" if on else "0"
 
 
-ADAPTIVE_BLOCK = Switch("SGLANG_AUF_ADAPTIVE_BLOCK", False, "draft as many slots as the load makes worthwhile (CPU)")
+TREE = Switch("SGLANG_AUF_TREE", True, "verify a tree of drafts, as large as the load makes worthwhile (CPU)")
 DRAFT_VOCABULARY = Switch("SGLANG_AUF_DRAFT_VOCABULARY", True, "draft only tokens of the drafter's list, if it has one")
 ROW_INVARIANT = Switch("SGLANG_AUF_ROW_INVARIANT", True, "products give a row the same bits in any batch (CPU)")
+
+TREE_NODES = "SGLANG_AUF_TREE_NODES"
+"""Nodes of each request's tree, whatever the load. Default: as many as the load makes worthwhile."""
 
 API_KEY = "SGLANG_AUF_API_KEY"
 """The server's API key, for `python -m server`, where `ps` does not show it. Default: no key."""
@@ -39,6 +48,14 @@ HOME = "SGLANG_AUF_HOME"
 
 CLIENT_API_KEY = "OPENAI_API_KEY"
 """The key that benchmarks, `sglang-auf prompts` and `regenerate` send to a server. Default: a placeholder."""
+
+
+def tree_nodes() -> int | None:
+    """Raises ConfigError for what is no positive number."""
+    given = os.environ.get(TREE_NODES)
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise ConfigError(f"{TREE_NODES}={given}", "a number of drafted tokens, 1 or more", f"correct or unset {TREE_NODES}")
+    return int(given) if given else None
 
 
 def home() -> Path:

@@ -36,7 +36,9 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan one forward, for all layers."""
-        self.tasks = AttentionTasks.of(self._spans(forward_batch), self.req_to_token_pool.req_to_token)
+        forest = getattr(forward_batch.spec_info, "forest", None)
+        own = None if forest is None else forest.own_slots(forward_batch.out_cache_loc)
+        self.tasks = AttentionTasks.of(self._spans(forward_batch), self.req_to_token_pool.req_to_token, own)
 
     def _spans(self, forward_batch: ForwardBatch) -> Iterable[QuerySpan]:
         mode = forward_batch.forward_mode
@@ -44,7 +46,13 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             return
         pool_rows = forward_batch.req_pool_indices.tolist()
         totals = forward_batch.seq_lens.tolist()
-        if mode.is_target_verify():
+        if mode.is_target_verify() and hasattr(forward_batch.spec_info, "forest"):
+            start = 0
+            # The anchor is in the table already, behind the prefix; all nodes of its request see it.
+            for row, prefix, rows in zip(pool_rows, totals, forward_batch.spec_info.forest.rows, strict=True):
+                yield row, start, rows, prefix + 1
+                start += rows
+        elif mode.is_target_verify():
             block = forward_batch.spec_info.draft_token_num
             for i, (row, prefix) in enumerate(zip(pool_rows, totals, strict=True)):
                 yield row, i * block, block, prefix + block

@@ -548,7 +548,7 @@ def _finish(sums, totals, rows, per_key, head, head_dim, out, width):  # type: i
 
 
 # Of an attention task.
-_FIELDS = 5
+_FIELDS = 6
 
 
 @Kernel
@@ -556,7 +556,7 @@ def _attend(args):  # type: ignore[no-untyped-def]
     q, q_stride, out, pool, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
     table, key_heads, per_key, head_dim = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
     scale, whole_block, longest, most = _as_f32(_i64(args, 14)), _i64(args, 15), _i64(args, 16), _i64(args, 17)
-    at_once, scratch, scratch_size = _i64(args, 18), _i64(args, 19), _i64(args, 20)
+    at_once, scratch, scratch_size, tail_width = _i64(args, 18), _i64(args, 19), _i64(args, 20), _i64(args, 21)
     copies = scratch + 4 * scratch_size * _take(args, _THREAD, 1)
     queries = copies + 4 * at_once * head_dim
     sums = queries + 4 * most * head_dim
@@ -568,63 +568,106 @@ def _attend(args):  # type: ignore[no-untyped-def]
     while unit < tasks:
         task, head = table + 8 * _FIELDS * (unit // key_heads), unit % key_heads
         slots, first, tokens, seen, keys = _i64(task, 0), _i64(task, 1), _i64(task, 2), _i64(task, 3), _i64(task, 4)
+        tails = _i64(task, 5)  # 0: none
         rows, more = tokens * per_key, 1  # more: how many more keys a token sees than the one before it
         if whole_block != 0:
             seen, more = keys, 0
         keys = seen + more * (tokens - 1)  # what the last one sees
+        if tails != 0:
+            more, keys = 0, seen
+            for token in range(tokens):
+                keys = max(keys, seen + _i32(tails, token * tail_width))
         _begin(q + 2 * first * q_stride, q_stride, rows, per_key, head, head_dim, scale, queries, sums)
         source = pool + 2 * head * head_dim
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
-            _gather(args, source, limit, slots + 4 * start, count, slot_width, head_dim, copies)
-            for row in range(rows):
-                visible = max(0, min(count, seen + more * (row // per_key) - start))
-                _dots(queries + 4 * row * head_dim, copies, scores + 4 * (row * longest + start), visible, head_dim)
+            shared = count if tails == 0 else max(0, min(count, seen - start))
+            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies)
+            for token in range(tokens):
+                tail = tails + 4 * token * tail_width
+                sees = seen + (more * token if tails == 0 else _i32(tail, 0))
+                visible = max(0, min(count, sees - start))
+                if visible > shared:  # where a token's own keys begin, after those that all of its request see
+                    own = tail + 4 * (1 + start + shared - seen)
+                    place = copies + 4 * shared * head_dim
+                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place)
+                for row in range(token * per_key, (token + 1) * per_key):
+                    _dots(queries + 4 * row * head_dim, copies, scores + 4 * (row * longest + start), visible, head_dim)
         for row in range(rows):
-            _set_f32(totals, row, _softmax(scores + 4 * row * longest, seen + more * (row // per_key)))
+            token = row // per_key
+            sees = seen + (more * token if tails == 0 else _i32(tails, token * tail_width))
+            _set_f32(totals, row, _softmax(scores + 4 * row * longest, sees))
         source = pool + 2 * (key_heads + head) * head_dim
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
-            _gather(args, source, limit, slots + 4 * start, count, slot_width, head_dim, copies)
-            for row in range(rows):
-                visible = max(0, min(count, seen + more * (row // per_key) - start))
-                _weigh(scores + 4 * (row * longest + start), copies, sums + 4 * row * head_dim, visible, head_dim)
+            shared = count if tails == 0 else max(0, min(count, seen - start))
+            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies)
+            for token in range(tokens):
+                tail = tails + 4 * token * tail_width
+                sees = seen + (more * token if tails == 0 else _i32(tail, 0))
+                visible = max(0, min(count, sees - start))
+                if visible > shared:  # where a token's own keys begin, after those that all of its request see
+                    own = tail + 4 * (1 + start + shared - seen)
+                    place = copies + 4 * shared * head_dim
+                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place)
+                for row in range(token * per_key, (token + 1) * per_key):
+                    _weigh(scores + 4 * (row * longest + start), copies, sums + 4 * row * head_dim, visible, head_dim)
         _finish(sums, totals, rows, per_key, head, head_dim, out + 2 * first * width, width)
         unit = _take(args, _NEXT, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTasks:
-    """A planned forward: rows of [address of slots, first query, queries, keys that the first query sees, keys]."""
+    """A planned forward: rows of [address of slots, first query, queries, keys that the first query sees, keys, tails].
+
+    tails: the address of the first query's row of `own`, or 0.
+    """
 
     table: np.ndarray[Any, Any]
     slots: torch.Tensor  # the addresses lead into it
+    own: torch.Tensor  # and into it
     tokens: int  # of the whole batch
     queries: int  # of the largest task
     longest: int  # keys of the longest request
     keys: int  # keys read, over all tasks
 
     @classmethod
-    def of(cls, spans: Iterable[tuple[int, int, int, int]], slots: torch.Tensor) -> AttentionTasks:
+    def of(
+        cls, spans: Iterable[tuple[int, int, int, int]], slots: torch.Tensor, own: torch.Tensor | None = None
+    ) -> AttentionTasks:
         """spans: for each request (row of slots, first query, queries, keys); its queries are at its last keys.
 
         slots: int32 [rows, longest context], the pool slot of each key, read when `attend` runs. Raises ValueError for
         a span outside it.
+
+        own: for trees, int32 [tokens, 1 + most]: of each query the number of keys of its own (its ancestors and
+        itself), and their slots in order. It sees them after the keys of its request, which all its queries share.
         """
         _require(slots.dtype == torch.int32 and slots.dim() == 2 and slots.stride(1) == 1, "an int32 table of slots")
+        is_tree = own is not None
+        own = torch.zeros(0, 1, dtype=torch.int32) if own is None else own
+        _require(own.dtype == torch.int32 and own.dim() == 2 and own.is_contiguous(), "an int32 table of own keys")
+        deepest = own.shape[1] - 1
         base, step = slots.data_ptr(), 4 * slots.stride(0)
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, int, int]] = []
         tokens = 0
         for row, first, queries, keys in spans:
-            if not (0 <= row < slots.shape[0] and 0 <= queries <= keys <= slots.shape[1] and first == tokens):
+            fits = keys > 0 if is_tree else queries <= keys
+            if not (0 <= row < slots.shape[0] and queries >= 0 and fits and keys <= slots.shape[1] and first == tokens):
                 raise ValueError(f"row {row}, queries {first} + {queries}, {keys} keys, table {tuple(slots.shape)}")
             tokens += queries
             for done in range(0, queries, QUERIES_AT_ONCE):
                 some = min(QUERIES_AT_ONCE, queries - done)
-                rows.append((base + step * row, first + done, some, keys - queries + done + 1, keys))
+                seen = keys if is_tree else keys - queries + done + 1
+                tails = own.data_ptr() + 4 * own.shape[1] * (first + done) if is_tree else 0
+                rows.append((base + step * row, first + done, some, seen, keys + deepest, tails))
+        if is_tree:
+            counts = own[:, 0]
+            _require(len(own) == tokens and bool(((counts >= 0) & (counts <= deepest)).all()), "own keys of each query")
         return cls(
             np.array(rows, dtype=np.int64).reshape(-1, _FIELDS),
             slots,
+            own,
             tokens,
             max((row[2] for row in rows), default=0),
             max((row[4] for row in rows), default=0),
@@ -685,11 +728,69 @@ def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: fl
         KEYS_AT_ONCE,
         _SCRATCH.address(threads * size),
         size,
+        tasks.own.shape[1],
     )
     return out
 
 
-KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend)
+# --- the likeliest tokens ---
+
+# Columns whose largest value is looked at before the columns themselves.
+_STRETCH = 64
+
+
+@Kernel
+def _largest(args):  # type: ignore[no-untyped-def]
+    x, stride, columns, count = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    values, places = _i64(args, 9), _i64(args, 10)
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            source, value, place = x + 2 * row * stride, values + 4 * row * count, places + 8 * row * count
+            for i in range(count):
+                _set_f32(value, i, np.float32(-np.inf))
+                _set_i64(place, i, 0)
+            for start in range(0, columns, _STRETCH):
+                end = min(start + _STRETCH, columns)
+                most = _bf16(source, start)
+                for column in range(start + 1, end):
+                    most = max(most, _bf16(source, column))
+                if most <= _f32(value, count - 1):
+                    continue
+                for column in range(start, end):
+                    found = _bf16(source, column)
+                    if found <= _f32(value, count - 1):
+                        continue
+                    i = count - 1
+                    while i > 0 and _f32(value, i - 1) < found:
+                        _set_f32(value, i, _f32(value, i - 1))
+                        _set_i64(place, i, _i64(place, i - 1))
+                        i -= 1
+                    _set_f32(value, i, found)
+                    _set_i64(place, i, column)
+            most, total = _f32(value, 0), _ZERO
+            for column in range(columns):
+                total += _exp(_bf16(source, column) - most)
+            shift = most + np.log(total)
+            for i in range(count):
+                _set_f32(value, i, _f32(value, i) - shift)
+        first = _take(args, _NEXT, grain)
+
+
+def largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of each row of bf16 logits x [rows, columns], descending; of equal ones the first column's.
+
+    Returns their log-probabilities among all columns, float32 [rows, count], and their columns, int64 [rows, count].
+    """
+    rows, columns = x.shape
+    _require(0 < count <= columns, f"{count} of {columns} columns")
+    values, places = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
+    _rows(_largest, rows, x.numel(), x.data_ptr(), _row_stride(x), columns, count, values.data_ptr(), places.data_ptr())
+    return values, places
+
+
+KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest)
 
 
 def prepare() -> None:

@@ -11,6 +11,9 @@ for oneDNN once ("prepacked"), which saves about a third of a decode step.
 from __future__ import annotations
 
 import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -197,6 +200,51 @@ def install(model: torch.nn.Module) -> int:
             module.forward = partial(RowInvariantLinear(module.weight.data).apply, module)
             installed += 1
     return installed
+
+
+# Weights that are timed: enough to lie in memory and not in a cache, and few enough for a large model's start.
+TIMED_BYTES = 384 * 2**20
+TIMED_PASSES = 3
+
+
+def product_seconds(model: torch.nn.Module) -> Callable[[int], float]:
+    """rows -> seconds that the products of a model with that many rows take, as measured here and now.
+
+    A staircase, because rows are padded. With many rows of weights only some are timed, and the time is scaled.
+    """
+    products = [
+        product
+        for module in model.modules()
+        if isinstance(product := getattr(module, "quant_method", None) or _replaced(module), RowInvariantLinear)
+    ]
+    whole = sum(product.weight.nbytes for product in products)
+    timed, size = [], 0
+    for product in products:
+        if size < TIMED_BYTES:
+            timed.append(product)
+            size += product.weight.nbytes
+    seconds: list[float] = []
+    for count in ROW_COUNTS:
+        best = float("inf")
+        for _ in range(TIMED_PASSES):
+            began = time.perf_counter()
+            for product in timed:
+                product(_padding(count, product.weight.shape[1]))
+            best = min(best, time.perf_counter() - began)
+        # A product of more rows takes no less, whatever disturbed the measurement.
+        seconds.append(max([best * whole / max(size, 1), *seconds]))
+
+    def of(rows: int) -> float:
+        full, rest = divmod(rows, ROW_COUNTS[-1])
+        return full * seconds[-1] + (seconds[bisect_left(ROW_COUNTS, rest)] if rest else 0.0)
+
+    return of
+
+
+def _replaced(module: torch.nn.Module) -> RowInvariantLinear | None:
+    """The product of a plain torch layer that `install` has changed."""
+    forward = vars(module).get("forward")
+    return getattr(forward.func, "__self__", None) if isinstance(forward, partial) else None
 
 
 def _is_plain(module: torch.nn.Linear) -> bool:

@@ -10,7 +10,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, TREE
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import read_json
 
@@ -137,11 +137,11 @@ def refuse_unsupported(server_args: Any) -> None:
     reasons = [reason for condition, reason in _refusals(server_args) if condition]
     if reasons:
         raise ConfigError("; ".join(reasons), "flags that --speculative-algorithm AUF can honour")
-    if ADAPTIVE_BLOCK.is_on() and server_args.device != "cpu":
+    if TREE.is_asked_for() and server_args.device != "cpu":
         raise ConfigError(
-            f"{ADAPTIVE_BLOCK.name}=1 (adaptive_block) on {server_args.device}",
-            "a fixed block size, because CUDA graphs are captured for one; only the CPU platform can vary it",
-            f"unset {ADAPTIVE_BLOCK.name}",
+            f"{TREE.name}=1 on {server_args.device}",
+            "a chain, because CUDA graphs are captured for one shape; only the CPU platform verifies trees",
+            f"unset {TREE.name}",
         )
     if not server_args.speculative_draft_model_path:
         raise ConfigError(
@@ -196,7 +196,7 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
         ),
         (
             bool(a.speculative_adaptive),
-            f"--speculative-adaptive: this is SGLang's, for EAGLE; for AUF set {ADAPTIVE_BLOCK.name}=1",
+            "--speculative-adaptive: this is SGLang's, for EAGLE; on the CPU platform AUF follows the load by itself",
         ),
         (
             a.speculative_draft_window_size is not None,

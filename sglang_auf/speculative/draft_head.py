@@ -37,6 +37,16 @@ class DraftHead:
             RowInvariantLinear(self.weight) if as_target else partial(F.linear, weight=self.weight)
         )
 
+    def likeliest(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `count` likeliest tokens of each slot: log-probabilities among the listed ones, and ids, [slots, count].
+
+        On the CPU platform only.
+        """
+        from sglang_auf.cpu import kernels  # needs numba
+
+        chances, places = kernels.largest(self._logits(hidden), count)
+        return chances, self.tokens[places]
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         # Of equal logits max gives the first, which is the token with the lowest id because the list ascends.
         return self.tokens[self._logits(hidden.to(self.weight.dtype)).max(dim=-1).indices]

@@ -75,23 +75,31 @@ def carry_seeds() -> None:
 
 
 def draw(
-    probabilities: torch.Tensor, sampling_info: SamplingBatchInfo, positions: torch.Tensor, rows_per_request: int = 1
+    probabilities: torch.Tensor,
+    sampling_info: SamplingBatchInfo,
+    positions: torch.Tensor,
+    rows_per_request: int | torch.Tensor = 1,
 ) -> torch.Tensor:
-    """Draw one token per row: probabilities [requests * rows_per_request, vocabulary] -> int64 [rows].
+    """Draw one token per row: probabilities [rows, vocabulary] -> int64 [rows].
 
-    positions: one per row, the position of the token whose logits the row holds (as in SGLang, model_runner.py sample).
+    rows_per_request: how many each request has, or on a CPU a tensor with the number of each. positions: one per row,
+    the position of the token whose logits the row holds (as in SGLang, model_runner.py sample).
     """
 
     def per_row(values: torch.Tensor) -> torch.Tensor:
         return values.flatten().repeat_interleave(rows_per_request)
 
+    kinds = getattr(sampling_info, "kinds", None)
+    if kinds is not None and isinstance(rows_per_request, torch.Tensor):
+        counts = rows_per_request.tolist()
+        kinds = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
     return sampling.sample(
         probabilities,
         per_row(sampling_info.top_ks),
         per_row(sampling_info.top_ps),
         per_row(sampling_info.min_ps),
         sampling.uniforms(per_row(sampling_info.sampling_seed), positions.flatten().long()),
-        getattr(sampling_info, "kinds", None),
+        kinds,
     )
 
 

@@ -1,0 +1,176 @@
+"""How many nodes a step verifies, over all its requests: as many as raise the emitted tokens per second.
+
+With one request a verify pass of many rows costs little more than one token. With many requests each further row takes
+time from all of them. Three estimates decide, and a worker updates them at every step:
+
+    chances     P(a node is accepted | its parent is): the drafter's probability times what was accepted lately of such
+                nodes, by slot, rank, whether the path has branched, and whether the request samples
+    gains       the probability of the n-th node per request, which says before drafting what drafting will bring
+    seconds     of a step with n requests, r rows verified and b rows drafted: weighted least squares over recent steps
+                of the time that the products of r and of b rows take (a staircase, measured once when the model is
+                loaded), of r, of b and of n
+
+Since the time is a staircase, the best of all numbers of nodes is taken, not the first after which the next node does
+not pay. None at all is plain decoding: then nothing is drafted, and only the drafter's cache is kept up to date.
+No answer depends on any of this, so it may depend on measured time. Arithmetic only, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sglang_auf.speculative.tree import Chances, Node
+
+FORGET = 0.98
+"""Factor on the weight of earlier steps, at every step. About the last 50 steps count."""
+
+EXPLORE_EVERY = 24
+"""Where nothing was drafted for so many steps, one step drafts, so that the estimates stay current."""
+
+FLOOR = 0.02
+"""Nodes less likely than this are not considered."""
+
+NODES, NODES_PER_REQUEST = 28, 4
+
+PRIOR_NODES = 8.0
+"""Weight of a chance as the drafter gives it, in accepted nodes."""
+
+SELDOM = 0.05
+"""A slot used in fewer of the steps than this is not drafted."""
+
+SURPRISE = 4.0
+"""A step that took so many times what was expected was held up by something else, and counts as this many times."""
+
+Staircase = Callable[[int], float]
+"""Seconds that the products of a model take for so many rows."""
+
+
+@dataclass
+class Calibration:
+    """Factors on the drafter's probabilities, [samples, branched, slots, ranks]."""
+
+    slots: int
+    ranks: int
+    _expected: np.ndarray = field(init=False)
+    _accepted: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._expected = np.full((2, 2, self.slots, self.ranks), PRIOR_NODES)
+        self._accepted = self._expected.copy()
+
+    def chances(self, drafted: np.ndarray, samples: bool) -> Chances:
+        """drafted: probabilities [slots, ranks] of one request."""
+        slots, ranks = drafted.shape
+        factors = (self._accepted[int(samples)] / self._expected[int(samples)])[:, :slots, :ranks]
+        found: Chances = np.minimum(factors * drafted, 1.0).tolist()
+        return found
+
+    def observe(self, tested: Iterable[tuple[Node, bool]], drafted: np.ndarray, samples: Sequence[bool]) -> None:
+        """tested: nodes whose parent was accepted, and whether they were. drafted: [requests, slots, ranks]."""
+        for node, accepted in tested:
+            at = (int(samples[node.request]), int(node.branched), node.slot, node.rank)
+            self._expected[at] = (self._expected[at] - PRIOR_NODES) * FORGET + PRIOR_NODES
+            self._accepted[at] = (self._accepted[at] - PRIOR_NODES) * FORGET + PRIOR_NODES
+            self._expected[at] += drafted[node.request, node.slot, node.rank]
+            self._accepted[at] += accepted
+
+
+class Costs:
+    """Expected seconds of a step with n requests, r rows verified and b rows drafted."""
+
+    # A prior as strong as so many steps: the products take what was measured; the rest, as much as the products of one
+    # row. Of typical steps: requests, rows, rows drafted.
+    _PRIOR = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    _TYPICAL = np.array([2.0, 0.5, 1.0, 2.0, 16.0, 16.0])
+    _STRENGTH = np.array([8.0, 4.0, 1.0, 1.0, 1.0, 1.0])
+
+    def __init__(self, verify: Staircase, draft: Staircase) -> None:
+        self._verify, self._draft = verify, draft
+        self._unit = max(verify(1), 1e-9)
+        self._prior = np.diag(self._STRENGTH * self._TYPICAL**2)
+        self._normal, self._moment = np.zeros_like(self._prior), np.zeros(6)
+        self._weights = self._PRIOR
+
+    def _facts(self, requests: int, rows: int, drafted: int) -> list[float]:
+        return [self._verify(rows) / self._unit, self._draft(drafted) / self._unit, 1.0, requests, rows, drafted]
+
+    def seconds(self, requests: int, rows: int, drafted: int) -> float:
+        return self._unit * float(self._weights @ self._facts(requests, rows, drafted))
+
+    def of_rows(self, requests: int, most: int, drafted: int) -> np.ndarray:
+        """Seconds with `requests` rows, with one more, .. with `most`."""
+        facts = np.array([self._facts(requests, rows, drafted) for rows in range(requests, most + 1)])
+        return self._unit * (facts @ self._weights)
+
+    def observe(self, requests: int, rows: int, drafted: int, seconds: float) -> None:
+        row = np.array(self._facts(requests, rows, drafted))
+        took = min(seconds / self._unit, SURPRISE * float(self._weights @ row))
+        self._normal = FORGET * self._normal + np.outer(row, row)
+        self._moment = FORGET * self._moment + row * took
+        solved = np.linalg.solve(self._normal + self._prior, self._moment + self._prior @ self._PRIOR)
+        self._weights = solved.clip(min=0.0)
+
+
+class Budget:
+    """Chooses how many slots to draft, and then how many nodes to verify."""
+
+    def __init__(self, slots: int, costs: Costs, fixed: int | None = None) -> None:
+        """slots: what a full block drafts, B - 1. fixed: nodes of each request, whatever the load."""
+        self.slots, self.costs, self.fixed = slots, costs, fixed
+        self._gains: list[float] = []  # probability of the n-th node per request
+        self._deep = np.ones(slots)  # how often a slot was used lately
+        self._undrafted = 0  # steps since the last draft
+
+    def to_draft(self, requests: int) -> int:
+        """Slots to draft for each request in the next step, 0 .. slots."""
+        if self.fixed is not None:
+            return self.slots
+        slots = self._useful()
+        if self._gains and not self._pays(requests, slots):
+            self._undrafted += 1
+            if self._undrafted < EXPLORE_EVERY:
+                return 0
+        self._undrafted = 0
+        return slots
+
+    def _useful(self) -> int:
+        used = np.nonzero(self._deep > SELDOM)[0]
+        return min(int(used[-1]) + 2 if len(used) else 1, self.slots)  # one more than needed, to see whether it is
+
+    def _pays(self, requests: int, slots: int) -> bool:
+        nodes = np.repeat(self._gains, requests)
+        best, _ = self._best(requests, nodes, requests * (slots + 1))
+        return best > requests / self.costs.seconds(requests, requests, 0)
+
+    def _best(self, requests: int, likely: np.ndarray, drafted: int) -> tuple[float, int]:
+        """Highest expected tokens per second, and the number of nodes that gives it."""
+        emitted = requests + np.concatenate([[0.0], likely.cumsum()])
+        rates = emitted / self.costs.of_rows(requests, requests + len(likely), drafted)
+        best = int(np.argmax(rates))
+        return float(rates[best]), best
+
+    def most(self, requests: int) -> int:
+        """Most nodes to consider in a step: more than a batch of that size ever verifies."""
+        return self.fixed * requests if self.fixed is not None else NODES + NODES_PER_REQUEST * requests
+
+    def to_verify(self, requests: int, nodes: Sequence[Node], drafted: int) -> int:
+        """How many of `nodes`, which descend. drafted: rows drafted."""
+        if self.fixed is not None:
+            return len(nodes)
+        likely = np.array([node.likely for node in nodes])
+        for place in range(len(nodes) // requests):
+            mean = float(likely[place * requests : (place + 1) * requests].mean())
+            if place < len(self._gains):
+                self._gains[place] += (1 - FORGET) * (mean - self._gains[place])
+            else:
+                self._gains.append(mean)
+        return self._best(requests, likely, drafted)[1]
+
+    def used(self, nodes: Sequence[Node], slots: int) -> None:
+        """Note which of the drafted slots the chosen nodes are at."""
+        at = np.zeros(slots)
+        at[[node.slot for node in nodes]] = 1
+        self._deep[:slots] += (1 - FORGET) * (at - self._deep[:slots])

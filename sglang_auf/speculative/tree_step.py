@@ -1,0 +1,304 @@
+"""A decoding step of the CPU platform that verifies a tree of drafts for each request.
+
+It is upstream's step (dflash_worker_v2.py, forward_batch_generation) with rows of any number for each request, which
+captured CUDA graphs cannot have. What it leaves behind is what upstream's leaves: the accepted tokens' keys and values
+at the request's positions, of target and drafter, and a result in the layout of a chain.
+
+A node's key lies where its row was computed. Once the path is known, the slots of the request's positions are permuted
+(page size 1), and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.dflash_worker_v2 import make_draft_block_spec_info
+from sglang.srt.speculative.domino_utils import domino_greedy_rollout
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
+
+from sglang_auf.cpu.linear import product_seconds
+from sglang_auf.env import tree_nodes
+from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
+from sglang_auf.speculative.tree import Forest, Node, grow
+
+RANKS = 8
+"""Tokens considered at each slot."""
+
+DOMINO_CHANCE = 0.6
+"""Of a Domino draft, before any was accepted: its path is chosen token by token, without probabilities of its own."""
+
+NO_DRAFTS: tuple[np.ndarray, list[Any]] = (np.zeros((0, 0, 0)), [])
+
+
+@dataclass
+class ForestVerifyInput(DFlashVerifyInput):  # type: ignore[misc]
+    """SGLang's verify input, with trees, which the CPU attention backend looks for."""
+
+    forest: Forest | None = None
+
+
+class TreeStep:
+    """Drafts, chooses nodes, verifies and commits, for a worker (worker.py) on the CPU platform."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.slots = int(worker.block_size) - 1
+        self.ranks = 1 if worker._is_domino else RANKS
+        target, drafter = worker.target_worker.model_runner.model, worker.draft_model
+        costs = Costs(product_seconds(target), product_seconds(drafter))
+        self.budget = Budget(self.slots, costs, tree_nodes())
+        self.calibration = Calibration(self.slots, self.ranks)
+        self._blocks: dict[int, Any] = {}
+
+    def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
+        """One step of a batch that decodes, as upstream's forward_batch_generation."""
+        began = time.perf_counter()
+        anchors = batch.spec_info.bonus_tokens
+        requests = len(anchors)
+        slots = self.budget.to_draft(requests)
+        chances, tokens = self._draft(batch, anchors, slots) if slots else NO_DRAFTS
+        drafted = requests * (slots + 1) if slots else 0
+        nodes = self._choose(batch, chances, drafted) if slots else []
+        forest = Forest.of(nodes, anchors.tolist(), tokens)
+        result, paths = self._verify(batch, forest, on_publish, grammar_barrier)
+        self.budget.costs.observe(requests, len(forest.parents), drafted, time.perf_counter() - began)
+        if slots:
+            self.budget.used(nodes, slots)
+            self.calibration.observe(forest.tested(paths), chances, _samples(batch))
+        return result
+
+    # --- drafting ---
+
+    def _draft(self, batch: Any, anchors: torch.Tensor, slots: int) -> tuple[np.ndarray, list[Any]]:
+        """Probabilities [requests, slots, ranks] and token ids of the same shape, descending in each slot."""
+        worker, requests, block = self.worker, len(anchors), slots + 1
+        if block not in self._blocks:
+            self._blocks[block] = make_draft_block_spec_info(draft_token_num=block, device=worker.device)
+        worker.draft_model.set_block_size(block)
+        ids = torch.full((requests, block), int(worker._mask_token_id), dtype=torch.int64)
+        ids[:, 0] = anchors
+        positions = (batch.seq_lens[:, None] + torch.arange(block)).flatten()
+        slots_of_keys = _slots(worker, batch.req_pool_indices.repeat_interleave(block), positions)
+        embedding = worker.target_worker.model_runner.model.get_input_embeddings()
+        with torch.inference_mode(), draft_tp_context(worker.draft_parallel_layout):
+            embeds = embedding(ids.flatten())
+            if worker._noise_embed_scale != 1.0:
+                embeds = embeds * worker._noise_embed_scale
+            host_lengths = batch.seq_lens.cpu() + block
+            forward = ForwardBatch(
+                forward_mode=ForwardMode.TARGET_VERIFY,
+                batch_size=requests,
+                input_ids=ids.flatten(),
+                req_pool_indices=batch.req_pool_indices,
+                seq_lens=batch.seq_lens,
+                out_cache_loc=slots_of_keys,
+                seq_lens_sum=int(host_lengths.sum()),
+                seq_lens_cpu=host_lengths,
+                positions=positions,
+                input_embeds=embeds,
+                spec_algorithm=SpeculativeAlgorithm.DFLASH,
+                spec_info=self._blocks[block],
+                capture_hidden_mode=CaptureHiddenMode.NULL,
+                global_num_token_non_padded_cpu=requests * block,
+                can_run_decode_cuda_graph=False,
+            )
+            _plan(worker, batch, slots_of_keys, block).bind(forward, worker.draft_model_runner.kv_index_translator)
+            hidden = worker.draft_model_runner.forward(forward).logits_output.hidden_states.view(requests, block, -1)
+            if worker._is_domino:
+                path = self._roll_out(hidden, anchors, embedding)
+                return np.full((*path.shape, 1), DOMINO_CHANCE), path[:, :, None].tolist()
+            chances, tokens = worker._likeliest(hidden[:, 1:].flatten(0, 1), self.ranks)
+        shape = (requests, slots, self.ranks)
+        return chances.exp().view(shape).numpy(), tokens.view(shape).tolist()
+
+    def _roll_out(self, hidden: torch.Tensor, anchors: torch.Tensor, embedding: Any) -> torch.Tensor:
+        """The one path of a Domino drafter, int64 [requests, slots]."""
+        worker, head = self.worker, self.worker.target_worker.model_runner.model.lm_head
+        path: torch.Tensor = domino_greedy_rollout(
+            draft_hidden=hidden,
+            bonus_tokens=anchors,
+            target_embedding=embedding,
+            lm_head_weight=head.weight,
+            prefix_gru=worker.draft_model.prefix_gru,
+            embed_proj=worker.draft_model.embed_proj,
+            vocab_size=int(worker.model_runner.model_config.vocab_size),
+            shift_label=bool(worker.draft_model.shift_label),
+            candidate_pool_size=worker.domino_candidate_pool_size,
+            tp_group=None,
+            in_cuda_graph=False,
+        )
+        return path
+
+    def _choose(self, batch: Any, chances: np.ndarray, drafted: int) -> list[Node]:
+        """The nodes to verify, in the order of `grow`."""
+        requests = len(chances)
+        # So many slots are allotted behind each request's committed tokens (DFlashDraftInputV2.prepare_for_decode).
+        room = [
+            request.kv.kv_allocated_len - committed - 1
+            for request, committed in zip(batch.reqs, batch.seq_lens.tolist(), strict=True)
+        ]
+        of_requests = [
+            self.calibration.chances(of_slots, samples)
+            for of_slots, samples in zip(chances, _samples(batch), strict=True)
+        ]
+        floor = FLOOR
+        if (fixed := self.budget.fixed) is not None:
+            room, floor = [min(slots, fixed) for slots in room], 0.0
+        nodes = list(islice(grow(of_requests, room, floor), self.budget.most(requests)))
+        return nodes[: self.budget.to_verify(requests, nodes, drafted)]
+
+    # --- verification ---
+
+    def _verify(
+        self, batch: Any, forest: Forest, on_publish: Any, grammar_barrier: Any
+    ) -> tuple[GenerationBatchResult, list[list[int]]]:
+        """The step's result, and the accepted rows of each request."""
+        worker, sampling_info = self.worker, batch.sampling_info
+        committed = batch.seq_lens
+        rows = torch.tensor(forest.rows)
+        pool_rows = batch.req_pool_indices.repeat_interleave(rows)
+        firsts = rows.cumsum(0) - rows
+        places = committed.repeat_interleave(rows) + torch.arange(len(pool_rows)) - firsts.repeat_interleave(rows)
+        positions = committed.repeat_interleave(rows) + torch.from_numpy(forest.depths)
+        slots = _slots(worker, pool_rows, places)
+        plan = _plan(worker, batch, slots, max(forest.rows))
+        tree = GrammarTree.from_host(*forest.links()) if batch.has_grammar else None
+
+        output = self._forward(batch, forest, positions, slots, plan)
+        logits, mask = output.next_token_logits, None
+        if tree is not None:
+            mask = build_grammar_vocab_mask(
+                reqs=batch.reqs, tree=tree, sampling_info=sampling_info, device=logits.device, barrier=grammar_barrier
+            )
+        _adjust(logits, sampling_info, rows)
+        if mask is not None:
+            widest = max(forest.rows)
+            own = torch.cat([request * widest + torch.arange(n) for request, n in enumerate(forest.rows)])
+            GrammarMask(mask.grammar, mask.vocab_mask[own]).apply(logits)
+        if sampling_info.is_all_greedy:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = worker._draw(logits, sampling_info, positions, rows)
+
+        paths = forest.walk(chosen.tolist())
+        lengths = torch.tensor([len(path) for path in paths])
+        kept = torch.tensor([row for path in paths for row in path])
+        # A chain's layout, [requests, B]: behind a path, its last row again, which nobody reads.
+        chain = torch.tensor([path + path[-1:] * (self.slots + 1 - len(path)) for path in paths])
+        emitted = chosen[chain]
+        self._report(batch, output, chain, emitted, lengths)
+        new_lengths = committed + lengths
+        if on_publish is not None:
+            on_publish(new_lengths)
+
+        worker.model_runner.req_to_token_pool.req_to_token[pool_rows, places] = slots[
+            forest.committed_first(paths)
+        ].int()
+        worker._append_target_hidden_to_draft_kv_by_loc(
+            target_hidden=output.hidden_states[kept],
+            cache_loc=worker._draft_write_ids(plan)[kept],
+            positions=positions[kept],
+        )
+        output.hidden_states = None
+        result = GenerationBatchResult(
+            logits_output=output,
+            next_token_ids=emitted.flatten(),
+            accept_lens=lengths.int(),
+            can_run_cuda_graph=False,
+            next_draft_input=worker._make_next_draft_input_decode(
+                bonus_tokens=emitted.gather(1, lengths[:, None] - 1).squeeze(1), new_seq_lens=new_lengths
+            ),
+            speculative_num_draft_tokens=self.slots + 1,
+            new_seq_lens=new_lengths,
+            # SGLang carries this to the reply's counts, as it does for DSPARK (batch_result_processor.py).
+            cap_lens=rows.int(),
+        )
+        return result, paths
+
+    def _forward(self, batch: Any, forest: Forest, positions: torch.Tensor, slots: torch.Tensor, plan: Any) -> Any:
+        """Logits and tapped features of all rows."""
+        worker = self.worker
+        verify = ForestVerifyInput(
+            draft_token=forest.tokens,
+            positions=positions,
+            draft_token_num=max(forest.rows),
+            custom_mask=None,
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            kv_loc_plan=plan,
+            forest=forest,
+        )
+        batch.out_cache_loc = slots
+        lengths, total = batch.seq_lens_cpu, batch.seq_lens_sum
+        batch.seq_lens_cpu = batch.seq_lens.cpu() + torch.tensor(forest.rows)
+        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        forward, _ = verify.prepare_for_verify(batch, worker.target_worker)
+        batch.seq_lens_cpu, batch.seq_lens_sum = lengths, total
+        out = worker.target_worker.forward_batch_generation(
+            batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
+        )
+        return out.logits_output
+
+    def _report(
+        self, batch: Any, output: Any, chain: torch.Tensor, emitted: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        """Log-probabilities and sampling masks, for the requests that ask for them."""
+        masked = getattr(batch.sampling_info, "sampling_mask_batch_indices", None) is not None
+        if not (batch.return_logprob or masked):
+            return
+        output.next_token_logits = output.next_token_logits[chain.flatten()]
+        if masked:
+            capture = SpeculativeSamplingMaskCapture.from_logits(
+                batch.sampling_info,
+                next_token_logits=output.next_token_logits,
+                draft_input=batch.spec_info,
+                draft_token_num=self.slots + 1,
+                bs=len(lengths),
+            )
+            output.sampling_mask_output = capture.build_output(out_tokens=emitted, commit_lens=lengths.int())
+        if batch.return_logprob:
+            compute_spec_logprobs(batch, output, emitted.flatten(), chain_stride=self.slots + 1)
+
+
+def _slots(worker: Any, pool_rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pool slots of positions of requests, int64."""
+    slots: torch.Tensor = worker.model_runner.req_to_token_pool.req_to_token[pool_rows, positions].long()
+    return slots
+
+
+def _plan(worker: Any, batch: Any, slots: torch.Tensor, extent: int) -> Any:
+    """SGLang's plan of the slots that a forward writes. extent: how far behind the committed tokens it reads."""
+    return worker.target_worker.model_runner.kv_index_translator.plan(
+        req_pool_indices=batch.req_pool_indices,
+        seq_lens=batch.seq_lens,
+        seq_lens_cpu=batch.seq_lens_cpu,
+        write_virtual=slots,
+        read_extent=extent,
+    )
+
+
+def _samples(batch: Any) -> list[bool]:
+    """Of each request, whether it draws its tokens."""
+    return [request.sampling_params.top_k != 1 for request in batch.reqs]
+
+
+def _adjust(logits: torch.Tensor, sampling_info: Any, rows: torch.Tensor) -> None:
+    """Add each request's penalties and logit bias to its rows, as apply_dflash_verify_logits_adjustments does."""
+    penalizer = sampling_info.penalizer_orchestrator
+    tensors = (sampling_info.logit_bias, sampling_info.acc_additive_penalties, sampling_info.acc_scaling_penalties)
+    if all(tensor is None for tensor in tensors) and not (penalizer and penalizer.is_required):
+        return
+    added = torch.zeros(len(rows), logits.shape[1])
+    sampling_info.apply_logits_bias(added)
+    logits += added.repeat_interleave(rows, dim=0)
