@@ -20,13 +20,14 @@ class Figures(Reply):
     tau_verify: float | None = Field(description="1 + accepted / verify_steps, before any stop cut tokens off")
     verify_steps: int
     accepted: int = Field(description="drafted tokens the target confirmed")
-    proposed: int = Field(description="drafted tokens, B-1 per verify step, fewer where the block follows the load")
+    proposed: int = Field(description="drafted tokens that were verified: B-1 per step of a chain, or a tree's nodes")
+    nodes_per_step: float | None = Field(description="proposed / verify_steps")
     emitted: int = Field(description="tokens of answers that came from verify steps: all but each answer's first")
     requests: int = Field(description="finished requests with at least one verify step")
     requests_without_verify: int
     accepted_histogram: list[int] = Field(description="[a]: verify steps that accepted exactly a drafted tokens")
     alpha: list[float | None] = Field(
-        description="alpha_k = P(A >= k | A >= k-1), k = 1..B-1; null: none got there, or the block varied"
+        description="alpha_k = P(A >= k | A >= k-1), k = 1..B-1; null: no step accepted k-1"
     )
 
 

@@ -99,6 +99,11 @@ class Acceptance:
         return self.proposed - self.accepted
 
     @property
+    def nodes_per_step(self) -> float | None:
+        """Mean number of drafted tokens that a step verified. None without a verify step."""
+        return self.proposed / self.verify_steps if self.verify_steps else None
+
+    @property
     def tau(self) -> float | None:
         """Mean emitted length; of a sum of requests, the micro mean. None without a verify step."""
         return self.emitted / self.verify_steps if self.verify_steps else None
@@ -121,6 +126,7 @@ class Acceptance:
             "verify_steps": self.verify_steps,
             "accepted": self.accepted,
             "proposed": self.proposed,
+            "nodes_per_step": self.nodes_per_step,
             "emitted": self.emitted,
             "requests": self.requests,
             "accepted_histogram": list(self.histogram),

@@ -54,7 +54,9 @@ def tree_nodes() -> int | None:
     """Raises ConfigError for what is no positive number."""
     given = os.environ.get(TREE_NODES)
     if given is not None and not (given.isdecimal() and int(given) > 0):
-        raise ConfigError(f"{TREE_NODES}={given}", "a number of drafted tokens, 1 or more", f"correct or unset {TREE_NODES}")
+        raise ConfigError(
+            f"{TREE_NODES}={given}", "a number of drafted tokens, 1 or more", f"correct or unset {TREE_NODES}"
+        )
     return int(given) if given else None
 
 

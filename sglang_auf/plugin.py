@@ -119,7 +119,7 @@ def all_seams() -> tuple[Seam, ...]:
     from sglang_auf.cpu import seams as cpu
     from sglang_auf.speculative import seams as speculative
 
-    return (*seams(), *cpu.SEAMS, *speculative.WORKER_SEAMS)
+    return (*seams(), *cpu.SEAMS, *speculative.WORKER_SEAMS, *speculative.TREE_SEAMS)
 
 
 def _register() -> None:

@@ -70,6 +70,7 @@ function show(load, acceptance) {
   put("window-size", window.size);
   put("tau-window", figure(window.tau, 2));
   put("tau-total", figure(total.tau, 2));
+  put("nodes", figure(window.nodes_per_step, 1));
   const lines = [
     { field: "tau", className: "first", label: `last ${window.size} requests` },
     { field: "tauTotal", className: "second", label: "since start" },

@@ -32,7 +32,7 @@ COUNTERS = {
     "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
     "auf_emitted_tokens_total": "Tokens of answers that came from verify steps: all but the first of each answer.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
-    "auf_proposed_tokens_total": "Drafted tokens: B-1 per verify step, fewer where the block follows the load.",
+    "auf_proposed_tokens_total": "Drafted tokens that were verified: B-1 per step of a chain, or the nodes of a tree.",
     ACCEPTED_LENGTHS: "Verify steps by drafted tokens accepted. alpha_k = steps with k or more / with k-1 or more.",
 }
 

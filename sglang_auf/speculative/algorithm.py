@@ -233,9 +233,9 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
 def create_worker(server_args: Any) -> type:
     """The worker's class, which SGLang asks for in the scheduler process. Raises CompatError."""
     from sglang_auf.compat import check_seams
-    from sglang_auf.speculative.seams import WORKER_SEAMS
+    from sglang_auf.speculative.seams import TREE_SEAMS, WORKER_SEAMS
 
-    check_seams(WORKER_SEAMS)
+    check_seams(WORKER_SEAMS + TREE_SEAMS if server_args.device == "cpu" else WORKER_SEAMS)
     from sglang_auf.speculative.worker import AufWorker
 
     return AufWorker

@@ -34,6 +34,10 @@ FLOOR = 0.02
 """Nodes less likely than this are not considered."""
 
 NODES, NODES_PER_REQUEST = 28, 4
+"""Most nodes that are considered: so many, and so many for each request."""
+
+MOST_ROWS = 1024
+"""With more rows than these, a step is taken to cost what it costs with them."""
 
 PRIOR_NODES = 8.0
 """Weight of a chance as the drafter gives it, in accepted nodes."""
@@ -61,11 +65,10 @@ class Calibration:
         self._expected = np.full((2, 2, self.slots, self.ranks), PRIOR_NODES)
         self._accepted = self._expected.copy()
 
-    def chances(self, drafted: np.ndarray, samples: bool) -> Chances:
-        """drafted: probabilities [slots, ranks] of one request."""
-        slots, ranks = drafted.shape
-        factors = (self._accepted[int(samples)] / self._expected[int(samples)])[:, :slots, :ranks]
-        found: Chances = np.minimum(factors * drafted, 1.0).tolist()
+    def chances(self, drafted: np.ndarray, samples: Sequence[bool]) -> list[Chances]:
+        """Of each request. drafted: probabilities [requests, slots, ranks]. samples: whether a request draws its tokens."""
+        factors = (self._accepted / self._expected)[np.array(samples, dtype=int), :, : drafted.shape[1]]
+        found: list[Chances] = np.minimum(factors * drafted[:, None], 1.0).tolist()
         return found
 
     def observe(self, tested: Iterable[tuple[Node, bool]], drafted: np.ndarray, samples: Sequence[bool]) -> None:
@@ -88,25 +91,25 @@ class Costs:
     _STRENGTH = np.array([8.0, 4.0, 1.0, 1.0, 1.0, 1.0])
 
     def __init__(self, verify: Staircase, draft: Staircase) -> None:
-        self._verify, self._draft = verify, draft
         self._unit = max(verify(1), 1e-9)
+        self._stairs = np.array([[of(rows) / self._unit for rows in range(MOST_ROWS + 1)] for of in (verify, draft)])
         self._prior = np.diag(self._STRENGTH * self._TYPICAL**2)
         self._normal, self._moment = np.zeros_like(self._prior), np.zeros(6)
         self._weights = self._PRIOR
 
-    def _facts(self, requests: int, rows: int, drafted: int) -> list[float]:
-        return [self._verify(rows) / self._unit, self._draft(drafted) / self._unit, 1.0, requests, rows, drafted]
+    def _facts(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
+        """[len(rows), 6]."""
+        verify = self._stairs[0, np.minimum(rows, MOST_ROWS)]
+        draft = self._stairs[1, min(drafted, MOST_ROWS)]
+        one = np.ones(len(rows))
+        return np.stack([verify, draft * one, one, requests * one, rows, drafted * one], axis=1)
 
-    def seconds(self, requests: int, rows: int, drafted: int) -> float:
-        return self._unit * float(self._weights @ self._facts(requests, rows, drafted))
-
-    def of_rows(self, requests: int, most: int, drafted: int) -> np.ndarray:
-        """Seconds with `requests` rows, with one more, .. with `most`."""
-        facts = np.array([self._facts(requests, rows, drafted) for rows in range(requests, most + 1)])
-        return self._unit * (facts @ self._weights)
+    def seconds(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
+        """Of each of `rows`."""
+        return self._unit * (self._facts(requests, rows, drafted) @ self._weights)
 
     def observe(self, requests: int, rows: int, drafted: int, seconds: float) -> None:
-        row = np.array(self._facts(requests, rows, drafted))
+        row = self._facts(requests, np.array([rows]), drafted)[0]
         took = min(seconds / self._unit, SURPRISE * float(self._weights @ row))
         self._normal = FORGET * self._normal + np.outer(row, row)
         self._moment = FORGET * self._moment + row * took
@@ -143,12 +146,12 @@ class Budget:
     def _pays(self, requests: int, slots: int) -> bool:
         nodes = np.repeat(self._gains, requests)
         best, _ = self._best(requests, nodes, requests * (slots + 1))
-        return best > requests / self.costs.seconds(requests, requests, 0)
+        return best > requests / float(self.costs.seconds(requests, np.array([requests]), 0)[0])
 
     def _best(self, requests: int, likely: np.ndarray, drafted: int) -> tuple[float, int]:
         """Highest expected tokens per second, and the number of nodes that gives it."""
         emitted = requests + np.concatenate([[0.0], likely.cumsum()])
-        rates = emitted / self.costs.of_rows(requests, requests + len(likely), drafted)
+        rates = emitted / self.costs.seconds(requests, requests + np.arange(len(emitted)), drafted)
         best = int(np.argmax(rates))
         return float(rates[best]), best
 

@@ -82,15 +82,13 @@ WORKER_SEAMS = (
     Seam(f"{_SRT}.model_executor.runner_utils.pool:borrow_graph_pool", "speculative.worker", ("user",)),
     Seam(f"{_SPEC}.spec_tp_sync:SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE", "speculative.worker"),
     Seam(f"{_SPEC}.spec_tp_sync:SpecTpSync.sync", "speculative.worker", ("self", "site", "values")),
-    Seam(f"{_SRT}.managers.utils:GenerationBatchResult.cap_lens", "speculative.worker"),
     Seam(f"{_WORKER}._validate_phase1_sampling_support", "speculative.worker", ("self", "batch")),
     Seam(
         f"{_WORKER}.forward_batch_generation",
         "speculative.worker",
         ("self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
     ),
-    Seam(f"{_SPEC}.dflash_worker_v2:build_block_pos_offsets", "speculative.worker", ("length", "device")),
-    Seam(f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "speculative.worker", ("draft_token_num", "device")),
+    Seam(f"{_SPEC}.dflash_worker_v2:SIMULATE_ACC_LEN", "speculative.worker"),
     Seam(f"{_WORKER}._maybe_build_draft_sampler", "speculative.worker", ("self",)),
     Seam(
         f"{_SPEC}.dflash_worker_v2:_DflashDraftSampler.__init__",
@@ -102,7 +100,6 @@ WORKER_SEAMS = (
         "speculative.draft_head",
         ("self", "hidden_states", "input_ids"),
     ),
-    Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "speculative.worker", ("self", "block_size")),
     Seam(
         f"{_WORKER}._greedy_sample_from_vocab_parallel_head",
         "speculative.worker",
@@ -110,3 +107,47 @@ WORKER_SEAMS = (
     ),
 )
 """Checked when a scheduler makes the worker: nobody else imports the worker's module, which brings 500 others along."""
+
+TREE_SEAMS = (
+    Seam(
+        f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "speculative.tree_step", ("draft_token_num", "device")
+    ),
+    Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "speculative.tree_step", ("self", "block_size")),
+    Seam(f"{_SPEC}.dflash_info:DFlashVerifyInput.prepare_for_verify", "speculative.tree_step"),
+    Seam(f"{_SPEC}.spec_utils:draft_tp_context", "speculative.tree_step", ("layout",)),
+    Seam(f"{_SPEC}.spec_utils:GrammarTree.from_host", "speculative.tree_step"),
+    Seam(
+        f"{_SPEC}.spec_utils:build_grammar_vocab_mask",
+        "speculative.tree_step",
+        ("reqs", "tree", "sampling_info", "device", "barrier"),
+    ),
+    Seam(f"{_SPEC}.domino_utils:domino_greedy_rollout", "speculative.tree_step"),
+    Seam(f"{_SPEC}.spec_sampling_mask:SpeculativeSamplingMaskCapture.from_logits", "speculative.tree_step"),
+    Seam(
+        f"{_SRT}.layers.logprob_processor:compute_spec_logprobs",
+        "speculative.tree_step",
+        ("batch", "logits_output", "predict", "accept_index", "chain_stride"),
+    ),
+    Seam(f"{_SRT}.constrained.base_grammar_backend:GrammarMask", "speculative.tree_step"),
+    *(
+        Seam(f"{_SRT}.managers.utils:GenerationBatchResult.{name}", "speculative.tree_step")
+        for name in ("cap_lens", "accept_lens", "new_seq_lens", "next_draft_input", "speculative_num_draft_tokens")
+    ),
+    *(
+        Seam(f"{_WORKER}.{name}", "speculative.tree_step", ("self", *parameters))
+        for name, *parameters in (
+            ("_draft_write_ids", "plan"),
+            ("_make_next_draft_input_decode", "bonus_tokens", "new_seq_lens"),
+            (
+                "_append_target_hidden_to_draft_kv_by_loc",
+                *("target_hidden", "cache_loc", "positions", "cache_loc_2d", "commit_lens", "extend_lens"),
+            ),
+        )
+    ),
+    *(
+        Seam(f"{_BATCH_INFO}.{name}", "speculative.tree_step")
+        for name in ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties", "apply_logits_bias")
+    ),
+    Seam(f"{_SRT}.mem_cache.kv_index_translator:KVIndexTranslator.plan", "speculative.tree_step"),
+)
+"""Checked when a worker on the CPU platform makes its step."""

@@ -149,10 +149,7 @@ class TreeStep:
             request.kv.kv_allocated_len - committed - 1
             for request, committed in zip(batch.reqs, batch.seq_lens.tolist(), strict=True)
         ]
-        of_requests = [
-            self.calibration.chances(of_slots, samples)
-            for of_slots, samples in zip(chances, _samples(batch), strict=True)
-        ]
+        of_requests = self.calibration.chances(chances, _samples(batch))
         floor = FLOOR
         if (fixed := self.budget.fixed) is not None:
             room, floor = [min(slots, fixed) for slots in room], 0.0

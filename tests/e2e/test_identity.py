@@ -85,31 +85,75 @@ def test_auf_equals_plain_decoding(
         assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
 
 
+DOMINO = dict(projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16)
+
+
+def rows_of_steps(answers: list[dict[str, Any]]) -> list[int]:
+    """[n]: steps that verified n rows of a request. Every step says how many it had."""
+    counts = [answer["meta"]["spec_cap_lens_histogram"] for answer in answers]
+    assert [sum(of_answer) for of_answer in counts] == [answer["meta"]["spec_verify_ct"] for answer in answers]
+    return [sum(kind) for kind in zip_longest(*counts, fillvalue=0)]
+
+
 @pytest.mark.parametrize("head", ["dflash", "domino"])
-def test_an_adaptive_block_changes_no_answer(
+def test_trees_follow_the_load_and_change_no_answer(
     head: str, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The drafter is nearly always wrong, so blocks shrink until nothing is drafted (with Domino, one token)."""
-    domino = dict(projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16)
+    """The drafter is nearly always wrong, so that trees shrink until most steps draft nothing."""
     arguments = {
         "model_path": str(tiny_target),
         "context_length": 256,
         "speculative_algorithm": "AUF",
-        "speculative_draft_model_path": str(tiny_drafter(8, **(domino if head == "domino" else {}))),
+        "speculative_draft_model_path": str(tiny_drafter(8, **(DOMINO if head == "domino" else {}))),
     }
     inputs = prompts(24)
-    results = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)], SGLANG_AUF_ADAPTIVE_BLOCK="1")
-    for found in results:
-        assert tokens(found) == tokens(plain[0])
-        for answer in found:
-            counts = answer["meta"]["spec_cap_lens_histogram"]
-            assert sum(counts) == answer["meta"]["spec_verify_ct"], "every step says what it drafted"
-    steps = [
-        sum(kind) for kind in zip_longest(*(a["meta"]["spec_cap_lens_histogram"] for a in results[0]), fillvalue=0)
-    ]
-    undrafted, drafted_one, full = steps[1], steps[2], steps[8]
-    assert drafted_one > 0 and full > 0
-    assert undrafted > drafted_one if head == "dflash" else undrafted == 0
+    together, few = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)])
+    assert tokens(together) == tokens(few) == tokens(plain[0])
+    rows = rows_of_steps(together)
+    assert rows[1] > sum(rows[2:]) > 0
+
+
+@pytest.mark.parametrize("nodes", [3, 15])
+def test_trees_of_any_size_change_no_answer(
+    nodes: int, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of 64 tokens, trees of 15 nodes hold the target's often, in branches too, and accept what a chain would not."""
+    arguments = {
+        "model_path": str(tiny_target),
+        "context_length": 256,
+        "speculative_algorithm": "AUF",
+        "speculative_draft_model_path": str(tiny_drafter(8)),
+        # As in the third engine above, and chunks of prefill beside decoding.
+        "max_total_tokens": 1024,
+        "chunked_prefill_size": 64,
+    }
+    inputs = prompts(24)
+    jobs = [job(inputs, 16), job(inputs, 1)]
+    found = run_engine(tmp_path, arguments, jobs, SGLANG_AUF_TREE_NODES=str(nodes))
+    assert tokens(found[0]) == tokens(found[1]) == tokens(plain[0])
+    alone = found[1]
+    assert max(range(nodes + 2), key=rows_of_steps(alone).__getitem__) == nodes + 1
+    emitted = sum(len(answer["ids"]) - 1 for answer in alone)
+    steps = sum(answer["meta"]["spec_verify_ct"] for answer in alone)
+    assert emitted > (1 + nodes / 200) * steps
+
+
+def test_a_tree_of_one_path_is_the_chain(
+    plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A Domino drafter has one path: the same tokens and the same histogram of accepted lengths."""
+    arguments = {
+        "model_path": str(tiny_target),
+        "context_length": 256,
+        "speculative_algorithm": "AUF",
+        "speculative_draft_model_path": str(tiny_drafter(4, **DOMINO)),
+    }
+    inputs = prompts(8)
+    (tree,) = run_engine(tmp_path / "tree", arguments, [job(inputs, 8)], SGLANG_AUF_TREE_NODES="3")
+    (chain,) = run_engine(tmp_path / "chain", arguments, [job(inputs, 8)], SGLANG_AUF_TREE="0")
+    assert tokens(tree) == tokens(chain) == tokens(plain[0])[:8]
+    name = "spec_correct_drafts_histogram"
+    assert [answer["meta"][name] for answer in tree] == [answer["meta"][name] for answer in chain]
 
 
 def test_a_draft_vocabulary_changes_no_answer_and_is_kept_to(
@@ -129,7 +173,8 @@ def test_a_draft_vocabulary_changes_no_answer_and_is_kept_to(
             "speculative_algorithm": "AUF",
             "speculative_draft_model_path": str(drafter),
         }
-        (found,) = run_engine(tmp_path / f"run{number}", arguments, [job(inputs, 16)])
+        # A chain, whose steps do not depend on the time they take.
+        (found,) = run_engine(tmp_path / f"run{number}", arguments, [job(inputs, 16)], SGLANG_AUF_TREE="0")
         assert tokens(found) == tokens(plain[0])
         steps.append([result["meta"]["spec_verify_ct"] for result in found])
     assert steps[0] == steps[1] != steps[2]
@@ -140,9 +185,7 @@ def test_domino_equals_plain_decoding(
     pool: int, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """pool: candidates of the corrected slots; 0 is the full vocabulary."""
-    drafter = tiny_drafter(
-        4, projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16
-    )
+    drafter = tiny_drafter(4, **DOMINO)
     arguments = {
         "model_path": str(tiny_target),
         "context_length": 256,
@@ -157,7 +200,7 @@ def test_domino_equals_plain_decoding(
 
 
 def test_auf_equals_the_built_in_dflash(tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path) -> None:
-    """Same drafter, same tokens, same histogram of accepted lengths."""
+    """Same drafter, same tokens, and as a chain the same histogram of accepted lengths."""
     drafter, inputs, found = tiny_drafter(4), prompts(8), {}
     for algorithm in ("AUF", "DFLASH"):
         arguments = {
@@ -167,7 +210,7 @@ def test_auf_equals_the_built_in_dflash(tiny_target: Path, tiny_drafter: Callabl
             "speculative_draft_model_path": str(drafter),
             "disable_overlap_schedule": True,
         }
-        (found[algorithm],) = run_engine(tmp_path / algorithm, arguments, [job(inputs, 4)])
+        (found[algorithm],) = run_engine(tmp_path / algorithm, arguments, [job(inputs, 4)], SGLANG_AUF_TREE="0")
     for ours, theirs in zip(found["AUF"], found["DFLASH"], strict=True):
         assert ours["ids"] == theirs["ids"]
         assert ours["meta"]["spec_correct_drafts_histogram"] == theirs["meta"]["spec_correct_drafts_histogram"]

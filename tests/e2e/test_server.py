@@ -69,7 +69,7 @@ def test_a_reply_carries_tau(server: Server) -> None:
     accepted = usage.completion_tokens_details.accepted_prediction_tokens
     rejected = usage.completion_tokens_details.rejected_prediction_tokens
     assert accepted == sum(a * count for a, count in enumerate(spec["accepted_histogram"]))
-    assert accepted + rejected == spec["verify_steps"] * (len(spec["accepted_histogram"]) - 1)
+    assert accepted + rejected == spec["proposed"] > 0
 
 
 def test_a_stream_carries_tau_and_the_same_text(server: Server) -> None:

@@ -131,7 +131,9 @@ def test_overfitted_drafter_is_served_as_the_torch_models_decode(
         "speculative_domino_candidate_pool_size": 0,
     }
     prompts = [row["prompt_ids"] for row in answers]
-    (served,) = run_engine(tmp_path, engine, [{"inputs": prompts, "sampling": GREEDY, "concurrency": 4}])
+    # The complete chain in every step, which the reference verifies too.
+    chain = {"SGLANG_AUF_TREE": "0"} if "head" not in shape else {"SGLANG_AUF_TREE_NODES": str(BLOCK - 1)}
+    (served,) = run_engine(tmp_path, engine, [{"inputs": prompts, "sampling": GREEDY, "concurrency": 4}], **chain)
     assert [reply["ids"] for reply in served] == [row["response_ids"][:TOKENS] for row in answers]
 
     histograms = [reply["meta"]["spec_correct_drafts_histogram"] for reply in served]
