@@ -211,8 +211,8 @@ TIMED_PASSES = 2
 def product_seconds(model: torch.nn.Module) -> Callable[[int], float]:
     """rows -> seconds that the products of a model with that many rows take, as measured here and now.
 
-    A staircase, because rows are padded; beyond TIMED_ROWS it goes on in steps of the last of them. Of a large model only
-    some products are timed, and the time is scaled.
+    A staircase, because rows are padded; beyond TIMED_ROWS it goes on in steps of the last of them. Of a large model
+    only some products are timed, and the time is scaled.
     """
     products = [
         product
