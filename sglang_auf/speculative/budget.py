@@ -66,7 +66,7 @@ class Calibration:
         self._accepted = self._expected.copy()
 
     def chances(self, drafted: np.ndarray, samples: Sequence[bool]) -> list[Chances]:
-        """Of each request. drafted: probabilities [requests, slots, ranks]. samples: whether a request draws its tokens."""
+        """Of each request. drafted: probabilities [requests, slots, ranks]. samples: whether it draws its tokens."""
         factors = (self._accepted / self._expected)[np.array(samples, dtype=int), :, : drafted.shape[1]]
         found: list[Chances] = np.minimum(factors * drafted[:, None], 1.0).tolist()
         return found

@@ -39,6 +39,9 @@ RANKS = 8
 DOMINO_CHANCE = 0.6
 """Of a Domino draft, before any was accepted: its path is chosen token by token, without probabilities of its own."""
 
+LONGEST_PAUSE_S = 0.02
+"""What the scheduler does between two steps counts as the second one's, unless something else came between."""
+
 NO_DRAFTS: tuple[np.ndarray, list[Any]] = (np.zeros((0, 0, 0)), [])
 
 
@@ -61,6 +64,7 @@ class TreeStep:
         self.budget = Budget(self.slots, costs, tree_nodes())
         self.calibration = Calibration(self.slots, self.ranks)
         self._blocks: dict[int, Any] = {}
+        self._ended = 0.0
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
@@ -73,7 +77,10 @@ class TreeStep:
         nodes = self._choose(batch, chances, drafted) if slots else []
         forest = Forest.of(nodes, anchors.tolist(), tokens)
         result, paths = self._verify(batch, forest, on_publish, grammar_barrier)
-        self.budget.costs.observe(requests, len(forest.parents), drafted, time.perf_counter() - began)
+        if began - self._ended < LONGEST_PAUSE_S:
+            began = self._ended
+        self._ended = time.perf_counter()
+        self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began)
         if slots:
             self.budget.used(nodes, slots)
             self.calibration.observe(forest.tested(paths), chances, _samples(batch))
