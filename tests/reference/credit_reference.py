@@ -18,7 +18,10 @@ def first_failure(correct: list[bool], valid: list[bool]) -> int | None:
 def credits_of_block(
     name: str, correct: list[bool], q: list[float], valid: list[bool], gamma: float, alpha: float, first_error: float
 ) -> list[float]:
-    """c_i of the slots of one block, 0 where not valid. q: probability of the label."""
+    """c_i of the slots of one block, 0 where not valid. q: probability of the label.
+
+    correct: for auf-tree, whether the label is among the likeliest tokens.
+    """
     slots = range(len(valid))
     decay = [math.exp(-slot / gamma) for slot in slots]
     failure = first_failure(correct, valid)
@@ -30,6 +33,7 @@ def credits_of_block(
         "full": lambda slot: 1.0,
         "decay": lambda slot: decay[slot],
         "auf": lambda slot: float(kept[slot]),
+        "auf-tree": lambda slot: float(kept[slot]),
         "auf+decay": lambda slot: kept[slot] * decay[slot],
         "auf+focus": lambda slot: kept[slot] * (1 + first_error * (slot == failure)),
         "auf-2": lambda slot: float(slot <= until_second),

@@ -41,26 +41,37 @@ class HeadLoss:
 
 
 def head_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, *, failures: int | None, chunk: int
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    failures: int | None,
+    chunk: int,
+    ranks: int | None = None,
 ) -> HeadLoss:
     """Cross-entropy of the valid slots of each block up to its `failures`-th wrong one (None: of all valid slots).
 
-    hidden [blocks, K, H], head [V, H], labels [blocks, K], mask [blocks, K] bool. Only `hidden` gets a gradient.
+    hidden [blocks, K, H], head [V, H], labels [blocks, K], mask [blocks, K] bool. Only `hidden` gets a gradient. ranks:
+    a slot is wrong where its label is not among so many of the likeliest tokens; None: where it is not the likeliest.
     """
     flat, flat_labels = hidden.detach().flatten(0, 1), labels.flatten()
     correct = torch.zeros_like(mask)
+    within = correct if ranks is None else torch.zeros_like(mask)
     log_q = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows in _waves(mask, correct, failures, chunk):
+    for rows in _waves(mask, within, failures, chunk):
         for some in rows.split(chunk):
-            ce, right, gradient = _rows(flat[some], head, flat_labels[some])
+            ce, right, near, gradient = _rows(flat[some], head, flat_labels[some], ranks)
             correct.view(-1)[some] = right
+            within.view(-1)[some] = near
             log_q.view(-1)[some] = -ce
             parts.append((some, ce, gradient))
-    kept = _kept(mask, correct, failures)
+    kept = _kept(mask, within, failures)
     rows, ce, gradients = _inside(kept, *(torch.cat(part) for part in zip(*parts, strict=True)))
     attached: Tensor = _Attach.apply(hidden.flatten(0, 1), rows, ce, gradients)
-    return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask), rows, attached)
+    near_slots = None if ranks is None else within & kept
+    return HeadLoss(Slots(correct & kept, log_q.masked_fill(~kept, 0.0), mask, near_slots), rows, attached)
 
 
 def corrected_head_loss(
@@ -168,18 +179,19 @@ def _inside(kept: Tensor, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [n], argmax == label [n], and d loss / d hidden [n, H] of some rows."""
+def _rows(hidden: Tensor, head: Tensor, labels: Tensor, ranks: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some rows: loss [n], argmax == label [n], label among the `ranks` likeliest [n], d loss / d hidden [n, H]."""
     logits = hidden.to(head.dtype) @ head.T
     label = labels[:, None]
     right = _RIGHT.get(logits.device.type, _right)(logits, labels)
+    near = right if ranks is None else (logits > logits.gather(1, label)).sum(-1) < ranks
     # float32 where that costs little. On a CPU it is too slow, so the softmax stays in bf16: the loss is then exact to
     # 0.4 % of the label's probability, and the gradient loses no more than in the bf16 product below.
     logits = logits.float() if logits.device.type != "cpu" else logits
     q = logits.softmax(-1)
     ce = -q.gather(1, label).float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, 0]
     q[torch.arange(len(label), device=q.device), labels] -= 1.0  # scatter_add_ would copy all of q
-    return ce, right, q.to(head.dtype) @ head
+    return ce, right, near, q.to(head.dtype) @ head
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

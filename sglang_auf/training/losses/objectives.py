@@ -9,7 +9,7 @@ step.py calls the function (`_reduce`) and adds up the loss.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -23,15 +23,17 @@ class ObjectiveSettings(Settings):
     """An objective by name, and the constants of the objectives that have any.
 
     gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
-    drafter's confidence. first_error: extra weight at the first failure, for l2r and auf+focus. labels: what a slot is
-    compared with, the text's token (the paper) or the target's argmax after the text before it. lambda_*: weight of
-    Domino's base branch, linear from start to end over the first lambda_ratio of training.
+    drafter's confidence. first_error: extra weight at the first failure, for l2r and auf+focus. ranks: for auf-tree,
+    how many of the likeliest tokens may hold the label. labels: what a slot is compared with, the text's token (the
+    paper) or the target's argmax after the text before it. lambda_*: weight of Domino's base branch, linear from start
+    to end over the first lambda_ratio of training.
     """
 
     name: str
     gamma: float = Field(default=7.0, gt=0)
     alpha: float = Field(default=0.5, ge=0, le=1)
     first_error: float = Field(default=0.3, ge=0)
+    ranks: int = Field(default=4, ge=1)
     labels: Literal["text", "target"] = "text"
     lambda_start: float = Field(default=1.0, ge=0, le=1)
     lambda_end: float = Field(default=0.0, ge=0, le=1)
@@ -55,12 +57,15 @@ class Slots:
     """What a credit is computed from, all [blocks, slots], without gradient.
 
     correct: the drafter's argmax is the label. log_q: log probability that the drafter gives the label. mask: the slot
-    is valid. Where an objective stops a block (Objective.failures), correct is False and log_q 0 in later slots.
+    is valid. within: the label is among the drafter's likeliest tokens, of as many as Objective.by_rank asks for; None
+    where it asks for none. Where an objective stops a block (Objective.failures), correct and within are False and
+    log_q is 0 in later slots.
     """
 
     correct: Tensor
     log_q: Tensor
     mask: Tensor
+    within: Tensor | None = None
 
 
 Credit = Callable[[Slots, ObjectiveSettings], Tensor]
@@ -71,10 +76,12 @@ class Objective:
     """credit: a function from Slots to [blocks, slots] float32.
 
     failures: slots after that many wrong ones have no credit, so their logits are not computed; None: all slots count.
+    by_rank: a slot is wrong only where its label is not among settings.ranks tokens.
     """
 
     credit: Credit
     failures: int | None = None
+    by_rank: bool = False
 
 
 def first_failures(slots: Slots, count: int = 1) -> Tensor:
@@ -97,6 +104,12 @@ def decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
 def auf(slots: Slots, settings: ObjectiveSettings) -> Tensor:
     """Accept until fail, arXiv 2607.01893 equation 1: the slots that verification looks at, up to the failing one."""
     return first_failures(slots)
+
+
+def auf_tree(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """AUF for trees: up to the first slot whose label no branch of a tree of that width would hold. Our own."""
+    assert slots.within is not None
+    return first_failures(replace(slots, correct=slots.within))
 
 
 def auf_decay(slots: Slots, settings: ObjectiveSettings) -> Tensor:
@@ -133,6 +146,7 @@ OBJECTIVES: dict[str, Objective] = {
     "full": Objective(full),
     "decay": Objective(decay),
     "auf": Objective(auf, failures=1),
+    "auf-tree": Objective(auf_tree, failures=1, by_rank=True),
     "auf+decay": Objective(auf_decay, failures=1),
     "auf+focus": Objective(auf_focus, failures=1),
     "auf-2": Objective(auf_2, failures=2),

@@ -68,7 +68,15 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         if self.drafter.config.head == "domino":
             return self._domino(hidden[:, :slots], tokens[:, :slots], labels, mask, progress, diagnostics)
         objective = OBJECTIVES[self.settings.name]
-        loss = head_loss(hidden[:, 1:], self.head, labels, mask, failures=objective.failures, chunk=self.chunk)
+        loss = head_loss(
+            hidden[:, 1:],
+            self.head,
+            labels,
+            mask,
+            failures=objective.failures,
+            chunk=self.chunk,
+            ranks=self.settings.ranks if objective.by_rank else None,
+        )
         numerator, denominator, credit = _reduce(loss, objective, self.settings)
         metrics = self._metrics(loss.slots, credit, hidden[:, 1:], labels, diagnostics)
         one = torch.ones(1, device=mask.device)

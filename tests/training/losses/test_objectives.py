@@ -150,22 +150,31 @@ def test_credits_follow_their_definitions(data: st.DataObject) -> None:
     mask = torch.rand(blocks, width, generator=generator) < 0.8
     q = torch.rand(blocks, width, generator=generator)
     objective = OBJECTIVES[name]
-    found = objective.credit(Slots(correct, q.log(), mask), settings(name, **constants))
+    within = correct | (torch.rand(blocks, width, generator=generator) < 0.5)
+    holds = within if objective.by_rank else correct
+    found = objective.credit(Slots(correct, q.log(), mask, within), settings(name, **constants))
     assert found.dtype == torch.float32
     torch.testing.assert_close(
-        (found * mask).double(), credits(name, correct, q, mask, **constants), rtol=1e-5, atol=1e-6
+        (found * mask).double(), credits(name, holds, q, mask, **constants), rtol=1e-5, atol=1e-6
     )
 
     if objective.failures is not None:  # then its credit of later slots must not depend on them
-        wrong = (~correct & mask).int()
+        wrong = (~holds & mask).int()
         computed = (wrong.cumsum(-1) - wrong) < objective.failures
-        unseen = Slots(correct & computed, torch.where(computed, q.log(), 0.0), mask)
+        unseen = Slots(correct & computed, torch.where(computed, q.log(), 0.0), mask, within & computed)
         assert torch.equal(objective.credit(unseen, settings(name, **constants)) * mask, found * mask)
 
 
 def test_only_the_accept_until_fail_objectives_stop_early() -> None:
     stops = {name: objective.failures for name, objective in OBJECTIVES.items() if objective.failures is not None}
-    assert stops == {"auf": 1, "auf+decay": 1, "auf+focus": 1, "auf-2": 2}
+    assert stops == {"auf": 1, "auf-tree": 1, "auf+decay": 1, "auf+focus": 1, "auf-2": 2}
+
+
+def test_a_tree_fails_where_no_branch_holds_the_label() -> None:
+    block = slots("+-+--+")
+    near = torch.tensor([[True, True, True, True, False, True]])
+    held = Slots(block.correct, block.log_q, block.mask, near)
+    assert credit("auf-tree", held) == [1, 1, 1, 1, 1, 0]
 
 
 # --- names and settings ---
@@ -198,6 +207,7 @@ def test_every_registered_name_is_a_setting(name: str) -> None:
         ({"name": "auf", "gamma": 0}, "gamma"),
         ({"name": "auf", "alpha": 1.5}, "alpha"),
         ({"name": "auf", "first_error": -1}, "first_error"),
+        ({"name": "auf-tree", "ranks": 0}, "ranks"),
         ({"name": "auf", "labels": "gold"}, "labels"),
         ({"name": "auf", "lambda_ratio": 0}, "lambda_ratio"),
         ({"name": "auf", "lambda_start": 2}, "lambda_start"),
