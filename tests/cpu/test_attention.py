@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
@@ -17,6 +18,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_auf.cpu import kernels
 from sglang_auf.cpu.attention import CpuAttentionBackend
+from sglang_auf.speculative.tree import Forest
 
 HEAD = 64
 WIDTH = 1200  # of SGLang's table of slots: the longest context
@@ -99,6 +101,15 @@ class Machine:
             out_cache_loc=torch.cat([request.slots[start:end] for request, start, end in parts]),
             spec_info=SimpleNamespace(draft_token_num=rows[0]) if verify else None,
         )
+        q, k, v = (
+            torch.cat([getattr(request, name)[start:end] for request, start, end in parts]) for name in ("q", "k", "v")
+        )
+        return list(self.attend(batch, q, k, v, kind).split(rows))
+
+    def attend(
+        self, batch: SimpleNamespace, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: AttentionType = CAUSAL
+    ) -> torch.Tensor:
+        """[tokens, heads * head_dim], of SGLang's batch in a single layer."""
         layer = SimpleNamespace(
             is_cross_attention=False,
             logit_cap=0.0,
@@ -109,14 +120,11 @@ class Machine:
             attn_type=kind,
             scaling=self.head_dim**-0.5,
         )
-        q, k, v = (
-            torch.cat([getattr(request, name)[start:end] for request, start, end in parts]) for name in ("q", "k", "v")
-        )
         self.backend.init_forward_metadata(batch)
-        call = self.backend.forward_decode if mode.is_decode() else self.backend.forward_extend
+        call = self.backend.forward_decode if batch.forward_mode.is_decode() else self.backend.forward_extend
         out = call(q.flatten(1), k, v, layer, batch)
-        assert out.shape == (sum(rows), self.heads * self.head_dim)
-        return list(out.split(rows))
+        assert out.shape == (len(q), self.heads * self.head_dim)
+        return out
 
     def prefill(self, *requests: Request) -> list[torch.Tensor]:
         """All tokens of each request, one request after the other."""
@@ -335,6 +343,169 @@ def test_what_is_not_finite_shows_in_every_token_that_sees_it_and_in_no_other(
     assert torch.equal(head[~seen_by], before[~seen_by, HEAD : 2 * HEAD])
     others = torch.cat([found[:, :HEAD], found[:, 2 * HEAD :]], dim=1)
     assert torch.equal(others, torch.cat([before[:, :HEAD], before[:, 2 * HEAD :]], dim=1))
+
+
+# --- trees ---
+
+
+@dataclass
+class Tree:
+    """A request of `prefix` committed tokens, and behind them a tree of rows; parents: of each row, its anchor's is 0.
+
+    request: the prefix and then the rows, in the order of the forest.
+    """
+
+    request: Request
+    prefix: int
+    parents: list[int]
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """Of each row, the rows from the anchor to itself."""
+        paths = [[0]]
+        for row, parent in enumerate(self.parents[1:], 1):
+            paths.append([*paths[parent], row])
+        return paths
+
+
+def random_parents(rows: int, generator: torch.Generator, longest: int = 12) -> list[int]:
+    """Of a tree of so many rows, whose paths are mostly long."""
+    parents, depths = [0], [0]
+    for row in range(1, rows):
+        near = max(0, row - 3) if torch.rand((), generator=generator) < 0.7 else 0
+        parent = int(torch.randint(near, row, (), generator=generator))
+        parent = parent if depths[parent] < longest else 0
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+    return parents
+
+
+def forest_of(trees: Sequence[Tree]) -> Forest:
+    parents, depths = [], []
+    for tree in trees:
+        first = len(parents)
+        parents += [first + parent for parent in tree.parents]
+        depths += [len(path) - 1 for path in tree.paths]
+    rows = [len(tree.parents) for tree in trees]
+    return Forest(rows, np.array(parents), np.array(depths), [], torch.zeros(len(parents), dtype=torch.int64))
+
+
+def verified(machine: Machine, trees: Sequence[Tree]) -> list[torch.Tensor]:
+    """One pass over the rows of all trees, whose prefixes are in the pool; [rows, heads * head_dim] of each."""
+
+    def of_rows(name: str) -> torch.Tensor:
+        return torch.cat([getattr(tree.request, name)[tree.prefix :] for tree in trees])
+
+    forest = forest_of(trees)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        req_pool_indices=torch.tensor([tree.request.row for tree in trees]),
+        seq_lens=torch.tensor([tree.prefix for tree in trees]),
+        out_cache_loc=of_rows("slots"),
+        spec_info=SimpleNamespace(forest=forest),
+    )
+    return list(machine.attend(batch, of_rows("q"), of_rows("k"), of_rows("v")).split(forest.rows))
+
+
+def planted(machine: Machine, prefix: int, parents: list[int]) -> Tree:
+    """A tree whose prefix is computed. Of its rows the table of slots knows the anchor alone."""
+    request = machine.request(prefix + len(parents))
+    if prefix:
+        machine.forward(ForwardMode.EXTEND, [(request, 0, prefix)])
+    table = machine.table.req_to_token[request.row]
+    table[prefix + 1 :] = torch.randint(SLOTS, (WIDTH - prefix - 1,), generator=machine.generator).int()
+    return Tree(request, prefix, parents)
+
+
+def decoded(machine: Machine, tree: Tree) -> list[torch.Tensor]:
+    """Each row of the tree, from decoding its path token by token as a request of its own; [1, heads * head_dim]."""
+    machine = Machine(machine.heads, machine.key_heads, machine.head_dim)  # with room for all paths
+    parents = set(tree.parents[1:])
+    leaves = [path for row, path in enumerate(tree.paths) if row not in parents]
+    requests = []
+    for path in leaves:
+        order = [*range(tree.prefix), *(tree.prefix + row for row in path)]
+        like = tree.request
+        copy = machine.request(len(order), Request(like.q[order], like.k[order], like.v[order], 0, like.slots))
+        if tree.prefix:
+            machine.pool.set_kv_buffer(None, copy.slots[: tree.prefix], copy.k[: tree.prefix], copy.v[: tree.prefix])
+        requests.append(copy)
+    found: dict[int, torch.Tensor] = {}
+    for depth in range(max(map(len, leaves))):
+        deep = [(path, request) for path, request in zip(leaves, requests, strict=True) if len(path) > depth]
+        at = tree.prefix + depth
+        results = machine.forward(ForwardMode.DECODE, [(request, at, at + 1) for _, request in deep])
+        found |= {path[depth]: result for (path, _), result in zip(deep, results, strict=True)}
+    return [found[row] for row in range(len(tree.parents))]
+
+
+PREFIXES = [0, 1, 2, 3, 4, 5, 51, 55, 58, 60, 61, 62, 63, 64, 65, 66, 68, 100, 119, 125, 127, 128, 129, 131, 190, 200]
+
+
+@heads
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_each_row_of_a_tree_has_the_bits_of_decoding_its_path(query: int, key: int, head_dim: int) -> None:
+    """Around the ends of a step's keys and of four keys; in trees of more rows than are computed at once."""
+    machine = Machine(query, key, head_dim)
+    assert (kernels.KEYS_AT_ONCE, kernels.QUERIES_AT_ONCE) == (64, 16), "what the prefixes and sizes here are for"
+    for prefix in PREFIXES:
+        rows = (5, 16, 17, 24, 40)[prefix % 5]
+        tree = planted(machine, prefix, random_parents(rows, machine.generator))
+        (found,) = verified(machine, [tree])
+        for row, expected in enumerate(decoded(machine, tree)):
+            assert torch.equal(found[row : row + 1], expected), f"prefix {prefix}, row {row}: {tree.paths[row]}"
+
+
+@heads
+def test_trees_of_several_requests_do_not_touch_each_other(query: int, key: int) -> None:
+    machine = Machine(query, key)
+    sizes = [(0, 1), (63, 20), (200, 1), (64, 33), (10, 7), (126, 16)]
+    trees = [planted(machine, prefix, random_parents(rows, machine.generator)) for prefix, rows in sizes]
+    expected = [torch.cat(decoded(machine, tree)) for tree in trees]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1], [2, 0], [4]):
+        for found, number in zip(verified(machine, [trees[i] for i in order]), order, strict=True):
+            assert torch.equal(found, expected[number])
+
+
+@heads
+@pytest.mark.parametrize("prefix", [0, 3, 50, 64, 120])
+def test_a_tree_of_one_path_is_a_chain(query: int, key: int, prefix: int) -> None:
+    """Also a path that is longer than the keys of a step."""
+    machine = Machine(query, key)
+    for rows in (1, 8, 17, 140):
+        tree = planted(machine, prefix, [0, *range(rows - 1)])
+        (found,) = verified(machine, [tree])
+        chain = machine.request(prefix + rows, like=tree.request)
+        if prefix:
+            machine.forward(ForwardMode.EXTEND, [(chain, 0, prefix)])
+        assert torch.equal(found, machine.forward(ForwardMode.TARGET_VERIFY, [(chain, prefix, prefix + rows)])[0])
+        assert_exact(found, tree.request, prefix, prefix + rows)
+
+
+def test_a_row_sees_none_of_its_siblings() -> None:
+    machine = Machine()
+    tree = planted(machine, 30, [0, 0, 1, 0, 3, 2])  # paths 0-1-2-5 and 0-3-4
+    (before,) = verified(machine, [tree])
+    tree.request.k[30 + 3] = 40.0
+    tree.request.v[30 + 3] = float("nan")
+    (after,) = verified(machine, [tree])
+    assert torch.equal(after[[0, 1, 2, 5]], before[[0, 1, 2, 5]])
+    assert after[[3, 4]].isnan().all()
+
+
+def test_a_forest_of_other_requests_than_the_pass_is_refused() -> None:
+    machine = Machine()
+    trees = [planted(machine, 3, [0, 0]), planted(machine, 5, [0])]
+    forest = forest_of(trees[:1])
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        req_pool_indices=torch.tensor([tree.request.row for tree in trees]),
+        seq_lens=torch.tensor([3, 5]),
+        out_cache_loc=trees[0].request.slots[3:],
+        spec_info=SimpleNamespace(forest=forest),
+    )
+    with pytest.raises(ValueError, match="zip"):
+        machine.backend.init_forward_metadata(batch)
 
 
 # --- what it does not do ---
