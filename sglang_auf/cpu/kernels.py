@@ -646,7 +646,8 @@ class AttentionTasks:
         _require(slots.dtype == torch.int32 and slots.dim() == 2 and slots.stride(1) == 1, "an int32 table of slots")
         is_tree = own is not None
         own = torch.zeros(0, 1, dtype=torch.int32) if own is None else own
-        _require(own.dtype == torch.int32 and own.dim() == 2 and own.is_contiguous(), "an int32 table of own keys")
+        is_table = own.dtype == torch.int32 and own.dim() == 2 and own.shape[1] > 0 and own.is_contiguous()
+        _require(is_table, "an int32 table of own keys")
         deepest = own.shape[1] - 1
         base, step = slots.data_ptr(), 4 * slots.stride(0)
         rows: list[tuple[int, int, int, int, int, int]] = []
@@ -700,6 +701,7 @@ def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: fl
     call at a time, as SGLang's schedulers do: scratch memory is shared.
     """
     _require(_is_pool(pool), "a pool of bf16 keys and values")
+    _require(not (whole_block and tasks.own.numel()), "a tree, in which no query sees the whole block")
     key_heads, head_dim = pool.shape[2], pool.shape[3]
     per_key = q.shape[1] // (key_heads * head_dim)
     _require(q.shape == (tasks.tokens, per_key * key_heads * head_dim), "the queries of the planned forward")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.cpu import kernels
-from sglang_auf.cpu.kernels import AttentionTasks, attend, rms_norm, rotate, silu_and_mul, store
+from sglang_auf.cpu.kernels import AttentionTasks, attend, largest, rms_norm, rotate, silu_and_mul, store
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,6 +81,11 @@ def test_rows_need_not_lie_next_to_each_other() -> None:
     assert torch.equal(silu_and_mul(x), silu_and_mul(x.contiguous()))
 
 
+def tree(own: list[Any], kind: torch.dtype = torch.int32) -> AttentionTasks:
+    """A plan of two queries behind three keys, with own keys."""
+    return AttentionTasks.of([(0, 0, 2, 3)], torch.zeros(1, 4, dtype=torch.int32), torch.tensor(own, dtype=kind))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -101,6 +107,19 @@ def test_rows_need_not_lie_next_to_each_other() -> None:
             False,
         ),
         lambda: AttentionTasks.of([(0, 0, 1, 1)], torch.zeros(1, 4, dtype=torch.int64)),
+        lambda: attend(normal(2, 8), torch.zeros(9, 2, 1, 8).bfloat16(), tree([[0, 0], [1, 3]]), 1.0, True),
+        lambda: tree([[0, 0]]),  # two queries
+        lambda: tree([[0, 0], [1, 3], [0, 0]]),
+        lambda: tree([[0, 0], [2, 3]]),  # more own keys than the table has
+        lambda: tree([[0, 0], [-1, 3]]),
+        lambda: tree([[], []]),
+        lambda: tree([0, 1]),
+        lambda: tree([[0, 0], [1, 3]], torch.int64),
+        lambda: largest(normal(2, 8).float(), 2),
+        lambda: largest(normal(8, 2).T, 2),
+        lambda: largest(normal(2, 8), 0),
+        lambda: largest(normal(2, 8), 9),
+        lambda: largest(normal(2, 0), 1),
     ],
 )
 def test_memory_of_another_form_is_not_read(wrong) -> None:  # type: ignore[no-untyped-def]
@@ -131,6 +150,25 @@ def test_a_key_outside_the_pool_is_an_error(slot: int) -> None:
         attend(normal(2, 8), torch.zeros(9, 2, 1, 8).bfloat16(), tasks, 1.0, False)
 
 
+@pytest.mark.parametrize("slot", [-1, 9])
+def test_an_own_key_outside_the_pool_is_an_error(slot: int) -> None:
+    with pytest.raises(IndexError, match="attend"):
+        attend(normal(2, 8), torch.zeros(9, 2, 1, 8).bfloat16(), tree([[0, 0], [1, slot]]), 1.0, False)
+
+
+def test_what_lies_behind_a_querys_own_keys_is_not_read() -> None:
+    pool = normal(9, 2, 1, 8)
+    found = [attend(normal(2, 8), pool, tree([[0, rest], [1, 3]]), 1.0, False) for rest in (5, 10**9)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("span", [(0, 0, 2, 0), (0, 0, 2, 5), (2, 0, 2, 3), (0, 1, 2, 3)])
+def test_a_tree_outside_the_table_of_slots_is_refused(span: tuple[int, int, int, int]) -> None:
+    own = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"table \(2, 4\)"):
+        AttentionTasks.of([span], torch.zeros(2, 4, dtype=torch.int32), own)
+
+
 @pytest.mark.parametrize("span", [(2, 0, 1, 1), (-1, 0, 1, 1), (0, 0, 1, 5), (0, 0, 3, 2), (0, 1, 1, 1)])
 def test_a_request_outside_the_table_of_slots_is_refused(span: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"table \(2, 4\)"):
@@ -147,6 +185,7 @@ def test_other_queries_than_those_planned_are_refused(rows: int) -> None:
 def test_no_rows_are_no_work() -> None:
     assert rms_norm(normal(0, 8), normal(8), 1e-5)[0].shape == (0, 8)
     assert silu_and_mul(normal(0, 8)).shape == (0, 4)
+    assert [part.shape for part in largest(normal(0, 8), 3)] == [(0, 3), (0, 3)]
     nothing = AttentionTasks.of([], torch.zeros(1, 4, dtype=torch.int32))
     assert attend(normal(0, 8), torch.zeros(9, 2, 1, 8).bfloat16(), nothing, 1.0, False).shape == (0, 8)
 
@@ -171,6 +210,71 @@ def test_scratch_memory_grows_and_is_kept() -> None:
     assert kept >= 1000 and scratch.memory.numel() == kept
 
 
+# --- the likeliest tokens ---
+
+
+def expected_largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch; a stable sort keeps the first of equal ones in front."""
+    places = x.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return torch.log_softmax(x.double(), dim=-1).gather(1, places), places
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 63, 64, 65, 128, 1000, 49152])
+def test_the_largest_of_a_row_with_their_log_probabilities(columns: int) -> None:
+    for scale in (0.1, 4.0, 30.0):
+        x = (normal(6, columns, seed=columns) * scale).bfloat16()
+        for count in {1, min(2, columns), min(8, columns), min(columns, 200)}:
+            chances, places = largest(x, count)
+            expected, at = expected_largest(x, count)
+            assert (chances.dtype, places.dtype) == (torch.float32, torch.int64)
+            assert torch.equal(places, at)
+            torch.testing.assert_close(chances.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@given(st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 3.0, 3.0]), min_size=1, max_size=200), st.data())
+def test_of_equal_logits_the_first_columns_are_taken(row: list[float], data: st.DataObject) -> None:
+    x = torch.tensor([row]).bfloat16()
+    count = data.draw(st.integers(1, len(row)))
+    assert torch.equal(largest(x, count)[1], expected_largest(x, count)[1])
+
+
+def test_all_columns_are_a_distribution() -> None:
+    chances, places = largest(normal(5, 300), 300)
+    torch.testing.assert_close(chances.exp().sum(dim=1), torch.ones(5))
+    assert (places.sort(dim=1).values == torch.arange(300)).all()
+
+
+def test_a_rows_largest_do_not_depend_on_other_rows() -> None:
+    wide = normal(40, 700)
+    x = wide[:, 11:660]
+    chances, places = largest(x, 8)
+    for row in range(0, 40, 3):
+        alone = largest(x[row : row + 1].contiguous(), 8)
+        assert torch.equal(alone[0][0], chances[row]) and torch.equal(alone[1][0], places[row])
+
+
+def test_columns_at_minus_infinity_come_last() -> None:
+    x = torch.full((2, 200), -torch.inf).bfloat16()
+    x[0, [3, 150, 199]] = torch.tensor([1.0, 2.0, 0.0]).bfloat16()
+    chances, places = largest(x, 5)
+    assert places[0, :3].tolist() == [150, 3, 199]
+    torch.testing.assert_close(chances[0, :3].exp().sum(), torch.tensor(1.0))
+    assert (chances[0, 3:].exp() == 0).all()
+    assert chances[1].isnan().all(), "no token of that row has a probability"
+    assert ((places >= 0) & (places < 200)).all()
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan"), float("inf"), -float("inf")]), min_size=1, max_size=150))
+def test_what_is_not_finite_leads_to_no_column_that_there_is_not(row: list[float]) -> None:
+    x = torch.cat([torch.tensor([row]).bfloat16(), normal(1, len(row))])
+    for count in {1, min(3, len(row)), len(row)}:
+        chances, places = largest(x, count)
+        assert ((places >= 0) & (places < len(row))).all()
+        assert torch.equal(places[1], expected_largest(x[1:], count)[1][0]), "the other row is not harmed"
+        if any(value != value or value == float("inf") for value in row):
+            assert not (chances[0] > 0).any()
+
+
 # --- threads ---
 
 
@@ -179,6 +283,9 @@ def results() -> list[torch.Tensor]:
     x, weight = normal(300, 576), normal(576, seed=1)
     pool, slots = normal(700, 2, 3, 64), torch.randperm(700, generator=torch.Generator().manual_seed(3)).int()
     tasks = AttentionTasks.of([(0, 0, 250, 600), (0, 250, 1, 31), (0, 251, 49, 333)], slots.view(1, -1))
+    places = torch.randint(700, (300, 89), generator=torch.Generator().manual_seed(5))
+    own = torch.cat([torch.arange(300).view(-1, 1) % 90, places], dim=1).int()
+    trees = AttentionTasks.of([(0, 0, 250, 500), (0, 250, 1, 31), (0, 251, 49, 333)], slots.view(1, -1), own)
     table = torch.randn(900, 64, generator=torch.Generator().manual_seed(4))
     stored = torch.zeros_like(pool)
     store(x[:, :192], x[:, 192:384], stored, slots[:300].long())
@@ -189,6 +296,8 @@ def results() -> list[torch.Tensor]:
         *rotate(x, normal(300, 192), 64, table, torch.arange(300) * 3 % 900),
         attend(x, pool, tasks, 0.125, False),
         attend(x, pool, tasks, 0.125, True),
+        attend(x, pool, trees, 0.125, False),
+        *largest(x, 8),
     ]
 
 
@@ -201,7 +310,7 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
     for count in (2, 3, 5):
         torch.set_num_threads(count)
         assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
-        assert calls == [count] * 6, "every kernel is shared out"
+        assert calls == [count] * 8, "every kernel is shared out"
         calls.clear()
     monkeypatch.setattr(kernels, "_parallel", lambda: None)  # a torch with another pool
     assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
