@@ -45,7 +45,7 @@ PRIOR_NODES = 8.0
 SELDOM = 0.05
 """A slot used in fewer of the steps than this is not drafted."""
 
-SURPRISE = 4.0
+SURPRISE = 3.0
 """A step that took so many times what was expected was held up by something else, and counts as this many times."""
 
 Staircase = Callable[[int], float]
@@ -93,8 +93,7 @@ class Costs:
     def __init__(self, verify: Staircase, draft: Staircase) -> None:
         self._unit = max(verify(1), 1e-9)
         self._stairs = np.array([[of(rows) / self._unit for rows in range(MOST_ROWS + 1)] for of in (verify, draft)])
-        self._prior = np.diag(self._STRENGTH * self._TYPICAL**2)
-        self._normal, self._moment = np.zeros_like(self._prior), np.zeros(6)
+        self._normal, self._moment = np.zeros((6, 6)), np.zeros(6)
         self._weights = self._PRIOR
 
     def _facts(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
@@ -106,14 +105,20 @@ class Costs:
 
     def seconds(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
         """Of each of `rows`."""
-        return self._unit * (self._facts(requests, rows, drafted) @ self._weights)
+        found: np.ndarray = self._unit * (self._facts(requests, rows, drafted) @ self._weights)
+        return found
 
     def observe(self, requests: int, rows: int, drafted: int, seconds: float) -> None:
         row = self._facts(requests, np.array([rows]), drafted)[0]
-        took = min(seconds / self._unit, SURPRISE * float(self._weights @ row))
+        expected = max(float(self._weights @ row), 1.0)
+        took = min(seconds / self._unit, SURPRISE * expected)
+        # What disturbs a step disturbs a long one more, so errors count as shares of what was expected.
+        row, took = row / expected, took / expected
         self._normal = FORGET * self._normal + np.outer(row, row)
         self._moment = FORGET * self._moment + row * took
-        solved = np.linalg.solve(self._normal + self._prior, self._moment + self._prior @ self._PRIOR)
+        typical = self._TYPICAL / max(float(self._weights @ self._TYPICAL), 1.0)
+        prior = np.diag(self._STRENGTH * typical**2)
+        solved = np.linalg.solve(self._normal + prior, self._moment + prior @ self._PRIOR)
         self._weights = solved.clip(min=0.0)
 
 
@@ -144,7 +149,7 @@ class Budget:
         return min(int(used[-1]) + 2 if len(used) else 1, self.slots)  # one more than needed, to see whether it is
 
     def _pays(self, requests: int, slots: int) -> bool:
-        nodes = np.repeat(self._gains, requests)
+        nodes = np.repeat(self._gains, requests)[: self.most(requests)]
         best, _ = self._best(requests, nodes, requests * (slots + 1))
         return best > requests / float(self.costs.seconds(requests, np.array([requests]), 0)[0])
 
@@ -164,8 +169,12 @@ class Budget:
         if self.fixed is not None:
             return len(nodes)
         likely = np.array([node.likely for node in nodes])
-        for place in range(len(nodes) // requests):
-            mean = float(likely[place * requests : (place + 1) * requests].mean())
+        # Nodes that the floor or a request's limit left out count as never accepted, or they would keep an old gain.
+        places = self.most(requests) // requests
+        padded = np.zeros(max(places * requests, len(likely)))
+        padded[: len(likely)] = likely
+        means = padded[: places * requests].reshape(places, requests).mean(axis=1).tolist()
+        for place, mean in enumerate(means):
             if place < len(self._gains):
                 self._gains[place] += (1 - FORGET) * (mean - self._gains[place])
             else:
