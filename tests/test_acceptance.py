@@ -128,18 +128,24 @@ def test_sglangs_meta_info_gives_the_same_counts(request: Played) -> None:
 
 
 @given(played(min_steps=1), st.data())
-def test_drafts_that_a_shorter_block_left_out_are_not_rejected(request: Played, data: st.DataObject) -> None:
-    blocks = [data.draw(st.integers(accepted + 1, request.block)) for accepted in request.steps]
-    counts = [blocks.count(length) for length in range(max(blocks) + 1)]
+def test_of_trees_the_nodes_are_proposed(request: Played, data: st.DataObject) -> None:
+    """Any number of rows that holds the accepted path and the anchor, also more than a block has."""
+    trees = [data.draw(st.integers(accepted + 1, 3 * request.block)) for accepted in request.steps]
+    counts = [trees.count(rows) for rows in range(max(trees) + 1)]
     acceptance = Acceptance.from_meta_info({**request.meta_info, "spec_cap_lens_histogram": counts})
-    assert acceptance.proposed == sum(length - 1 for length in blocks)
+    assert acceptance.proposed == sum(rows - 1 for rows in trees)
     assert acceptance.rejected == acceptance.proposed - sum(request.steps)
     assert (acceptance.tau, acceptance.histogram) == (request.acceptance.tau, request.acceptance.histogram)
-    varied = any(length < request.block for length in blocks)
-    assert acceptance.alpha == ((None,) * (request.block - 1) if varied else request.acceptance.alpha)
-    if varied:
-        assert macro_alpha([acceptance, request.acceptance]) == macro_alpha([request.acceptance])
+    assert acceptance.alpha == request.acceptance.alpha, "a step without a node at a depth does not reach it"
+    assert macro_alpha([acceptance]) == macro_alpha([request.acceptance])
     assert (acceptance + request.acceptance).proposed == acceptance.proposed + request.acceptance.proposed
+
+
+@given(played(min_steps=1))
+def test_steps_that_drafted_nothing_propose_nothing(request: Played) -> None:
+    plain = Played(request.block, (0,) * len(request.steps), 0)
+    acceptance = Acceptance.from_meta_info({**plain.meta_info, "spec_cap_lens_histogram": [0, len(plain.steps)]})
+    assert (acceptance.proposed, acceptance.tau, acceptance.alpha[0]) == (0, 1.0, 0.0)
 
 
 def test_more_accepted_than_drafted_is_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sglang_auf import env
+from sglang_auf.errors import ConfigError
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -19,6 +20,28 @@ def test_a_switch_is_on_off_or_its_default(
     else:
         monkeypatch.setenv("SGLANG_AUF_TEST", value)
     assert env.Switch("SGLANG_AUF_TEST", default, "").is_on() is (default if on is None else on)
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_a_switch_at_its_default_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool
+) -> None:
+    if value is None:
+        monkeypatch.delenv("SGLANG_AUF_TEST", raising=False)
+    else:
+        monkeypatch.setenv("SGLANG_AUF_TEST", value)
+    assert env.Switch("SGLANG_AUF_TEST", True, "").is_asked_for() is asked
+
+
+def test_nodes_are_a_positive_number_or_left_to_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(env.TREE_NODES, raising=False)
+    assert env.tree_nodes() is None
+    monkeypatch.setenv(env.TREE_NODES, "12")
+    assert env.tree_nodes() == 12
+    for wrong in ("0", "-3", "many", "1.5", ""):
+        monkeypatch.setenv(env.TREE_NODES, wrong)
+        with pytest.raises(ConfigError, match=env.TREE_NODES):
+            env.tree_nodes()
 
 
 def test_setting_a_switch_is_for_this_process_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,3 +309,74 @@ def test_a_tied_head_is_replaced_once() -> None:
     assert linear.install(model) == 1
     tokens = torch.tensor([5, 63])
     assert torch.equal(table.quant_method.embedding(table, tokens), table.weight[tokens])
+
+
+# --- what products take ---
+
+
+class Stopwatch:
+    """A clock that a product moves on by `per_byte` of its rows, for each byte of its weight."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_byte: Callable[[int], float]) -> None:
+        self.now, self.timed = 0.0, []
+
+        def take(product: RowInvariantLinear, x: torch.Tensor) -> torch.Tensor:
+            self.now += per_byte(len(x)) * product.weight.nbytes
+            self.timed.append(product)
+            return x
+
+        monkeypatch.setattr(RowInvariantLinear, "__call__", take)
+        monkeypatch.setattr(linear, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def a_model(*replaced: tuple[int, int]) -> torch.nn.Module:
+    """A layer of SGLang's with its own product, which appears twice, torch layers of these shapes, and a norm."""
+    model = torch.nn.Module()
+    model.own = torch.nn.Module()
+    model.own.quant_method = RowInvariantLinear(weight_of(64, 32))
+    model.again = model.own
+    model.layers = torch.nn.ModuleList(
+        torch.nn.Linear(shape[1], shape[0], bias=False).bfloat16().requires_grad_(False) for shape in replaced
+    )
+    linear.install(model)
+    model.other = torch.nn.Module()
+    model.other.quant_method = SimpleNamespace()
+    model.plain, model.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(4)
+    return model
+
+
+def test_the_products_of_a_model_take_a_staircase(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model((48, 32), (16, 80))
+    watch = Stopwatch(monkeypatch, lambda rows: 1.0 + rows / 10)
+    seconds, size = linear.product_seconds(model), 2 * (64 * 32 + 48 * 32 + 16 * 80)
+    assert len(set(map(id, watch.timed))) == 3, "each product once, of SGLang's layers and of torch's"
+    most = linear.TIMED_ROWS[-1]
+    assert seconds(0) == 0
+    for rows in range(1, most + 1):
+        count = min(count for count in linear.TIMED_ROWS if count >= rows)
+        assert seconds(rows) == pytest.approx((1.0 + count / 10) * size), rows
+    for full in (1, 2, 5):
+        assert seconds(full * most) == pytest.approx(full * seconds(most))
+        for rest in (1, 7, most - 1):
+            assert seconds(full * most + rest) == pytest.approx(full * seconds(most) + seconds(rest))
+
+
+def test_more_rows_never_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever held a product up."""
+    Stopwatch(monkeypatch, lambda rows: {6: 9.0, 16: 9.5, 33: 0.1}.get(rows, 1.0 + rows / 10))
+    seconds = linear.product_seconds(a_model())
+    taken = [seconds(rows) for rows in range(linear.TIMED_ROWS[-1] + 1)]
+    assert taken == sorted(taken)
+
+
+def test_of_a_large_model_some_products_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model((64, 32), (64, 32), (64, 32))
+    monkeypatch.setattr(linear, "TIMED_BYTES", 2 * 64 * 32 + 1)
+    watch = Stopwatch(monkeypatch, lambda rows: float(rows))
+    seconds = linear.product_seconds(model)
+    assert len(set(map(id, watch.timed))) == 2
+    assert seconds(8) == pytest.approx(8.0 * 4 * 2 * 64 * 32)
+
+
+def test_a_model_without_such_products_takes_no_time_for_them() -> None:
+    assert linear.product_seconds(torch.nn.LayerNorm(4))(17) == 0

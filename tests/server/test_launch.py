@@ -23,6 +23,7 @@ from server.preflight import ServedModel
 from server.probe import Probe
 from server.profile import Profile
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.env import TREE, TREE_NODES, tree_nodes
 from sglang_auf.errors import ServerError
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
@@ -257,6 +258,25 @@ def test_server_that_ends_unasked_is_a_failure(sglang: Sglang) -> None:
 def test_gate_follows_sglangs_state(stopping: bool, status: ServerStatus, closed: bool, sglang: Sglang) -> None:
     sglang.manager.gracefully_exit, sglang.manager.server_status = stopping, status
     assert (closed_because() is not None) == closed
+
+
+@pytest.mark.parametrize(
+    ("settings", "on", "nodes"), [({}, True, None), ({"tree": False}, False, None), ({"tree_nodes": 6}, True, 6)]
+)
+def test_the_scheduler_is_told_of_trees_by_its_environment(
+    settings: dict[str, Any], on: bool, nodes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_device", "check_port", "load_sglang", "check_server_args", "build_server_args"):
+        monkeypatch.setattr(launch, name, lambda *_, **__: None)
+    monkeypatch.setattr(launch, "check_models", lambda *_: SERVED)
+    monkeypatch.setattr(launch, "run", lambda *_, **__: None)
+    for name in (TREE.name, TREE_NODES):  # so that what `serve` sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    profile = {"target": "owner/target", "device": "cpu", "served_model_name": "small"}
+    launch.serve(Profile.model_validate(profile | settings), plain=True)
+    assert (TREE.is_on(), tree_nodes()) == (on, nodes)
+    assert not TREE.is_asked_for(), "a default is no request, which a GPU would refuse"
 
 
 def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) -> None:

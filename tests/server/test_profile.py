@@ -56,6 +56,8 @@ def test_overrides_are_yaml_values(directory: Path) -> None:
     assert profile.thinking == "off", "YAML reads a bare off as false"
     assert profile.server_args == {"max_running_requests": 4, "context_length": 2048, "disable_radix_cache": True}
     assert load_profile("small", ["drafter=null"], directory=directory).drafter is None
+    trees = load_profile("small", ["tree=false", "tree_nodes=6"], directory=directory)
+    assert (profile.tree, profile.tree_nodes, trees.tree, trees.tree_nodes) == (True, None, False, 6)
 
 
 def test_value_may_hold_equals_signs_and_colons(directory: Path) -> None:
@@ -104,6 +106,9 @@ def test_unknown_key_is_named_with_the_nearest(directory: Path) -> None:
     [
         ("block_size=large", "block_size"),
         ("block_size=1", "block_size"),
+        ("tree=12", "tree"),
+        ("tree_nodes=0", "tree_nodes"),
+        ("adaptive_block=true", "adaptive_block"),
         ("port=0", "port"),
         ("device=tpu", "device"),
         ("target=null", "target"),

@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import SAMPLER_NAME, compat
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
-from sglang_auf.env import ADAPTIVE_BLOCK, DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, TREE
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.speculative import algorithm, seams
 from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
@@ -171,16 +171,21 @@ def test_values_that_change_nothing_are_accepted(changes: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(("device", "refused"), [("cuda", True), ("cpu", False)])
-def test_blocks_that_follow_the_load_are_for_the_cpu(
+def test_trees_that_are_asked_for_are_for_the_cpu(
     device: str, refused: bool, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ADAPTIVE_BLOCK.name, "1")
-    given = arguments(target, device=device)
-    if refused:
-        with pytest.raises(ConfigError, match=ADAPTIVE_BLOCK.name):
+    """By default each device verifies what it can."""
+    for value in (None, "0", "1"):
+        if value is None:
+            monkeypatch.delenv(TREE.name, raising=False)
+        else:
+            monkeypatch.setenv(TREE.name, value)
+        given = arguments(target, device=device)
+        if refused and value == "1":
+            with pytest.raises(ConfigError, match=TREE.name):
+                AUF.handle_server_args(given)
+        else:
             AUF.handle_server_args(given)
-    else:
-        AUF.handle_server_args(given)
 
 
 @pytest.mark.parametrize("path", [None, ""])

@@ -49,6 +49,22 @@ def test_on_the_cpu_platform_a_draft_does_not_depend_on_its_company() -> None:
     assert len(head(hidden[:0])) == 0
 
 
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_likeliest_of_the_listed_tokens_begin_with_the_drafted_one(count: int) -> None:
+    head = DraftHead(SimpleNamespace(weight=weight(), quant_method=linear.RowInvariantLinear(weight())), LISTED)
+    hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    chances, tokens = head.likeliest(hidden, count)
+    logits = linear.RowInvariantLinear(weight()[LISTED].contiguous())(hidden)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(tokens, torch.tensor(LISTED)[order])
+    assert torch.equal(tokens[:, 0], head(hidden))
+    expected = torch.log_softmax(logits.float(), dim=-1).gather(1, order)
+    torch.testing.assert_close(chances, expected, rtol=1e-5, atol=1e-5)
+    alone = [head.likeliest(row[None], count) for row in hidden]
+    assert torch.equal(chances, torch.cat([of for of, _ in alone]))
+
+
 @pytest.mark.parametrize("lm_head", [SimpleNamespace(), SimpleNamespace(weight=torch.zeros(4, 4, dtype=torch.int8))])
 def test_a_quantised_head_is_refused(lm_head: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="draft vocabulary"):

@@ -192,6 +192,34 @@ def test_each_row_of_a_block_is_drawn_with_its_requests_parameters_at_its_own_po
     assert torch.equal(drawn[2 * block : 3 * block], probabilities[2 * block : 3 * block].argmax(dim=-1))
 
 
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("carried", [True, False], ids=["with kinds", "without"])
+def test_rows_of_trees_are_drawn_as_each_would_be_alone(carried: bool) -> None:
+    """A request may have any number of rows, some of them at one position."""
+    if carried:
+        sampler_backend.carry_seeds()
+    requests = [
+        request(sampling_seed=5, top_k=3),
+        request(sampling_seed=6, temperature=0.0),
+        request(sampling_seed=7, top_p=0.5),
+        request(sampling_seed=8, min_p=0.1),
+    ]
+    info, counts = info_of(*requests), [5, 1, 3, 2]
+    if not carried:
+        info.sampling_seed = torch.tensor([5, 6, 7, 8])
+    positions = torch.tensor([10, 11, 11, 12, 12, 20, 30, 31, 31, 40, 41])
+    probabilities = torch.softmax(logits_of(sum(counts)), dim=-1)
+    drawn = sampler_backend.draw(probabilities, info, positions, torch.tensor(counts))
+    first = 0
+    for one, count in zip(requests, counts, strict=True):
+        alone = info_of(one)
+        alone.sampling_seed = torch.tensor([one.sampling_params.sampling_seed])
+        for row in range(first, first + count):
+            expected = sampler_backend.draw(probabilities[row : row + 1], alone, positions[row : row + 1])
+            assert drawn[row] == expected[0]
+        first += count
+
+
 def sample_with(info: SamplingBatchInfo, logits: torch.Tensor, positions: torch.Tensor, logprobs: bool = False) -> Any:
     """Tokens and the output object of a pass through SGLang's sampler with ours inside."""
     output = LogitsProcessorOutput(next_token_logits=logits.clone())

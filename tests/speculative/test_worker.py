@@ -17,7 +17,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _DflashDraft
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu import linear
-from sglang_auf.env import DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, TREE
 from sglang_auf.speculative import sampler_backend, sampling
 from sglang_auf.speculative.draft_head import ListedDraftSampler
 from sglang_auf.speculative.worker import AufWorker
@@ -322,6 +322,82 @@ def test_drafts_come_from_the_reordered_head_without_its_padding(worker: AufWork
     found = worker._greedy_sample_from_vocab_parallel_head(hidden_states=hidden, lm_head=head)
     assert torch.equal(found, head.quant_method(hidden)[:, :90].argmax(dim=-1))
     assert found.max() < 60
+
+
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+def test_the_likeliest_drafts_are_those_of_the_head_without_its_padding(worker: AufWorker) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=generator).bfloat16()
+    weight[90:] = 50 * weight[:6]  # rows beyond the vocabulary must never win, and have no probability
+    hidden = torch.randn(40, 64, generator=generator).bfloat16()
+    head = SimpleNamespace(weight=weight, org_vocab_size=90, quant_method=linear.RowInvariantLinear(weight))
+    worker._target_worker = SimpleNamespace(model_runner=SimpleNamespace(model=SimpleNamespace(lm_head=head)))
+    chances, tokens = worker._likeliest(hidden, 8)
+    logits = head.quant_method(hidden)[:, :90].float()
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :8]
+    assert torch.equal(tokens, order)
+    torch.testing.assert_close(chances, torch.log_softmax(logits, dim=-1).gather(1, order), rtol=1e-5, atol=1e-5)
+    drafted = worker._greedy_sample_from_vocab_parallel_head(hidden_states=hidden, lm_head=head)
+    assert torch.equal(tokens[:, 0], drafted)
+
+
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+def test_the_likeliest_drafts_are_listed_where_the_drafter_has_a_list(tmp_path: Path) -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    worker = listing_worker(tmp_path, weight)
+    worker.target_worker.model_runner.model.lm_head.quant_method = linear.RowInvariantLinear(weight)
+    chances, tokens = worker._likeliest(torch.randn(9, 32).bfloat16(), 3)
+    assert (tokens.sort(dim=1).values == torch.tensor([2, 5, 11])).all()
+    torch.testing.assert_close(chances.exp().sum(dim=1), torch.ones(9))
+
+
+def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
+    worker: AufWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DFlashWorkerV2, "forward_batch_generation", lambda self, *given: ("upstream", given))
+
+    def batch(decodes: bool, extends: bool) -> SimpleNamespace:
+        return SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: decodes), is_extend_in_batch=extends)
+
+    assert worker.forward_batch_generation(batch(True, False))[0] == "upstream", "without trees"
+    worker._trees = lambda *given: ("trees", given)
+    for decodes, extends, whose in ((True, False, "trees"), (True, True, "upstream"), (False, True, "upstream")):
+        found, given = worker.forward_batch_generation(one := batch(decodes, extends), "publish", "barrier")
+        assert (found, given[:3]) == (whose, (one, "publish", "barrier"))
+
+
+@pytest.mark.parametrize(
+    ("device", "switch", "simulated", "trees"),
+    [("cpu", None, -1, True), ("cpu", "0", -1, False), ("cpu", "1", 3, False), ("cuda", None, -1, False)],
+)
+def test_a_worker_on_a_cpu_verifies_trees_unless_told_otherwise(
+    device: str, switch: str | None, simulated: int, trees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_auf.speculative import tree_step
+
+    def begin(self: Any, *_: Any) -> None:
+        self.device, self._draft_head = torch.device(device), None
+
+    monkeypatch.setattr(DFlashWorkerV2, "__init__", begin)
+    monkeypatch.setattr(tree_step, "TreeStep", lambda worker: ("trees of", worker))
+    monkeypatch.setattr("sglang_auf.speculative.worker.SIMULATE_ACC_LEN", simulated)
+    monkeypatch.delenv(TREE.name, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(TREE.name, switch)
+    made = AufWorker()
+    assert made._trees == (("trees of", made) if trees else None)
+
+
+def test_rows_of_trees_are_drawn_at_their_own_temperature_and_position(worker: AufWorker) -> None:
+    given, rows = info(3), torch.tensor([3, 1, 2])
+    given.temperatures = torch.tensor([[0.5], [1.0], [2.0]])
+    logits, positions = LOGITS[[0, 1, 2, 3, 0, 1]], torch.tensor([7, 8, 8, 30, 4, 5])
+    drawn = worker._draw(logits, given, positions, rows)
+    for row, request in enumerate([0, 0, 0, 1, 2, 2]):
+        alone = info(1)
+        alone.sampling_seed = given.sampling_seed[request : request + 1]
+        p = torch.softmax(logits[row : row + 1] / given.temperatures[request], dim=-1)
+        assert drawn[row] == sampler_backend.draw(p, alone, positions[row : row + 1])[0]
 
 
 def test_other_heads_are_left_to_sglang(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:
