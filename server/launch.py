@@ -18,7 +18,7 @@ from server.routes import auf_router
 from server.unreadable import add_replies
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
-from sglang_auf.env import DRAFT_VOCABULARY, TREE, TREE_NODES
+from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, TREE_NODES
 from sglang_auf.errors import ServerError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
         os.environ[TREE_NODES] = str(profile.tree_nodes)
     if not profile.draft_vocabulary:
         DRAFT_VOCABULARY.set(False)
+    if profile.server_args.get("disable_overlap_schedule") is False:
+        CPU_OVERLAP.set(True)  # SGLang cannot tell this from a flag that was not given
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
     run(server_args, served, api_key, management=profile.management)
 

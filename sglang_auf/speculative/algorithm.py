@@ -10,7 +10,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.env import DRAFT_VOCABULARY, TREE
+from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import read_json
 
@@ -95,8 +95,10 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         if server_args.device == "cpu":
             server_args.speculative_draft_attention_backend = PLATFORM
-            # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have.
-            server_args.disable_overlap_schedule = True
+            # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have. Who wants it sets a
+            # switch of ours: SGLang cannot tell whether --disable-overlap-schedule is off or was not given.
+            if not CPU_OVERLAP.is_on():
+                server_args.disable_overlap_schedule = True
         elif (backend := draft_attention_backend(server_args)) is not None:
             server_args.speculative_draft_attention_backend = backend
 

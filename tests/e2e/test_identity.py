@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
+from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES
 from tests.support.engines import run_engine
 
 pytestmark = pytest.mark.e2e
@@ -54,13 +55,17 @@ def test_plain_decoding_does_not_depend_on_company(plain: Any) -> None:
     assert tokens(alone) == tokens(together)
 
 
+SMALL_POOL = {"max_total_tokens": 1024, "enable_mixed_chunk": True, "chunked_prefill_size": 64}
+
+
 @pytest.mark.parametrize(
     ("block", "engine"),
     [
         (4, {}),
         (8, {"disable_radix_cache": True, "chunked_prefill_size": 32}),
         # A pool that cannot hold all requests at once: some are retracted and prefilled again.
-        (8, {"max_total_tokens": 1024, "enable_mixed_chunk": True, "chunked_prefill_size": 64}),
+        (8, SMALL_POOL),
+        (8, SMALL_POOL | {"overlap": True}),
     ],
 )
 def test_auf_equals_plain_decoding(
@@ -71,6 +76,7 @@ def test_auf_equals_plain_decoding(
     tiny_drafter: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
+    """overlap: under SGLang's overlap schedule, as on a GPU."""
     inputs = prompts(24)
     arguments = {
         "model_path": str(tiny_target),
@@ -78,8 +84,13 @@ def test_auf_equals_plain_decoding(
         "speculative_algorithm": "AUF",
         "speculative_draft_model_path": str(tiny_drafter(block)),
     } | engine
-    threads = str(1 + block // 8)  # plain decoding had one: the bits do not depend on their number
-    results = run_engine(tmp_path, arguments, [job(inputs, 1), job(inputs, 16)], OMP_NUM_THREADS=threads)
+    overlap = arguments.pop("overlap", False)
+    environment = {
+        CPU_OVERLAP.name: str(int(overlap)),
+        # Plain decoding had one: the bits do not depend on their number.
+        "OMP_NUM_THREADS": "2" if block == 8 and not overlap else "1",
+    }
+    results = run_engine(tmp_path, arguments, [job(inputs, 1), job(inputs, 16)], **environment)
     for found in results:
         assert tokens(found) == tokens(plain[0])
         assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
@@ -99,7 +110,10 @@ def rows_of_steps(answers: list[dict[str, Any]]) -> list[int]:
 def test_trees_follow_the_load_and_change_no_answer(
     head: str, plain: Any, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The drafter is nearly always wrong, so that trees shrink until most steps draft nothing."""
+    """The drafter is nearly always wrong, so that trees shrink until most steps draft nothing.
+
+    Domino runs under SGLang's overlap schedule.
+    """
     arguments = {
         "model_path": str(tiny_target),
         "context_length": 256,
@@ -107,7 +121,8 @@ def test_trees_follow_the_load_and_change_no_answer(
         "speculative_draft_model_path": str(tiny_drafter(8, **(DOMINO if head == "domino" else {}))),
     }
     inputs = prompts(24)
-    together, few = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)])
+    environment = {CPU_OVERLAP.name: "1" if head == "domino" else "0"}
+    together, few = run_engine(tmp_path, arguments, [job(inputs, 16), job(inputs, 2)], **environment)
     assert tokens(together) == tokens(few) == tokens(plain[0])
     rows = rows_of_steps(together)
     assert rows[1] > sum(rows[2:]) > 0
@@ -129,7 +144,8 @@ def test_trees_of_any_size_change_no_answer(
     }
     inputs = prompts(24)
     jobs = [job(inputs, 16), job(inputs, 1)]
-    found = run_engine(tmp_path, arguments, jobs, SGLANG_AUF_TREE_NODES=str(nodes))
+    environment = {TREE_NODES: str(nodes), CPU_OVERLAP.name: "1" if nodes == 3 else "0"}
+    found = run_engine(tmp_path, arguments, jobs, **environment)
     assert tokens(found[0]) == tokens(found[1]) == tokens(plain[0])
     alone = found[1]
     assert max(range(nodes + 2), key=rows_of_steps(alone).__getitem__) == nodes + 1
@@ -149,8 +165,8 @@ def test_a_tree_of_one_path_is_the_chain(
         "speculative_draft_model_path": str(tiny_drafter(4, **DOMINO)),
     }
     inputs = prompts(8)
-    (tree,) = run_engine(tmp_path / "tree", arguments, [job(inputs, 8)], SGLANG_AUF_TREE_NODES="3")
-    (chain,) = run_engine(tmp_path / "chain", arguments, [job(inputs, 8)], SGLANG_AUF_TREE="0")
+    (tree,) = run_engine(tmp_path / "tree", arguments, [job(inputs, 8)], **{TREE_NODES: "3"})
+    (chain,) = run_engine(tmp_path / "chain", arguments, [job(inputs, 8)], **{TREE.name: "0"})
     assert tokens(tree) == tokens(chain) == tokens(plain[0])[:8]
     name = "spec_correct_drafts_histogram"
     assert [answer["meta"][name] for answer in tree] == [answer["meta"][name] for answer in chain]
@@ -174,7 +190,7 @@ def test_a_draft_vocabulary_changes_no_answer_and_is_kept_to(
             "speculative_draft_model_path": str(drafter),
         }
         # A chain, whose steps do not depend on the time they take.
-        (found,) = run_engine(tmp_path / f"run{number}", arguments, [job(inputs, 16)], SGLANG_AUF_TREE="0")
+        (found,) = run_engine(tmp_path / f"run{number}", arguments, [job(inputs, 16)], **{TREE.name: "0"})
         assert tokens(found) == tokens(plain[0])
         steps.append([result["meta"]["spec_verify_ct"] for result in found])
     assert steps[0] == steps[1] != steps[2]
@@ -210,7 +226,7 @@ def test_auf_equals_the_built_in_dflash(tiny_target: Path, tiny_drafter: Callabl
             "speculative_draft_model_path": str(drafter),
             "disable_overlap_schedule": True,
         }
-        (found[algorithm],) = run_engine(tmp_path / algorithm, arguments, [job(inputs, 4)], SGLANG_AUF_TREE="0")
+        (found[algorithm],) = run_engine(tmp_path / algorithm, arguments, [job(inputs, 4)], **{TREE.name: "0"})
     for ours, theirs in zip(found["AUF"], found["DFLASH"], strict=True):
         assert ours["ids"] == theirs["ids"]
         assert ours["meta"]["spec_correct_drafts_histogram"] == theirs["meta"]["spec_correct_drafts_histogram"]

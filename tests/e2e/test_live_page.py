@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.streams import events, said, truth
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
 
@@ -102,27 +104,6 @@ def send(page: Page, tokens: int, prompt: str = "Name three rivers.") -> None:
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_label("Tokens at most").fill(str(tokens))
     page.get_by_role("button", name="Send").click()
-
-
-def events(body: str) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
-
-
-def truth(chunks: list[dict[str, Any]]) -> tuple[int, int, str]:
-    """Drafted tokens in the answer, all its tokens, its text: from the counts and the text that SGLang replied."""
-    [usage] = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
-    [details] = [found for chunk in chunks if (found := (chunk.get("sglext") or {}).get("spec_tokens_details"))]
-    tokens, accepted = usage["completion_tokens"], usage["completion_tokens_details"]["accepted_prediction_tokens"]
-    cut = 1 + accepted + details["verify_steps"] - tokens
-    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
-    # Of the last step, a stop cuts off the target's own token first, then drafted ones.
-    return accepted - max(cut - 1, 0), tokens, text
-
-
-def said(chunks: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
-    spans = [chunk["sglext"]["spans"]["tokens"] for chunk in chunks if "spans" in (chunk.get("sglext") or {})]
-    return [(text, drafted) for tokens in spans for text, drafted in tokens]
 
 
 def test_it_asks_for_the_key_and_refuses_a_wrong_one(server: Server, page: Page) -> None:

@@ -23,11 +23,12 @@ from server.preflight import ServedModel
 from server.probe import Probe
 from server.profile import Profile
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.env import TREE, TREE_NODES, tree_nodes
+from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES, tree_nodes
 from sglang_auf.errors import ServerError
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
 SERVED = ServedModel("small", TARGET, None)
+OVERLAP_FLAG = "disable_overlap_schedule"
 SERVER_ARGS: Any = SimpleNamespace(url=lambda: "http://127.0.0.1:30000")
 
 
@@ -277,6 +278,19 @@ def test_the_scheduler_is_told_of_trees_by_its_environment(
     launch.serve(Profile.model_validate(profile | settings), plain=True)
     assert (TREE.is_on(), tree_nodes()) == (on, nodes)
     assert not TREE.is_asked_for(), "a default is no request, which a GPU would refuse"
+
+
+@pytest.mark.parametrize(("given", "on"), [({}, False), ({OVERLAP_FLAG: True}, False), ({OVERLAP_FLAG: False}, True)])
+def test_a_profile_that_wants_the_overlap_schedule_gets_it_on_a_cpu_too(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, bool], on: bool
+) -> None:
+    monkeypatch.setenv(CPU_OVERLAP.name, "0")  # restored after the test
+    for name in ("check_device", "check_port", "load_sglang", "build_server_args", "run"):
+        monkeypatch.setattr(launch, name, lambda *_, **__: None)
+    monkeypatch.setattr(launch, "check_models", lambda *_: SERVED)
+    fields = {"target": "owner/target", "device": "cpu", "served_model_name": "small", "server_args": given}
+    launch.serve(Profile.model_validate(fields))
+    assert CPU_OVERLAP.is_on() is on
 
 
 def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) -> None:

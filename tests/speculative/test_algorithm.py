@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import SAMPLER_NAME, compat
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
-from sglang_auf.env import DRAFT_VOCABULARY, TREE
+from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.speculative import algorithm, seams
 from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
@@ -209,6 +209,16 @@ def test_everything_is_filled_in_from_the_drafter(target: Path, device: str) -> 
     on_cpu = device == "cpu"
     assert given.disable_overlap_schedule is on_cpu
     assert given.speculative_draft_attention_backend == ("auf_cpu" if on_cpu else None)
+
+
+@pytest.mark.parametrize(("asked", "flag", "disabled"), [("1", False, False), ("1", True, True), ("0", False, True)])
+def test_the_overlap_schedule_is_kept_on_a_cpu_where_it_is_asked_for(
+    target: Path, monkeypatch: pytest.MonkeyPatch, asked: str, flag: bool, disabled: bool
+) -> None:
+    monkeypatch.setenv(CPU_OVERLAP.name, asked)
+    given = arguments(target, device="cpu", disable_overlap_schedule=flag)
+    AUF.handle_server_args(given)
+    assert given.disable_overlap_schedule is disabled
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
