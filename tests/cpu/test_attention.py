@@ -228,6 +228,7 @@ def test_keys_and_values_are_written_before_they_are_read_and_only_when_asked() 
         req_pool_indices=torch.tensor([request.row]),
         seq_lens=torch.tensor([20]),
         out_cache_loc=request.slots[19:],
+        spec_info=None,
     )
     machine.backend.init_forward_metadata(batch)
     layer = SimpleNamespace(
@@ -530,13 +531,16 @@ def test_kinds_of_attention_it_lacks_are_refused(changes: dict[str, Any]) -> Non
 
 def test_an_idle_pass_plans_nothing() -> None:
     machine = Machine()
-    machine.backend.init_forward_metadata(SimpleNamespace(forward_mode=ForwardMode.IDLE))
+    machine.backend.init_forward_metadata(SimpleNamespace(forward_mode=ForwardMode.IDLE, spec_info=None))
     assert len(machine.backend.tasks.table) == 0
 
 
 def test_an_unknown_kind_of_pass_is_refused() -> None:
     batch = SimpleNamespace(
-        forward_mode=ForwardMode.PREBUILT, req_pool_indices=torch.tensor([1]), seq_lens=torch.tensor([3])
+        forward_mode=ForwardMode.PREBUILT,
+        req_pool_indices=torch.tensor([1]),
+        seq_lens=torch.tensor([3]),
+        spec_info=None,
     )
     with pytest.raises(NotImplementedError, match="PREBUILT"):
         Machine().backend.init_forward_metadata(batch)
