@@ -10,8 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_auf.errors import ConfigError
-
 
 @dataclass(frozen=True, slots=True)
 class Switch:
@@ -52,13 +50,11 @@ CLIENT_API_KEY = "OPENAI_API_KEY"
 
 
 def tree_nodes() -> int | None:
-    """Raises ConfigError for what is no positive number."""
+    """Raises ValueError for what is no such number."""
     given = os.environ.get(TREE_NODES)
-    if given is not None and not (given.isdecimal() and int(given) > 0):
-        raise ConfigError(
-            f"{TREE_NODES}={given}", "a number of drafted tokens, 1 or more", f"correct or unset {TREE_NODES}"
-        )
-    return int(given) if given else None
+    if given is not None and not (given.isdecimal() and int(given)):
+        raise ValueError(f"{TREE_NODES}={given}")
+    return None if given is None else int(given)
 
 
 def home() -> Path:

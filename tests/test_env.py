@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from sglang_auf import env
-from sglang_auf.errors import ConfigError
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -40,7 +39,7 @@ def test_nodes_are_a_positive_number_or_left_to_the_load(monkeypatch: pytest.Mon
     assert env.tree_nodes() == 12
     for wrong in ("0", "-3", "many", "1.5", ""):
         monkeypatch.setenv(env.TREE_NODES, wrong)
-        with pytest.raises(ConfigError, match=env.TREE_NODES):
+        with pytest.raises(ValueError, match=env.TREE_NODES):
             env.tree_nodes()
 
 

@@ -28,7 +28,10 @@ FORGET = 0.98
 """Factor on the weight of earlier steps, at every step. About the last 50 steps count."""
 
 EXPLORE_EVERY = 24
-"""Where nothing was drafted for so many steps, one step drafts, so that the estimates stay current."""
+"""One step in so many does the other thing, drafting or not, so that the estimates of both stay current."""
+
+CLEAR, RARELY = 1.2, 5
+"""Where one of them is so many times better, only one in so many of those steps does the other."""
 
 FLOOR = 0.02
 """Nodes less likely than this are not considered."""
@@ -39,7 +42,7 @@ NODES, NODES_PER_REQUEST = 28, 4
 MOST_ROWS = 1024
 """With more rows than these, a step is taken to cost what it costs with them."""
 
-PRIOR_NODES = 8.0
+PRIOR_NODES = 2.0
 """Weight of a chance as the drafter gives it, in accepted nodes."""
 
 SELDOM = 0.05
@@ -130,28 +133,32 @@ class Budget:
         self.slots, self.costs, self.fixed = slots, costs, fixed
         self._gains: list[float] = []  # probability of the n-th node per request
         self._deep = np.ones(slots)  # how often a slot was used lately
-        self._undrafted = 0  # steps since the last draft
+        self._alike = 0  # steps since the last one that did the other thing
 
     def to_draft(self, requests: int) -> int:
         """Slots to draft for each request in the next step, 0 .. slots."""
         if self.fixed is not None:
             return self.slots
         slots = self._useful()
-        if self._gains and not self._pays(requests, slots):
-            self._undrafted += 1
-            if self._undrafted < EXPLORE_EVERY:
-                return 0
-        self._undrafted = 0
-        return slots
+        if not self._gains:
+            return slots
+        advantage = self._advantage(requests, slots)
+        clear = not 1 / CLEAR < advantage < CLEAR
+        self._alike += 1
+        explores = self._alike >= EXPLORE_EVERY * (RARELY if clear else 1)
+        if explores:
+            self._alike = 0
+        return slots if (advantage > 1) != explores else 0
 
     def _useful(self) -> int:
         used = np.nonzero(self._deep > SELDOM)[0]
         return min(int(used[-1]) + 2 if len(used) else 1, self.slots)  # one more than needed, to see whether it is
 
-    def _pays(self, requests: int, slots: int) -> bool:
+    def _advantage(self, requests: int, slots: int) -> float:
+        """Expected tokens per second with drafts over those without."""
         nodes = np.repeat(self._gains, requests)[: self.most(requests)]
         best, _ = self._best(requests, nodes, requests * (slots + 1))
-        return best > requests / float(self.costs.seconds(requests, np.array([requests]), 0)[0])
+        return best * float(self.costs.seconds(requests, np.array([requests]), 0)[0]) / requests
 
     def _best(self, requests: int, likely: np.ndarray, drafted: int) -> tuple[float, int]:
         """Highest expected tokens per second, and the number of nodes that gives it."""

@@ -58,7 +58,9 @@ class TreeStep:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self.slots = int(worker.block_size) - 1
-        self.ranks = 1 if worker._is_domino else RANKS
+        head = worker._draft_head
+        listed = RANKS if head is None else len(head.tokens)
+        self.ranks = 1 if worker._is_domino else min(RANKS, listed)
         target, drafter = worker.target_worker.model_runner.model, worker.draft_model
         costs = Costs(product_seconds(target), product_seconds(drafter))
         self.budget = Budget(self.slots, costs, tree_nodes())

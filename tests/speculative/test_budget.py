@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_auf.speculative.budget import EXPLORE_EVERY, FLOOR, MOST_ROWS, PRIOR_NODES, Budget, Calibration, Costs
+from sglang_auf.speculative.budget import (
+    EXPLORE_EVERY,
+    FLOOR,
+    MOST_ROWS,
+    PRIOR_NODES,
+    RARELY,
+    Budget,
+    Calibration,
+    Costs,
+)
 from sglang_auf.speculative.tree import ANCHOR, Node, grow
 
 SLOTS, RANKS = 7, 4
@@ -378,11 +387,11 @@ DEAR = Machine(lambda rows: 0.01 * rows, lambda rows: 0.004 * rows)
 
 def test_where_rows_are_dear_and_little_is_accepted_nothing_is_drafted_but_now_and_then() -> None:
     world = World(DEAR, said=0.3, true=0.5)
-    world.run(lambda _: 4, 400)
+    world.run(lambda _: 4, 1000)
     drafts = [step for step, slots in enumerate(world.slots) if slots]
     late = [step for step in drafts if step > 150]
     assert late, "else a drafter that gets better is never found"
-    assert {after - before for before, after in pairwise(late)} == {EXPLORE_EVERY}
+    assert all(EXPLORE_EVERY <= after - before <= EXPLORE_EVERY * RARELY for before, after in pairwise(late))
     assert sum(nodes for step, nodes in enumerate(world.nodes) if step > 150) < 2 * 4 * len(late)
 
 
@@ -397,7 +406,7 @@ def test_a_drafter_that_proposes_nothing_likely_is_not_asked_for_ever() -> None:
 def test_a_drafter_that_becomes_useless_is_noticed() -> None:
     world = World(MACHINES["small steps"], said=0.8)
     world.run(lambda _: 2, 200)
-    assert all(world.slots[100:])
+    assert np.mean(np.array(world.slots[100:]) > 0) > 0.95
     world.said, world.spread = 0.015, 0.01
     world.run(lambda _: 2, 300)
     assert sum(slots > 0 for slots in world.slots[-100:]) <= 1 + 100 / EXPLORE_EVERY
