@@ -41,6 +41,8 @@ COMMANDS = {
     "failover": Command(
         "benchmarks.serving.failover:measure_failover", "a server killed behind the router, nothing lost"
     ),
+    "write-shape": Command("benchmarks.shapes.write:write_shape", "random models of Qwen3-8B's shape"),
+    "serve-shape": Command("benchmarks.shapes.serve:serve_shape", "serve them: identity, memory, cost of a step"),
     "step": Command("benchmarks.training.step:measure_step", "time and memory of a training step"),
     "rival-steps": Command(
         "benchmarks.training.rival_steps:measure_rival_steps", "a training step against other packages'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.shapes import qwen3_8b
 from sglang_auf.models.config import DrafterConfig
 
 GAMMAS = {8: 4.0, 16: 7.0}
@@ -42,18 +43,6 @@ SMOLLM2_135M: dict[str, Any] = {
     "rope_theta": 100000.0,
     "max_position_embeddings": 8192,
 }
-QWEN3_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 40960,
-}
 TINY = SMOLLM2_135M | {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -79,7 +68,11 @@ SHAPES = {
     "qwen3-8b": Shape(
         "qwen3-8b",
         DrafterConfig.for_target(
-            QWEN3_8B, num_layers=1, target_layer_ids=[1, 9, 17, 25, 33], block_size=16, mask_token_id=151669
+            qwen3_8b.TARGET,
+            num_layers=1,
+            target_layer_ids=qwen3_8b.DRAFTER["dflash_config"]["target_layer_ids"],
+            block_size=qwen3_8b.DRAFTER["block_size"],
+            mask_token_id=qwen3_8b.MASK,
         ),
         rows=1,
         length=256,
