@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from sglang_auf import provenance
 from sglang_auf.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout or image that holds benchmarks/; the package may be installed elsewhere."""
@@ -46,6 +49,29 @@ class Measured(StrictModel):
                 if name not in content:
                     raise ValueError(f"{name} is missing")
         return content
+
+
+class Cell(StrictModel):
+    """A finished measurement in a file of its own. asked: what must be equal for it to be kept by the next call."""
+
+    asked: dict[str, Any]
+    versions: dict[str, str | None] = Field(default_factory=versions)
+
+    @classmethod
+    def kept(cls, path: Path, asked: dict[str, Any]) -> Self | None:
+        """The measurement of an earlier call, if there is one and it was asked the same."""
+        if not path.exists():
+            return None
+        try:
+            cell = cls.model_validate_json(path.read_bytes())
+        except ValidationError:
+            logger.warning("%s is of another version of the benchmark; the cell is measured again", path)
+            return None
+        return cell if cell.asked == asked else None
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
 
 class Report(StrictModel):

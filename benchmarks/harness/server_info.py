@@ -103,11 +103,14 @@ def flush_cache(base_url: str) -> None:
         ) from None
 
 
-def call(base_url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The JSON reply to a GET, or to a POST of `body`. Raises ServerError when the server is down or refuses."""
+def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120.0) -> Any:
+    """The JSON reply to a GET, or to a POST of `body`.
+
+    timeout_s: how long the server may be silent. Raises ServerError when it is down or refuses.
+    """
     url, headers = base_url + path, _authorization()
     try:
-        response = httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=120.0)
+        response = httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout_s)
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:

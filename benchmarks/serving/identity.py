@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from benchmarks.harness.config import Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record, latest, read_records
-from benchmarks.harness.results import ROOT, Measured, Report, StrictModel, versions
+from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
 from benchmarks.harness.run import RECORDS, ask, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
@@ -33,7 +33,6 @@ from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
 from sglang_auf import env
 from sglang_auf.errors import ConfigError
-from sglang_auf.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +88,11 @@ _ALL = (
 VARIANTS = {variant.name: variant for variant in _ALL}
 
 
-class MeasuredCell(StrictModel):
-    """cell.json: a finished measurement. asked: what must be equal for it to be kept when the command is repeated."""
+class MeasuredCell(Cell):
+    """cell.json."""
 
-    asked: dict[str, Any]
     throughput: Throughput
     tau: float | None
-    versions: dict[str, str | None]
 
 
 class ForkedAnswer(StrictModel):
@@ -190,15 +187,8 @@ class PlannedCell:
 
     def finished(self) -> MeasuredCell | None:
         """The measurement of an earlier call, if it was asked the same and every request was answered."""
-        path = self.place / CELL
-        if not path.exists():
-            return None
-        try:
-            cell = MeasuredCell.model_validate_json(path.read_bytes())
-        except ValidationError:
-            logger.warning("%s is of another version of the benchmark; the cell is measured again", path)
-            return None
-        return cell if cell.asked == self.asked and not cell.throughput.failed else None
+        cell = MeasuredCell.kept(self.place / CELL, self.asked)
+        return None if cell is None or cell.throughput.failed else cell
 
     def measure(self, base_url: str) -> MeasuredCell:
         """Ask the server and write cell.json last: a cell without it is measured again."""
@@ -218,9 +208,8 @@ class PlannedCell:
             asked=self.asked,
             throughput=throughput(records, self.concurrency),
             tau=macro(summarize_tasks(records).values()).tau,
-            versions=versions(),
         )
-        write_whole(self.place / CELL, cell.model_dump_json(indent=2) + "\n")
+        cell.write(self.place / CELL)
         return cell
 
     def records(self) -> dict[Key, Record]:

@@ -16,8 +16,8 @@ TEMPLATE = """
 def number_tokenizer(target: Mapping[str, Any]) -> Any:
     """A tokenizer of transformers for the target with config.json `target`.
 
-    Every id of its vocabulary is a word. The ids from bos_token_id to eos_token_id are Qwen3's special tokens. A word that
-    is no id becomes the first of them.
+    Every id of its vocabulary is a word. The ids from bos_token_id to eos_token_id are Qwen3's special tokens. A word
+    that is no id becomes the first of them.
     """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

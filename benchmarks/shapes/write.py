@@ -59,8 +59,8 @@ class WrittenShape(Measured, Report):
     seconds: float
 
     def text(self) -> str:
-        sizes = [f"{name}: {n / 1e9:.2f} billion weights, {self.bytes[name] / 1e9:.2f} GB" for name, n in self.parameters.items()]
-        return "\n".join([*sizes, f"written in {self.seconds:.0f} s"])
+        sizes = [f"{name}: {count / 1e6:,.1f} million weights" for name, count in self.parameters.items()]
+        return "\n".join([*sizes, f"{sum(self.bytes.values()) / 1e9:.2f} GB in {self.seconds:.0f} s"])
 
 
 def write_shape(config: WriteShapeConfig) -> WrittenShape:
@@ -90,7 +90,7 @@ def write_shape(config: WriteShapeConfig) -> WrittenShape:
 
 
 def target_weights(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes ([out, in]) of the weights of a Qwen3 target with an untied head, as its checkpoints have them."""
+    """Names and shapes ([out, in]) of the weights of a Qwen3 target with an untied head."""
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     layer: dict[str, Shape] = {
