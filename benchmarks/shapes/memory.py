@@ -37,7 +37,7 @@ def memory_of(server: Server, asked: dict[str, Any], models: list[Path], used_be
     info = call(server.base_url, "/server_info")
     said, tokens = _memory_usage(info), pool_tokens(info)
     account = {"weights": said["weight"], "KV pools": said["kvcache"]}
-    account |= {f"graphs ({phase})": size for phase, size in said["graph"].items()}
+    account |= {f"graphs ({phase})": size for phase, size in said["graph"].items() if size}
     facts = server_facts(server.base_url)
     if facts.device == "cuda":
         total, now = device_total(), device_used(facts.device)

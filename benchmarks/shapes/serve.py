@@ -17,6 +17,7 @@ from benchmarks.shapes.memory import ServerCell, memory_of
 from benchmarks.shapes.steps import StepCell, forced, step_cells
 from benchmarks.shapes.visit import Visit
 from benchmarks.shapes.write import DRAFTER_DIR, TARGET_DIR
+from benchmarks.stats.summary import ratio
 
 TAUS = (2, 3, 4)
 AUF, PLAIN, FORCED = "auf", "plain", "forced"
@@ -27,13 +28,17 @@ class StepRow(StrictModel):
 
     temperature: float
     batch: int
-    auf_s: float
-    plain_s: float
+    auf_s: float | None
+    plain_s: float | None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Plain steps that an AUF step takes: the tau from which AUF is faster."""
-        return self.auf_s / self.plain_s
+        return ratio(self.auf_s, self.plain_s)
+
+    def speed_up(self, tau: float) -> float | None:
+        """Over plain decoding, with a drafter of this tau."""
+        return ratio(tau, self.ratio)
 
 
 class ShapeReport(Measured, Report):
@@ -61,7 +66,9 @@ class ShapeReport(Measured, Report):
             f"block {facts.block_size}. Prompts of {self.config.prompt_tokens} random tokens."
         ]
         if self.kept:
-            lines.append(f"{self.kept} cells were kept that other versions of the code measured.")
+            lines.append(
+                f"{self.kept} figures are of earlier calls with other versions, see their files."
+            )
         parts = [f"Identity {'passed' if self.passed else 'FAILED'}.", self._answers(), self._memory()]
         parts.append(f"A step: AUF's emits {self.config.emitted} tokens, which is forced; plain decoding's is a token.")
         return markdown_document(self, *lines, *parts, self._steps())
@@ -89,7 +96,7 @@ class ShapeReport(Measured, Report):
         rows = [["T", "batch", "AUF", "plain", "AUF / plain", *(f"speed-up at tau {tau}" for tau in TAUS)]]
         for row in self.steps:
             cells = [milliseconds(row.auf_s), milliseconds(row.plain_s), number(row.ratio)]
-            rows.append([f"{row.temperature:g}", str(row.batch), *cells, *(number(tau / row.ratio) for tau in TAUS)])
+            rows.append([f"{row.temperature:g}", str(row.batch), *cells, *(number(row.speed_up(tau)) for tau in TAUS)])
         return markdown_table(rows)
 
 

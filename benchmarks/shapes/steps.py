@@ -39,8 +39,9 @@ class StepCell(Cell):
     seconds: list[float]
 
     @property
-    def step_s(self) -> float:
-        return median(self.seconds)
+    def step_s(self) -> float | None:
+        """The median; None where other work on the machine hid the step."""
+        return found if (found := median(self.seconds)) > 0 else None
 
 
 def step_cells(visit: Visit) -> dict[tuple[float, int], StepCell]:
