@@ -18,6 +18,8 @@ from sglang_auf.files import CONFIG, read_json
 PROFILE = "qwen3-8b"
 CONTEXT = 2048
 BLOCK = int(DRAFTER["block_size"])
+LARGEST_BATCH = 32
+"""Requests that servers are made for, even if fewer are asked: cells of another --batch are then kept."""
 FIRST_STEPS = 2
 """Steps of the shorter of the two requests whose difference is measured (steps.py)."""
 
@@ -67,7 +69,7 @@ class ServeShapeConfig(CommandConfig):
     @property
     def server_settings(self) -> list[str]:
         """Settings of the profile for every server. Other than the profile's: the models, and what is limited here."""
-        most = max(*self.batches, *self.levels)
+        most = max(LARGEST_BATCH, *self.batches, *self.levels)
         found = [
             f"target={self.models / TARGET_DIR}",
             f"drafter={self.models / DRAFTER_DIR}",
@@ -75,7 +77,7 @@ class ServeShapeConfig(CommandConfig):
             f"server_args.context_length={CONTEXT}",
             f"server_args.max_running_requests={most}",
         ]
-        if self.device == "cuda":  # no graphs are captured for batches that are not asked
+        if self.device == "cuda":  # no graphs are captured for batches that are never asked
             found.append(f"server_args.cuda_graph_max_bs_decode={most}")
         return [*found, *self.settings]
 
