@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from sglang_auf.checkpoints.weights import default_target_layer_ids
 from sglang_auf.errors import ConfigError
@@ -48,6 +48,13 @@ def _drafter(target: dict[str, Any], taps: list[int], mask: int) -> dict[str, An
 
 DRAFTER: dict[str, Any] = _drafter(TARGET, [1, 9, 17, 25, 33], MASK)
 
+# For a machine without the memory: the same vocabulary, half of the rest.
+HALF: dict[str, Any] = TARGET | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 # Heads are not below 64, since attention kernels of GPUs have no smaller ones.
 TOY: dict[str, Any] = TARGET | {
     "hidden_size": 128,
@@ -62,14 +69,17 @@ TOY: dict[str, Any] = TARGET | {
 }
 TOY_MASK = 2047
 
+Widths = Literal["full", "half", "toy"]
+_WIDTHS: dict[Widths, dict[str, Any]] = {"full": TARGET, "half": HALF, "toy": TOY}
 
-def configs(layers: int, toy: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json of a target of so many layers, and of the drafter of block 16 for it. toy: with small widths.
 
-    With 36 layers they are TARGET and DRAFTER. Raises ConfigError for fewer layers than the drafter's taps need.
+def configs(layers: int, widths: Widths = "full") -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of a target of so many layers, and of the drafter of block 16 for it.
+
+    With all widths and 36 layers they are TARGET and DRAFTER. Raises ConfigError for fewer layers than the drafter's taps need.
     """
-    target = (TOY if toy else TARGET) | {"num_hidden_layers": layers}
-    return target, _drafter(target, taps(layers), TOY_MASK if toy else MASK)
+    target = _WIDTHS[widths] | {"num_hidden_layers": layers}
+    return target, _drafter(target, taps(layers), TOY_MASK if widths == "toy" else MASK)
 
 
 def taps(layers: int) -> list[int]:

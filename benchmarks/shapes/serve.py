@@ -66,9 +66,7 @@ class ShapeReport(Measured, Report):
             f"block {facts.block_size}. Prompts of {self.config.prompt_tokens} random tokens."
         ]
         if self.kept:
-            lines.append(
-                f"{self.kept} figures are of earlier calls with other versions, see their files."
-            )
+            lines.append(f"{self.kept} figures are of earlier calls with other versions, see their files.")
         parts = [f"Identity {'passed' if self.passed else 'FAILED'}.", self._answers(), self._memory()]
         parts.append(f"A step: AUF's emits {self.config.emitted} tokens, which is forced; plain decoding's is a token.")
         return markdown_document(self, *lines, *parts, self._steps())

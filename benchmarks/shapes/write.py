@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from benchmarks.harness.config import CommandConfig
 from benchmarks.harness.results import Measured, Report
-from benchmarks.shapes.qwen3_8b import TARGET, configs
+from benchmarks.shapes.qwen3_8b import TARGET, Widths, configs
 from benchmarks.shapes.tokenizer import number_tokenizer
 from sglang_auf.checkpoints.weights import Shape, expected_weights
 from sglang_auf.errors import ConfigError
@@ -44,7 +44,7 @@ class WriteShapeConfig(CommandConfig):
 
     out: Path = Field(description="directory that does not exist yet; it gets target/ and drafter/")
     layers: int = Field(6, ge=1, description=f"layers of the target; {TARGET['num_hidden_layers']} is the full size")
-    toy: bool = Field(False, description="small widths, to try the commands in seconds")
+    widths: Widths = Field("full", description="half: all but the vocabulary; toy: to try the commands in seconds")
     seed: int = Field(0, ge=0, description="the same seed gives the same weights")
 
 
@@ -68,7 +68,7 @@ def write_shape(config: WriteShapeConfig) -> WrittenShape:
 
     Raises ConfigError where `out` exists, where the disk has no room, or where the layers are too few for the drafter.
     """
-    target, drafter = configs(config.layers, config.toy)
+    target, drafter = configs(config.layers, config.widths)
     weights = {TARGET_DIR: target_weights(target), DRAFTER_DIR: expected_weights(drafter)}
     parameters = {name: sum(map(math.prod, shapes.values())) for name, shapes in weights.items()}
     sizes = {name: 2 * count for name, count in parameters.items()}  # bf16

@@ -38,7 +38,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def test_on_a_cpu_the_plan_is_the_platforms(ask: Callable[..., Any], tmp_path: Path) -> None:
-    write_shape(WriteShapeConfig(out=tmp_path / "models", toy=True, layers=6, seed=0))
+    write_shape(WriteShapeConfig(out=tmp_path / "models", widths="toy", layers=6, seed=0))
     models = [tmp_path / "models" / "target", tmp_path / "models" / "drafter"]
     found = ask("cpu", models, None)
     stored = sum(file.stat().st_size for model in models for file in model.glob("*.safetensors"))
@@ -55,7 +55,12 @@ def test_on_a_gpu_it_is_what_the_device_has_in_use_more_than_before(
     ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {"--query-gpu=memory.used": "10240\n", "--query-gpu=memory.total": "81920\n"}
-    monkeypatch.setattr(subprocess, "run", lambda program, **_: SimpleNamespace(stdout=answers[program[1]]))
+    run = subprocess.run
+
+    def asked(program: Any, **options: Any) -> Any:
+        return SimpleNamespace(stdout=answers[program[1]]) if program[0] == "nvidia-smi" else run(program, **options)
+
+    monkeypatch.setattr(subprocess, "run", asked)
     found = ask("cuda", [], 4 * GIB)
     assert found.used == 6
     assert list(found.planned.values()) == [60]  # 0.75 of 80 GiB

@@ -17,7 +17,7 @@ def test_a_toy_is_served_measured_and_not_measured_again(
 ) -> None:
     """The whole command, as it is to be run on a GPU."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main(["write-shape", "--toy", "--out", str(tmp_path / "models")]) == 0
+    assert main(["write-shape", "--widths", "toy", "--out", str(tmp_path / "models")]) == 0
     command = ["serve-shape", "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out"), "--batch", "1,3"]
     command += ["--steps", "2", "--rounds", "1", "--prompt-tokens", "8", "--prompts", "4", "--max-tokens", "6"]
     assert main(command) == 0
@@ -61,7 +61,7 @@ def test_the_speed_up_is_tau_over_the_ratio_of_steps() -> None:
 def test_what_would_fail_after_loading_is_refused_before(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["write-shape", "--toy", "--out", str(tmp_path / "models")]) == 0
+    assert main(["write-shape", "--widths", "toy", "--out", str(tmp_path / "models")]) == 0
     command = ["serve-shape", "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
     assert main([*command, "--concurrency", "1,4", *flags]) == 2
     assert message in capsys.readouterr().err

@@ -29,7 +29,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shape") / "models"
-    assert main(["write-shape", "--toy", "--out", str(out)]) == 0
+    assert main(["write-shape", "--widths", "toy", "--out", str(out)]) == 0
     return out
 
 
@@ -41,7 +41,7 @@ def test_the_weights_are_those_of_a_qwen3(config: dict[str, Any]) -> None:
 
 
 def test_what_is_written_is_complete_and_fits_together(written: Path) -> None:
-    target, _ = configs(6, toy=True)
+    target, _ = configs(6, widths="toy")
     found = weights(written / "target")
     assert {name: tuple(weight.shape) for name, weight in found.items()} == target_weights(target)
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
@@ -55,8 +55,8 @@ def test_what_is_written_is_complete_and_fits_together(written: Path) -> None:
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others(written: Path, tmp_path: Path) -> None:
-    write_shape(WriteShapeConfig(out=tmp_path / "same", toy=True, layers=6, seed=0))
-    write_shape(WriteShapeConfig(out=tmp_path / "other", toy=True, layers=6, seed=7))
+    write_shape(WriteShapeConfig(out=tmp_path / "same", widths="toy", layers=6, seed=0))
+    write_shape(WriteShapeConfig(out=tmp_path / "other", widths="toy", layers=6, seed=7))
     for model in ("target", "drafter"):
         first, same, other = (weights(place / model) for place in (written, tmp_path / "same", tmp_path / "other"))
         assert all(torch.equal(weight, same[name]) for name, weight in first.items())
@@ -74,7 +74,7 @@ def test_products_keep_the_size_of_what_they_multiply() -> None:
 def test_a_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("text")
     with pytest.raises(ConfigError, match="exists"):
-        write_shape(WriteShapeConfig(out=tmp_path, toy=True, layers=6, seed=0))
+        write_shape(WriteShapeConfig(out=tmp_path, widths="toy", layers=6, seed=0))
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
@@ -82,7 +82,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))
     with pytest.raises(ConfigError, match=r"1\.00 GB free.*expected: 6\.97 GB"):
-        write_shape(WriteShapeConfig(out=tmp_path / "new" / "models", layers=6, toy=False, seed=0))
+        write_shape(WriteShapeConfig(out=tmp_path / "new" / "models", layers=6, widths="full", seed=0))
     assert not list(tmp_path.iterdir())
 
 
@@ -97,5 +97,5 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail_at_the_third)
     with pytest.raises(ConfigError, match="No space left"):
-        write_shape(WriteShapeConfig(out=tmp_path / "models", toy=True, layers=6, seed=0))
+        write_shape(WriteShapeConfig(out=tmp_path / "models", widths="toy", layers=6, seed=0))
     assert not list(tmp_path.iterdir())
