@@ -76,7 +76,8 @@ _WIDTHS: dict[Widths, dict[str, Any]] = {"full": TARGET, "half": HALF, "toy": TO
 def configs(layers: int, widths: Widths = "full") -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json of a target of so many layers, and of the drafter of block 16 for it.
 
-    With all widths and 36 layers they are TARGET and DRAFTER. Raises ConfigError for fewer layers than the drafter's taps need.
+    With full widths and 36 layers they are TARGET and DRAFTER. Raises ConfigError for fewer layers than the drafter's
+    taps need.
     """
     target = _WIDTHS[widths] | {"num_hidden_layers": layers}
     return target, _drafter(target, taps(layers), TOY_MASK if widths == "toy" else MASK)
