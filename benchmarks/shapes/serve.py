@@ -88,7 +88,8 @@ class ShapeReport(Measured, Report):
             planned = sum(cell.planned.values()) if cell.planned else None
             cells = [number(planned, 1), _sizes(cell.planned), number(cell.used, 1), _sizes(cell.said)]
             rows.append([name, *cells])
-        return "Memory in GiB.\n\n" + markdown_table(rows)
+        note = "Memory in GiB. On a CPU a server's account is what the machine has less free, whoever took it."
+        return f"{note}\n\n{markdown_table(rows)}"
 
     def _steps(self) -> str:
         rows = [["T", "batch", "AUF", "plain", "AUF / plain", *(f"speed-up at tau {tau}" for tau in TAUS)]]
