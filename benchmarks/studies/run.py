@@ -219,7 +219,8 @@ def _served_part(study: Study, places: Places) -> None:
             with serve(
                 study.profile,
                 plain=False,
-                settings=[*study.server_set, f"drafter={places.drafter(arm, seed).resolve()}"],
+                # A chain, as it is walked, unless the study says otherwise.
+                settings=["tree=false", *study.server_set, f"drafter={places.drafter(arm, seed).resolve()}"],
                 log_file=places.out / "served" / f"{arm}-{seed}.log",
             ) as server:
                 for temperature in due:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sglang_auf.env import TREE_NODES
 from tests.support.engines import run_engine
 
 pytestmark = pytest.mark.e2e
@@ -93,6 +94,10 @@ def exact(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return table.__getitem__
 
 
+TREES = {TREE_NODES: "6"}
+"""At this load a drafter of random weights would not be asked for drafts."""
+
+
 def sampled_jobs() -> list[dict[str, Any]]:
     return [
         {
@@ -127,7 +132,7 @@ def by_context(replies: list[dict[str, Any]]) -> dict[tuple[int, ...], Counter[i
 def test_sampled_tokens_follow_the_targets_distribution(
     tiny_target: Path, tiny_drafter: Callable[..., Path], exact: Any, tmp_path: Path
 ) -> None:
-    results = run_engine(tmp_path, engine_of(tiny_target, tiny_drafter(4)), sampled_jobs())
+    results = run_engine(tmp_path, engine_of(tiny_target, tiny_drafter(4)), sampled_jobs(), **TREES)
     for (name, setting), replies in zip(SETTINGS.items(), results, strict=True):
         seen = by_context(replies)
         count = sum(sum(counter.values()) for counter in seen.values())
@@ -148,6 +153,7 @@ def test_a_broken_verifier_fails_the_same_test(
         engine_of(tiny_target, tiny_drafter(4)),
         [sampled_jobs()[0] | {"inputs": [PROMPT] * 1000}],
         PYTHONPATH=path,
+        **TREES,
     )
     assert p_value_or_zero(by_context(replies), exact) < 0.01
 

@@ -126,7 +126,8 @@ def main() -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        worker = SpeculativeAlgorithm.from_string("AUF").factory(None)  # checks the worker's seams first
+        on_cuda = SimpleNamespace(device="cuda")
+        worker = SpeculativeAlgorithm.from_string("AUF").factory(on_cuda)  # checks the worker's seams first
     answer = {
         "platform": type(current_platform).__name__,
         "worker": worker.__name__,
