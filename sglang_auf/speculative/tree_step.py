@@ -155,7 +155,7 @@ class TreeStep:
         requests = len(chances)
         # So many slots are allotted behind each request's committed tokens (DFlashDraftInputV2.prepare_for_decode).
         room = [
-            request.kv.kv_allocated_len - committed - 1
+            max(request.kv.kv_allocated_len - committed - 1, 0)
             for request, committed in zip(batch.reqs, batch.seq_lens.tolist(), strict=True)
         ]
         of_requests = self.calibration.chances(chances, _samples(batch))

@@ -55,7 +55,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         if self._draft_head is not None:
             return self._draft_head.likeliest(hidden, count)
         head = self.target_worker.model_runner.model.lm_head
-        return kernels.largest(head.quant_method.apply(head, hidden)[:, : head.org_vocab_size], count)
+        logits = head.quant_method.apply(head, hidden)[:, : head.org_vocab_size]
+        return kernels.largest(logits.bfloat16(), count)  # a quantised head may give other floats
 
     def _accept_block(
         self,
