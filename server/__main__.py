@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from server.profile import default_profile, load_profile, profile_names
+from sglang_auf.cpu.process import begin_server
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
     try:
         profile = load_profile(options.profile or default_profile(), options.overrides, flags)
+        if arguments is None and profile.device == "cpu":
+            begin_server()
         from server.launch import serve  # SGLang takes seconds to import; a typing mistake should not wait for it
 
         serve(profile, plain=options.plain, api_key=options.api_key)

@@ -17,6 +17,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.cpu import seams
+from sglang_auf.cpu.process import ask_for_huge_pages, fork_children
 from sglang_auf.errors import ConfigError
 from sglang_auf.hooks.registry import Hook
 
@@ -188,8 +189,7 @@ def _refuse_unsupported(server_args: Any) -> None:
 
 def register() -> None:
     """Register attention backend, fused operators and argument defaults. The plugin installs HOOKS."""
-    # For the scheduler process, which starts after this: huge pages, where the system allows them on request.
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    ask_for_huge_pages()  # for the scheduler process, which starts after this
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles are off by entire positions at long range
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -225,4 +225,5 @@ def register() -> None:
 HOOKS = (
     Hook.on(seams.ASSIGN_TO_POOL, "REPLACE", assign_req_to_token_pool),
     Hook.on(seams.VALIDATE_DOMINO, "AROUND", validate_domino_runtime),
+    Hook.on(seams.START_METHOD, "AFTER", fork_children),
 )

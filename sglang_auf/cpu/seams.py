@@ -36,10 +36,12 @@ VALIDATE_DOMINO = Seam(
         "embed_proj",
     ),
 )
+START_METHOD = Seam(f"{_SRT}.entrypoints.engine:_set_envs_and_config", "cpu.process", ("server_args",))
 
 SEAMS = (
     ASSIGN_TO_POOL,
     VALIDATE_DOMINO,
+    START_METHOD,
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),
     Seam(f"{_SRT}.platforms.interface:PlatformCapabilities", "cpu.platform"),

@@ -38,6 +38,8 @@ LOOPS = {
     "overlap": "server_args.disable_overlap_schedule=false",
 }
 """The setting for each event loop of SGLang."""
+NODES = "tree_nodes=3"
+"""As many at any load: this many requests on a busy machine may leave no node worth its time."""
 EVERY = {"normal": 1, "overlap": 4}
 """Which lists are asked: all, or one of so many."""
 PATIENCE_S = 300
@@ -66,7 +68,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Plain:
 
         draw = random.Random(18)
         prompts = ["Say hello.", *(row["turns"][0] for row in demo_prompts(15))]  # type: ignore[index]
-        free = {"temperature": 0, "max_new_tokens": 48}
+        free = {"temperature": 0, "max_new_tokens": 32}
         answers = ask([{"text": question(prompt), "sampling_params": free} for prompt in prompts])
         drawn = [draw.randrange(len(prompts)) for _ in range(LISTS)]
         bodies = [body_of(draw, prompts[number], answers[number][0]) for number in drawn]
@@ -84,7 +86,7 @@ def loop(request: pytest.FixtureRequest, plain: Plain) -> str:
 def url(loop: str, tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Iterator[str]:
     """A server that speculates in that event loop. Plain decoding's has ended: two of them need not fit in memory."""
     log = tmp_path_factory.mktemp(loop) / "log"
-    with start_server([*SERVER, "--set", LOOPS[loop]], log, **ONE_THREAD) as (address, _):
+    with start_server([*SERVER, "--set", LOOPS[loop], "--set", NODES], log, **ONE_THREAD) as (address, _):
         yield address
 
 

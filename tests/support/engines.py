@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sglang_auf.env import FORK
+
 RUNNER = Path(__file__).with_name("engine_runner.py")
 TIMEOUT_SECONDS = 1800
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -25,7 +27,7 @@ def run_engine(scratch: Path, engine: dict[str, Any], jobs: list[dict[str, Any]]
         input=json.dumps({"engine": engine, "jobs": jobs, "out": str(out)}).encode(),
         capture_output=True,
         timeout=TIMEOUT_SECONDS,
-        env=os.environ | ONE_THREAD | environment,
+        env=os.environ | ONE_THREAD | {FORK.name: "1"} | environment,
         check=False,
     )
     assert out.exists(), done.stderr.decode()[-6000:]

@@ -1,0 +1,55 @@
+"""How the processes of a server on a CPU begin: with what environment, and from what.
+
+Importing SGLang takes about 10 s of a core. SGLang's processes are spawned, so each imports it anew; a fork of a
+process that has imported it begins at once and shares its memory. A fork inherits no threads, and OpenMP's wait for
+theirs for ever, so only a process of our own is forked, which computes nothing before.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from sglang_auf.env import FORK
+
+_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+"""Huge pages, where the system allows them on request. The C library reads it when a program begins."""
+
+
+def ask_for_huge_pages() -> None:
+    """For programs that this process begins. What is forked from this process has them only if this process does."""
+    os.environ.setdefault(*_HUGE_PAGES)
+
+
+def begin_server() -> None:
+    """Begin this program anew with huge pages, unless it has them, and let SGLang fork from it.
+
+    Before anything is imported that takes long. The process and its command line stay the same.
+    """
+    os.environ.setdefault(FORK.name, "1")
+    if _HUGE_PAGES[0] not in os.environ:
+        ask_for_huge_pages()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def fork_children(result: Any, server_args: Any) -> Any:
+    """AFTER SGLang's `_set_envs_and_config`, which has just decided that all children are spawned."""
+    if FORK.is_on() and threading.active_count() == 1:
+        gc.collect()
+        gc.freeze()  # a collection would write to every object, and unshare its page
+        os.register_at_fork(after_in_child=_forget_signals)
+        multiprocessing.set_start_method("fork", force=True)
+    return result
+
+
+def _forget_signals() -> None:
+    """A child ends on a signal, as a spawned one does; what the server's process does is not for it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)

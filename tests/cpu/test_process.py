@@ -1,0 +1,74 @@
+"""How a CPU server's processes begin, each case in a process of its own, since it changes the process for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+from sglang_auf.env import FORK
+
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def result(program: str, *arguments: str, **environment: str) -> Any:
+    """What the program prints, a JSON value."""
+    clean = {name: value for name, value in os.environ.items() if name not in (TUNABLES, FORK.name)}
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    return json.loads(subprocess.check_output(command, env=clean | environment, text=True, timeout=60))
+
+
+BEGIN = """
+    import json, os, sys
+    from sglang_auf.cpu.process import begin_server
+    begins = os.environ["BEGINS"] = str(int(os.environ.get("BEGINS", 0)) + 1)
+    begin_server()
+    print(json.dumps([begins, sys.argv[1:], os.environ["GLIBC_TUNABLES"], os.environ["SGLANG_AUF_FORK"]]))
+"""
+
+
+def test_a_server_begins_anew_once_with_huge_pages_and_the_same_arguments() -> None:
+    arguments = ["--set", "a=b c", "--plain"]
+    assert result(BEGIN, *arguments) == ["2", arguments, "glibc.malloc.hugetlb=1", "1"]
+
+
+def test_what_the_user_has_set_stays() -> None:
+    settings = {TUNABLES: "glibc.malloc.hugetlb=0", FORK.name: "0"}
+    assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "0"]
+
+
+FORKED = """
+    import json, multiprocessing, signal, sys, threading
+    from sglang_auf.cpu.process import fork_children
+
+    def child(pipe):
+        pipe.send([seen, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL])
+
+    multiprocessing.set_start_method("spawn")
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    if "thread" in sys.argv:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    assert fork_children("result", None) == "result"
+    method = multiprocessing.get_start_method()
+    if method == "fork":
+        seen = "set before the fork"
+        receive, send = multiprocessing.Pipe(duplex=False)
+        multiprocessing.Process(target=child, args=(send,)).start()
+        print(json.dumps(receive.recv()))
+    else:
+        print(json.dumps(method))
+"""
+
+
+def test_a_child_is_a_copy_of_the_server_without_its_signal_handlers() -> None:
+    assert result(FORKED, SGLANG_AUF_FORK="1") == ["set before the fork", True]
+
+
+@pytest.mark.parametrize(("fork", "argument"), [("0", ""), ("1", "thread")])
+def test_children_are_spawned_unless_asked_for_and_where_a_thread_runs(fork: str, argument: str) -> None:
+    assert result(FORKED, argument, SGLANG_AUF_FORK=fork) == "spawn"
