@@ -146,7 +146,7 @@ def stops_of(draw: random.Random, answer: str) -> dict[str, Any]:
 def body_of(draw: random.Random, prompt: str, answer: dict[str, Any]) -> dict[str, Any]:
     sampling: dict[str, Any] = {
         "temperature": 0,
-        "max_new_tokens": draw.randint(4, 48),
+        "max_new_tokens": draw.randint(4, 32),
         **stops_of(draw, answer["text"]),
     }
     if draw.random() < 0.2:
