@@ -40,6 +40,9 @@ ROW_INVARIANT = Switch("SGLANG_AUF_ROW_INVARIANT", True, "products give a row th
 TREE_NODES = "SGLANG_AUF_TREE_NODES"
 """Nodes of each request's tree, whatever the load. Default: as many as the load makes worthwhile."""
 
+STEP_LOG = "SGLANG_AUF_STEP_LOG"
+"""Steps after which the scheduler logs how long their parts took (CPU). Default: 0, never."""
+
 API_KEY = "SGLANG_AUF_API_KEY"
 """The server's API key, for `python -m server`, where `ps` does not show it. Default: no key."""
 
@@ -48,6 +51,14 @@ HOME = "SGLANG_AUF_HOME"
 
 CLIENT_API_KEY = "OPENAI_API_KEY"
 """The key that benchmarks, `sglang-auf prompts` and `regenerate` send to a server. Default: a placeholder."""
+
+
+def step_log() -> int:
+    """Raises ValueError for what is no number."""
+    given = os.environ.get(STEP_LOG, "0")
+    if not given.isdecimal():
+        raise ValueError(f"{STEP_LOG}={given}")
+    return int(given)
 
 
 def tree_nodes() -> int | None:

@@ -43,6 +43,16 @@ def test_nodes_are_a_positive_number_or_left_to_the_load(monkeypatch: pytest.Mon
             env.tree_nodes()
 
 
+def test_steps_to_a_log_line_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(env.STEP_LOG, raising=False)
+    assert env.step_log() == 0
+    monkeypatch.setenv(env.STEP_LOG, "200")
+    assert env.step_log() == 200
+    monkeypatch.setenv(env.STEP_LOG, "often")
+    with pytest.raises(ValueError, match=env.STEP_LOG):
+        env.step_log()
+
+
 def test_setting_a_switch_is_for_this_process_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_AUF_TEST", "1")  # restored after the test
     switch = env.Switch("SGLANG_AUF_TEST", True, "")

@@ -10,7 +10,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, tree_nodes
+from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, step_log, tree_nodes
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import read_json
 
@@ -145,10 +145,14 @@ def refuse_unsupported(server_args: Any) -> None:
             "a chain, because CUDA graphs are captured for one shape; only the CPU platform verifies trees",
             f"unset {TREE.name}",
         )
-    try:
-        tree_nodes()
-    except ValueError as error:
-        raise ConfigError(str(error), "a number of drafted tokens, 1 or more", "correct or unset it") from None
+    for number, expected in (
+        (tree_nodes, "a number of drafted tokens, 1 or more"),
+        (step_log, "a number of steps, or 0"),
+    ):
+        try:
+            number()
+        except ValueError as error:
+            raise ConfigError(str(error), expected, "correct or unset it") from None
     if not server_args.speculative_draft_model_path:
         raise ConfigError(
             "no drafter", "a DFlash or Domino drafter", "give --speculative-draft-model-path (a folder or a hub name)"

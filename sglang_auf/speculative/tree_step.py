@@ -29,8 +29,9 @@ from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCap
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_auf.cpu.linear import product_seconds
-from sglang_auf.env import tree_nodes
+from sglang_auf.env import step_log, tree_nodes
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
+from sglang_auf.speculative.stopwatch import Stopwatch
 from sglang_auf.speculative.tree import Forest, Node, grow
 
 RANKS = 8
@@ -67,17 +68,21 @@ class TreeStep:
         self.calibration = Calibration(self.slots, self.ranks)
         self._blocks: dict[int, Any] = {}
         self._ended = 0.0
+        self._watch = Stopwatch(step_log())
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
         began = time.perf_counter()
+        self._watch.lap("between steps")
         anchors = batch.spec_info.bonus_tokens
         requests = len(anchors)
         slots = self.budget.to_draft(requests)
         chances, tokens = self._draft(batch, anchors, slots) if slots else NO_DRAFTS
         drafted = requests * (slots + 1) if slots else 0
+        self._watch.lap("draft")
         nodes = self._choose(batch, chances, drafted) if slots else []
         forest = Forest.of(nodes, anchors.tolist(), tokens)
+        self._watch.lap("tree")
         result, paths = self._verify(batch, forest, on_publish, grammar_barrier)
         if began - self._ended < LONGEST_PAUSE_S:
             began = self._ended
@@ -86,6 +91,8 @@ class TreeStep:
         if slots:
             self.budget.used(nodes, slots)
             self.calibration.observe(forest.tested(paths), chances, _samples(batch))
+        self._watch.lap("tree")
+        self._watch.step_ends()
         return result
 
     # --- drafting ---
@@ -183,6 +190,7 @@ class TreeStep:
         tree = GrammarTree.from_host(*forest.links()) if batch.has_grammar else None
 
         output = self._forward(batch, forest, positions, slots, plan)
+        self._watch.lap("verify")
         logits, mask = output.next_token_logits, None
         if tree is not None:
             mask = build_grammar_vocab_mask(
@@ -199,6 +207,7 @@ class TreeStep:
             chosen = worker._draw(logits, sampling_info, positions, rows)
 
         paths = forest.walk(chosen.tolist())
+        self._watch.lap("accept")
         lengths = torch.tensor([len(path) for path in paths])
         kept = torch.tensor([row for path in paths for row in path])
         # A chain's layout, [requests, B]: behind a path, its last row again, which nobody reads.
@@ -218,6 +227,7 @@ class TreeStep:
             positions=positions[kept],
         )
         output.hidden_states = None
+        self._watch.lap("commit")
         result = GenerationBatchResult(
             logits_output=output,
             next_token_ids=emitted.flatten(),

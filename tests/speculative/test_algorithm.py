@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import SAMPLER_NAME, compat
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
-from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE
+from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, STEP_LOG, TREE, TREE_NODES
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.speculative import algorithm, seams
 from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
@@ -186,6 +186,13 @@ def test_trees_that_are_asked_for_are_for_the_cpu(
                 AUF.handle_server_args(given)
         else:
             AUF.handle_server_args(given)
+
+
+@pytest.mark.parametrize("variable", [TREE_NODES, STEP_LOG])
+def test_a_number_that_is_none_is_refused_before_anything_loads(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "many")
+    with pytest.raises(ConfigError, match=f"{variable}=many"):
+        AUF.handle_server_args(arguments())
 
 
 @pytest.mark.parametrize("path", [None, ""])

@@ -52,3 +52,20 @@ def test_another_answer_than_plain_decodings_shows() -> None:
 def test_a_variant_that_is_no_setting_is_refused(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["variants", "--profile", "toy", "--variant", variant]) == 2
     assert "--variant" in capsys.readouterr().err
+
+
+def test_the_quicker_plain_decoding_is_what_a_server_is_compared_with() -> None:
+    """A server without row-invariant products promises no answer, so its own are not held against the run."""
+    flags = ["--rounds", "2", "--limit", "24", "--unconstrained", "--set", "wobble=lighthouse"]
+    flags += ["--variant", "block_size=2"]
+    code, report = variants(*flags)
+    assert code == 0
+    assert [row["name"] for row in report["rows"]] == ["plain", "profile", "unconstrained", "variant-1"]
+    plain, profile, unconstrained, _ = report["rows"]
+    assert unconstrained["tau"] is None
+    same = [row["plain_tokens"]["same_tokens"] for row in report["rows"]]
+    assert same[2] < same[0] == same[1] == same[3] == 48
+    fastest = map(max, plain["rounds"], unconstrained["rounds"])
+    ratios = [ours / theirs for ours, theirs in zip(profile["rounds"], fastest, strict=True)]
+    assert profile["over_fastest"] == pytest.approx(sum(ratios) / 2)
+    assert "of the quicker plain" in Path("out/variants.md").read_text()
