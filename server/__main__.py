@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from server.profile import default_profile, load_profile, profile_names
-from sglang_auf.cpu.process import begin_server
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError
+from sglang_auf.process import begin_server
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -84,7 +84,9 @@ class StartedServersConfig(CommandConfig):
     """What commands share that start several servers of one profile and ask them greedily, first turns only."""
 
     profile: str = Field(description="server profile, as for python -m server --profile")
-    settings: tuple[str, ...] = Field((), alias="set", description="key=value for every server; may be repeated")
+    settings: tuple[str, ...] = Field(
+        (), alias="set", description="key=value for every server, or env.NAME=value; may be repeated"
+    )
     thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
     data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")

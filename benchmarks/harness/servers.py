@@ -30,6 +30,8 @@ REST_S = 0.2
 LOG_LINES = 20
 PORTS_TRIED = 100
 PR_SET_PDEATHSIG = 1
+VARIABLE = "env."
+"""How a setting of a server begins that is a variable of its environment."""
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -73,13 +75,21 @@ def serve(
     log_file: Path,
     timeout_s: float = 900.0,
 ) -> contextlib.AbstractContextManager[Server]:
-    """`launch` a server of a profile. plain: without a drafter. settings: key=value, each passed as --set."""
+    """`launch` a server of a profile. plain: without a drafter.
+
+    settings: key=value, each passed as --set, or env.NAME=value, a variable of the server's environment.
+    """
     arguments = ["-m", "server", "--profile", profile]
+    variables = dict(environment or {})
     for setting in settings:
-        arguments += ["--set", setting]
+        name, _, value = setting.partition("=")
+        if name.startswith(VARIABLE):
+            variables[name.removeprefix(VARIABLE)] = value
+        else:
+            arguments += ["--set", setting]
     if plain:
         arguments.append("--plain")
-    return launch(arguments, port, environment=environment, log_file=log_file, timeout_s=timeout_s)
+    return launch(arguments, port, environment=variables, log_file=log_file, timeout_s=timeout_s)
 
 
 @contextlib.contextmanager
@@ -172,6 +182,19 @@ def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many processes that want a core each, as other programs of a shared machine do."""
+    busy = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(busy, preexec_fn=die_with_parent) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def die_with_parent() -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from benchmarks.harness.config import ServerSettings
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import ServerFacts
-from benchmarks.harness.servers import Server, serve
+from benchmarks.harness.servers import Server, neighbours, serve
 from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
@@ -38,6 +38,7 @@ class VariantsConfig(TurnsConfig):
         description="ask plain decoding without row-invariant products too, whose answers depend on the load: where it "
         "is quicker than plain decoding, it is what an accelerated server is compared with",
     )
+    neighbours: int = Field(0, ge=0, description="processes that want a core each, beside the server that is asked")
     out: Path = Field(Path("runs/variants"), description="result directory; earlier results are replaced")
 
 
@@ -97,10 +98,11 @@ class VariantsReport(Measured, Report):
             cells += map(number, (*plain, row.over_profile, row.tau))
             cells += [milliseconds(row.step_s), number(row.step_over_plain), row.plain_tokens.tokens_text()]
             rows.append(cells)
+        beside = f"; {config.neighbours} busy processes beside each server" if config.neighbours else ""
         asked = (
             f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(self.tasks)}; "
             f"medians of {config.rounds} interleaved rounds. A step: a verify step with its drafting, or a token of "
-            "plain decoding"
+            f"plain decoding{beside}"
         )
         return markdown_document(self, asked, markdown_table(rows))
 
@@ -112,7 +114,8 @@ def measure_variants(config: VariantsConfig) -> VariantsReport:
         settings[UNCONSTRAINED] = ()
     settings |= {f"variant-{number}": variant for number, variant in enumerate(config.variants, start=1)}
     turns = Turns(config)
-    with up_and_paused(settings, lambda name, _: _starting(config, name, settings[name])) as (servers, facts):
+    started = up_and_paused(settings, lambda name, _: _starting(config, name, settings[name]))
+    with started as (servers, facts), neighbours(config.neighbours):
         turns.ask(servers, plain=(PLAIN, UNCONSTRAINED))
     return VariantsReport(
         config=config,

@@ -17,9 +17,9 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.cpu import seams
-from sglang_auf.cpu.process import ask_for_huge_pages, fork_children
 from sglang_auf.errors import ConfigError
 from sglang_auf.hooks.registry import Hook
+from sglang_auf.process import fork_children, set_environment
 
 ATTENTION_BACKEND = PLATFORM
 CHUNKED_PREFILL_TOKENS = 2048
@@ -189,7 +189,7 @@ def _refuse_unsupported(server_args: Any) -> None:
 
 def register() -> None:
     """Register attention backend, fused operators and argument defaults. The plugin installs HOOKS."""
-    ask_for_huge_pages()  # for the scheduler process, which starts after this
+    set_environment()  # for the scheduler process, which starts after this
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")  # bf16 angles are off by entire positions at long range
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
     from sglang.srt.arg_groups.overrides import declare_resolution

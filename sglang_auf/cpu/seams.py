@@ -36,7 +36,7 @@ VALIDATE_DOMINO = Seam(
         "embed_proj",
     ),
 )
-START_METHOD = Seam(f"{_SRT}.entrypoints.engine:_set_envs_and_config", "cpu.process", ("server_args",))
+START_METHOD = Seam(f"{_SRT}.entrypoints.engine:_set_envs_and_config", "process", ("server_args",))
 
 SEAMS = (
     ASSIGN_TO_POOL,

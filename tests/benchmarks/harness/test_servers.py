@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.harness.servers import end, serve
+from benchmarks.harness.servers import end, neighbours, serve
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
@@ -46,6 +46,30 @@ def test_a_server_is_up_inside_and_gone_outside(tmp_path: Path) -> None:
     assert "a=1 b=2" in log_file.read_text()
     assert gone(pid)
     assert gone(child)
+
+
+def test_a_setting_may_be_a_variable_of_the_server(tmp_path: Path) -> None:
+    settings = ["a=1", "env.AUF_TEST_LETTERS=x=y"]
+    with serve(
+        "toy", plain=True, settings=settings, environment={"AUF_TEST_MORE": "1"}, log_file=tmp_path / "log"
+    ) as up:
+        variables = psutil.Process(up.process.pid).environ()
+    assert (variables["AUF_TEST_LETTERS"], variables["AUF_TEST_MORE"]) == ("x=y", "1")
+    assert "AUF_TEST" not in (tmp_path / "log").read_text()
+
+
+def test_neighbours_are_busy_inside_and_gone_outside() -> None:
+    before = set(psutil.Process().children())
+    with pytest.raises(RuntimeError), neighbours(2):
+        busy = set(psutil.Process().children()) - before
+        assert len(busy) == 2
+        begun = {process: process.cpu_times().user for process in busy}
+        deadline = time.monotonic() + 60
+        while any(process.cpu_times().user <= begun[process] for process in busy) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all(process.cpu_times().user > begun[process] for process in busy)
+        raise RuntimeError
+    assert all(gone(process.pid) for process in busy)
 
 
 def test_a_server_is_ended_when_the_work_with_it_fails(tmp_path: Path) -> None:

@@ -12,39 +12,43 @@ from typing import Any
 import pytest
 
 from sglang_auf.env import FORK
+from sglang_auf.process import ENVIRONMENT
 
-TUNABLES = "GLIBC_TUNABLES"
+TUNABLES, WAIT = ENVIRONMENT
 
 
 def result(program: str, *arguments: str, **environment: str) -> Any:
     """What the program prints, a JSON value."""
-    clean = {name: value for name, value in os.environ.items() if name not in (TUNABLES, FORK.name)}
+    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, FORK.name)}
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     return json.loads(subprocess.check_output(command, env=clean | environment, text=True, timeout=60))
 
 
 BEGIN = """
     import json, os, sys
-    from sglang_auf.cpu.process import begin_server
+    from sglang_auf.process import begin_server
     begins = os.environ["BEGINS"] = str(int(os.environ.get("BEGINS", 0)) + 1)
     begin_server()
-    print(json.dumps([begins, sys.argv[1:], os.environ["GLIBC_TUNABLES"], os.environ["SGLANG_AUF_FORK"]]))
+    names = ["GLIBC_TUNABLES", "OMP_WAIT_POLICY", "SGLANG_AUF_FORK"]
+    print(json.dumps([begins, sys.argv[1:], *(os.environ[name] for name in names)]))
 """
 
 
-def test_a_server_begins_anew_once_with_huge_pages_and_the_same_arguments() -> None:
+def test_a_server_begins_anew_once_with_the_same_arguments() -> None:
     arguments = ["--set", "a=b c", "--plain"]
-    assert result(BEGIN, *arguments) == ["2", arguments, "glibc.malloc.hugetlb=1", "1"]
+    assert result(BEGIN, *arguments) == ["2", arguments, "glibc.malloc.hugetlb=1", "PASSIVE", "1"]
 
 
 def test_what_the_user_has_set_stays() -> None:
     settings = {TUNABLES: "glibc.malloc.hugetlb=0", FORK.name: "0"}
-    assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "0"]
+    assert result(BEGIN, **settings) == ["2", [], "glibc.malloc.hugetlb=0", "PASSIVE", "0"]
+    settings[WAIT] = "ACTIVE"
+    assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "ACTIVE", "0"]
 
 
 FORKED = """
     import json, multiprocessing, signal, sys, threading
-    from sglang_auf.cpu.process import fork_children
+    from sglang_auf.process import fork_children
 
     def child(pipe):
         pipe.send([seen, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL])

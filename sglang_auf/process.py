@@ -17,23 +17,30 @@ from typing import Any
 
 from sglang_auf.env import FORK
 
-_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-"""Huge pages, where the system allows them on request. The C library reads it when a program begins."""
+ENVIRONMENT = {
+    # Huge pages, where the system allows them on request.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # A thread that waits for others gives its core away. By default it keeps it busy, and where another program
+    # wants that core, the one that is waited for has none.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""What the C library and OpenMP read when a program begins, and never again."""
 
 
-def ask_for_huge_pages() -> None:
-    """For programs that this process begins. What is forked from this process has them only if this process does."""
-    os.environ.setdefault(*_HUGE_PAGES)
+def set_environment() -> bool:
+    """For programs that this process begins; what the user has set stays. Whether anything was missing."""
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
+    return bool(missing)
 
 
 def begin_server() -> None:
-    """Begin this program anew with huge pages, unless it has them, and let SGLang fork from it.
+    """Begin this program anew with ENVIRONMENT, unless it has it, and let SGLang fork from it.
 
     Before anything is imported that takes long. The process and its command line stay the same.
     """
     os.environ.setdefault(FORK.name, "1")
-    if _HUGE_PAGES[0] not in os.environ:
-        ask_for_huge_pages()
+    if set_environment():
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
