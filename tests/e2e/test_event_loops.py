@@ -33,6 +33,7 @@ pytestmark = pytest.mark.e2e
 MODEL = "smollm2-135m"
 LISTS = 320
 IN_FLIGHT = 8
+LISTS_IN_FLIGHT = 24
 LOOPS = {
     "normal": "server_args.disable_overlap_schedule=true",
     "overlap": "server_args.disable_overlap_schedule=false",
@@ -61,7 +62,7 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Plain:
     log = tmp_path_factory.mktemp("plain") / "log"
-    with start_server([*SERVER, "--plain"], log, **ONE_THREAD) as (url, _), ThreadPoolExecutor(IN_FLIGHT) as pool:
+    with start_server([*SERVER, "--plain"], log, **ONE_THREAD) as (url, _), ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
 
         def ask(bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             return list(pool.map(lambda body: generate(url, body), bodies))
@@ -176,7 +177,7 @@ def body_of(draw: random.Random, prompt: str, answer: dict[str, Any]) -> dict[st
 def test_generated_stops_end_answers_as_plain_decoding_does(url: str, loop: str, plain: Plain) -> None:
     some = slice(None, None, EVERY[loop])
     bodies, expected = plain.bodies[some], plain.generated[some]
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+    with ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
         replies = list(pool.map(lambda body: generate(url, body), bodies))
     ends = Counter(choice["finish_reason"]["type"] for choices in expected for choice in choices)
     compared = list(zip(bodies, replies, expected, strict=True))
