@@ -46,9 +46,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Iterator[Server]:
-    """16 requests at a time, and a pool that holds about as many answers."""
+    """16 requests at a time, and a pool that holds about as many answers. Each step drafts, also on a busy machine."""
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["server", "--profile", MODEL, "--api-key", KEY]
+    arguments = ["server", "--profile", MODEL, "--api-key", KEY, "--set", "tree_nodes=7"]
     for setting in ("max_running_requests=16", "max_total_tokens=4096", "context_length=2048"):
         arguments += ["--set", f"server_args.{setting}"]
     with start_server(arguments, log) as (url, process):
