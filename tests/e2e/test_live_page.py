@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="no C
 KEY = "a-key"
 MODEL = "smollm2-135m"
 SETTINGS = [f"--set=server_args.{setting}" for setting in ("max_total_tokens=4096", "context_length=2048")]
+DRAFTING = [*SETTINGS, "--set=tree_nodes=7"]
+"""Each step drafts, also on a busy machine."""
 SWITCHES = [
     "--headless",
     "--no-sandbox",
@@ -67,7 +69,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Iterator[Server]:
-    arguments = ["server", "--profile", MODEL, "--api-key", KEY, *SETTINGS]
+    arguments = ["server", "--profile", MODEL, "--api-key", KEY, *DRAFTING]
     started = Server(start_server, tmp_path_factory.mktemp("live"), arguments)
     yield started
     started.kill()
