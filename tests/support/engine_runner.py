@@ -1,14 +1,21 @@
-"""Run a list of jobs on one SGLang engine in this process and write the results as JSON.
+"""Run lists of jobs on SGLang engines, each list in a process of its own, and write the results as JSON.
 
-Tests run it in a new process, because an engine forks, hooks SGLang and cannot be started twice.
+An engine hooks SGLang and cannot be started twice. So each list is run in a fork of this process, which has imported
+SGLang once for all of them and does nothing else.
 
-Standard input: a JSON object {"engine": Engine arguments, "out": path, "jobs": [{"inputs": [[token ids]], "sampling":
-{...} or one per input, "concurrency": n, "logprobs": bool}]}. Each job's result is a list of {"ids", "meta", "text"}.
+Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
+"environment": variables, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per input, "concurrency": n,
+"logprobs": bool}]}. Each job's result is a list of {"ids", "meta"}. Standard output: the exit status of each list's
+process, a line each.
 """
+
+from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +37,45 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     return list(await asyncio.gather(*map(one, range(len(job["inputs"])))))
 
 
-def main() -> None:
+def run_list(task: dict[str, Any]) -> None:
     import sglang
 
-    task = json.load(sys.stdin)
     engine = sglang.Engine(log_level="warning", skip_tokenizer_init=True, **task["engine"])
     try:
         results = [engine.loop.run_until_complete(run(engine, job)) for job in task["jobs"]]
         Path(task["out"]).write_text(json.dumps(results))
     finally:
         engine.shutdown()
+
+
+def fork(task: dict[str, Any]) -> int:
+    """Run a list in a child; its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    code = 1
+    try:
+        log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for ours, theirs in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(ours, theirs)
+        os.environ.update(task["environment"])
+        run_list(task)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    import sglang.srt.entrypoints.engine
+    import sglang.srt.managers.scheduler  # noqa: F401
+
+    for line in sys.stdin:
+        print(fork(json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":
