@@ -191,9 +191,10 @@ def vat(slots: Slots, settings: ObjectiveSettings) -> Tensor:
 def dpace(slots: Slots, settings: ObjectiveSettings) -> Tensor:
     """D-PACE, arXiv 2605.18810: for slot i, sum over m >= i of the product of smoothed confidences of slots <= m.
 
-    The sum of a block's credits is the accepted length to be expected. Dividing by it would undo that, so the loss is
-    divided by the number of blocks, as the author asks (SpecForge #828). SpecForge itself then also gives every
-    conversation the same weight (#848); here every block has it, as in the other objectives.
+    That is what the expected accepted length gains with the log of slot i's confidence, so the size of a credit means
+    something, and dividing by the sum of credits would undo it. The loss is divided by the number of blocks, as the
+    author asks (SpecForge #828). SpecForge itself then also gave all conversations the same weight (#848); here all
+    blocks have the same.
     """
     q = (1 - settings.alpha) * slots.log_q.exp() + settings.alpha
     reach = torch.where(slots.mask, q, 1.0).cumprod(-1)

@@ -220,7 +220,7 @@ BY_HAND = {
     "auf+focus": [[1, 1.3, 0, 0], [1.3, 0, 0, 0], [1, 1, 0, 0]],
     "auf-2": [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]],
     "vat": [[1, 1, HALF, HALF**2], [1, HALF, HALF**2, HALF**3], [1, 1, 0, 0]],
-    # Confidences (1 + q) / 2: .8 .65 .85 .55, then .6 .9 .7 .95, then .75 .7; products up to a slot, added from there on.
+    # Confidences (1 + q) / 2: .8 .65 .85 .55, then .6 .9 .7 .95, then .75 .7; their products, added from a slot on.
     "dpace": [
         [0.8 + 0.52 + 0.442 + 0.2431, 0.52 + 0.442 + 0.2431, 0.442 + 0.2431, 0.2431],
         [0.6 + 0.54 + 0.378 + 0.3591, 0.54 + 0.378 + 0.3591, 0.378 + 0.3591, 0.3591],
