@@ -92,7 +92,7 @@ def speedups(points: Mapping[str, Sequence[tuple[int, float]]]) -> Any:
 
 
 TRAINING = (
-    ("train", "loss", "training loss (nats a slot)"),
+    ("train", "loss", "training loss (nats)"),
     ("held_out", "tau", "tau on held-out answers"),
     ("train", "r_active", "r_active = |support| / B"),
     ("train", "support_accuracy", "accuracy inside the support"),

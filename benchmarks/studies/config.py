@@ -46,7 +46,11 @@ class Answers(Settings):
 
 
 class Arm(Settings):
-    """One training configuration. set: key=value, changes of the study's recipe. answers: a key of Study.answers."""
+    """One training configuration. answers: a key of Study.answers.
+
+    set: key=value, changes of the study's recipe, such as objective.name=vat; with objective.earlier another objective
+    comes first: ["objective.name=auf", "objective.earlier=[{name: decay, until: 0.25}]"].
+    """
 
     set: tuple[str, ...] = ()
     answers: str | None = None

@@ -75,8 +75,13 @@ class Places:
 
 
 def run_study(config: StudyConfig) -> None:
-    """Do what is missing of a study. Raises ConfigError where config.out belongs to another study."""
+    """Do what is missing of a study.
+
+    Raises ConfigError for an arm whose recipe is refused, and where config.out belongs to another study.
+    """
     study, places = load_study(config.study), Places(config.out, config.data_dir)
+    for changes in study.arms.values():  # before hours are spent on the arms in front of a wrong one
+        load_recipe(study.recipe, [*study.set, *changes.set])
     require_same(config.study, places.records)
     _target_part(study, places)
     _train_all(study, places, config.jobs)

@@ -59,7 +59,8 @@ class DrafterCard(BaseModel):
     target_config_hash, chat_template_hash: as TargetFacts computes them. target_layer_ids: 0-based layers whose
     outputs are tapped. block_size: B, anchor included. head: "dflash", "domino", or the projector_type found.
     thinking: the chat template's mode in training. max_length: longest training sequence in tokens.
-    objective: training loss, with "auf" in its name where it was Accept-Until-Fail. derived: made from config.json.
+    objective: training loss, with "auf" in its name where it was Accept-Until-Fail; of a curriculum all its parts.
+    derived: made from config.json.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

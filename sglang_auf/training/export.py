@@ -56,7 +56,7 @@ def export_checkpoint(run: Path, out: Path, *, target: str | None = None, force:
         DrafterConfig.from_checkpoint(read_json(checkpoint / CONFIG, CardError)),
         out,
         target_dir=place,
-        objective=recipe.objective.name,
+        objective=recipe.objective.description,
         thinking=recipe.data.thinking,
         max_length=recipe.data.max_length,
         recipe=state.recipe,

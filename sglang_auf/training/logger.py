@@ -44,8 +44,11 @@ class MetricLogger:
         self._tokens += tokens
         self._bar.update()
 
-    def log_training(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write `values`, the mean loss since the last call, and speed. tokens_per_second includes evaluations."""
+    def log_training(self, step: int, objective: str, values: Mapping[str, float | None]) -> None:
+        """Write `values`, the mean loss since the last call, and speed. tokens_per_second includes evaluations.
+
+        objective: what this step and those since the last call were trained with.
+        """
         now = time.monotonic()
         left = (now - self._began) / (step - self._start) * (self._steps - step)
         row = {
@@ -56,11 +59,11 @@ class MetricLogger:
             "seconds_left": left,
         }
         self._losses, self._tokens, self._marked = [], 0, now
-        self._write("train", step, row)
+        self._write("train", step, row, {"objective": objective})
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=_clock(left), refresh=False)
         self._log(
-            "step %d/%d  loss %.4f  r_active %.3f  alpha_1 %.3f  lr %.2e  %d tokens/s  %.1f GiB  %s left",
-            step, self._steps, row["loss"], row.get("r_active") or 0, row.get("alpha_1") or 0, row["lr"],
+            "step %d/%d  %s  loss %.4f  r_active %.3f  alpha_1 %.3f  lr %.2e  %d tokens/s  %.1f GiB  %s left",
+            step, self._steps, objective, row["loss"], row.get("r_active") or 0, row.get("alpha_1") or 0, row["lr"],
             row["tokens_per_second"], row["peak_memory_gib"], _clock(left),
         )  # fmt: skip
 
@@ -77,9 +80,12 @@ class MetricLogger:
         if self._writes:
             self._metrics.close()
 
-    def _write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+    def _write(
+        self, kind: str, step: int, values: Mapping[str, float | None], names: Mapping[str, str] | None = None
+    ) -> None:
+        """names: values of metrics.jsonl that are no numbers, which TensorBoard's curves have no place for."""
         if self._writes:
-            self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._metrics.write(json.dumps({"step": step, "kind": kind, **(names or {}), **values}) + "\n")
             self._metrics.flush()
         known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         self._accelerator.log(known, step=step)

@@ -2,6 +2,7 @@
 
 `extends: other.yaml` takes another recipe and changes the keys below it. `--set a.b=value` changes a recipe once more:
 the arms of the paper are `--set objective.name=decay`, `auf+decay`, `f-auf+d` and so on, on one recipe for each head.
+`--set "objective.earlier=[{name: decay, until: 0.25}]"` trains a quarter of the steps with another objective first.
 """
 
 from __future__ import annotations
@@ -158,10 +159,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         known = DOMINO_OBJECTIVES if self.drafter.head == "domino" else OBJECTIVES
-        if self.objective.name not in known:
-            raise ValueError(
-                f"objective.name {self.objective.name} is none of head {self.drafter.head}: {', '.join(known)}"
-            )
+        for name in self.objective.names:
+            if name not in known:
+                raise ValueError(f"objective {name} is none of head {self.drafter.head}: {', '.join(known)}")
         if self.batch.batch_tokens < self.data.max_length:
             raise ValueError(
                 f"batch.batch_tokens {self.batch.batch_tokens} is below data.max_length {self.data.max_length}"

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from sglang_auf import provenance
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.errors import TrainingError
+from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
@@ -109,6 +109,7 @@ class Trainer:
         self.config = shape_of(recipe.drafter, target)
         self.data = load_data(recipe, target, self.facts.vocab_size)
         self.plan = Plan(self.data.train, recipe)
+        _require_a_step_of_each_objective(recipe, self.plan.steps)
         self.batches = BatchMaker(recipe, target, accelerator.device)
         self.batches.require([*self.data.train, *self.data.held_out])
         self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
@@ -172,14 +173,17 @@ class Trainer:
         began = time.monotonic()
         recipe, train, steps, step = self.recipe, self.data.train, self.plan.steps, index + 1
         epoch, rows = self.plan.at(index)
-        logs = step % recipe.log_every == 0 or step == steps
+        objective, progress = recipe.objective, index / steps
+        # The last step of each objective is logged, so that no mean loss mixes two of them.
+        last_of_objective = step == steps or objective.phase(progress) < objective.phase(step / steps)
+        logs = step % recipe.log_every == 0 or last_of_objective
         pooled = pooled_gradient(
             self.accelerator,
             self.model,
             islice(self.stream, len(rows) // self.ranks),
             len(rows) // self.ranks,
             branches=2 if recipe.drafter.head == "domino" else 1,
-            progress=index / steps,
+            progress=progress,
             diagnostics=logs,
         )
         rate = schedule(index, steps, recipe.schedule.warmup_ratio)
@@ -198,7 +202,8 @@ class Trainer:
         if logs:
             figures = training_figures(pooled.metrics, self.config.block_size)
             lr = recipe.optimiser.lr * rate
-            self.metrics.log_training(step, {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures})
+            values = {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures}
+            self.metrics.log_training(step, objective.name_at(progress), values)
             give_back_free_memory()
         better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
         stopped = 0 if step == steps else self._agreed(caught)
@@ -305,3 +310,16 @@ class Trainer:
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
+
+
+def _require_a_step_of_each_objective(recipe: Recipe, steps: int) -> None:
+    """Raises ConfigError where an earlier objective would end before its first step."""
+    objective = recipe.objective
+    reached = {objective.phase(index / steps) for index in range(steps)}
+    missed = [name for phase, name in enumerate(objective.names) if phase not in reached]
+    if missed:
+        raise ConfigError(
+            f"objective {objective.description}: none of the {steps} steps of this run would train {', '.join(missed)}",
+            "a step of each objective",
+            "move objective.earlier's shares apart, or train for more steps",
+        )

@@ -37,6 +37,7 @@ def credits_of_block(
         "auf+decay": lambda slot: kept[slot] * decay[slot],
         "auf+focus": lambda slot: kept[slot] * (1 + first_error * (slot == failure)),
         "auf-2": lambda slot: float(slot <= until_second),
+        "vat": lambda slot: 1.0 if failure is None or slot < failure else decay[slot - failure],
         "dpace": lambda slot: sum(
             math.prod(smooth[i] for i in range(m + 1) if valid[i]) for m in range(slot, len(valid)) if valid[m]
         ),
@@ -59,3 +60,8 @@ def credits(
     rows = zip(correct.tolist(), q.double().tolist(), valid.tolist(), strict=True)
     found = [credits_of_block(name, *row, gamma, alpha, first_error) for row in rows]
     return torch.tensor(found, dtype=torch.float64).reshape(valid.shape)
+
+
+def divisor(name: str, credit: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """What the sum of an objective's credited losses is divided by: the credit, or blocks for dpace. [blocks, slots]"""
+    return torch.tensor(float(sum(map(any, valid.tolist())))) if name == "dpace" else credit.sum()

@@ -183,6 +183,16 @@ def test_a_run_gives_its_best_checkpoint_or_its_latest(
     assert yaml.safe_load((out / RECIPE).read_text())["optimiser"] == {"lr": 0.001}
 
 
+def test_the_card_says_the_curriculum(tmp_path: Path, target: Path) -> None:
+    run = run_of(tmp_path / "run", target, None)
+    file = run / "checkpoints" / "step-00000020" / "state.json"
+    state = json.loads(file.read_text())
+    state["recipe"]["objective"]["earlier"] = [{"name": "full", "until": 0.125}, {"name": "vat", "until": 0.5}]
+    file.write_text(json.dumps(state))
+    out = export_checkpoint(run, tmp_path / "drafter")
+    assert load_card(out).objective == "full until 0.125, then vat until 0.5, then auf+decay"
+
+
 def test_one_checkpoint_can_be_named(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path / "run", target, best=10)
     out = tmp_path / "drafter"

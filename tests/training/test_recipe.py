@@ -110,6 +110,15 @@ def test_overrides_are_read_as_yaml(tiny: str) -> None:
         ("batch.batch_token=1", "unknown key batch.batch_token (did you mean batch_tokens?)"),
         ("objective.name=afu", "none of"),
         ("objective.name=b-auf", "none of head dflash"),
+        ("objective=auf", "objective: "),
+        ("objective.earlier=[{name: b-auf, until: 0.5}]", "objective b-auf is none of head dflash: full, decay, "),
+        ("objective.earlier=[{name: vta, until: 0.5}]", "objective.earlier.0.name: none of the objectives full, "),
+        ("objective.earlier=[{name: vat, until: 1.0}]", "objective.earlier.0.until: "),
+        ("objective.earlier=[{name: vat, untill: 0.5}]", "objective.earlier.0.untill (did you mean until?)"),
+        (
+            "objective.earlier=[{name: vat, until: 0.5}, {name: full, until: 0.2}]",
+            "objective: earlier: each `until` must be larger than the one before, not [0.5, 0.2]",
+        ),
         ("objective.gamma=0", "objective.gamma"),
         ("drafter.head=domino", "needs gru_hidden_dim and emb_dim"),
         ("drafter.emb_dim=4", "belong to head domino"),
@@ -144,6 +153,25 @@ def test_overrides_are_read_as_yaml(tiny: str) -> None:
 )
 def test_impossible_values_are_refused(tiny: str, override: str, complaint: str) -> None:
     assert complaint in refusal(tiny, override)
+
+
+def test_a_curriculum_is_part_of_the_recipe_and_of_the_run(tiny: str) -> None:
+    plain = load_recipe(tiny)
+    curriculum = load_recipe(tiny, ["objective.earlier=[{name: full, until: 0.1}, {name: vat, until: 0.25}]"])
+    assert plain.objective.names == ("auf",) and curriculum.objective.names == ("full", "vat", "auf")
+    assert parse_recipe(curriculum.model_dump(mode="json"), "saved") == curriculum
+    (difference,) = differences(plain, curriculum)
+    assert difference.startswith("objective.earlier: [] here, [{")
+    unbegun = plain.model_dump(mode="json")
+    del unbegun["objective"]["earlier"]  # as a run of an earlier version saved it
+    assert parse_recipe(unbegun, "saved") == plain
+
+
+def test_a_curriculum_of_domino_is_of_its_own_objectives() -> None:
+    name = "smollm2-135m-domino-b-auf"
+    recipe = load_recipe(name, ["objective.earlier=[{name: decay, until: 0.25}]"])
+    assert recipe.objective.names == ("decay", "b-auf")
+    assert "vat is none of head domino" in refusal(name, "objective.earlier=[{name: vat, until: 0.25}]")
 
 
 def test_init_beside_init_from_is_for_layers_on_top(tiny: str) -> None:

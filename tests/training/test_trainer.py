@@ -330,6 +330,83 @@ def test_arms_see_the_same_batches_and_anchors(models: tuple[str, str], tmp_path
     assert counts[0] == counts[1]
 
 
+# --- curricula ---
+
+CURRICULUM: dict[str, Any] = {
+    "name": "auf",
+    "earlier": [{"name": "full", "until": 1 / 3}, {"name": "vat", "until": 0.5}],
+}
+OBJECTIVE_OF_STEP = ["full", "full", "vat", "auf", "auf", "auf"]
+
+
+@pytest.fixture(scope="module")
+def unbroken_curriculum(models: tuple[str, str], in_fork: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("curriculum") / "run"
+    recipe = tiny_recipe(*models, objective=CURRICULUM, save_every=1, keep_last=STEPS).model_dump(mode="json")
+    assert in_fork(TRAIN, recipe=recipe, out=str(out)) == [0]
+    return out
+
+
+def test_each_step_of_a_curriculum_has_its_objective(
+    models: tuple[str, str], unbroken_curriculum: Path, tmp_path: Path
+) -> None:
+    training = [row for row in metrics(unbroken_curriculum) if row["kind"] == "train"]
+    assert [row["objective"] for row in training] == OBJECTIVE_OF_STEP
+    train(tiny_recipe(*models, objective={"name": "full"}, save_every=1, keep_last=STEPS), tmp_path / "full")
+    for step, same in ((1, True), (2, True), (3, False)):
+        assert same_weights(weights_at(tmp_path / "full", step), weights_at(unbroken_curriculum, step)) == same
+    # Slots behind a failure carry loss under vat alone, and under full they have all of it.
+    assert training[1]["r_active"] == pytest.approx(training[2]["r_active"], abs=0.1)
+    assert all(row["r_active"] < training[2]["r_active"] - 0.1 for row in training[3:])
+
+
+def test_the_optimiser_goes_on_where_the_objective_changes(unbroken_curriculum: Path) -> None:
+    """AdamW counts its steps beside its means; another optimiser, or an emptied one, would begin again at 1."""
+    for step in range(1, STEPS + 1):
+        _, state = read_tensors(Checkpoints(unbroken_curriculum, 1).path(step))
+        counts = {float(value) for name, value in state.items() if name.endswith("/step")}
+        assert counts == {step}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_curriculum_resumed_changes_where_the_unbroken_one_does(
+    models: tuple[str, str], unbroken_curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Stopped inside an objective, and exactly between two."""
+    recipe, out = tiny_recipe(*models, objective=CURRICULUM, save_every=1, keep_last=STEPS), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == stop else 0)
+        assert train(recipe, out).step == stop
+    assert train(recipe, out).step == STEPS
+    assert_same_run(out, unbroken_curriculum)
+
+
+def test_a_logged_loss_is_of_one_objective(models: tuple[str, str], unbroken_curriculum: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(*models, objective=CURRICULUM, log_every=4), tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [(row["step"], row["objective"]) for row in rows] == [(2, "full"), (3, "vat"), (4, "auf"), (6, "auf")]
+    losses = [row["loss"] for row in metrics(unbroken_curriculum) if row["kind"] == "train"]
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [sum(losses[:2]) / 2, losses[2], losses[3], sum(losses[4:]) / 2]
+    )
+
+
+def test_a_run_too_short_for_its_curriculum_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    objective = {"name": "auf", "earlier": [{"name": "full", "until": 0.1}, {"name": "vat", "until": 0.15}]}
+    with pytest.raises(ConfigError) as caught:
+        train(tiny_recipe(*models, objective=objective), tmp_path / "run")
+    assert "full until 0.1, then vat until 0.15, then auf: none of the 6 steps" in caught.value.found
+    assert caught.value.found.endswith("would train vat")
+
+
+def test_domino_has_curricula_too(models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path) -> None:
+    objective = {"name": "b-auf", "earlier": [{"name": "decay", "until": 0.5}]}
+    train(tiny_recipe(*models, **{**DOMINO, "objective": objective}), tmp_path / "run")
+    training = [row for row in metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["objective"] for row in training] == ["decay"] * 3 + ["b-auf"] * 3
+    assert not same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken["domino"], STEPS))
+
+
 # --- what stops a run ---
 
 

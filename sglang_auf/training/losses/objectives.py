@@ -2,26 +2,50 @@
 
 All are one family (arXiv 2607.01893, section 3): L = sum(m c CE) / sum(m c) over every slot of every block of the
 global batch. m is the validity mask, CE the cross-entropy of a slot, and c its credit, which has no gradient. The
-objectives differ in c alone. A new one is a function from Slots to c, such as `auf`, and a line in OBJECTIVES.
-step.py calls the function (`_reduce`) and adds up the loss.
+objectives differ in c; where the size of c is part of the objective (Objective.by_block), the sum is divided by the
+number of blocks instead. A new one is a function from Slots to c, such as `auf`, and a line in OBJECTIVES. step.py
+calls the function (`_reduce`) and adds up the loss.
+
+The objective may change in the course of training (ObjectiveSettings.earlier). Nothing else changes then: the
+optimiser, its state and its schedule go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from sglang_auf.settings import Settings
 
 
-class ObjectiveSettings(Settings):
-    """An objective by name, and the constants of the objectives that have any.
+def _known(name: str) -> str:
+    if name not in OBJECTIVES and name not in DOMINO_OBJECTIVES:
+        known = f"{', '.join(OBJECTIVES)} (dflash), {', '.join(DOMINO_OBJECTIVES)} (domino)"
+        raise ValueError(f"none of the objectives {known}")
+    return name
 
+
+ObjectiveName = Annotated[str, AfterValidator(_known)]
+
+
+class EarlierObjective(Settings):
+    """An objective of the first steps. until: share of training (0..1) at which the next objective takes over."""
+
+    name: ObjectiveName
+    until: float = Field(gt=0, lt=1)
+
+
+class ObjectiveSettings(Settings):
+    """An objective by name, the objectives before it, and the constants of those that have any.
+
+    earlier: what is trained with before `name`, in order, each to a share of training, so that
+    {name: auf, earlier: [{name: decay, until: 0.25}]} is a quarter of decay and then AUF. The constants are of all.
     gamma: decay length in slots (7 for blocks of 16, 4 for 8: arXiv 2602.06036). alpha: D-PACE's floor under the
     drafter's confidence. first_error: extra weight at the first failure, for l2r and auf+focus. ranks: for auf-tree,
     how many of the likeliest tokens may hold the label. labels: what a slot is compared with, the text's token (the
@@ -29,7 +53,8 @@ class ObjectiveSettings(Settings):
     to end over the first lambda_ratio of training.
     """
 
-    name: str
+    name: ObjectiveName
+    earlier: tuple[EarlierObjective, ...] = ()
     gamma: float = Field(default=7.0, gt=0)
     alpha: float = Field(default=0.5, ge=0, le=1)
     first_error: float = Field(default=0.3, ge=0)
@@ -40,11 +65,35 @@ class ObjectiveSettings(Settings):
     lambda_ratio: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        if self.name not in OBJECTIVES and self.name not in DOMINO_OBJECTIVES:
-            known = f"{', '.join(OBJECTIVES)} (dflash), {', '.join(DOMINO_OBJECTIVES)} (domino)"
-            raise ValueError(f"objective {self.name!r} is none of {known}")
+    def _in_order(self) -> Self:
+        shares = [each.until for each in self.earlier]
+        if shares != sorted(set(shares)):
+            raise ValueError(f"earlier: each `until` must be larger than the one before, not {shares}")
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives in the order in which they are trained with."""
+        return (*(each.name for each in self.earlier), self.name)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of training of each of `names`; their sum is 1."""
+        ends = (0.0, *(each.until for each in self.earlier), 1.0)
+        return tuple(end - start for start, end in pairwise(ends))
+
+    @property
+    def description(self) -> str:
+        """For people: "auf", or "decay until 0.25, then auf"."""
+        return ", then ".join([*(f"{each.name} until {each.until:g}" for each in self.earlier), self.name])
+
+    def phase(self, progress: float) -> int:
+        """Place in `names` of the objective at `progress` (0..1) of training: steps done over all steps."""
+        return sum(progress >= each.until for each in self.earlier)
+
+    def name_at(self, progress: float) -> str:
+        """The objective at `progress` (0..1) of training."""
+        return self.names[self.phase(progress)]
 
     def base_weight(self, progress: float) -> float:
         """lambda at `progress` (0..1) of training: arXiv 2605.29707's curriculum from the base to the final branch."""
@@ -76,12 +125,14 @@ class Objective:
     """credit: a function from Slots to [blocks, slots] float32.
 
     failures: slots after that many wrong ones have no credit, so their logits are not computed; None: all slots count.
-    by_rank: a slot is wrong only where its label is not among settings.ranks tokens.
+    by_rank: a slot is wrong only where its label is not among settings.ranks tokens. by_block: the loss is the sum over
+    a block's slots, in the mean over blocks with a valid slot; otherwise it is the mean over slots, weighted by credit.
     """
 
     credit: Credit
     failures: int | None = None
     by_rank: bool = False
+    by_block: bool = False
 
 
 def first_failures(slots: Slots, count: int = 1) -> Tensor:
@@ -128,8 +179,23 @@ def auf_focus(slots: Slots, settings: ObjectiveSettings) -> Tensor:
     return first_failures(slots) * (1 + settings.first_error * wrong)
 
 
+def vat(slots: Slots, settings: ObjectiveSettings) -> Tensor:
+    """VAT, arXiv 2608.30135: 1 before the first failure, and the decay begun anew at it.
+
+    The credit alone: the paper also learns the target's distribution, and trains a head that predicts the failure.
+    """
+    behind = (1 - first_failures(slots)).cumsum(-1)  # slots since the failing one
+    return torch.exp(-behind / settings.gamma)
+
+
 def dpace(slots: Slots, settings: ObjectiveSettings) -> Tensor:
-    """D-PACE, arXiv 2605.18810: for slot i, sum over m >= i of the product of smoothed confidences of slots <= m."""
+    """D-PACE, arXiv 2605.18810: for slot i, sum over m >= i of the product of smoothed confidences of slots <= m.
+
+    That is what the expected accepted length gains with the log of slot i's confidence, so the size of a credit means
+    something, and dividing by the sum of credits would undo it. The loss is divided by the number of blocks, as the
+    author asks (SpecForge #828). SpecForge itself then also gave all conversations the same weight (#848); here all
+    blocks have the same.
+    """
     q = (1 - settings.alpha) * slots.log_q.exp() + settings.alpha
     reach = torch.where(slots.mask, q, 1.0).cumprod(-1)
     reach = torch.where(slots.mask, reach, 0.0)
@@ -150,7 +216,8 @@ OBJECTIVES: dict[str, Objective] = {
     "auf+decay": Objective(auf_decay, failures=1),
     "auf+focus": Objective(auf_focus, failures=1),
     "auf-2": Objective(auf_2, failures=2),
-    "dpace": Objective(dpace),
+    "vat": Objective(vat),
+    "dpace": Objective(dpace, by_block=True),
     "l2r": Objective(l2r),
 }
 

@@ -56,7 +56,8 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
     def forward(
         self, batch: Batch, anchors: Tensor, valid: Tensor, progress: float = 0.0, diagnostics: bool = False
     ) -> Terms:
-        """Terms of the blocks at `anchors` [R, N] where `valid`. progress: share of training done, for the schedule.
+        """Terms of the blocks at `anchors` [R, N] where `valid`. progress: share of training done, which decides the
+        objective and the weights of Domino's branches.
 
         diagnostics: also count the right slots among those without credit, which needs their logits.
         """
@@ -67,7 +68,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         labels, mask = labels[:, 1:], mask[:, 1:]
         if self.drafter.config.head == "domino":
             return self._domino(hidden[:, :slots], tokens[:, :slots], labels, mask, progress, diagnostics)
-        objective = OBJECTIVES[self.settings.name]
+        objective = OBJECTIVES[self.settings.name_at(progress)]
         loss = head_loss(
             hidden[:, 1:],
             self.head,
@@ -103,7 +104,7 @@ class TrainingStep(nn.Module):  # type: ignore[misc]
         self, hidden: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor, progress: float, diagnostics: bool
     ) -> Terms:
         """Two branches. hidden, tokens, labels, mask [blocks, K]; slot k predicts anchor + k + 1, teacher forced."""
-        arm = DOMINO_OBJECTIVES[self.settings.name]
+        arm = DOMINO_OBJECTIVES[self.settings.name_at(progress)]
         base_objective, final_objective = OBJECTIVES[arm.base], OBJECTIVES[arm.final]
         base = head_loss(hidden, self.head, labels, mask, failures=base_objective.failures, chunk=self.chunk)
         base_terms = _reduce(base, base_objective, self.settings)
@@ -176,9 +177,10 @@ def _window(rows: Tensor, anchors: Tensor, width: int) -> Tensor:
 def _reduce(
     loss: HeadLoss, objective: Objective, settings: ObjectiveSettings, credit_slots: Slots | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(m c CE), sum(m c) and the masked credit m c.
+    """sum(m c CE), what it is divided by (sum(m c), or with by_block the number of blocks), the masked credit m c.
 
     credit_slots: the slots that the credit is computed from (objectives.py); None: the loss's own.
     """
     credit = objective.credit(credit_slots or loss.slots, settings) * loss.slots.mask
-    return (credit.view(-1)[loss.rows] * loss.ce).sum(), credit.sum(), credit
+    under = loss.slots.mask.any(-1).sum().float() if objective.by_block else credit.sum()
+    return (credit.view(-1)[loss.rows] * loss.ce).sum(), under, credit

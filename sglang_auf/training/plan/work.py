@@ -22,7 +22,7 @@ R_ACTIVE = 0.25
 
 
 def work(recipe: Recipe, config: DrafterConfig, target: Path) -> dict[str, float]:
-    """Operations of the largest micro-batch by what makes them.
+    """Operations of the largest micro-batch by what makes them; the head's in the mean over the run's objectives.
 
     Left out: Domino's first pass without gradient, which a rank makes where it has several micro-batches in a step.
     """
@@ -36,10 +36,13 @@ def work(recipe: Recipe, config: DrafterConfig, target: Path) -> dict[str, float
     context = hidden * (
         len(config.target_layer_ids) * hidden + depth * 2 * config.num_key_value_heads * config.head_dim
     )
+    head_passes = sum(
+        share * _head_passes(name) for name, share in zip(recipe.objective.names, recipe.objective.shares, strict=True)
+    )
     found = {
         "drafter: products": 2.0 * passes * (sizes.tokens * depth * layer + sizes.context * context),
         "drafter: attention": 4.0 * passes * sizes.tokens * depth * queries * seen,
-        "head": 2.0 * _head_passes(recipe) * sizes.tokens * config.vocab_size * hidden,
+        "head": 2.0 * head_passes * sizes.tokens * config.vocab_size * hidden,
     }
     if recipe.features != ONLINE:
         return found
@@ -49,12 +52,11 @@ def work(recipe: Recipe, config: DrafterConfig, target: Path) -> dict[str, float
     return {"target": 2.0 * layers * sizes.context + attention, **found}
 
 
-def _head_passes(recipe: Recipe) -> float:
+def _head_passes(objective: str) -> float:
     """Products with the head for each slot: forward and gradient, and Domino's final branch forward once more."""
-    name = recipe.objective.name
-    if name in OBJECTIVES:
-        return 2 * _reached(name)
-    arm = DOMINO_OBJECTIVES[name]
+    if objective in OBJECTIVES:
+        return 2 * _reached(objective)
+    arm = DOMINO_OBJECTIVES[objective]
     return 2 * _reached(arm.base) + 3 * _reached(arm.final)
 
 

@@ -71,7 +71,7 @@ def test_speedups_are_drawn_in_order_of_concurrency() -> None:
 def test_training_panels_hold_the_known_points_of_each_run() -> None:
     axes = figures.training_curves({"run": [*TRAIN, *HELD_OUT]}).axes
     found = {axis.get_title(): lines(axis).get("run") for axis in axes}
-    assert found["training loss (nats a slot)"] == [(10, 3.0), (20, 1.5), (30, 1.0)]
+    assert found["training loss (nats)"] == [(10, 3.0), (20, 1.5), (30, 1.0)]
     assert found["tau on held-out answers"] == [(20, 1.3)]
     assert found["alpha_1 in training"] == [(20, 0.2), (30, 0.2)]
     assert found["accuracy of all valid slots"] is None

@@ -68,3 +68,23 @@ def test_every_arm_of_a_shipped_study_is_a_recipe(path: Path) -> None:
     for arm in study.arms.values():
         for seed in study.seeds:
             load_recipe(study.recipe, [*study.set, *arm.set, f"seed={seed}"])
+
+
+def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:
+    earlier = "objective.earlier=[{name: decay, until: 0.25}]"
+    arms = {
+        "auf": {},
+        "vat": {"set": ["objective.name=vat"]},
+        "decay-then-auf": {"set": ["objective.name=auf", earlier]},
+    }
+    study = load_study(written(tmp_path, arms=arms, recipe="smollm2-135m-auf"))
+    recipes = {name: load_recipe(study.recipe, [*study.set, *arm.set]) for name, arm in study.arms.items()}
+    objectives = {name: recipe.objective for name, recipe in recipes.items()}
+    assert {name: each.description for name, each in objectives.items()} == {
+        "auf": "auf",
+        "vat": "vat",
+        "decay-then-auf": "decay until 0.25, then auf",
+    }
+    for name, recipe in recipes.items():  # matched: nothing else differs, gamma of the decay included
+        assert recipe.model_copy(update={"objective": objectives["auf"]}) == recipes["auf"], name
+        assert objectives[name].gamma == 4

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import run as study_module
-from benchmarks.studies.config import Study, load_study
-from benchmarks.studies.run import Places, _train_all
-from sglang_auf.errors import TrainingError
+from benchmarks.studies.config import Study, StudyConfig, load_study
+from benchmarks.studies.run import Places, _train_all, run_study
+from sglang_auf.errors import ConfigError, TrainingError
 
 STUDY = Path(__file__).parents[3] / "benchmarks" / "studies" / "smoke.yaml"
 
@@ -62,3 +62,16 @@ def test_after_a_failure_what_runs_is_waited_for_and_nothing_begins(
         _train_all(study, Places(tmp_path), 2)
     assert ("auf", 2) not in begun
     assert len(ended) == len(begun) - 1 <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [("objective.name=vta", "none of the objectives"), ("objective.name=b-auf", "none of head dflash")],
+)
+def test_a_study_with_an_arm_that_cannot_be_trained_does_not_begin(change: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    right = "auf: {set: [objective.name=auf]}"
+    file.write_text(STUDY.read_text().replace(right, f"auf: {{set: [{change}]}}"))
+    with pytest.raises(ConfigError, match=complaint):
+        run_study(StudyConfig(study=file, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from sglang_auf.models.config import DrafterConfig
+from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.losses.objectives import (
     DOMINO_OBJECTIVES,
     OBJECTIVES,
@@ -19,13 +22,15 @@ from sglang_auf.training.losses.objectives import (
     Slots,
     first_failures,
 )
+from sglang_auf.training.losses.step import TrainingStep
 from tests.reference.credit_reference import credits
+from tests.support.tiny_models import drafter_config
 
 ARMS = ["decay", "b-auf", "b-auf+d", "s-auf", "s-auf+d", "f-auf", "f-auf+d"]
 
 
-def settings(name: str, **values: float) -> ObjectiveSettings:
-    return ObjectiveSettings(name=name, **values)  # type: ignore[arg-type]
+def settings(name: str, **values: Any) -> ObjectiveSettings:
+    return ObjectiveSettings(name=name, **values)
 
 
 def slots(correct: str, mask: str | None = None, q: float = 0.5) -> Slots:
@@ -115,6 +120,23 @@ def test_auf_with_decay_is_the_decay_inside_the_support() -> None:
     assert credit("auf+decay", slots("+-++"), gamma=2.0) == pytest.approx([1, math.exp(-0.5), 0, 0])
 
 
+@pytest.mark.parametrize(
+    ("correct", "mask", "behind"),
+    [
+        ("++++", "1111", [0, 0, 0, 0]),  # no failure: 1 for all
+        ("-+++", "1111", [0, 1, 2, 3]),  # the first slot fails: the usual decay
+        ("+-++", "1111", [0, 0, 1, 2]),  # begun anew at the failing slot, which still has 1
+        ("+--+", "1111", [0, 0, 1, 2]),  # later failures do not count
+        ("+++-", "1111", [0, 0, 0, 0]),
+        ("-+-+", "0111", [None, 0, 0, 1]),  # a masked slot is no failure
+        ("+-++", "1101", [0, 0, None, 2]),  # but it is a slot of the decay, as in `decay`
+    ],
+)
+def test_vat_begins_the_decay_anew_at_the_first_failure(correct: str, mask: str, behind: list[int | None]) -> None:
+    expected = [0.0 if slots is None else math.exp(-slots / 3) for slots in behind]
+    assert credit("vat", slots(correct, mask), gamma=3.0) == pytest.approx(expected)
+
+
 def test_dpace_on_two_slots() -> None:
     # q~ = 0.5 * 0.5 + 0.5 = 0.75 for both: c_1 = 0.75 + 0.75 ** 2, c_2 = 0.75 ** 2.
     assert credit("dpace", slots("++"), alpha=0.5) == pytest.approx([0.75 + 0.5625, 0.5625])
@@ -177,6 +199,89 @@ def test_a_tree_fails_where_no_branch_holds_the_label() -> None:
     assert credit("auf-tree", held) == [1, 1, 1, 1, 1, 0]
 
 
+# --- hand-made logits ---
+
+HALF = math.exp(-1 / 2)  # the decay of one slot at gamma 2
+# Probabilities of the tokens of each slot, the label's first; gamma 2, alpha 0.5, first_error 0.3, ranks 2.
+BLOCKS = [
+    # right, the label second, right, the label last
+    [[0.6, 0.2, 0.15, 0.05], [0.3, 0.5, 0.15, 0.05], [0.7, 0.1, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]],
+    # the label third, right, the label second, right
+    [[0.2, 0.3, 0.45, 0.05], [0.8, 0.05, 0.1, 0.05], [0.4, 0.45, 0.1, 0.05], [0.9, 0.05, 0.03, 0.02]],
+    # three right slots, of which the answer holds the first two
+    [[0.5, 0.2, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.9, 0.05, 0.03, 0.02], [0.1, 0.2, 0.3, 0.4]],
+]
+BY_HAND = {
+    "full": [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]],
+    "decay": [[1, HALF, HALF**2, HALF**3], [1, HALF, HALF**2, HALF**3], [1, HALF, 0, 0]],
+    "auf": [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]],
+    "auf-tree": [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]],
+    "auf+decay": [[1, HALF, 0, 0], [1, 0, 0, 0], [1, HALF, 0, 0]],
+    "auf+focus": [[1, 1.3, 0, 0], [1.3, 0, 0, 0], [1, 1, 0, 0]],
+    "auf-2": [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]],
+    "vat": [[1, 1, HALF, HALF**2], [1, HALF, HALF**2, HALF**3], [1, 1, 0, 0]],
+    # Confidences (1 + q) / 2: .8 .65 .85 .55, then .6 .9 .7 .95, then .75 .7; their products, added from a slot on.
+    "dpace": [
+        [0.8 + 0.52 + 0.442 + 0.2431, 0.52 + 0.442 + 0.2431, 0.442 + 0.2431, 0.2431],
+        [0.6 + 0.54 + 0.378 + 0.3591, 0.54 + 0.378 + 0.3591, 0.378 + 0.3591, 0.3591],
+        [0.75 + 0.525, 0.525, 0, 0],
+    ],
+    "l2r": [[1, HALF + 0.3, HALF**2, HALF**3], [1.3, HALF, HALF**2, HALF**3], [1, HALF, 0, 0]],
+}
+
+
+class Drafted(torch.nn.Module):
+    """A drafter whose states are given; with a head of ones on the diagonal they are the logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.config = DrafterConfig.from_checkpoint(drafter_config(5, mask_token_id=0))
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, features: torch.Tensor, embeddings: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        return self.logits[:, None]
+
+
+def test_every_objective_has_credits_by_hand() -> None:
+    assert BY_HAND.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_loss_and_gradient_of_hand_made_logits(name: str) -> None:
+    """From the logits to the loss of a step: support, credit, divisor, and d loss / d logits of every slot."""
+    labels = [[2, 1, 3, 0], [1, 1, 0, 2], [3, 0, 2, 1]]
+    logits = torch.zeros(3, 5, 4)
+    for block, (rows, tokens) in enumerate(zip(BLOCKS, labels, strict=True)):
+        for slot, (row, label) in enumerate(zip(rows, tokens, strict=True)):
+            logits[block, slot + 1] = torch.tensor(row).log().roll(label)  # the label's probability to its place
+    answers = torch.ones(3, 5, dtype=torch.bool)
+    answers[2, 3:] = False
+    tokens = torch.tensor([[0, *row] for row in labels])
+    batch = Batch(tokens, answers, torch.tensor([5, 5, 5]), torch.zeros(3, 5, 1), ["a", "b", "c"])
+    drafter = Drafted(logits)
+    chosen = settings(name, gamma=2.0, alpha=0.5, first_error=0.3, ranks=2)
+    step = TrainingStep(drafter, torch.eye(4), torch.eye(4), chosen)  # type: ignore[arg-type]
+    terms = step(batch, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.bool))
+    (terms.numerators / terms.denominators).sum().backward()
+
+    credit = BY_HAND[name]
+    over = sum(
+        c * -math.log(row[0])
+        for credits, rows in zip(credit, BLOCKS, strict=True)
+        for c, row in zip(credits, rows, strict=True)
+    )
+    under = 3 if name == "dpace" else sum(map(sum, credit))
+    assert terms.numerators.item() == pytest.approx(over, rel=1e-5)
+    assert terms.denominators.item() == pytest.approx(under, rel=1e-5)
+    assert drafter.logits.grad is not None
+    for block in range(3):
+        for slot in range(4):
+            label = labels[block][slot]
+            gradient = drafter.logits.grad[block, slot + 1].roll(-label).tolist()
+            row, c = BLOCKS[block][slot], credit[block][slot] / under
+            assert gradient == pytest.approx([c * (row[0] - 1), c * row[1], c * row[2], c * row[3]], rel=1e-4, abs=1e-7)
+
+
 # --- names and settings ---
 
 
@@ -203,7 +308,20 @@ def test_every_registered_name_is_a_setting(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "auf-decay"}, r"'auf-decay' is none of full, .*auf\+decay.*\(dflash\).*b-auf.*\(domino\)"),
+        ({"name": "auf-decay"}, r"(?s)name.*none of .* full, .*auf\+decay.*\(dflash\).*b-auf.*\(domino\).*'auf-decay'"),
+        ({"name": "auf", "earlier": [{"name": "vta", "until": 0.5}]}, r"(?s)earlier.0.name.*none of .*'vta'"),
+        ({"name": "auf", "earlier": [{"name": "vat", "until": 0}]}, r"(?s)earlier.0.until.*greater than 0"),
+        ({"name": "auf", "earlier": [{"name": "vat", "until": 1}]}, r"(?s)earlier.0.until.*less than 1"),
+        ({"name": "auf", "earlier": [{"name": "vat", "until": math.nan}]}, "earlier.0.until"),
+        ({"name": "auf", "earlier": [{"name": "vat"}]}, r"(?s)earlier.0.until.*required"),
+        (
+            {"name": "auf", "earlier": [{"name": "full", "until": 0.5}, {"name": "vat", "until": 0.25}]},
+            r"larger than the one before, not \[0.5, 0.25\]",
+        ),
+        (
+            {"name": "auf", "earlier": [{"name": "full", "until": 0.5}, {"name": "vat", "until": 0.5}]},
+            r"larger than the one before, not \[0.5, 0.5\]",
+        ),
         ({"name": "auf", "gamma": 0}, "gamma"),
         ({"name": "auf", "alpha": 1.5}, "alpha"),
         ({"name": "auf", "first_error": -1}, "first_error"),
@@ -218,6 +336,21 @@ def test_every_registered_name_is_a_setting(name: str) -> None:
 def test_impossible_settings_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ObjectiveSettings.model_validate(values)
+
+
+def test_a_curriculum_goes_from_one_objective_to_the_next_at_its_shares() -> None:
+    chosen = settings("auf", earlier=[{"name": "full", "until": 0.1}, {"name": "vat", "until": 0.3}])
+    assert chosen.names == ("full", "vat", "auf")
+    assert chosen.shares == pytest.approx((0.1, 0.2, 0.7))
+    assert chosen.description == "full until 0.1, then vat until 0.3, then auf"
+    assert [chosen.name_at(step / 10) for step in range(10)] == ["full", "vat", "vat", *["auf"] * 7]
+    assert (chosen.name_at(0.0999), chosen.name_at(0.2999), chosen.name_at(1.0)) == ("full", "vat", "auf")
+
+
+def test_without_a_curriculum_the_objective_is_its_name() -> None:
+    chosen = settings("auf")
+    assert (chosen.names, chosen.shares, chosen.description) == (("auf",), (1.0,), "auf")
+    assert {chosen.name_at(progress) for progress in (0.0, 0.5, 1.0)} == {"auf"}
 
 
 def test_the_defaults_are_the_papers() -> None:

@@ -18,7 +18,7 @@ from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses import step as step_module
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
 from sglang_auf.training.losses.step import Terms, TrainingStep
-from tests.reference.credit_reference import credits
+from tests.reference.credit_reference import credits, divisor
 from tests.support.tiny_models import drafter_config
 
 DOMINO = {
@@ -341,7 +341,7 @@ def test_dflash_objectives_are_their_definitions_with_every_gradient(name: str) 
     setting, slots = known("dflash")
     holds = slots.near("base", 2) if OBJECTIVES[name].by_rank else slots.correct("base")
     credit = credits(name, holds, (-slots.ce("base").detach()).exp(), slots.mask, gamma=3.0).float()
-    numerator, denominator = (credit * slots.ce("base")).sum(), credit.sum()
+    numerator, denominator = (credit * slots.ce("base")).sum(), divisor(name, credit, slots.mask)
 
     terms = setting.run(name)
     torch.testing.assert_close(terms.numerators, numerator[None], rtol=1e-4, atol=1e-4)
@@ -477,7 +477,7 @@ def test_counts_are_those_of_a_walk_over_the_blocks(head: str, name: str) -> Non
             accepted[k] += 1
     holds = slots.near("base", 2) if name == "auf-tree" else slots.correct("base")
     until_failure = kept(holds, slots.mask, "auf-2" if name == "auf-2" else "auf")
-    stops = name not in ("full", "decay", "dpace", "l2r")
+    stops = name not in ("full", "decay", "vat", "dpace", "l2r")
     support = until_failure if stops else slots.mask
 
     metrics = setting.run(name, diagnostics=True).metrics
@@ -532,6 +532,28 @@ def test_lambda_follows_the_progress_of_training() -> None:
     for progress, weight in [(0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (1.0, 0.0)]:
         terms = step(setting.batch, setting.anchors, setting.valid, progress)
         torch.testing.assert_close(terms.weights, torch.tensor([weight, 1 - weight]))
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [("dflash", ("decay", "auf", "full")), ("dflash", ("auf", "dpace", "auf-tree")), ("domino", ("decay", "b-auf"))],
+)
+def test_each_part_of_a_curriculum_is_the_objective_of_its_name(head: str, names: tuple[str, ...]) -> None:
+    """Also where an objective stops blocks, and computes few logits, before or after one that needs all of them."""
+    setting = make_setting(head)
+    shares = [0.25, 0.5][: len(names) - 1]
+    earlier = [{"name": name, "until": share} for name, share in zip(names, shares, strict=False)]
+    step = setting.step(names[-1], earlier=earlier)
+    for start, name in zip([0.0, *shares], names, strict=True):
+        for progress in (start, start + 0.2499):
+            found = step(setting.batch, setting.anchors, setting.valid, progress, True)
+            alone = setting.run(name, progress, diagnostics=True)
+            for ours, plain in ((found.numerators, alone.numerators), (found.denominators, alone.denominators)):
+                assert torch.equal(ours, plain), (name, progress)
+            assert all(torch.equal(value, alone.metrics[key]) for key, value in found.metrics.items())
+            assert_close(
+                gradients(found.numerators.sum(), setting.drafter), gradients(alone.numerators.sum(), setting.drafter)
+            )
 
 
 @pytest.mark.parametrize(("head", "name"), [("dflash", "auf"), ("domino", "b-auf")])

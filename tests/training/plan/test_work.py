@@ -53,3 +53,13 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     kept = work(load_recipe("qwen3-8b-dflash-auf", ["batch.recompute=false"]), config, target)
     assert kept["drafter: products"] == pytest.approx(0.75 * stops["drafter: products"])
     assert sum(stops.values()) / 1e12 == pytest.approx(474.1, abs=0.1)
+
+
+def test_the_head_of_a_curriculum_is_the_mean_over_its_steps(tmp_path: Path) -> None:
+    target = qwen3_8b.write_target(tmp_path)
+    name = "qwen3-8b-dflash-auf"
+    config = shape_of(load_recipe(name).drafter, target)
+    curriculum = load_recipe(name, ["objective.earlier=[{name: decay, until: 0.2}]"])
+    auf, decay = (work(load_recipe(name, [f"objective.name={each}"]), config, target) for each in ("auf", "decay"))
+    expected = 0.2 * decay["head"] + 0.8 * auf["head"]
+    assert work(curriculum, config, target)["head"] == pytest.approx(expected)
