@@ -9,6 +9,9 @@ from tabulate import tabulate
 from benchmarks.reports.numbers import interval_text, number
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
 
+NAMED = 20
+"""Broken rows that are named."""
+
 NOTE = (
     "tau = (completion tokens - 1) / verify steps; macro: mean over prompts, then over tasks; micro: ratio of sums;\n"
     "alpha_k = P(k drafts accepted | k - 1 accepted), prompts weighted equally; 95 %: by bootstrap over prompts"
@@ -48,6 +51,14 @@ def speed_line(name: str, speed: Throughput) -> str:
         f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
     )
+
+
+def broken_rows_text(rows: Sequence[str]) -> str:
+    """Rows of a user's own files that were not asked; "" where there is none. The JSON file has all of them."""
+    if not rows:
+        return ""
+    more = [f"- and {len(rows) - NAMED} more"] if len(rows) > NAMED else []
+    return "\n".join([f"not asked: {len(rows)} broken rows of --prompts", *(f"- {row}" for row in rows[:NAMED]), *more])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
