@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.tasks import Prompt, PromptFile, Selection, Task, Turn, head
+from benchmarks.harness.tasks import TASKS, Prompt, PromptFile, Selection, Task, Turn, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.chats import Chat, Message, question_of, text_of
@@ -43,12 +43,14 @@ def select_from_files(
     """The prompts of each file. Broken rows are logged and kept in the selection's `file`.
 
     raw: the rows' texts are continued without a chat template. thinking: what the command asks for; a row that asks for
-    the other mode is broken. Raises ConfigError for two files of one name, DataError for a file without a prompt.
+    the other mode is broken. Raises ConfigError for a name that another file or a task has, DataError for a file
+    without a prompt.
     """
-    names = [path.name for path in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"--prompts with two files of the name {name}", "a name for each", "rename one of them")
+    taken = set(TASKS)
+    for path in paths:
+        if path.name in taken:
+            raise ConfigError(f"--prompts {path}, and another task of that name", "a name for each", "rename the file")
+        taken.add(path.name)
     return [_selection(path, raw, thinking, limit) for path in paths]
 
 

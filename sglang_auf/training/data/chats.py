@@ -127,6 +127,8 @@ def question_of(fields: Mapping[str, Any]) -> Chat:
         return chat_of(fields)
     if isinstance(prompt, list) and "completion" in row:
         return chat_of(fields)
+    if not isinstance(prompt, str | list):
+        raise BadRow("a prompt that is neither a text nor a list of messages")
     others = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
     return chat_of({**others, **({"messages": prompt} if isinstance(prompt, list) else {"turns": [prompt]})})
 
