@@ -26,8 +26,9 @@ HUB_ROWS = {
                                                                        "final answer within \\boxed{}.",)),
     "aime25": ({"id": "0", "problem": "P", "answer": "70"}, "aime25/0", ("P\nPlease reason step by step, and put your "
                                                                        "final answer within \\boxed{}.",)),
-    "livecodebench": ({"question_id": "abc387_c", "question_content": "P", "starter_code": ""}, "livecodebench/abc387_c",
-                      ("Write a Python program that solves this problem.\n\nP\n\nRead from stdin and write to stdout.",)),
+    "livecodebench": ({"question_id": "abc387_c", "question_content": "P", "starter_code": ""},
+                      "livecodebench/abc387_c", ("Write a Python program that solves this problem.\n\nP\n\n"
+                                                 "Read from stdin and write to stdout.",)),
     "arena_hard": ({"uid": "2edb", "prompt": "Do it.", "cluster": "x"}, "arena_hard/2edb", ("Do it.",)),
 }  # fmt: skip
 
