@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from benchmarks.harness.sources.files import CHATS, TEXTS
 from benchmarks.reports.numbers import interval_text, number
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
 
@@ -58,7 +59,8 @@ def broken_rows_text(rows: Sequence[str]) -> str:
     if not rows:
         return ""
     more = [f"- and {len(rows) - NAMED} more"] if len(rows) > NAMED else []
-    return "\n".join([f"not asked: {len(rows)} broken rows of --prompts", *(f"- {row}" for row in rows[:NAMED]), *more])
+    heading = f"broken rows of --prompts, not asked: {len(rows)}; expected: {CHATS}; with --raw-prompts {TEXTS}"
+    return "\n".join([heading, *(f"- {row}" for row in rows[:NAMED]), *more])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -251,7 +251,9 @@ def test_a_broken_row_is_in_the_report_and_on_stderr_and_the_others_are_measured
     summary = json.loads((out / "summary.json").read_text())
     assert summary["tasks"]["mine.jsonl"]["requests"] == 9
     assert summary["broken_rows"] == [BROKEN_PROMPT.format(10)]
-    assert "- mine.jsonl:10: a prompt that is neither" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'broken rows of --prompts, not asked: 1; expected: one JSON object a line, with "messages"' in printed
+    assert f"- {BROKEN_PROMPT.format(10)}" in printed
     assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     assert "mine.jsonl:10: a prompt that is neither" in (tmp_path / "report" / "report.md").read_text()
 
