@@ -1,18 +1,29 @@
-"""One request to an SGLang server, and the speculation counts of its reply."""
+"""One request to an SGLang server, and the speculation counts of its reply.
+
+Messages go to the chat route. A text goes to the route of completions, which puts it into no chat template; there the
+token ids come in the choice, where a chat's reply has them in sglext.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import openai
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types import Completion, CompletionChoice
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 
 from benchmarks.harness.config import Workload
 from sglang_auf.acceptance import Acceptance
+from sglang_auf.hooks.spans import HEADER
+from sglang_auf.training.data.chats import Message
 from sglang_auf.training.generation.client import EXACT_IDS, UNSHAPED, SglExt, openai_client, template_fields
 
 
@@ -29,6 +40,7 @@ class Reply:
     """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation.
 
     proposed: number of drafts, if the server gives it. ttft_s: time to the first token, of streams only.
+    drafted: of each token, whether it was a draft (None: not known); only where spans were asked for.
     """
 
     text: str = ""
@@ -40,27 +52,51 @@ class Reply:
     histogram: list[int] = field(default_factory=list)
     proposed: int | None = None
     ttft_s: float | None = None
+    drafted: list[bool | None] = field(default_factory=list)
 
     @property
     def verify_steps(self) -> int:
         return sum(self.histogram)
 
+    @property
+    def accepted_by_step(self) -> list[int] | None:
+        """Accepted drafts of each verify step, in order; None where the reply does not say it of every token.
+
+        The first token is prefill's. The tokens of a step are drafts and one of the target's own, which ends it. Where
+        a stop cut the last step off, what it accepted is what the histogram has beside the other steps.
+        """
+        if None in self.drafted or len(self.drafted) != self.completion_tokens:
+            return None
+        steps, drafts = [], 0
+        for drafted in self.drafted[1:]:
+            if drafted:
+                drafts += 1
+            else:
+                steps.append(drafts)
+                drafts = 0
+        counted = Counter({accepted: count for accepted, count in enumerate(self.histogram) if count})
+        if drafts:
+            steps += (counted - Counter(steps)).elements()
+        # They differ where the server began a request again: a token of the second prefill belongs to no step.
+        return steps if Counter(steps) == counted and (not drafts or steps[-1] >= drafts) else None
+
 
 class ChatClient:
     """Asks one server. Nothing is retried, because a failed request is a result too."""
 
-    def __init__(self, base_url: str, model: str, workload: Workload, stream: bool) -> None:
+    def __init__(self, base_url: str, model: str, workload: Workload, stream: bool, spans: bool = False) -> None:
+        """spans: have a stream say of each token whether it was a draft; only AUF servers do, and only of chats."""
         self._openai = openai_client(
             f"{base_url}/v1", connections=workload.concurrency, timeout_s=workload.timeout_s, retries=0
         )
         self._stream = stream
-        details = {"return_spec_tokens_details": True, **EXACT_IDS}
+        self._thinking: dict[str, Any] = template_fields(workload.thinking).get("chat_template_kwargs", {})
         self._options: dict[str, Any] = {
             "model": model,
             "temperature": workload.temperature,
             "top_p": 1.0,
             "max_tokens": workload.max_tokens,
-            "extra_body": {**UNSHAPED, **details, **template_fields(workload.thinking)},
+            "extra_headers": {HEADER: "1"} if spans else {},
         }
 
     async def __aenter__(self) -> Self:
@@ -71,53 +107,85 @@ class ChatClient:
     ) -> None:
         await self._openai.close()
 
-    async def ask(self, messages: list[ChatCompletionMessageParam], seed: int | None = None, **options: Any) -> Reply:
-        """One answer. Raises one of FAILURES. options: override those of the workload."""
-        arguments: dict[str, Any] = {**self._options, "messages": messages, **options}
+    async def ask(
+        self,
+        asked: Sequence[Message] | str,
+        seed: int | None = None,
+        request: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Reply:
+        """The answer to messages, or the continuation of a text. Raises one of FAILURES.
+
+        request: more fields of a chat request (tools, chat_template_kwargs). options: override those of the workload.
+        """
+        details = {**UNSHAPED, "return_spec_tokens_details": True}
+        arguments: dict[str, Any] = {**self._options, **options}
         if seed is not None:
             arguments["seed"] = seed
-        reply = await (self._ask_streamed(arguments) if self._stream else self._ask_whole(arguments))
+        create: Any
+        if isinstance(asked, str):
+            create = self._openai.completions.create
+            arguments |= {"prompt": asked, "extra_body": {**details, "return_token_ids": True}}
+        else:
+            create = self._openai.chat.completions.create
+            fields = dict(request or {})
+            if variables := {**fields.pop("chat_template_kwargs", {}), **self._thinking}:
+                fields["chat_template_kwargs"] = variables
+            arguments |= {"messages": asked, "extra_body": {**details, **EXACT_IDS, **fields}}
+        reply = Reply()
+        await (self._read_stream if self._stream else self._read_whole)(create, arguments, reply)
         if reply.finish_reason in (None, "abort"):
             raise ReplyError(f"the server ended the answer with finish_reason {reply.finish_reason!r}")
         return reply
 
-    async def _ask_whole(self, arguments: dict[str, Any]) -> Reply:
-        completion: ChatCompletion = await self._openai.chat.completions.create(**arguments)
+    async def _read_whole(self, create: Any, arguments: dict[str, Any], reply: Reply) -> None:
+        completion: ChatCompletion | Completion = await create(**arguments)
         if not completion.choices:
             raise ReplyError("the reply has no choice")
-        reply = Reply(completion.choices[0].message.content or "", completion.choices[0].finish_reason)
+        _read_choice(reply, completion.choices[0])
         _count(reply, completion)
         _extend(reply, completion)
         if reply.completion_tokens == 0:
             raise ReplyError("the reply counts no completion tokens (usage)")
-        return reply
 
-    async def _ask_streamed(self, arguments: dict[str, Any]) -> Reply:
+    async def _read_stream(self, create: Any, arguments: dict[str, Any], reply: Reply) -> None:
         started = time.perf_counter()
-        reply = Reply()
-        stream = await self._openai.chat.completions.create(
-            **arguments, stream=True, stream_options={"include_usage": True}
-        )
+        stream = await create(**arguments, stream=True, stream_options={"include_usage": True})
         async for chunk in stream:
             for choice in chunk.choices:
-                if choice.delta.content:
+                if _read_choice(reply, choice):
                     reply.ttft_s = reply.ttft_s or time.perf_counter() - started
-                    reply.text += choice.delta.content
-                reply.finish_reason = choice.finish_reason or reply.finish_reason
             _count(reply, chunk)
             _extend(reply, chunk)
         if reply.completion_tokens == 0:
             raise ReplyError("the stream ended without counting completion tokens (usage)")
-        return reply
 
 
-def _count(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
+Part = ChatCompletion | ChatCompletionChunk | Completion
+"""A reply, or a chunk of one; a chunk of a completion has the type of a whole one."""
+
+
+def _read_choice(reply: Reply, choice: Choice | ChunkChoice | CompletionChoice) -> bool:
+    """Add the text, the end and the token ids of a choice, or of a part of one. Whether it has text."""
+    if isinstance(choice, CompletionChoice):
+        text, more = choice.text, choice.model_extra or {}
+        reply.prompt_ids = more.get("prompt_token_ids") or reply.prompt_ids
+        if more.get("token_ids") is not None:
+            reply.output_ids = (reply.output_ids or []) + more["token_ids"]
+    else:
+        text = (choice.delta if isinstance(choice, ChunkChoice) else choice.message).content or ""
+    reply.text += text
+    reply.finish_reason = choice.finish_reason or reply.finish_reason
+    return bool(text)
+
+
+def _count(reply: Reply, part: Part) -> None:
     if part.usage is not None:
         reply.prompt_tokens = part.usage.prompt_tokens
         reply.completion_tokens = part.usage.completion_tokens
 
 
-def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
+def _extend(reply: Reply, part: Part) -> None:
     """Add to `reply` the SGLang extension of a reply, or of one chunk of it."""
     try:
         extension = SglExt.of(part)
@@ -127,6 +195,11 @@ def _extend(reply: Reply, part: ChatCompletion | ChatCompletionChunk) -> None:
         reply.prompt_ids = extension.input_ids
     if extension.output_ids:
         reply.output_ids = extension.output_ids[0]
+    if extension.spans is not None:
+        try:
+            reply.drafted += [drafted for _, drafted in extension.spans["tokens"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplyError(f"spans cannot be read: {type(error).__name__}: {error}") from None
     if extension.spec_tokens_details is not None:
         reply.histogram = histogram_of(extension.spec_tokens_details)
         reply.proposed = extension.spec_tokens_details.get("proposed")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shlex
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from sglang_auf.settings import Settings
 
@@ -46,16 +46,45 @@ class CommandConfig(Settings):
     model_config = ConfigDict(populate_by_name=True)
 
 
-class Questions(CommandConfig):
+class PromptSources(CommandConfig):
+    """Where prompts come from, and how they are rendered."""
+
+    prompts: tuple[Path, ...] = Field(
+        (), description="a file of your own prompts, a task that is named after it; may be repeated"
+    )
+    raw_prompts: bool = Field(False, description="continue the texts in --prompts as they are, without a chat template")
+    thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
+    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
+
+    @model_validator(mode="after")
+    def _raw_needs_a_file(self) -> Self:
+        if self.raw_prompts and not self.prompts:
+            raise ValueError("--raw-prompts without --prompts")
+        return self
+
+
+class AskedTasks(PromptSources):
+    """Which tasks are asked, beside a user's own."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+        default_factory=lambda given: () if given.get("prompts") else ("paper",),
+        description="comma-separated tasks or groups: paper, more, sample (default: paper, or none with --prompts)",
+    )
+    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> Self:
+        if not self.tasks and not self.prompts:
+            raise ValueError("--tasks that names no task, and no --prompts")
+        return self
+
+
+class Questions(AskedTasks):
     """What is asked."""
 
-    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
-    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy; above 0 nothing else shapes sampling")
     max_tokens: int = Field(512, ge=1, description="new tokens of one answer at most")
     seed: int = Field(42, ge=0, lt=2**31, description="each request's sampling seed derives from it (temperature > 0)")
-    thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
-    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
 
 
@@ -77,17 +106,24 @@ class RunConfig(Workload):
     model: str | None = Field(None, description="model name to send (default: the first one of /v1/models)")
     stream: bool = Field(True, description="stream answers, which gives the time to the first token")
     plain: bool = Field(False, description="the server decodes plainly: a baseline, without tau")
+    record_steps: bool = Field(
+        False, description="record what each step accepted, in order, for tau by position; an AUF server works for it"
+    )
     out: Path = Field(default_factory=_dated_run, description="run directory")
 
+    @model_validator(mode="after")
+    def _steps_come_in_streams(self) -> Self:
+        if self.record_steps and (self.plain or not self.stream):
+            raise ValueError(f"--record-steps with {'--plain' if self.plain else '--no-stream'}")
+        return self
 
-class StartedServersConfig(CommandConfig):
+
+class StartedServersConfig(PromptSources):
     """What commands share that start several servers of one profile and ask them greedily, first turns only."""
 
     profile: str = Field(description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field(
         (), alias="set", description="key=value for every server, or env.NAME=value; may be repeated"
     )
-    thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
-    data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
     start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")

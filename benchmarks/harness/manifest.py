@@ -11,22 +11,26 @@ from pydantic import Field
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
-from benchmarks.harness.tasks import Selection
+from benchmarks.harness.tasks import PromptFile, Selection
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import write_whole
 from sglang_auf.settings import checked
 
-INCIDENTAL = {"base_url", "data_dir", "out", "timeout_s"}
+INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 """Settings that say how a run is done, not what it measures."""
 
 
 class TaskOrigin(StrictModel):
-    """Where a task's prompts come from. version: the task's. prompts: how many were asked. sha256: their digest."""
+    """Where a task's prompts come from. version: the task's. prompts: how many were asked. sha256: their digest.
+
+    file: the user's own file that they were read from.
+    """
 
     version: int
     origin: str
     prompts: int
     sha256: str
+    file: PromptFile | None = None
 
 
 class Session(Measured):
@@ -48,11 +52,20 @@ class RunManifest(StrictModel):
     def of(cls, config: RunConfig, server: ServerFacts, selections: list[Selection]) -> Self:
         origins = {
             chosen.task.name: TaskOrigin(
-                version=chosen.task.version, origin=chosen.origin, prompts=len(chosen.prompts), sha256=chosen.sha256
+                version=chosen.task.version,
+                origin=chosen.origin,
+                prompts=len(chosen.prompts),
+                sha256=chosen.sha256,
+                file=chosen.file,
             )
             for chosen in selections
         }
         return cls(config=config, server=server, tasks=origins)
+
+    @property
+    def broken_rows(self) -> list[str]:
+        """Of all files of prompts: "FILE:LINE: fault" of the rows that were not asked."""
+        return [row for origin in self.tasks.values() if origin.file for row in origin.file.broken]
 
     @classmethod
     def read(cls, path: Path) -> Self:

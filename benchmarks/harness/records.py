@@ -22,7 +22,10 @@ Key = tuple[str, str, int]
 
 
 class Record(StrictModel):
-    """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered."""
+    """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
+
+    accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,6 +42,7 @@ class Record(StrictModel):
     completion_tokens: int = 0
     verify_steps: int = 0
     accepted_histogram: list[int] = Field(default_factory=list)
+    accepted_by_step: list[int] | None = None
     proposed: int | None = None
     block_size: int | None = None
     started_at: float

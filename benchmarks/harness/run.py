@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai.types.chat import ChatCompletionMessageParam
 from tqdm import tqdm
 
 from benchmarks.harness.client import FAILURES, ChatClient, Reply
-from benchmarks.harness.config import Questions, RunConfig
+from benchmarks.harness.config import AskedTasks, PromptSources, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
 from benchmarks.harness.server_info import card_warnings, flush_cache, server_facts
-from benchmarks.harness.tasks import Prompt, Selection, resolve, select
+from benchmarks.harness.sources.files import select_from_files
+from benchmarks.harness.tasks import Prompt, Selection, messages_of, resolve, select
+from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
+from sglang_auf.training.data.chats import Message
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +29,15 @@ WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
 
 
-def chosen_prompts(questions: Questions) -> list[Selection]:
+def chosen_prompts(questions: AskedTasks) -> list[Selection]:
     """The prompts that `questions` names, task by task. Raises ConfigError or DataError."""
-    return [select(task, questions.data_dir, questions.limit) for task in resolve(questions.tasks)]
+    return prompts_of(questions, questions.tasks, questions.limit)
+
+
+def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None) -> list[Selection]:
+    """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most."""
+    chosen = [select(task, sources.data_dir, limit) for task in resolve(tasks)]
+    return chosen + select_from_files(sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit)
 
 
 def ask(
@@ -77,6 +85,12 @@ class BenchmarkRun:
         server = server_facts(config.base_url, config.model)
         if config.plain != (server.algorithm is None):
             raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
+        if config.record_steps and server.algorithm != ALGORITHM:
+            raise ServerError(
+                f"--record-steps, and a server with speculative_algorithm {server.algorithm} at {config.base_url}",
+                f"{ALGORITHM}, whose streams say which tokens were drafted",
+                "leave --record-steps out",
+            )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
         manifest.warnings = [] if config.plain else card_warnings(config)
         for warning in manifest.warnings:
@@ -102,7 +116,8 @@ class BenchmarkRun:
         self.manifest.write(self.config.out / MANIFEST)
 
     def _connect(self) -> ChatClient:
-        return ChatClient(self.config.base_url, self.manifest.server.model, self.config, self.config.stream)
+        config = self.config
+        return ChatClient(config.base_url, self.manifest.server.model, config, config.stream, spans=config.record_steps)
 
     def unfinished(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         return [prompt for prompt in prompts if any(self._due(prompt, turn) for turn in range(len(prompt.turns)))]
@@ -115,11 +130,10 @@ class BenchmarkRun:
         """Send requests with other prompts, which are not recorded, and check whether the server speculates."""
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
+        texts = [f"Count upwards from {number}." for number in range(1, count + 1)]
+        without_template = self.config.raw_prompts and not self.config.tasks
         async with self._connect() as client:
-            jobs = [
-                client.ask([{"role": "user", "content": f"Count upwards from {number}."}], max_tokens=tokens)
-                for number in range(1, count + 1)
-            ]
+            jobs = [client.ask(text if without_template else messages_of(text), max_tokens=tokens) for text in texts]
             outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):
@@ -164,28 +178,29 @@ class BenchmarkRun:
 
     async def _converse(self, client: ChatClient, prompt: Prompt) -> AsyncIterator[Record]:
         """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history."""
-        messages: list[ChatCompletionMessageParam] = []
-        failed_turn: int | None = None
-        for turn, text in enumerate(prompt.turns):
-            messages.append({"role": "user", "content": text})
+        messages: list[Message] = []
+        ended: str | None = None
+        for turn, said in enumerate(prompt.turns):
+            messages += messages_of(said)
             record = self.records.get((prompt.task, prompt.id, turn))
             if record is None or record.failed:
-                if failed_turn is None:
+                if ended is None:
                     record = await self._request(client, prompt, turn, messages)
                 else:
-                    error = f"not asked: turn {failed_turn} of this conversation failed"
+                    error = f"not asked: turn {ended}"
                     record = self._record(prompt, turn, time.time(), 0.0, error=error)
                 yield record
-            if record.failed and failed_turn is None:
-                failed_turn = turn
+            if record.failed and ended is None:
+                ended = f"{turn} of this conversation failed"
+            elif record.finish_reason == "tool_calls" and ended is None:
+                ended = f"{turn} of this conversation calls a tool, whose result the row does not have"
             messages.append({"role": "assistant", "content": record.output_text})
 
-    async def _request(
-        self, client: ChatClient, prompt: Prompt, turn: int, messages: list[ChatCompletionMessageParam]
-    ) -> Record:
+    async def _request(self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message]) -> Record:
+        asked = prompt.text if prompt.raw else messages
         started_at, started = time.time(), time.perf_counter()
         try:
-            reply = await client.ask(messages, self._seed(prompt, turn))
+            reply = await client.ask(asked, self._seed(prompt, turn), prompt.request)
         except FAILURES as error:
             return self._record(prompt, turn, started_at, time.perf_counter() - started, error=describe(error))
         return self._record(prompt, turn, started_at, time.perf_counter() - started, reply)
@@ -220,6 +235,7 @@ class BenchmarkRun:
             completion_tokens=reply.completion_tokens,
             verify_steps=reply.verify_steps,
             accepted_histogram=reply.histogram,
+            accepted_by_step=reply.accepted_by_step,
             proposed=reply.proposed,
             block_size=len(reply.histogram) or None,
             started_at=started_at,

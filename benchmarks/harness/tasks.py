@@ -5,6 +5,9 @@ turns, Alpaca 200. The paper does not say how its 200 were chosen nor which Alpa
 rows in file order by `random.Random(42)` and asks the first ones, as the public DFlash scripts do. Its Alpaca is the
 instruction set of AlpacaEval. A limit takes the head of the same order, so a small run is part of a large one.
 
+Other public sets are in the group `more`: AIME 2024 and 2025, the newest part of LiveCodeBench, Arena-Hard v0.1. A
+user's own file is a task too (sources/files.py).
+
 A task's version grows whenever its prompts change. Figures compare only where versions are the same.
 """
 
@@ -13,36 +16,47 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from benchmarks.harness.results import StrictModel
+from benchmarks.harness.sources.hub import HubFile, Row, read_hub_rows
 from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.training.data.chats import Message, texts
 
 SELECTION_SEED = 42
 SAMPLE_FILE = Path(__file__).parent / "data" / "sample.jsonl"
 
-Row = dict[str, Any]
 
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file of a Hugging Face data set. revision: a commit, or "main" where none could be verified."""
-
-    repo: str
-    filename: str
-    revision: str
+Turn: TypeAlias = str | tuple[Message, ...]
+"""What comes before one answer of the model: what a user says, or the messages of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation. turns: what the user says; the model's own answers come between them."""
+    """One conversation. turns: what comes before each answer; the model's own answers stay between them.
+
+    request: fields of a chat request beside its messages. raw: the only turn is a text that the model continues,
+    without a chat template.
+    """
 
     task: str
     id: str
-    turns: tuple[str, ...]
+    turns: tuple[Turn, ...] = field(hash=False)
+    request: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    raw: bool = False
+
+    @property
+    def text(self) -> str:
+        """All that is said in it."""
+        return " ".join(text for turn in self.turns for message in messages_of(turn) for text in texts(message))
+
+
+def messages_of(turn: Turn) -> list[Message]:
+    return [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,11 @@ def _python(problem: str) -> str:
     return (
         f"Write a solution to the following problem and make sure that it passes the tests:\n```python\n{problem}\n```"
     )
+
+
+def _contest(problem: str, starter: str | None) -> str:
+    ends = f"Begin with this code:\n```python\n{starter}\n```" if starter else "Read from stdin and write to stdout."
+    return f"Write a Python program that solves this problem.\n\n{problem}\n\n{ends}"
 
 
 PAPER_TASKS = (
@@ -119,26 +138,81 @@ PAPER_TASKS = (
     ),
 )
 
+MORE_TASKS = (
+    Task(
+        "aime24",
+        30,
+        source=HubFile(
+            "HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+        ),
+        turns=lambda row: [_boxed(row["problem"])],
+    ),
+    Task(
+        "aime25",
+        30,
+        source=HubFile("math-ai/aime25", "test.jsonl", "563bb8404243c5f09de6ec262f2db674fe5bce9b"),
+        turns=lambda row: [_boxed(row["problem"])],
+    ),
+    # The problems that release 6 added. The file has 134 MB, since it holds their tests.
+    Task(
+        "livecodebench",
+        100,
+        source=HubFile("livecodebench/code_generation_lite", "test6.jsonl", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"),
+        turns=lambda row: [_contest(row["question_content"], row.get("starter_code"))],
+        row_id="question_id",
+    ),
+    Task(
+        "arena_hard",
+        200,
+        source=HubFile(
+            "lmarena-ai/arena-hard-auto",
+            "data/arena-hard-v0.1/question.jsonl",
+            "15f3746e21432264ce9b453999bde4f3c946d2e6",
+        ),
+        turns=lambda row: [row["prompt"]],
+        row_id="uid",
+    ),
+)
+
 # Four prompts of our own in the style of each task. They ship with the code and need no network.
 SAMPLE_TASKS = tuple(Task(f"sample_{task.name}", 4) for task in PAPER_TASKS)
 
-TASKS = {task.name: task for task in PAPER_TASKS + SAMPLE_TASKS}
-GROUPS = {"paper": [task.name for task in PAPER_TASKS], "sample": [task.name for task in SAMPLE_TASKS]}
+_GROUPS = {"paper": PAPER_TASKS, "more": MORE_TASKS, "sample": SAMPLE_TASKS}
+TASKS = {task.name: task for tasks in _GROUPS.values() for task in tasks}
+GROUPS = {name: [task.name for task in tasks] for name, tasks in _GROUPS.items()}
+
+
+class PromptFile(StrictModel):
+    """A user's own file of prompts. rows: all that are not blank. broken: "FILE:LINE: fault" of those not asked.
+
+    sha256: of the file.
+    """
+
+    sha256: str
+    rows: int
+    broken: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The prompts of one task that a run asks. origin: where they come from, for the run's record."""
+    """The prompts of one task that a run asks. origin: where they come from, for the run's record.
+
+    file: the user's own file that the task was made of.
+    """
 
     task: Task
     prompts: tuple[Prompt, ...]
     origin: str
+    file: PromptFile | None = None
 
     @property
     def sha256(self) -> str:
-        """Digest of ids and turns in order. Equal digests mean the same questions."""
-        text = json.dumps([[prompt.id, prompt.turns] for prompt in self.prompts], ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Digest of what is asked, in order. Equal digests mean the same questions."""
+        asked = [
+            [prompt.id, prompt.turns, *([prompt.request, prompt.raw] if prompt.request or prompt.raw else [])]
+            for prompt in self.prompts
+        ]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
 
 
 def resolve(names: Iterable[str]) -> list[Task]:
@@ -173,9 +247,19 @@ def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -
             f"at least {wanted}",
             f"give the complete data set, or ask fewer with --limit {max(len(prompts), 1)}",
         )
+    return Selection(task, head(prompts, wanted), origin)
+
+
+def head(prompts: Sequence[Prompt], count: int | None) -> tuple[Prompt, ...]:
+    """The first `count` prompts in the fixed random order; all where it is None."""
     order = list(range(len(prompts)))
     random.Random(SELECTION_SEED).shuffle(order)
-    return Selection(task, tuple(prompts[i] for i in order[:wanted]), origin)
+    return tuple(prompts[i] for i in order[:count])
+
+
+def broken_rows(selections: Iterable[Selection]) -> list[str]:
+    """ "FILE:LINE: fault" of the rows of a user's own files that are not asked."""
+    return [row for chosen in selections if chosen.file for row in chosen.file.broken]
 
 
 def first_turns(selections: Iterable[Selection]) -> list[Selection]:
@@ -256,35 +340,3 @@ def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
             "clear the hub cache, or read a local copy with --data-dir",
         ) from None
     return prompts, f"{source.repo}/{source.filename}@{commit}"
-
-
-def read_hub_rows(source: HubFile) -> tuple[list[Row], str]:
-    """The rows of a hub file in file order, and the commit that they come from. Raises DataError.
-
-    Not `datasets.load_dataset`, which says nothing of the commit that "main" was, and cannot read a file that only
-    the hub's cache has.
-    """
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(source.repo, source.filename, repo_type="dataset", revision=source.revision))
-    except Exception as error:  # the hub client raises its own, requests', httpx' and the system's errors
-        raise DataError(
-            f"{source.repo}/{source.filename} cannot be fetched: {type(error).__name__}: {error}",
-            "a reachable hub, or the file in its cache",
-            "give the rows as <task>.jsonl files with --data-dir, or use --tasks sample, which needs no network",
-        ) from error
-    return _rows_of(path), path.parts[path.parts.index("snapshots") + 1]  # .../snapshots/<commit>/<filename>
-
-
-def _rows_of(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-        return rows
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        rows = json.loads(text)
-        return rows
-    return [json.loads(line) for line in text.split("\n") if line.strip()]

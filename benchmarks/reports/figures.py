@@ -7,9 +7,12 @@ from io import BytesIO
 from typing import Any
 
 from benchmarks.stats.intervals import Interval
+from benchmarks.stats.positions import Bucket
 from benchmarks.stats.summary import RunSummary
 
 Rows = Sequence[Mapping[str, Any]]
+Point = tuple[float, float, Interval | None]
+"""place, value, its interval"""
 
 
 def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:
@@ -18,18 +21,14 @@ def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:
     figure, axis = _figure(1.5 + 1.1 * (len(tasks) + 1), 3.6)
     for place, (name, run) in enumerate(runs.items()):
         shift = (place - (len(runs) - 1) / 2) * 0.6 / max(len(runs), 1)
-        points: list[tuple[float, float, Interval | None]] = []
+        points: list[Point] = []
         for at, task in enumerate(tasks):
             found = run.tasks.get(task)
             if found is not None and found.tau is not None:
                 points.append((at + shift, found.tau, found.tau_interval))
         if run.macro.tau is not None:
             points.append((len(tasks) + shift, run.macro.tau, run.macro.tau_interval))
-        if points:
-            below = [tau - interval.low if interval else 0.0 for _, tau, interval in points]
-            above = [interval.high - tau if interval else 0.0 for _, tau, interval in points]
-            places, taus = [at for at, _, _ in points], [tau for _, tau, _ in points]
-            axis.errorbar(places, taus, [below, above], fmt="o", markersize=4, capsize=2, label=name)
+        _dots(axis, points, name)
     axis.axvline(len(tasks) - 0.5, color="0.7", linewidth=1)
     axis.set_xticks(range(len(tasks) + 1), [*tasks, "mean"])
     axis.set_ylabel("tau")
@@ -73,6 +72,32 @@ def accepted_lengths(runs: Mapping[str, RunSummary]) -> Any:
     axis.set_xlabel("accepted drafts of a step")
     axis.set_ylabel("share of steps")
     axis.legend(fontsize=8)
+    return figure
+
+
+def by_bucket(runs: Mapping[str, Sequence[Bucket]], what: str) -> Any:
+    """tau and alpha_1 with their 95 % intervals by bucket. what: the buckets are of."""
+    figure, axes = _figure(10, 3.6, columns=2)
+    names = dict(sorted({bucket.high: bucket.name for buckets in runs.values() for bucket in buckets}.items()))
+    place = {high: at for at, high in enumerate(names)}
+    for number, (run, buckets) in enumerate(runs.items()):
+        shift = (number - (len(runs) - 1) / 2) * 0.5 / max(len(runs), 1)
+        first = [(bucket.summary.alpha or [None])[0] for bucket in buckets]
+        spans = [(bucket.summary.alpha_intervals or [None])[0] for bucket in buckets]
+        taus = [(bucket.summary.tau, bucket.summary.tau_interval) for bucket in buckets]
+        for axis, values in zip(axes.flat, (taus, list(zip(first, spans, strict=True))), strict=True):
+            points = [
+                (place[bucket.high] + shift, value, interval)
+                for bucket, (value, interval) in zip(buckets, values, strict=True)
+                if value is not None
+            ]
+            _dots(axis, points, run, "-")
+    for axis, title in zip(axes.flat, ("tau", "alpha_1"), strict=True):
+        axis.set_xticks(range(len(names)), list(names.values()), rotation=30, ha="right")
+        axis.set_xlabel(what)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
     return figure
 
 
@@ -124,6 +149,15 @@ def png(figure: Any) -> bytes:
     figure.savefig(out, format="png", dpi=120)
     pyplot.close(figure)
     return out.getvalue()
+
+
+def _dots(axis: Any, points: Sequence[Point], label: str, line: str = "none") -> None:
+    """A dot with its interval for each point."""
+    if points:
+        below = [value - interval.low if interval else 0.0 for _, value, interval in points]
+        above = [interval.high - value if interval else 0.0 for _, value, interval in points]
+        places, values = [at for at, _, _ in points], [value for _, value, _ in points]
+        axis.errorbar(places, values, [below, above], marker="o", linestyle=line, markersize=4, capsize=2, label=label)
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

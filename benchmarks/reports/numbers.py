@@ -12,6 +12,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
+def with_interval(value: float | None, interval: Interval | None) -> str:
+    """ "2.00 (1.90..2.10)"; the value alone where it has no interval."""
+    return number(value) + (f" ({interval_text(interval)})" if interval else "")
+
+
 def interval_text(interval: Interval | None, digits: int = 2, of_difference: bool = False) -> str:
     """ "1.90..2.10", or "[-0.10, +0.10]" where the interval is of a difference; "-" where it is unknown."""
     if interval is None:

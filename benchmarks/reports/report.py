@@ -16,9 +16,11 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
-from benchmarks.reports.numbers import interval_text, number
+from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
-from benchmarks.stats.intervals import Interval, by_task
+from benchmarks.reports.positions import position_sections
+from benchmarks.reports.text import broken_rows_text
+from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
 from sglang_auf.errors import DataError
@@ -106,6 +108,7 @@ def make_sections(
                 picture_name="accepted.png",
             ),
         ]
+        sections += position_sections({run.name: run.records for run in speculating})
     points = speedup_points(measured)
     if points:
         picture = figures.png(figures.speedups(points))
@@ -118,6 +121,7 @@ def make_sections(
     if with_paper:
         sections.append(Section("The paper's figures", paper.LEVEL, _paper_table()))
     warnings = [f"{run.name}: {warning}" for run in measured for warning in run.manifest.warnings]
+    warnings += [f"{run.name}: {text}" for run in measured if (text := broken_rows_text(run.manifest.broken_rows))]
     if warnings:
         sections.append(Section("Warnings", "\n".join(warnings)))
     if measured:
@@ -174,8 +178,8 @@ def tau_table(runs: Mapping[str, RunSummary]) -> Table:
     rows = [["run", *tasks, "mean", "micro"]]
     for name, run in runs.items():
         of_tasks = [run.tasks.get(task) for task in tasks]
-        cells = [_with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
-        rows.append([name, *cells, _with_interval(run.macro.tau, run.macro.tau_interval), number(run.micro.tau)])
+        cells = [with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
+        rows.append([name, *cells, with_interval(run.macro.tau, run.macro.tau_interval), number(run.micro.tau)])
     return rows
 
 
@@ -251,7 +255,3 @@ def _names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise DataError("a directory that is named twice", "each run once")
-
-
-def _with_interval(value: float | None, interval: Interval | None) -> str:
-    return number(value) + (f" ({interval_text(interval)})" if interval else "")

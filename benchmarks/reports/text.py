@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from benchmarks.harness.sources.files import CHATS, TEXTS
 from benchmarks.reports.numbers import interval_text, number
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
+
+NAMED = 20
+"""Broken rows that are named."""
 
 NOTE = (
     "tau = (completion tokens - 1) / verify steps; macro: mean over prompts, then over tasks; micro: ratio of sums;\n"
@@ -48,6 +52,15 @@ def speed_line(name: str, speed: Throughput) -> str:
         f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
     )
+
+
+def broken_rows_text(rows: Sequence[str]) -> str:
+    """Rows of a user's own files that were not asked; "" where there is none. The JSON file has all of them."""
+    if not rows:
+        return ""
+    more = [f"- and {len(rows) - NAMED} more"] if len(rows) > NAMED else []
+    heading = f"broken rows of --prompts, not asked: {len(rows)}; expected: {CHATS}; with --raw-prompts {TEXTS}"
+    return "\n".join([heading, *(f"- {row}" for row in rows[:NAMED]), *more])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, serve
 from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
-from benchmarks.reports.text import asked_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import check_records
 from benchmarks.stats.summary import (
@@ -72,6 +72,7 @@ class Comparison(Measured, Report):
     speedup: float | None
     rounds: list[Round]
     lossless: Losslessness | None
+    broken_rows: list[str] = Field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -79,7 +80,7 @@ class Comparison(Measured, Report):
 
     @property
     def passed(self) -> bool:
-        return not self.failed and (self.lossless is None or self.lossless.passed)
+        return not self.failed and not self.broken_rows and (self.lossless is None or self.lossless.passed)
 
     def text(self) -> str:
         config = self.config
@@ -95,7 +96,7 @@ class Comparison(Measured, Report):
         ]
         if self.lossless is not None:
             parts.append(self.lossless.text())
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, *filter(None, [broken_rows_text(self.broken_rows)])])
 
 
 def compare_servers(config: CompareConfig) -> Comparison:
@@ -192,6 +193,7 @@ def _conclude(
         speedup=ratio(auf_speed.tokens_per_s, plain_speed.tokens_per_s),
         rounds=[_round(auf, plain, part) for part in slices],
         lossless=lossless,
+        broken_rows=auf.manifest.broken_rows,
     )
 
 

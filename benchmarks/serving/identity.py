@@ -20,14 +20,15 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from benchmarks.harness.config import Names, RunConfig, StartedServersConfig
+from benchmarks.harness.config import AskedTasks, Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record, latest, read_records
 from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
-from benchmarks.harness.run import RECORDS, ask, discard
+from benchmarks.harness.run import RECORDS, ask, chosen_prompts, discard
 from benchmarks.harness.servers import serve
-from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
+from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
+from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.random_drafter import write_random_drafter
 from benchmarks.stats.lossless import comparable_tokens, first_fork
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
@@ -42,11 +43,9 @@ CELL = "cell.json"
 SHIPPED_DRAFTER = ROOT / "drafters" / "smollm2-135m"
 
 
-class IdentityConfig(StartedServersConfig):
+class IdentityConfig(StartedServersConfig, AskedTasks):
     """Greedy answers of several servers against plain decoding, token by token; what is measured is not redone."""
 
-    tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample); first turns")
-    limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
     max_tokens: int = Field(128, ge=1, description="new tokens of one answer at most")
     variants: Names | None = Field(None, description="comma-separated servers to ask beside plain (default: all)")
     alone: int = Field(24, ge=1, description="prompts asked at concurrency 1, of all tasks in turn")
@@ -127,11 +126,12 @@ class IdentityReport(Measured, Report):
 
     config: IdentityConfig
     rows: list[ComparedCell]
+    broken_rows: list[str] = Field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Every request was answered, and every constrained cell is free of forks."""
-        return not any(row.failed or (row.constrained and row.forks) for row in self.rows)
+        """Every row was read, every request answered, and every constrained cell is free of forks."""
+        return not self.broken_rows and not any(row.failed or (row.constrained and row.forks) for row in self.rows)
 
     def markdown(self) -> str:
         config = self.config
@@ -142,7 +142,8 @@ class IdentityReport(Measured, Report):
                 identical, forks = f"{row.identical} of {row.identical + len(row.forks)}", str(len(row.forks))
             cells = [row.variant, str(row.concurrency), prompts_cell(row.prompts, row.failed), identical, forks]
             rows.append([*cells, number(row.tokens_per_s, 1), number(row.tau)])
-        asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(config.tasks)}"
+        names = [*config.tasks, *(path.name for path in config.prompts)]
+        asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(names)}"
         outcome = "passed" if self.passed else "FAILED"
         notes = [
             f"Identity {outcome}. The reference of `unconstrained`, which promises nothing, is itself alone; of the "
@@ -154,7 +155,8 @@ class IdentityReport(Measured, Report):
                 for fork in row.forks
             ),
         ]
-        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes))
+        broken = broken_rows_text(self.broken_rows)
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes), broken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ class PlannedCell:
         discard(self.place)
         (self.place / CELL).unlink(missing_ok=True)
         run_config = RunConfig(
-            **self.config.model_dump(include={"tasks", "limit", "max_tokens", "thinking", "data_dir", "timeout_s"}),
+            **self.config.model_dump(include={*AskedTasks.model_fields, "max_tokens", "timeout_s"}),
             base_url=base_url,
             concurrency=self.concurrency,
             plain=self.variant.plain,
@@ -219,7 +221,7 @@ class PlannedCell:
 def measure_identity(config: IdentityConfig) -> IdentityReport:
     """Ask every variant that is not measured yet, then compare what is on disk."""
     variants = chosen_variants(config.variants)
-    selections = first_turns(select(task, config.data_dir, config.limit) for task in resolve(config.tasks))
+    selections = first_turns(chosen_prompts(config))
     everything = in_turn(selections)
     planned: dict[tuple[str, int], PlannedCell] = {}
     for variant in variants:
@@ -234,7 +236,7 @@ def measure_identity(config: IdentityConfig) -> IdentityReport:
         _compared(cell, result, None if cell is (against := planned[cell.variant.reference]) else against.records())
         for cell, result in zip(planned.values(), measured, strict=True)
     ]
-    return IdentityReport(config=config, rows=rows)
+    return IdentityReport(config=config, rows=rows, broken_rows=broken_rows(selections))
 
 
 def chosen_variants(names: Sequence[str] | None) -> list[ServerVariant]:

@@ -19,10 +19,10 @@ from pydantic import Field
 from benchmarks.harness.config import Counts, Names, RunConfig, StartedServersConfig
 from benchmarks.harness.records import Key, Record
 from benchmarks.harness.results import StrictModel
-from benchmarks.harness.run import ask, discard
+from benchmarks.harness.run import ask, discard, prompts_of
 from benchmarks.harness.server_info import ServerFacts, server_facts
 from benchmarks.harness.servers import Server, awake
-from benchmarks.harness.tasks import Prompt, Selection, first_turns, in_turn, keep, resolve, select
+from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
 from benchmarks.stats.lossless import comparable_tokens
 from benchmarks.stats.summary import ratio, throughput
 from sglang_auf.errors import ConfigError
@@ -36,7 +36,9 @@ class TurnsConfig(StartedServersConfig):
     """What commands share whose servers are asked in turns."""
 
     tasks: Names | None = Field(
-        None, description="comma-separated tasks or groups; first turns (default: mt_bench, without --data-dir sample)"
+        None,
+        description="comma-separated tasks or groups; first turns (default: none with --prompts, mt_bench with "
+        "--data-dir, else sample)",
     )
     limit: int = Field(8, ge=1, description="prompts in all, of all tasks in turn; more where more are in flight")
     max_tokens: int = Field(256, ge=2, description="new tokens of one answer at most")
@@ -88,6 +90,10 @@ class Turns:
     @property
     def tasks(self) -> list[str]:
         return [chosen.task.name for chosen in self.selections]
+
+    @property
+    def broken_rows(self) -> list[str]:
+        return broken_rows(self.selections)
 
     def ask(self, servers: Mapping[str, Server], plain: Collection[str]) -> None:
         """Ask all rounds.
@@ -157,11 +163,13 @@ def up_and_paused(
 
 def _selections(config: TurnsConfig) -> list[Selection]:
     names = config.tasks
-    if names is None:
+    if names is None and config.prompts:
+        names = ()
+    elif names is None:
         names = ("mt_bench",) if config.data_dir else ("sample",)
         logger.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
     most = max(config.limit, *config.concurrency)
-    return first_turns(select(task, config.data_dir, most) for task in resolve(names))
+    return first_turns(prompts_of(config, names, most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +188,7 @@ class _Turn:
         kind = "prefill" if max_tokens == 1 else "answers"
         place = self.config.out / self.name / f"c{self.concurrency}-round{self.number + 1}-{kind}"
         run_config = RunConfig(
-            **self.config.model_dump(include={"thinking", "data_dir", "timeout_s"}),
+            **self.config.model_dump(include={"prompts", "raw_prompts", "thinking", "data_dir", "timeout_s"}),
             base_url=self.base_url,
             plain=self.plain,
             stream=False,

@@ -9,7 +9,7 @@ from pydantic import Field
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Report
 from benchmarks.harness.run import ask, chosen_prompts
-from benchmarks.reports.text import asked_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
 from benchmarks.stats.summary import RunSummary, summarize_run
 
 
@@ -26,7 +26,7 @@ class RunReport(RunSummary, Report):
 
     @property
     def passed(self) -> bool:
-        return not self.throughput.failed
+        return not self.throughput.failed and not self.broken_rows
 
     def text(self) -> str:
         parts = [asked_text(self.target, self.drafter, self.block_size, self.temperature, self.max_tokens)]
@@ -34,6 +34,7 @@ class RunReport(RunSummary, Report):
         if self.micro.verify_steps:
             parts.append(tau_text(self.tasks, self.macro, self.micro))
         parts += [f"warning: {warning}" for warning in self.warnings]
+        parts += filter(None, [broken_rows_text(self.broken_rows)])
         if self.sessions > 1:
             parts.append(f"written in {self.sessions} sessions: throughput is not that of one uninterrupted run")
         lines = [speed_line("throughput", self.throughput)]

@@ -19,6 +19,7 @@ from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
 from benchmarks.reports.numbers import number
+from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
 
@@ -65,13 +66,14 @@ class SpeedReport(Measured, Report):
 
     config: SpeedConfig
     tasks: list[str]
+    broken_rows: list[str] = Field(default_factory=list)
     servers: dict[str, ServerFacts]
     levels: list[SpeedLevel]
     step_cost: StepCost | None
 
     @property
     def passed(self) -> bool:
-        return not any(level.failed for level in self.levels)
+        return not self.broken_rows and not any(level.failed for level in self.levels)
 
     def markdown(self) -> str:
         config, auf = self.config, self.servers[AUF]
@@ -98,7 +100,9 @@ class SpeedReport(Measured, Report):
                 f"{milliseconds(cost.dflash_s)}, plain {milliseconds(cost.plain_s)} a token; AUF / plain "
                 f"{number(cost.ratio)}"
             )
-        return markdown_document(self, asked, markdown_table(rows), "\n".join(lines))
+        return markdown_document(
+            self, asked, markdown_table(rows), "\n".join(lines), broken_rows_text(self.broken_rows)
+        )
 
 
 def measure_speed(config: SpeedConfig) -> SpeedReport:
@@ -109,6 +113,7 @@ def measure_speed(config: SpeedConfig) -> SpeedReport:
     return SpeedReport(
         config=config,
         tasks=turns.tasks,
+        broken_rows=turns.broken_rows,
         servers=facts,
         levels=[_level(turns, level) for level in turns.levels],
         step_cost=_step_cost(turns) if 1 in turns.levels else None,

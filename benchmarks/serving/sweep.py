@@ -19,6 +19,7 @@ from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.harness.tasks import Selection
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
+from benchmarks.reports.text import broken_rows_text
 from benchmarks.stats.summary import Percentiles, RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
 
@@ -59,7 +60,11 @@ class Sweep(Measured, Report):
 
     @property
     def passed(self) -> bool:
-        return not any(run.throughput.failed for level in self.levels for run in level.runs)
+        return not self.broken_rows and not any(run.throughput.failed for level in self.levels for run in level.runs)
+
+    @property
+    def broken_rows(self) -> list[str]:
+        return self.levels[0].auf.broken_rows
 
     def markdown(self) -> str:
         config, first = self.config, self.levels[0].auf
@@ -84,7 +89,7 @@ class Sweep(Measured, Report):
             "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
             "plain decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
         )
-        return markdown_document(self, asked, markdown_table(rows), note)
+        return markdown_document(self, asked, markdown_table(rows), note, broken_rows_text(self.broken_rows))
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:

@@ -19,6 +19,7 @@ from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.servers import Server, neighbours, serve
 from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
 from benchmarks.reports.numbers import number
+from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
 from benchmarks.stats.summary import macro, ratio, summarize_tasks
 from sglang_auf.env import ROW_INVARIANT
@@ -74,13 +75,14 @@ class VariantsReport(Measured, Report):
 
     config: VariantsConfig
     tasks: list[str]
+    broken_rows: list[str] = Field(default_factory=list)
     servers: dict[str, ServerFacts]
     rows: list[ServerRow]
 
     @property
     def passed(self) -> bool:
-        """No request failed, and every answer of a server that promises it has plain decoding's tokens."""
-        return all(
+        """No request failed, no row was broken, and every answer of a server that promises it is plain decoding's."""
+        return not self.broken_rows and all(
             not row.failed and (row.name == UNCONSTRAINED or row.plain_tokens.same_tokens == row.plain_tokens.compared)
             for row in self.rows
         )
@@ -104,7 +106,7 @@ class VariantsReport(Measured, Report):
             f"medians of {config.rounds} interleaved rounds. A step: a verify step with its drafting, or a token of "
             f"plain decoding{beside}"
         )
-        return markdown_document(self, asked, markdown_table(rows))
+        return markdown_document(self, asked, markdown_table(rows), broken_rows_text(self.broken_rows))
 
 
 def measure_variants(config: VariantsConfig) -> VariantsReport:
@@ -120,6 +122,7 @@ def measure_variants(config: VariantsConfig) -> VariantsReport:
     return VariantsReport(
         config=config,
         tasks=turns.tasks,
+        broken_rows=turns.broken_rows,
         servers=facts,
         rows=[
             _row(turns, name, list(settings[name]), facts[name].block_size, level)

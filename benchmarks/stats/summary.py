@@ -89,7 +89,8 @@ class Latency(StrictModel):
 class RunSummary(StrictModel):
     """What summary.json of one run holds. drafter, block_size and every tau are None for a plain baseline.
 
-    warnings: how the run's conditions differ from those that the drafter was trained for.
+    warnings: how the run's conditions differ from those that the drafter was trained for. broken_rows: of the user's
+    own files, those that were not asked.
     """
 
     target: str
@@ -100,6 +101,7 @@ class RunSummary(StrictModel):
     max_tokens: int
     sessions: int
     warnings: list[str] = Field(default_factory=list)
+    broken_rows: list[str] = Field(default_factory=list)
     tasks: dict[str, TaskSummary]
     macro: MacroSummary
     micro: MicroSummary
@@ -119,6 +121,7 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         max_tokens=manifest.config.max_tokens,
         sessions=len(manifest.sessions),
         warnings=manifest.warnings,
+        broken_rows=manifest.broken_rows,
         tasks=tasks,
         macro=macro(tasks.values(), records),
         micro=micro(records),

@@ -148,7 +148,7 @@ def task_overlap(
     config: OverlapConfig,
 ) -> TaskOverlap:
     """training, holders: from training_prompts and holders_of_runs."""
-    texts = {prompt.id: _words(" ".join(prompt.turns)) for prompt in prompts}
+    texts = {prompt.id: _words(prompt.text) for prompt in prompts}
     runs = {prompt: _runs(words, config.words) for prompt, words in texts.items()}
     shared = Counter(run for some in runs.values() for run in some)
     common = {run for run, count in shared.items() if count > max(1, OF_THE_TASK * len(prompts))}

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--limit", "0"], "--limit"),
         (["--thinking", "maybe"], "--thinking"),
         (["--tasks", ","], "--tasks"),
+        (["--raw-prompts"], "--raw-prompts"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--base-url", "localhost:30000"], "--base-url"),
     ],
 )

@@ -165,7 +165,8 @@ def body_of(draw: random.Random, prompt: str, answer: dict[str, Any]) -> dict[st
         sampling.pop("ignore_eos", None)  # plain decoding then notices the grammar's end a token late (docs/status.md)
     elif kind < 0.35:
         sampling["n"] = 2
-    stream = draw.random() < 0.3 and "n" not in sampling
+    # What was sent before a regex had matched is not taken back, and each step sends what it has (docs/status.md).
+    stream = draw.random() < 0.3 and not {"n", "stop_regex"} & sampling.keys()
     return {
         "text": question(prompt),
         "sampling_params": sampling,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness.client import ChatClient, Reply
+from benchmarks.harness.config import Workload
+from benchmarks.harness.tasks import messages_of
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER, Spans
 from tests.reference.acceptance_identities import cut_tokens
@@ -171,3 +175,24 @@ def test_nothing_is_kept_of_a_reply_that_ended(auf: str) -> None:
     while httpx.get(f"{auf}/spans").json():
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+async def asked_by_benchmark(url: str, script: str, raw: bool) -> Reply:
+    async with ChatClient(url, "scripted", Workload(max_tokens=64), stream=True, spans=not raw) as client:
+        return await client.ask(script if raw else messages_of(script))
+
+
+@pytest.mark.parametrize("script", ["3 0 7", "3 0 7 cut 2", "0 5 cut 5", "0 0", "7 7 cut 7"])
+def test_the_benchmark_has_the_steps_in_their_order(auf: str, script: str) -> None:
+    reply = asyncio.run(asked_by_benchmark(auf, script, raw=False))
+    assert reply.accepted_by_step == [int(word) for word in script.partition(" cut")[0].split()]
+
+
+def test_the_benchmark_has_counts_and_tokens_of_a_text_that_is_continued(auf: str) -> None:
+    reply = asyncio.run(asked_by_benchmark(auf, "3 0 7 cut 2", raw=True))
+    assert reply.histogram == [1, 0, 0, 1, 0, 0, 0, 1]
+    assert reply.prompt_ids == [3, 0, 7, 8, 2]
+    assert reply.output_ids is not None
+    assert len(reply.output_ids) == reply.completion_tokens == 1 + 4 + 1 + 8 - 2
+    assert reply.finish_reason == "stop"
+    assert reply.accepted_by_step is None

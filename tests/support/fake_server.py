@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 
@@ -44,6 +44,7 @@ class FakeEngine:
     answers_ids: bool = True
     card: dict[str, Any] | str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    continued: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, Any]] = field(default_factory=list)
     flushed: int = 0
     in_flight: int = 0
@@ -60,19 +61,30 @@ class FakeEngine:
         return tokens
 
     def histogram(self, tokens: list[int]) -> list[int]:
-        counts, emitted, step = [0] * self.block, 1, 0
-        while emitted < len(tokens):
-            accepted = (tokens[0] + step) % self.block
-            counts[accepted] += 1
-            emitted, step = emitted + accepted + 1, step + 1
-        return counts
+        steps = self.steps(tokens)
+        return [steps.count(accepted) for accepted in range(self.block)]
+
+    def steps(self, tokens: list[int]) -> list[int]:
+        """Accepted drafts of each verify step; of the last one, the end may be cut off."""
+        accepted: list[int] = []
+        while 1 + sum(accepted) + len(accepted) < len(tokens):
+            accepted.append((tokens[0] + len(accepted)) % self.block)
+        return accepted
+
+    def spans(self, tokens: list[int]) -> list[list[tuple[str, bool]]]:
+        """The tokens of prefill and of each step, as the header x-auf-spans has an AUF server tell them."""
+        parts, rest = [[(text_of(tokens[:1]), False)]], tokens[1:]
+        for accepted in self.steps(tokens):
+            of_step, rest = rest[: accepted + 1], rest[accepted + 1 :]
+            parts.append([(text_of([token]), place < accepted) for place, token in enumerate(of_step)])
+        return parts
 
     def sglext(self, body: dict[str, Any], tokens: list[int]) -> dict[str, Any] | None:
         extension: dict[str, Any] = {}
         if self.answers_ids and body.get("return_output_ids_in_sglext"):
             extension["output_ids"] = [tokens]
         if self.answers_ids and body.get("return_input_ids_in_sglext"):
-            extension["input_ids"] = list(json.dumps(body["messages"]).encode())
+            extension["input_ids"] = ids_of(body["messages"])
         counts = self.histogram(tokens)
         if self.speculative and body.get("return_spec_tokens_details") and sum(counts):
             extension["spec_tokens_details"] = self._details(counts)
@@ -133,7 +145,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
         return {"meta_info": {"output_token_ids_logprobs": [chosen], "output_top_logprobs": [[[-0.5, second, None]]]}}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: dict[str, Any]) -> Response:
+    async def chat(body: dict[str, Any], request: Request) -> Response:
         engine.requests.append(body)
         engine.in_flight += 1
         engine.most_in_flight = max(engine.most_in_flight, engine.in_flight)
@@ -145,24 +157,60 @@ def make_app(engine: FakeEngine) -> FastAPI:
             return JSONResponse({"message": "the engine is on fire"}, status_code=500)
         tokens = engine.tokens(body["messages"], body["max_tokens"])
         if body.get("stream"):
-            return StreamingResponse(_stream(engine, body, tokens), media_type="text/event-stream")
-        choice = {"index": 0, "message": {"role": "assistant", "content": text_of(tokens)}, "finish_reason": "stop"}
+            spans = request.headers.get("x-auf-spans") == "1" and engine.speculative and engine.algorithm == "AUF"
+            return StreamingResponse(_stream(engine, body, tokens, spans), media_type="text/event-stream")
+        ending = "tool_calls" if "CALL" in body["messages"][-1]["content"] else "stop"
+        choice = {"index": 0, "message": {"role": "assistant", "content": text_of(tokens)}, "finish_reason": ending}
         return JSONResponse(_part(engine, body, tokens, "chat.completion", [choice], usage=True, sglext=True))
 
+    @app.post("/v1/completions")
+    async def complete(body: dict[str, Any]) -> Response:
+        engine.continued.append(body)
+        tokens = engine.tokens([{"role": "raw", "content": body["prompt"]}], body["max_tokens"])
+        if body.get("stream"):
+            return StreamingResponse(_stream_text(engine, body, tokens), media_type="text/event-stream")
+        choice = _text_choice(body, tokens, "stop") | {"prompt_token_ids": ids_of(body["prompt"])}
+        return JSONResponse(_part(engine, body, tokens, "text_completion", [choice], usage=True, sglext=True))
+
     return app
+
+
+def ids_of(asked: object) -> list[int]:
+    return list(json.dumps(asked).encode())
+
+
+def _text_choice(body: dict[str, Any], tokens: list[int], ending: str | None) -> dict[str, Any]:
+    choice = {"index": 0, "text": text_of(tokens), "finish_reason": ending, "logprobs": None}
+    return choice | ({"token_ids": tokens} if body.get("return_token_ids") else {})
+
+
+async def _stream_text(engine: FakeEngine, body: dict[str, Any], tokens: list[int]) -> AsyncIterator[str]:
+    for place, token in enumerate(tokens):
+        choice = _text_choice(body, [token], "stop" if place == len(tokens) - 1 else None)
+        if place == 0 and body.get("return_token_ids"):
+            choice["prompt_token_ids"] = ids_of(body["prompt"])
+        yield f"data: {json.dumps(_part(engine, body, tokens, 'text_completion', [choice]))}\n\n"
+    for with_ in ({"sglext": True}, {"usage": True}):
+        yield f"data: {json.dumps(_part(engine, body, tokens, 'text_completion', [], **with_))}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 def text_of(tokens: list[int]) -> str:
     return "".join(f"t{token} " for token in tokens)
 
 
-async def _stream(engine: FakeEngine, body: dict[str, Any], tokens: list[int]) -> AsyncIterator[str]:
+async def _stream(
+    engine: FakeEngine, body: dict[str, Any], tokens: list[int], spans: bool = False
+) -> AsyncIterator[str]:
     def event(choices: list[Any], **with_: bool) -> str:
         return f"data: {json.dumps(_part(engine, body, tokens, 'chat.completion.chunk', choices, **with_))}\n\n"
 
     yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
     for token in tokens:
         yield event([{"index": 0, "delta": {"content": text_of([token])}, "finish_reason": None}])
+    for part in engine.spans(tokens) if spans else []:
+        told = _part(engine, body, tokens, "chat.completion.chunk", []) | {"sglext": {"spans": {"tokens": part}}}
+        yield f"data: {json.dumps(told)}\n\n"
     if "CUT" in body["messages"][-1]["content"]:
         return
     yield event([{"index": 0, "delta": {}, "finish_reason": "stop"}])

@@ -7,6 +7,7 @@ A row holds its conversation in one of these forms; docs/training.md says what e
     {"turns": ["...", ...]}                                          user turns alone: a prompt row
     {"prompt": [messages], "completion": [messages]}                 TRL
     {"instruction": "...", "input": "...", "output": "..."}          Alpaca; without an output a prompt row
+    {"prompt": "..."}, {"prompt": [messages]}                        only where rows are asked and not trained on
 
 A chat template sees messages, tools and its own variables. So each of these is taken as the server takes it, or the row
 is refused: nothing that changes the text is left out. A message may hold only fields that are known. A row may hold
@@ -113,6 +114,35 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     except RecursionError:
         raise BadRow("fields that are nested too deeply") from None
     return chat
+
+
+def question_of(fields: Mapping[str, Any]) -> Chat:
+    """The conversation of a row that is only asked: as `chat_of`, and a `prompt` needs no completion.
+
+    A prompt is then a list of messages, or a text that a user says. What completes it is not read. Raises BadRow.
+    """
+    row = _known_fields(fields)
+    prompt = row.get("prompt")
+    if prompt is None or "instruction" in row or _forms(row) not in ([], [("prompt", "completion")]):
+        return chat_of(fields)
+    if isinstance(prompt, list) and "completion" in row:
+        return chat_of(fields)
+    if not isinstance(prompt, str | list):
+        raise BadRow("a prompt that is neither a text nor a list of messages")
+    others = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    return chat_of({**others, **({"messages": prompt} if isinstance(prompt, list) else {"turns": [prompt]})})
+
+
+def text_of(fields: Mapping[str, Any]) -> str:
+    """The text that a row gives to be continued as it is, without a chat template: its `prompt`. Raises BadRow."""
+    row = _given(fields, "a row")
+    if "prompt" not in row:
+        raise BadRow("no prompt: only a text can be continued without a chat template")
+    text = _text(row["prompt"], "a prompt")
+    for name in ("tools", "chat_template_kwargs", *SYSTEM):
+        if name in row:
+            raise BadRow(f"a field {name!r}, which needs a chat template")
+    return text
 
 
 def has_messages(fields: Mapping[str, Any]) -> bool:

@@ -69,6 +69,7 @@ class SglExt(BaseModel):
     input_ids: list[int] | None = None
     output_ids: list[list[int]] | None = None
     spec_tokens_details: Any = None
+    spans: Any = None
 
     @classmethod
     def of(cls, reply: BaseModel) -> Self:

@@ -68,6 +68,84 @@ def test_thinking_can_be_left_to_the_server(fake: Callable[..., Any]) -> None:
     assert "chat_template_kwargs" not in server.engine.requests[0]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_text_is_continued_without_a_template(fake: Callable[..., Any], stream: bool) -> None:
+    server = fake()
+
+    async def once() -> Reply:
+        async with ChatClient(server.url, "toy", Workload(), stream) as client:
+            return await client.ask("def f(", seed=3)
+
+    reply = asyncio.run(once())
+    (body,) = server.engine.continued
+    assert (body["prompt"], body["seed"], body["top_k"]) == ("def f(", 3, -1)
+    tokens = server.engine.tokens([{"role": "raw", "content": "def f("}], 512)
+    assert reply.output_ids == tokens
+    assert reply.prompt_ids == list(b'"def f("')
+    assert reply.histogram == server.engine.histogram(tokens)
+    assert reply.text == "".join(f"t{token} " for token in tokens)
+    assert (reply.ttft_s is not None) == stream
+
+
+def test_what_a_row_gives_the_template_goes_with_the_workloads_thinking(fake: Callable[..., Any]) -> None:
+    server = fake()
+
+    async def once() -> None:
+        async with ChatClient(server.url, "toy", Workload(thinking="on"), False) as client:
+            await client.ask(MESSAGES, request={"tools": [], "chat_template_kwargs": {"style": "short"}})
+            await client.ask(MESSAGES)
+
+    asyncio.run(once())
+    first, second = server.engine.requests
+    assert first["chat_template_kwargs"] == {"style": "short", "enable_thinking": True}
+    assert first["tools"] == []
+    assert second["chat_template_kwargs"] == {"enable_thinking": True}, "the row's own are not kept"
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_steps_are_read_from_spans(fake: Callable[..., Any], number: int) -> None:
+    server = fake()
+    messages = [{"role": "user", "content": f"sum {number}"}]
+
+    async def once(spans: bool) -> Reply:
+        async with ChatClient(server.url, "toy", Workload(), True, spans=spans) as client:
+            return await client.ask(messages)
+
+    assert asyncio.run(once(spans=False)).accepted_by_step is None
+    assert asyncio.run(once(spans=True)).accepted_by_step == server.engine.steps(server.engine.tokens(messages, 512))
+
+
+@pytest.mark.parametrize(
+    ("drafted", "histogram", "steps"),
+    [
+        ("p", [0, 0, 0], []),
+        ("p0", [1, 0, 0], [0]),
+        ("p110100", [2, 0, 1], None),
+        ("p1101000", [2, 1, 1], [2, 1, 0, 0]),
+        ("p10110", [0, 1, 1], [1, 2]),
+        ("p101", [0, 1, 1], [1, 2]),  # the last step accepted two; a stop left one of them
+        ("p1011", [0, 1, 1], [1, 2]),
+        ("p1011", [0, 2, 0], None),  # one that accepted one cannot leave two
+        ("p00?", [2, 1, 0], None),
+        ("p000", [2, 0, 0], None),  # a token that no step emitted: the server began again
+        ("p1", [1, 0, 0], None),
+    ],
+)
+def test_steps_that_are_not_certain_are_not_known(drafted: str, histogram: list[int], steps: list[int] | None) -> None:
+    told = [{"p": False, "0": False, "1": True, "?": None}[mark] for mark in drafted]
+    reply = Reply(completion_tokens=len(told), histogram=histogram, drafted=told)
+    assert reply.accepted_by_step == steps
+    assert Reply(completion_tokens=len(told) + 1, histogram=histogram, drafted=told).accepted_by_step is None
+
+
+@pytest.mark.parametrize("spans", [{"tokens": [["a"]]}, {"tokens": 3}, {}, []])
+def test_spans_that_cannot_be_read_are_refused(spans: object) -> None:
+    part = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
+    part.sglext = {"spans": spans}  # type: ignore[attr-defined]
+    with pytest.raises(ReplyError, match="spans"):
+        _extend(Reply(), part)
+
+
 def test_a_stream_that_breaks_off_is_no_answer(fake: Callable[..., Any]) -> None:
     with pytest.raises(ReplyError, match="without counting"):
         ask(fake().url, stream=True, text="CUT")

@@ -307,6 +307,33 @@ def test_conditions_that_are_not_the_drafters_are_warned_of(
         assert f"warning: {warning}" in capsys.readouterr().out
 
 
+def test_steps_are_recorded_on_demand(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server = fake()
+    assert main(flags(server.url, tmp_path / "without", data_dir)) == 0
+    assert main(flags(server.url, tmp_path / "with", data_dir, "--record-steps")) == 0
+    without, recorded = records_of(tmp_path / "without"), records_of(tmp_path / "with")
+    for key, record in recorded.items():
+        assert without[key].accepted_by_step is None
+        assert record.accepted_by_step is not None
+        assert [record.accepted_by_step.count(a) for a in range(4)] == record.accepted_histogram
+        assert without[key].output_ids == record.output_ids
+
+
+@pytest.mark.parametrize("more", [["--no-stream"], ["--plain"]])
+def test_steps_come_in_streams_of_a_speculating_server_alone(more: list[str], capsys: Any) -> None:
+    assert main(["run", "--base-url", "http://127.0.0.1:9", "--record-steps", *more]) == 2
+    assert f"--record-steps with {more[0]}" in capsys.readouterr().err
+
+
+def test_a_built_in_algorithm_does_not_tell_its_steps(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(algorithm="DFLASH", fields="sglang")
+    assert main(flags(server.url, tmp_path / "run", data_dir, "--record-steps")) == 2
+    assert "speculative_algorithm DFLASH" in capsys.readouterr().err
+    assert not server.engine.requests
+
+
 def test_a_server_without_a_card_is_warned_of_nothing(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(flags(fake().url, out, data_dir, "--thinking", "on")) == 0

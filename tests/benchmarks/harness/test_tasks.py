@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from benchmarks.harness import tasks
-from benchmarks.harness.tasks import GROUPS, TASKS, HubFile, read_hub_rows, read_prompts, resolve, select
+from benchmarks.harness.sources.hub import HubFile
+from benchmarks.harness.tasks import GROUPS, TASKS, Prompt, read_prompts, resolve, select
 from sglang_auf.errors import ConfigError, DataError
 
 PAPER = {"gsm8k": 200, "math500": 200, "humaneval": 164, "mbpp": 200, "mt_bench": 80, "alpaca": 200}
@@ -26,6 +22,14 @@ HUB_ROWS = {
     "mbpp": ({"prompt": "Write f.", "code": "x"}, "mbpp/0", ("Write f.",)),
     "mt_bench": ({"question_id": 81, "turns": ["one", "two"]}, "mt_bench/81", ("one", "two")),
     "alpaca": ({"instruction": "Do it.", "output": "x"}, "alpaca/0", ("Do it.",)),
+    "aime24": ({"id": 60, "problem": "P", "answer": "204"}, "aime24/0", ("P\nPlease reason step by step, and put your "
+                                                                       "final answer within \\boxed{}.",)),
+    "aime25": ({"id": "0", "problem": "P", "answer": "70"}, "aime25/0", ("P\nPlease reason step by step, and put your "
+                                                                       "final answer within \\boxed{}.",)),
+    "livecodebench": ({"question_id": "abc387_c", "question_content": "P", "starter_code": ""},
+                      "livecodebench/abc387_c", ("Write a Python program that solves this problem.\n\nP\n\n"
+                                                 "Read from stdin and write to stdout.",)),
+    "arena_hard": ({"uid": "2edb", "prompt": "Do it.", "cluster": "x"}, "arena_hard/2edb", ("Do it.",)),
 }  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def test_the_sample_needs_nothing_but_the_checkout() -> None:
     assert two_turns == {"sample_mt_bench"}
 
 
-@pytest.mark.parametrize("name", GROUPS["paper"])
+@pytest.mark.parametrize("name", GROUPS["paper"] + GROUPS["more"])
 def test_hub_rows_become_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row, prompt_id, turns = HUB_ROWS[name]
 
@@ -97,6 +101,25 @@ def test_hub_rows_become_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     chosen = select(TASKS[name], limit=1)
     assert (chosen.prompts[0].id, chosen.prompts[0].turns) == (prompt_id, turns)
     assert chosen.origin.endswith("@abc123")
+
+
+def test_every_further_set_is_pinned_to_a_commit() -> None:
+    sources = [task.source for task in resolve(["more"])]
+    assert all(source is not None and len(source.revision) == 40 for source in sources)
+    assert not set(GROUPS["more"]) & set(GROUPS["paper"])
+
+
+def test_a_contest_problem_may_begin_with_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"question_id": 1, "question_content": "P", "starter_code": "class A:"}
+    monkeypatch.setattr(tasks, "read_hub_rows", lambda source: ([row], "abc123"))
+    (turn,) = select(TASKS["livecodebench"], limit=1).prompts[0].turns
+    assert turn.endswith("P\n\nBegin with this code:\n```python\nclass A:\n```")  # type: ignore[union-attr]
+
+
+def test_the_text_of_a_prompt_is_all_that_is_said() -> None:
+    parts = [{"type": "text", "text": "two"}, {"type": "text", "text": "three"}]
+    prompt = Prompt("t", "a", ("one", ({"role": "system", "content": parts}, {"role": "user", "content": "four"})))
+    assert prompt.text == "one two three four"
 
 
 def test_hub_rows_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,45 +164,3 @@ def test_too_few_rows_are_refused_unless_fewer_are_asked(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"50 prompts.*at least 200.*--limit 50"):
         select(TASKS["gsm8k"], tmp_path)
     assert len(select(TASKS["gsm8k"], tmp_path, limit=50).prompts) == 50
-
-
-ROWS = [{"question": "one\u2028line"}, {"question": "two"}]
-
-
-def as_parquet(path: Path) -> None:
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-
-
-def as_json(path: Path) -> None:
-    path.write_text(json.dumps(ROWS))
-
-
-def as_jsonl(path: Path) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("name", "write"), [("test.parquet", as_parquet), ("test.json", as_json), ("test.jsonl", as_jsonl)]
-)
-def test_rows_and_the_commit_they_came_from(
-    name: str, write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "datasets--a--b" / "snapshots" / "c0ffee" / "main"
-    folder.mkdir(parents=True)
-    write(folder / name)
-
-    def download(repo: str, filename: str, **options: Any) -> str:
-        assert (repo, filename, options) == ("a/b", f"main/{name}", {"repo_type": "dataset", "revision": "main"})
-        return str(folder / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert read_hub_rows(HubFile("a/b", f"main/{name}", "main")) == (ROWS, "c0ffee")
-
-
-def test_an_unreachable_hub_says_what_works_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repo: str, filename: str, **options: Any) -> str:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(DataError, match=r"a/b/x\.json.*no route to host.*--data-dir.*--tasks sample"):
-        read_hub_rows(HubFile("a/b", "x.json", "main"))

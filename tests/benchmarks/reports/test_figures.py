@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.reports import figures
 from benchmarks.stats.intervals import Interval
+from benchmarks.stats.positions import Bucket
 from benchmarks.stats.summary import Latency, MacroSummary, MicroSummary, RunSummary, TaskSummary, Throughput
 
 TRAIN = [
@@ -56,6 +57,24 @@ def test_tau_has_a_dot_and_an_interval_for_each_task_and_one_for_the_mean() -> N
 def test_alpha_leaves_out_what_no_step_reached() -> None:
     (axis,) = figures.alpha_curves({"run": [0.5, 0.25, None], "none": [None]}).axes
     assert lines(axis) == {"run": [(1, 0.5), (2, 0.25)]}
+
+
+def test_buckets_stand_in_order_and_each_run_has_its_own() -> None:
+    of = task(2.0, Interval(low=1.5, high=2.75)).model_copy(
+        update={"alpha": [0.5, 0.25], "alpha_intervals": [Interval(low=0.25, high=0.75), None]}
+    )
+    later = task(1.5)
+    runs = {"first": [Bucket(1, 64, of), Bucket(129, 256, later)], "second": [Bucket(65, 128, later)]}
+    tau, alpha = figures.by_bucket(runs, "position").axes
+    assert [label.get_text() for label in tau.get_xticklabels()] == ["1-64", "65-128", "129-256"]
+    bars = {container.get_label(): container for container in tau.containers}
+    assert list(bars["first"].lines[0].get_ydata()) == [2.0, 1.5]
+    assert [round(x) for x in bars["first"].lines[0].get_xdata()] == [0, 2]
+    assert [round(x) for x in bars["second"].lines[0].get_xdata()] == [1]
+    assert tuple(bars["first"].lines[2][0].get_segments()[0][:, 1]) == (1.5, 2.75)
+    (bar,) = alpha.containers
+    assert list(bar.lines[0].get_ydata()) == [0.5]
+    assert tuple(bar.lines[2][0].get_segments()[0][:, 1]) == (0.25, 0.75)
 
 
 def test_accepted_lengths_are_shares_of_steps() -> None:

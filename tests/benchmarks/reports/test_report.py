@@ -46,15 +46,18 @@ def test_a_report_has_every_section_and_needs_nothing_beside_it(runs: Path, trai
     assert "A &lt;b&gt; title" in page
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == [
-        "Tau", "alpha_k", "Accepted lengths", "Speed-up by concurrency", "Speed", "Training",
+        "Tau", "alpha_k", "Accepted lengths", "Tau by prompt length", "Tau by position in the answer",
+        "Speed-up by concurrency", "Speed", "Training",
         "The paper&#39;s figures", "Where the figures come from",
     ]  # fmt: skip
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "<script" not in page
     text = (out / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert pictures == ["tau.png", "alpha.png", "accepted.png", "speedup.png", "training.png"]
+    assert pictures == [
+        "tau.png", "alpha.png", "accepted.png", "prompt-length.png", "speedup.png", "training.png"
+    ]  # fmt: skip
     assert all((out / picture).is_file() for picture in pictures)
 
 
@@ -141,6 +144,6 @@ def test_a_browser_shows_the_page(runs: Path, training: Path, tmp_path: Path) ->
         title = re.search(r"<title>(.*?)</title>", shown)
         assert title is not None
         found = json.loads(title.group(1))
-        assert len(found["pictures"]) == 5
+        assert len(found["pictures"]) == 6
         assert min(found["pictures"]) > 300
         assert found["wide"] <= 0

@@ -62,6 +62,16 @@ def test_a_changed_answer_is_a_fault_and_an_exit_code() -> None:
     assert summary["lossless"]["differences"][0]["prompt_id"] == "alpaca/lighthouse"
 
 
+def test_a_users_own_prompts_are_asked_of_both_and_a_broken_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.jsonl").write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\n?\n')
+    flags = ["--prompts", "mine.jsonl", "--max-tokens", "32", "--out", "out"]
+    assert main(["compare", "--profile", "toy", *flags]) == 1
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["tasks"]["mine.jsonl"]["requests"] == summary["lossless"]["identical"] == 3
+    assert summary["broken_rows"] == ["mine.jsonl:3: broken JSON"]
+    assert "- mine.jsonl:3: broken JSON" in capsys.readouterr().out
+
+
 def test_sampled_answers_have_no_losslessness() -> None:
     code, summary = compare("--temperature", "1", "--limit", "1")
     assert code == 0

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
-from benchmarks.serving.identity import SHIPPED_DRAFTER
+from benchmarks.serving.identity import SHIPPED_DRAFTER, IdentityConfig, IdentityReport
 from benchmarks.serving.random_drafter import write_random_drafter
 from sglang_auf.checkpoints.weights import expected_weights
 
@@ -126,3 +126,13 @@ def test_the_random_drafter_has_the_shape_and_nothing_else(tmp_path: Path) -> No
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert weights["layers.0.self_attn.q_norm.weight"].eq(1).all()
     assert weights["fc.weight"].float().std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_broken_row_of_a_users_file_is_in_the_report_and_fails_it() -> None:
+    report = IdentityReport(config=IdentityConfig(profile="toy", prompts=(Path("mine.jsonl"),)), rows=[])
+    assert report.config.tasks == ()
+    assert report.passed
+    assert "new tokens, mine.jsonl" in report.markdown()
+    broken = report.model_copy(update={"broken_rows": ["mine.jsonl:2: broken JSON"]})
+    assert not broken.passed
+    assert "- mine.jsonl:2: broken JSON" in broken.markdown()

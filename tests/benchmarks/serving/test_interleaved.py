@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.records import Record
-from benchmarks.serving.interleaved import median_of_all, seconds_per_step
+from benchmarks.serving.interleaved import Turns, TurnsConfig, median_of_all, seconds_per_step
+from benchmarks.serving.speed import SpeedConfig, SpeedReport
+from benchmarks.serving.variants import VariantsConfig, VariantsReport
 
 
 def record(latency_s: float, tokens: int, histogram: list[int], prompt: str = "p") -> Record:
@@ -40,3 +43,34 @@ def test_a_round_without_a_value_has_no_median() -> None:
     assert median_of_all([3.0, 1.0, 2.0]) == 2.0
     assert median_of_all([3.0, None, 2.0]) is None
     assert median_of_all([]) is None
+
+
+def test_a_users_own_prompts_replace_the_default_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"turns": ["a", "b"]}\n?\n')
+    turns = Turns(TurnsConfig(profile="toy", prompts=(file,), out=tmp_path))
+    assert turns.tasks == ["mine.jsonl"]
+    assert [prompt.turns for prompt in turns.selections[0].prompts] == [("a",)]
+    assert turns.broken_rows == ["mine.jsonl:2: broken JSON"]
+    both = Turns(TurnsConfig(profile="toy", prompts=(file,), tasks=("sample_gsm8k",), out=tmp_path))
+    assert both.tasks == ["sample_gsm8k", "mine.jsonl"]
+
+
+def test_a_broken_row_is_in_the_reports_and_fails_them(tmp_path: Path) -> None:
+    reports: list[Any] = [
+        VariantsReport(config=VariantsConfig(profile="toy", variant=["a=1"]), tasks=[], servers={}, rows=[]),
+        SpeedReport(
+            config=SpeedConfig(profile="toy"),
+            tasks=[],
+            servers={"auf": {name: None for name in ("drafter", "algorithm", "block_size")} | dict.fromkeys(
+                ("target", "model", "device", "dtype", "sglang"), "x"
+            )},
+            levels=[],
+            step_cost=None,
+        ),
+    ]  # fmt: skip
+    for report in reports:
+        assert report.passed
+        broken = report.model_copy(update={"broken_rows": ["mine.jsonl:2: broken JSON"]})
+        assert not broken.passed
+        assert "- mine.jsonl:2: broken JSON" in broken.markdown()

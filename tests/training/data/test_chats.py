@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.training.data.chats import REFUSED, ROLES, Chat, chat_of
+from sglang_auf.training.data.chats import REFUSED, ROLES, Chat, chat_of, question_of, text_of
 from sglang_auf.training.data.rows import BadRow
 
 QUESTION = {"role": "user", "content": "q"}
@@ -162,3 +162,47 @@ def test_what_is_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as fault:
         chat_of(fields)
     assert str(fault.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "q"},
+        {"Prompt": "q", "messages": []},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [QUESTION]},
+        {"turns": ["q"]},
+        {"messages": [QUESTION], "prompt": "another one"},
+        {"instruction": "q", "prompt": "a rendered copy"},
+    ],
+)
+def test_a_row_that_is_only_asked_may_hold_a_prompt_alone(fields: dict[str, Any]) -> None:
+    assert question_of(fields).messages == [QUESTION]
+
+
+def test_beside_a_prompt_the_other_fields_count() -> None:
+    chat = question_of({"prompt": "q", "system": "s", "chat_template_kwargs": {"x": 1}})
+    assert chat.messages == [SYSTEM, QUESTION]
+    assert chat.template_kwargs == {"x": 1}
+    with pytest.raises(BadRow, match="images"):
+        question_of({"prompt": "q", "images": ["x"]})
+
+
+def test_a_row_that_is_trained_on_needs_more_than_a_prompt() -> None:
+    for fields in ({"prompt": "q"}, {"prompt": [QUESTION]}):
+        with pytest.raises(BadRow):
+            chat_of(fields)
+
+
+def test_a_text_to_continue_is_a_prompt_alone() -> None:
+    assert text_of({"PROMPT": " q ", "id": 3}) == " q "
+    for fields, fault in (
+        ({"prompt": [QUESTION]}, "no text"),
+        ({"turns": ["q"]}, "no prompt"),
+        ({"prompt": ""}, "no prompt"),
+        ({"prompt": "q", "system_prompt": "s"}, "system_prompt"),
+        ({"prompt": "q", "tools": [TOOL]}, "tools"),
+        ({"prompt": "\ud800"}, "surrogate"),
+    ):
+        with pytest.raises(BadRow, match=fault):
+            text_of(fields)

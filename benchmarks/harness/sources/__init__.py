@@ -1,0 +1,1 @@
+"""Where prompts come from: files of the hub, and files of a user."""
