@@ -32,7 +32,7 @@ def test_a_toy_is_served_measured_and_not_measured_again(
     for cell in report["servers"].values():
         assert sum(cell["planned"].values()) > 0
         assert cell["used"] > 0
-        assert cell["said"]["weights"] >= 0
+        assert "weights" in cell["said"]  # any number: on a CPU what the machine has less free, whoever took it
     document = (tmp_path / "out" / "serve-shape.md").read_text()
     assert document in capsys.readouterr().out
     assert "block 16" in document
