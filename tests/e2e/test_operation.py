@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 
 def test_a_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     """Whether memory is flat shows only in minutes (`make soak`); everything else must hold at once."""
-    main(["soak", "--minutes", "0.7", "--clients", "8", "--questions", "12", "--sample-s", "2", "--out", str(tmp_path)])
+    main(["soak", "--minutes", "0.7", "--clients", "8", "--questions", "6", "--sample-s", "2", "--out", str(tmp_path)])
     report = SoakReport.model_validate_json((tmp_path / "soak.json").read_text())
     assert report.faults == {}, report.named
     assert set(report.asked) <= {kind.__name__ for kind in KINDS}

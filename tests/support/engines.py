@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_auf.env import FORK
+from sglang_auf.process import ENVIRONMENT
 
 RUNNER = Path(__file__).with_name("engine_runner.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -43,5 +44,5 @@ def _runner(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | ONE_THREAD | {FORK.name: "1"} | dict(environment),
+        env=ENVIRONMENT | os.environ | ONE_THREAD | {FORK.name: "1"} | dict(environment),  # as process.begin_server
     )
