@@ -18,11 +18,12 @@ class Stopwatch:
         self._since = now()
         self._counted = 0
 
-    def lap(self, part: str) -> None:
-        """What passed since the last call belongs to `part`."""
+    def lap(self, part: str | None) -> None:
+        """What passed since the last call belongs to `part`, or to no step."""
         if self.steps:
             now = self._now()
-            self._spent[part] = self._spent.get(part, 0.0) + now - self._since
+            if part is not None:
+                self._spent[part] = self._spent.get(part, 0.0) + now - self._since
             self._since = now
 
     def step_ends(self) -> None:

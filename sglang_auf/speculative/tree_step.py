@@ -73,7 +73,8 @@ class TreeStep:
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
         began = time.perf_counter()
-        self._watch.lap("between steps")
+        continues = began - self._ended < LONGEST_PAUSE_S
+        self._watch.lap("between steps" if continues else None)
         anchors = batch.spec_info.bonus_tokens
         requests = len(anchors)
         slots = self.budget.to_draft(requests)
@@ -84,7 +85,7 @@ class TreeStep:
         forest = Forest.of(nodes, anchors.tolist(), tokens)
         self._watch.lap("tree")
         result, paths = self._verify(batch, forest, on_publish, grammar_barrier)
-        if began - self._ended < LONGEST_PAUSE_S:
+        if continues:
             began = self._ended
         self._ended = time.perf_counter()
         self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began)

@@ -31,6 +31,8 @@ def test_the_means_of_so_many_steps_are_logged_and_begun_anew(caplog: pytest.Log
     step(watch, clock, draft=0.01, verify=0.03)
     assert not caplog.messages
     step(watch, clock, verify=0.04)
+    clock.seconds += 60
+    watch.lap(None)
     step(watch, clock, verify=0.05)
     step(watch, clock, verify=0.05)
     assert caplog.messages == [
