@@ -20,9 +20,10 @@ from sglang_auf.env import FORK
 ENVIRONMENT = {
     # Huge pages, where the system allows them on request.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # A thread that waits for others gives its core away. By default it keeps it busy, and where another program
-    # wants that core, the one that is waited for has none.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # How often a waiting OpenMP thread looks before it gives its core away. With OpenMP's own 300,000 it keeps the core
+    # for milliseconds; where another program wants it, the thread that is waited for has none. With 0 it sleeps at
+    # once, and is woken some hundred times in a step (figures: docs/results/threads.md).
+    "GOMP_SPINCOUNT": "10000",
 }
 """What the C library and OpenMP read when a program begins, and never again."""
 
@@ -30,6 +31,8 @@ ENVIRONMENT = {
 def set_environment() -> bool:
     """For programs that this process begins; what the user has set stays. Whether anything was missing."""
     missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    if "OMP_WAIT_POLICY" in os.environ:  # says the same in other words, and GOMP_SPINCOUNT would overrule it
+        missing.pop("GOMP_SPINCOUNT", None)
     os.environ.update(missing)
     return bool(missing)
 

@@ -14,12 +14,15 @@ import pytest
 from sglang_auf.env import FORK
 from sglang_auf.process import ENVIRONMENT
 
-TUNABLES, WAIT = ENVIRONMENT
+TUNABLES, SPINS = ENVIRONMENT
+SET_HERE = (*ENVIRONMENT, "OMP_WAIT_POLICY", FORK.name)
 
 
 def result(program: str, *arguments: str, **environment: str) -> Any:
     """What the program prints, a JSON value."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, FORK.name)}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "OMP_WAIT_POLICY", FORK.name)
+    }
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     return json.loads(subprocess.check_output(command, env=clean | environment, text=True, timeout=60))
 
@@ -29,21 +32,22 @@ BEGIN = """
     from sglang_auf.process import begin_server
     begins = os.environ["BEGINS"] = str(int(os.environ.get("BEGINS", 0)) + 1)
     begin_server()
-    names = ["GLIBC_TUNABLES", "OMP_WAIT_POLICY", "SGLANG_AUF_FORK"]
-    print(json.dumps([begins, sys.argv[1:], *(os.environ[name] for name in names)]))
+    names = ["GLIBC_TUNABLES", "GOMP_SPINCOUNT", "SGLANG_AUF_FORK"]
+    print(json.dumps([begins, sys.argv[1:], *(os.environ.get(name) for name in names)]))
 """
 
 
 def test_a_server_begins_anew_once_with_the_same_arguments() -> None:
     arguments = ["--set", "a=b c", "--plain"]
-    assert result(BEGIN, *arguments) == ["2", arguments, "glibc.malloc.hugetlb=1", "PASSIVE", "1"]
+    assert result(BEGIN, *arguments) == ["2", arguments, "glibc.malloc.hugetlb=1", "10000", "1"]
 
 
 def test_what_the_user_has_set_stays() -> None:
     settings = {TUNABLES: "glibc.malloc.hugetlb=0", FORK.name: "0"}
-    assert result(BEGIN, **settings) == ["2", [], "glibc.malloc.hugetlb=0", "PASSIVE", "0"]
-    settings[WAIT] = "ACTIVE"
-    assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "ACTIVE", "0"]
+    assert result(BEGIN, **settings) == ["2", [], "glibc.malloc.hugetlb=0", "10000", "0"]
+    assert result(BEGIN, **settings, OMP_WAIT_POLICY="ACTIVE") == ["1", [], "glibc.malloc.hugetlb=0", None, "0"]
+    settings[SPINS] = "7"
+    assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "7", "0"]
 
 
 FORKED = """
