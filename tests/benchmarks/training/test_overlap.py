@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.harness.tasks import Prompt
+from benchmarks.harness.tasks import SAMPLE_FILE, Prompt
 from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
@@ -54,9 +54,7 @@ def test_two_training_prompts_do_not_add_up() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Exit code 1 where a prompt was trained on; rows that are no conversations do not hide the others."""
-    sample = Path(__file__).parents[3] / "benchmarks" / "harness" / "data"
-    prompts = [json.loads(line) for file in sorted(sample.rglob("*.jsonl")) for line in file.read_text().splitlines()]
-    text = prompts[0]["turns"][0]
+    text = json.loads(SAMPLE_FILE.read_text().splitlines()[0])["turns"][0]
     training = tmp_path / "answers.jsonl"
     rows = [{"id": "bad"}, {"id": "leak", "messages": [{"role": "user", "content": text}]}]
     training.write_text("".join(json.dumps(row) + "\n" for row in rows))
