@@ -1,8 +1,8 @@
 """How the processes of a server on a CPU begin: with what environment, and from what.
 
-Importing SGLang takes about 10 s of a core. SGLang's processes are spawned, so each imports it anew; a fork of a
-process that has imported it begins at once and shares its memory. A fork inherits no threads, and OpenMP's wait for
-theirs for ever, so only a process of our own is forked, which computes nothing before.
+Importing SGLang takes long. SGLang's processes are spawned, so each imports it anew; a fork of a process that has
+imported it begins at once and shares its memory. A fork inherits no threads, and OpenMP would wait for them for ever:
+so only a process of our own is forked, which computes nothing before.
 """
 
 from __future__ import annotations

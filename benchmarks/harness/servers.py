@@ -83,7 +83,7 @@ def serve(
     variables = dict(environment or {})
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name.startswith(VARIABLE):
+        if name.startswith(VARIABLE) and name != VARIABLE:
             variables[name.removeprefix(VARIABLE)] = value
         else:
             arguments += ["--set", setting]

@@ -153,7 +153,7 @@ MORE_TASKS = (
         source=HubFile("math-ai/aime25", "test.jsonl", "563bb8404243c5f09de6ec262f2db674fe5bce9b"),
         turns=lambda row: [_boxed(row["problem"])],
     ),
-    # The problems that release 6 added. The file has 134 MB, since it holds their tests.
+    # The problems that release 6 added. The file is large, since it holds their tests.
     Task(
         "livecodebench",
         100,

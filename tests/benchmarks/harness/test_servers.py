@@ -49,13 +49,15 @@ def test_a_server_is_up_inside_and_gone_outside(tmp_path: Path) -> None:
 
 
 def test_a_setting_may_be_a_variable_of_the_server(tmp_path: Path) -> None:
-    settings = ["a=1", "env.AUF_TEST_LETTERS=x=y"]
+    settings = ["a=1", "env.AUF_TEST_LETTERS=x=y", "env.=the server refuses it"]
     with serve(
         "toy", plain=True, settings=settings, environment={"AUF_TEST_MORE": "1"}, log_file=tmp_path / "log"
     ) as up:
         variables = psutil.Process(up.process.pid).environ()
     assert (variables["AUF_TEST_LETTERS"], variables["AUF_TEST_MORE"]) == ("x=y", "1")
-    assert "AUF_TEST" not in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "a=1 env.=the server refuses it" in log
+    assert "AUF_TEST" not in log
 
 
 def test_neighbours_are_busy_inside_and_gone_outside() -> None:
