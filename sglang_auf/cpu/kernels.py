@@ -17,16 +17,21 @@ import ctypes
 import logging
 import math
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core import cgutils
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
@@ -47,7 +52,10 @@ def _place(builder: Any, kind: Any, address: Any, index: Any) -> Any:
     return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
 
 
-_WORD, _HALF, _SINGLE, _LONG = ir.IntType(32), ir.IntType(16), ir.FloatType(), ir.IntType(64)
+_BYTE, _HALF, _WORD, _LONG, _SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+# A vector register of float32 holds so many.
+LANES = 16
+_WORDS, _HALVES, _SINGLES = (ir.VectorType(kind, LANES) for kind in (_WORD, _HALF, _SINGLE))
 
 
 def _reader(kind: Any, result: Any, align: int, convert: Callable[[Any, Any], Any] | None = None) -> Any:
@@ -83,13 +91,19 @@ def _widened(builder: Any, half: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(half, _WORD), _WORD(16)), _SINGLE)
 
 
+def _alike(kind: Any, number: int) -> Any:
+    """A constant of LLVM's `kind`, the same number in each lane of a vector."""
+    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+
+
 def _rounded(builder: Any, single: Any) -> Any:
-    """To nearest, ties to even; NaN stays NaN."""
-    bits = builder.bitcast(single, _WORD)
-    odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, _WORD(0x7FFF))), _WORD(16))
-    rounded = builder.select(builder.fcmp_unordered("uno", single, single), _WORD(0x7FC0), rounded)
-    return builder.trunc(rounded, _HALF)
+    """To nearest, ties to even; NaN stays NaN. Of one number, or of each lane of a vector."""
+    word, half = (_WORDS, _HALVES) if isinstance(single.type, ir.VectorType) else (_WORD, _HALF)
+    bits = builder.bitcast(single, word)
+    odd = builder.and_(builder.lshr(bits, _alike(word, 16)), _alike(word, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _alike(word, 0x7FFF))), _alike(word, 16))
+    rounded = builder.select(builder.fcmp_unordered("uno", single, single), _alike(word, 0x7FC0), rounded)
+    return builder.trunc(rounded, half)
 
 
 _bf16, _set_bf16 = _reader(_HALF, types.float32, 2, _widened), _writer(_HALF, types.float32, 2, _rounded)
@@ -792,10 +806,329 @@ def largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, places
 
 
+# --- products ---
+
+# A packed weight is [strips, pairs of inputs, LANES outputs, 2]: strips of LANES outputs, in which the pairs of inputs
+# follow one another. So a product reads it once, from its first byte to its last. TILE_PAIRS pairs of a strip are a tile
+# of AMX. Strips and tiles are whole: what a weight lacks is zeros.
+STRIPS = 2  # computed together
+TILE_PAIRS, TILE_ROWS = 16, 16
+# Rows that vector instructions compute together.
+_TOGETHER = (1, 2, 4, 8)
+
+
+class _Bfloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+_PAIRS = ir.VectorType(_Bfloat(), 2 * LANES)
+
+
+def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    """An instruction by LLVM's name for it."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def _at(builder: Any, kind: Any, *addends: Any) -> Any:
+    """The place of an LLVM `kind` at the sum of an address and offsets."""
+    return builder.inttoptr(reduce(builder.add, addends), kind.as_pointer())
+
+
+def _in_all_lanes(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _WORD(0)), undefined, _alike(_WORDS, 0))
+
+
+class _Unit:
+    """A task of a product, for the compiler: STRIPS strips of the weight, and all rows."""
+
+    def __init__(self, builder: Any, args: Any, index: Any) -> None:
+        fields = [builder.load(_place(builder, _LONG, args, _LONG(_OWN + i)), align=8) for i in range(7)]
+        weight, self.pairs, self.x, self.x_stride, out, self.out_stride, self.rows = fields  # strides in bytes
+        self.builder = builder
+        size = builder.mul(self.pairs, _LONG(4 * LANES))
+        first = builder.add(weight, builder.mul(builder.mul(index, _LONG(STRIPS)), size))
+        self.strips = [builder.add(first, builder.mul(size, _LONG(strip))) for strip in range(STRIPS)]
+        self.out = builder.add(out, builder.mul(index, _LONG(2 * LANES * STRIPS)))
+
+    def row(self, number: Any) -> Any:
+        """Its address in x."""
+        return self.builder.add(self.x, self.builder.mul(number, self.x_stride))
+
+    def write(self, row: Any, strip: int, sums: Any) -> None:
+        """sums: LANES float32."""
+        offset = self.builder.mul(row, self.out_stride)
+        place = _at(self.builder, _HALVES, self.out, offset, _LONG(2 * LANES * strip))
+        self.builder.store(_rounded(self.builder, sums), place, align=2)
+
+    def smaller(self, a: Any, b: Any) -> Any:
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+
+
+def _task(compute: Callable[[_Unit], None]) -> Any:
+    """task(args, index), from what emits its instructions."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def task(typing: Any, args: Any, index: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            compute(_Unit(builder, *values))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), build
+
+    return task
+
+
+def _by_vectors(add_pair: Callable[[Any, Any, Any, Any], Any], pair_bytes: int) -> Any:
+    """A task by vector instructions: each sum is one chain over the pairs of inputs.
+
+    add_pair(builder, sums, words, x): sums, of LANES outputs, with the products of a pair of inputs. words: of each
+    output the pair of weights; x: the address of the row's pair, which has pair_bytes.
+    """
+
+    def group(unit: _Unit, first: Any, left: Any, count: int) -> None:
+        """`count` rows, of which `left` are there; in place of the others the last one is computed again."""
+        builder = unit.builder
+        last = builder.sub(left, _LONG(1))
+        xs = [unit.row(builder.add(first, unit.smaller(_LONG(i), last))) for i in range(count)]
+        sums = [[cgutils.alloca_once_value(builder, _alike(_SINGLES, 0.0)) for _ in xs] for _ in unit.strips]
+        for sum_ in chain.from_iterable(sums):
+            builder.store(_alike(_SINGLES, 0.0), sum_)
+        with cgutils.for_range(builder, unit.pairs, intp=_LONG) as loop:
+            for strip, of_strip in zip(unit.strips, sums, strict=True):
+                offset = builder.mul(loop.index, _LONG(4 * LANES))
+                words = builder.load(_at(builder, _WORDS, strip, offset), align=4 * LANES)
+                for x, sum_ in zip(xs, of_strip, strict=True):
+                    pair = builder.add(x, builder.mul(loop.index, _LONG(pair_bytes)))
+                    builder.store(add_pair(builder, builder.load(sum_), words, pair), sum_)
+        for i in range(count):
+            with builder.if_then(builder.icmp_signed("<", _LONG(i), left)):
+                for strip, of_strip in enumerate(sums):
+                    unit.write(builder.add(first, _LONG(i)), strip, builder.load(of_strip[i]))
+
+    def fitting(unit: _Unit, first: Any, left: Any, counts: tuple[int, ...]) -> None:
+        if len(counts) == 1:
+            group(unit, first, unit.smaller(left, _LONG(counts[0])), counts[0])
+            return
+        with unit.builder.if_else(unit.builder.icmp_signed("<=", left, _LONG(counts[0]))) as (fits, is_more):
+            with fits:
+                group(unit, first, left, counts[0])
+            with is_more:
+                fitting(unit, first, left, counts[1:])
+
+    def compute(unit: _Unit) -> None:
+        most = _LONG(_TOGETHER[-1])
+        with cgutils.for_range_slice(unit.builder, _LONG(0), unit.rows, most, intp=_LONG) as (first, _):
+            fitting(unit, first, unit.builder.sub(unit.rows, first), _TOGETHER)
+
+    return _task(compute)
+
+
+def _add_pair(builder: Any, sums: Any, words: Any, x: Any) -> Any:
+    """With multiply-adds of float32, of which x is a pair."""
+    even, odd = (_in_all_lanes(builder, builder.load(_at(builder, _SINGLE, x, _LONG(i)), align=4)) for i in (0, 4))
+    low = builder.bitcast(builder.shl(words, _alike(_WORDS, 16)), _SINGLES)
+    high = builder.bitcast(builder.and_(words, _alike(_WORDS, 0xFFFF0000)), _SINGLES)
+    fma = partial(_call, builder, f"llvm.fma.v{LANES}f32", _SINGLES)
+    return fma(low, even, fma(high, odd, sums))
+
+
+def _add_bf16_pair(builder: Any, sums: Any, words: Any, x: Any) -> Any:
+    """With AVX512-BF16, which takes pairs as they are."""
+    pair = _in_all_lanes(builder, builder.load(_at(builder, _WORD, x), align=2))
+    words, pair = builder.bitcast(words, _PAIRS), builder.bitcast(pair, _PAIRS)
+    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _SINGLES, sums, words, pair)
+
+
+def _by_tiles(unit: _Unit) -> None:
+    """With AMX: tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights."""
+    builder, nothing = unit.builder, ir.VoidType()
+    height = unit.smaller(unit.rows, _LONG(TILE_ROWS))
+    tile_bytes = 4 * LANES * TILE_ROWS
+    buffer = cgutils.alloca_once(builder, _SINGLES, 2 * STRIPS * TILE_ROWS)
+    buffer = builder.ptrtoint(buffer, _LONG)
+
+    def load(tile: int, stride: Any, *place: Any) -> None:
+        _call(builder, "llvm.x86.tileloadd64", nothing, _BYTE(tile), _at(builder, _BYTE, *place), stride)
+
+    def compute(starts: list[Any]) -> None:
+        """The rows from each of these on, as many as a tile has."""
+        xs = [unit.row(start) for start in starts]
+        sums = [[STRIPS * i + strip for strip in range(STRIPS)] for i in range(len(starts))]
+        for tile in chain.from_iterable(sums):
+            _call(builder, "llvm.x86.tilezero", nothing, _BYTE(tile))
+        with cgutils.for_range(builder, builder.udiv(unit.pairs, _LONG(TILE_PAIRS)), intp=_LONG) as loop:
+            for i, strip in enumerate(unit.strips):
+                load(6 + i, _LONG(4 * LANES), strip, builder.mul(loop.index, _LONG(tile_bytes)))
+            for i, x in enumerate(xs):
+                load(4 + i, unit.x_stride, x, builder.mul(loop.index, _LONG(4 * TILE_PAIRS)))
+            for i, of_rows in enumerate(sums):
+                for strip, tile in enumerate(of_rows):
+                    _call(builder, "llvm.x86.tdpbf16ps", nothing, _BYTE(tile), _BYTE(4 + i), _BYTE(6 + strip))
+        for tile in chain.from_iterable(sums):
+            place = _at(builder, _BYTE, buffer, _LONG(tile_bytes * tile))
+            _call(builder, "llvm.x86.tilestored64", nothing, _BYTE(tile), place, _LONG(4 * LANES))
+        with cgutils.for_range(builder, height, intp=_LONG) as loop:
+            for start, of_rows in zip(starts, sums, strict=True):
+                for strip, tile in enumerate(of_rows):
+                    offset = builder.mul(loop.index, _LONG(4 * LANES))
+                    row = builder.load(_at(builder, _SINGLES, buffer, _LONG(tile_bytes * tile), offset), align=4)
+                    unit.write(builder.add(start, loop.index), strip, row)
+
+    with cgutils.for_range_slice(builder, _LONG(0), unit.rows, _LONG(2 * TILE_ROWS), intp=_LONG) as (first, _):
+        second = builder.add(first, _LONG(TILE_ROWS))
+        # A last tile that is not full begins earlier, and computes some rows twice.
+        last = builder.sub(unit.rows, height)
+        starts = [unit.smaller(first, last), unit.smaller(second, last)]
+        with builder.if_else(builder.icmp_signed("<", second, unit.rows)) as (are_two, is_one):
+            with are_two:
+                compute(starts)
+            with is_one:
+                compute(starts[:1])
+
+
+_fma_task, _bf16_task, _tile_task = _by_vectors(_add_pair, 8), _by_vectors(_add_bf16_pair, 4), _task(_by_tiles)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _shape_tiles(typing: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), _at(builder, _BYTE, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _release_tiles(typing: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "llvm.x86.tilerelease", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@Kernel
+def _product_by_fma(args):  # type: ignore[no-untyped-def]
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for index in range(first, min(first + grain, tasks)):
+            _fma_task(args, index)
+        first = _take(args, _NEXT, grain)
+
+
+@Kernel
+def _product_by_bf16(args):  # type: ignore[no-untyped-def]
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for index in range(first, min(first + grain, tasks)):
+            _bf16_task(args, index)
+        first = _take(args, _NEXT, grain)
+
+
+@Kernel
+def _product_by_tiles(args):  # type: ignore[no-untyped-def]
+    _shape_tiles(_i64(args, 12))
+    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for index in range(first, min(first + grain, tasks)):
+            _tile_task(args, index)
+        first = _take(args, _NEXT, grain)
+    _release_tiles()
+
+
+# From the slowest. Every machine has the first.
+PRODUCTS = {"fma": _product_by_fma, "avx512_bf16": _product_by_bf16, "amx": _product_by_tiles}
+
+
+def _may_use_tiles() -> bool:
+    """Asks Linux for the right to use AMX's registers, which a process has to do once."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+@cache
+def product_methods() -> tuple[str, ...]:
+    """Of PRODUCTS, what this machine can compute, the quickest last."""
+    features = llvm.get_host_cpu_features()
+    methods = ["fma"]
+    if features.get("avx512bf16"):
+        methods.append("avx512_bf16")
+    if features.get("amx-tile") and features.get("amx-bf16") and sys.platform == "linux" and _may_use_tiles():
+        methods.append("amx")
+    return tuple(methods)
+
+
+@cache
+def _tile_shapes(rows: int) -> torch.Tensor:
+    """AMX's configuration of eight tiles, 64 bytes: all are 64 bytes wide, and have `rows` rows but those of weights."""
+    palette, widths, heights = 1, [4 * LANES] * 8, [rows] * 6 + [TILE_PAIRS] * 2
+    return torch.frombuffer(bytearray(struct.pack("<B15x8H16x8B8x", palette, *widths, *heights)), dtype=torch.uint8)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """bf16 [outputs, inputs] in the order in which `product` reads it (see above)."""
+    _require(weight.dtype == torch.bfloat16 and weight.dim() == 2, "a bf16 matrix")
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, -inputs % (2 * TILE_PAIRS), 0, -outputs % (STRIPS * LANES)))
+    strips = padded.view(padded.shape[0] // LANES, LANES, padded.shape[1] // 2, 2)
+    return strips.transpose(1, 2).contiguous()
+
+
+def product(x: torch.Tensor, packed: torch.Tensor, outputs: int, method: str | None = None) -> torch.Tensor:
+    """x W^T of bf16 x [rows, inputs], rounded from float32: [rows, outputs]. packed: W [outputs, inputs], from `pack`.
+
+    method: of product_methods(), which differ in the order of summation; the quickest by itself. With one of them a
+    row has the same bits in every batch: its sums are over the inputs in one order, whatever the number of rows.
+    """
+    rows, inputs = x.shape
+    strips, pairs = packed.shape[:2]
+    _require(packed.dtype == torch.bfloat16 and packed.is_contiguous() and packed.shape[2:] == (LANES, 2), "packed")
+    fits = 0 < outputs <= strips * LANES and inputs + -inputs % (2 * TILE_PAIRS) == 2 * pairs
+    _require(fits, f"a packed weight of {outputs} outputs and {inputs} inputs: {tuple(packed.shape)}")
+    method = method or product_methods()[-1]
+    if inputs != 2 * pairs:
+        x = F.pad(x, (0, 2 * pairs - inputs))
+    stride = _row_stride(x)
+    if method == "fma":
+        x = x.float()
+        stride = x.stride(0)
+    out = torch.empty(rows, strips * LANES, dtype=torch.bfloat16)
+    units, threads = strips // STRIPS, _threads(packed.numel())
+    if rows:
+        PRODUCTS[method](
+            units,
+            threads,
+            max(1, units // (8 * threads)),
+            packed.data_ptr(),
+            pairs,
+            x.data_ptr(),
+            stride * x.element_size(),
+            out.data_ptr(),
+            out.stride(0) * out.element_size(),
+            rows,
+            _tile_shapes(min(rows, TILE_ROWS)).data_ptr(),
+        )
+    return out[:, :outputs]
+
+
 KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest)
 
 
 def prepare() -> None:
     """Compile all kernels, or load them from numba's cache. Compiling takes seconds, once per machine."""
-    for kernel in KERNELS:
+    for kernel in (*KERNELS, PRODUCTS[product_methods()[-1]]):
         kernel.prepare()

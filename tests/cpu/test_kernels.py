@@ -19,7 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_auf.cpu import kernels
-from sglang_auf.cpu.kernels import AttentionTasks, attend, largest, rms_norm, rotate, silu_and_mul, store
+from sglang_auf.cpu.kernels import (
+    PRODUCTS,
+    AttentionTasks,
+    attend,
+    largest,
+    pack,
+    product,
+    product_methods,
+    rms_norm,
+    rotate,
+    silu_and_mul,
+    store,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -208,6 +220,98 @@ def test_scratch_memory_grows_and_is_kept() -> None:
     kept = scratch.memory.numel()
     scratch.address(1000)
     assert kept >= 1000 and scratch.memory.numel() == kept
+
+
+# --- products ---
+
+
+def in_chains(x: torch.Tensor, weight: torch.Tensor, method: str) -> torch.Tensor:
+    """x W^T as the method documents its order, one float32 multiply-add at a time.
+
+    bf16 products are exact in float64, and so are their sums with a float32 of about their size.
+    """
+
+    def added(sums: torch.Tensor, place: int) -> torch.Tensor:
+        return (sums.double() + x[:, place, None].double() * weight[:, place].double()).float()
+
+    zero = torch.zeros(x.shape[0], weight.shape[0])
+    sums = zero
+    if method != "amx":
+        for pair in range(0, x.shape[1], 2):
+            sums = added(added(sums, pair + 1), pair)
+        return sums.bfloat16()
+    for tile in range(0, x.shape[1], 32):
+        even = odd = zero
+        for pair in range(tile, min(tile + 32, x.shape[1]), 2):
+            even, odd = added(even, pair), added(odd, pair + 1)
+        sums = sums + (even + odd)
+    return sums.bfloat16()
+
+
+def cancelling(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [5, inputs] and W whose exact products are 0: nothing but the rounding of one order of summation is left."""
+    generator = torch.Generator().manual_seed(inputs)
+    places = torch.randperm(inputs, generator=generator)
+    half = inputs // 2
+    values, row = torch.randn(5, half, generator=generator), torch.randn(outputs, half, generator=generator)
+    x, weight = torch.zeros(5, inputs), torch.zeros(outputs, inputs)
+    x[:, places[:half]], x[:, places[half : 2 * half]] = values, -values
+    weight[:, places[:half]], weight[:, places[half : 2 * half]] = row, row
+    return x.bfloat16(), weight.bfloat16()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 576), (100, 80), (33, 1536)], ids=str)
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_a_product_is_added_in_its_methods_order(method: str, shape: tuple[int, int]) -> None:
+    if method not in product_methods():
+        pytest.skip(f"no {method} on this machine")
+    x, weight = cancelling(*shape)
+    found = product(x, pack(weight), shape[0], method)
+    assert torch.equal(found, in_chains(x, weight, method))
+    assert found.float().abs().max() > 0, "there was nothing to round"
+
+
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_a_row_has_the_same_product_in_any_company_and_place(method: str) -> None:
+    if method not in product_methods():
+        pytest.skip(f"no {method} on this machine")
+    x, weight = normal(100, 160), pack(normal(96, 160, seed=1))
+    alone = torch.cat([product(x[i : i + 1], weight, 96, method) for i in range(100)])
+    for rows in range(101):
+        order = (torch.arange(rows) * 7 + rows) % 100
+        assert torch.equal(product(x[order], weight, 96, method), alone[order]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_a_product_keeps_what_is_not_finite(method: str, rows: int) -> None:
+    if method not in product_methods():
+        pytest.skip(f"no {method} on this machine")
+    x, weight = normal(rows, 64), normal(32, 64, seed=1)
+    x[-1, 3], weight[5, 9] = float("inf"), float("nan")
+    found = product(x, pack(weight), 32, method)
+    assert found[:, 5].isnan().all()
+    others = torch.arange(32) != 5
+    assert torch.equal(found[-1, others], weight[others, 3].float().sign().mul(float("inf")).bfloat16())
+    assert found[:-1, others].isfinite().all()
+
+
+def test_a_packed_weight_of_another_form_is_refused() -> None:
+    x, weight = normal(2, 64), pack(normal(64, 64, seed=1))
+    for wrong_x, packed, outputs in (
+        (normal(2, 128), weight, 64),
+        (x, weight, 65),
+        (x, weight, 0),
+        (x, weight.float(), 64),
+        (x, weight.transpose(1, 2), 64),
+        (x.float(), weight, 64),
+        (normal(64, 2).T, weight, 64),
+    ):
+        with pytest.raises(ValueError, match="not "):
+            product(wrong_x, packed, outputs)
+    for wrong in (normal(4, 4, 4), normal(4, 4).float()):
+        with pytest.raises(ValueError, match="not a bf16 matrix"):
+            pack(wrong)
 
 
 # --- the likeliest tokens ---

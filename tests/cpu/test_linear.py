@@ -1,24 +1,20 @@
-"""Linear layers whose rows do not depend on each other, bit for bit, at SmolLM2's shapes with this machine's oneDNN."""
+"""Linear layers whose rows do not depend on each other, bit for bit, at SmolLM2's shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sglang_auf import env
 from sglang_auf.cpu import linear
-from sglang_auf.cpu.linear import RowInvariantLinear, RowSet, agreeing_row_counts, choose_row_set
+from sglang_auf.cpu.linear import RowInvariantLinear
 
 # SmolLM2-135M: q+k+v, o, gate+up, down, and an eighth of the head.
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (6144, 576)]
 COUNTS = (1, 2, 3, 7, 33, 64, 100, 300)
-
-pytestmark = pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 
 
 def weight_of(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
@@ -71,6 +67,14 @@ def test_no_rows_give_no_rows() -> None:
     assert (empty.shape, empty.dtype) == ((0, 960), torch.bfloat16)
 
 
+def test_outputs_that_fill_no_strip_are_those_of_the_whole_weight() -> None:
+    weight, x = weight_of(100, 80), rows_of(6, 80)
+    whole = RowInvariantLinear(torch.cat([weight, weight]))(x)
+    some = RowInvariantLinear(weight)
+    assert torch.equal(some(x), whole[:, :100])
+    assert torch.equal(some.apply(torch.nn.Identity(), x.view(2, 3, 80)), some(x).reshape(2, 3, 100))
+
+
 def test_inputs_may_be_views_and_have_more_dimensions() -> None:
     layer, wide = RowInvariantLinear(weight_of(576, 576)), rows_of(12, 1152)
     view = wide[:, 576:]
@@ -79,43 +83,18 @@ def test_inputs_may_be_views_and_have_more_dimensions() -> None:
     assert torch.equal(layer(view), expected)
     assert torch.equal(layer.apply(torch.nn.Identity(), view.reshape(3, 4, 576)), expected.view(3, 4, 576))
     assert torch.equal(layer.apply(torch.nn.Identity(), view), expected)
+    assert torch.equal(layer(wide.T.contiguous().T[:, 576:]), expected), "rows that are not contiguous"
 
 
-def test_a_view_of_as_many_rows_as_a_product_takes() -> None:
-    layer = RowInvariantLinear(weight_of(576, 576))
-    assert layer.rows is not None
-    for count in layer.rows.counts:
-        view = rows_of(count, 1152)[:, 576:]
-        assert torch.equal(layer(view), layer(view.contiguous())), count
-
-
-def test_the_padding_never_reaches_a_result() -> None:
-    layer, x = RowInvariantLinear(weight_of(576, 576)), rows_of(3, 576)
-    expected = layer(x)
-    assert layer.rows is not None
-    layer.rows = RowSet((layer.rows.largest,))  # pads 3 rows to many
-    padding = linear._padding(layer.rows.largest, 576)
-    padding.fill_(float("nan"))  # as an earlier product may have left it
-    assert torch.equal(layer(x), expected)
-    padding.zero_()
-
-
-def test_padding_made_in_inference_mode_can_be_written_outside_of_it() -> None:
-    linear._padding.cache_clear()
-    layer, x = RowInvariantLinear(weight_of(576, 576)), rows_of(3, 576)
-    with torch.inference_mode():
-        inside = layer(x)
-    assert torch.equal(layer(x), inside)
-
-
-def test_rows_may_be_left_to_themselves_to_see_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
+def test_products_may_be_left_to_onednn_to_see_what_equal_bits_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.ROW_INVARIANT.name, "0")
     weight, x = weight_of(576, 576), rows_of(5, 576)
-    layer = RowInvariantLinear(weight)
-    assert layer.rows is None
-    assert torch.equal(layer(x), linear._product(x, weight, layer.packed))
-    monkeypatch.setenv(env.ROW_INVARIANT.name, "1")
-    assert RowInvariantLinear(weight).rows is not None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, linear.PREPACKED_FOR)
+    expected = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+    assert torch.equal(RowInvariantLinear(weight)(x), expected)
+    monkeypatch.setattr(linear, "can_prepack", lambda: False)
+    assert torch.equal(RowInvariantLinear(weight)(x), torch.nn.functional.linear(x, weight))
 
 
 def test_the_weight_stays_readable_and_embeds() -> None:
@@ -124,126 +103,6 @@ def test_the_weight_stays_readable_and_embeds() -> None:
     assert layer.weight is weight
     tokens = torch.tensor([[3, 99], [0, 3]])
     assert torch.equal(layer.embedding(torch.nn.Identity(), tokens), weight[tokens])
-
-
-# --- row counts ---
-
-
-@given(st.sets(st.sampled_from(linear.ROW_COUNTS), min_size=1), st.integers(1, 700))
-def test_rows_are_padded_to_the_next_count_and_split_at_the_largest(counts: set[int], rows: int) -> None:
-    row_set = RowSet(tuple(sorted(counts)))
-    if rows <= row_set.largest:
-        assert row_set.padded(rows) == min(count for count in counts if count >= rows)
-    else:
-        with pytest.raises(ValueError, match=str(rows)):
-            row_set.padded(rows)
-    pieces, left = [], rows
-    while left > 0:
-        pieces.append(row_set.largest if left >= row_set.largest else row_set.padded(left))
-        left -= row_set.largest
-    assert row_set.cost(rows) == pytest.approx(sum(1 + piece / linear.ROWS_PER_WEIGHT_READ for piece in pieces))
-
-
-# --- the probe ---
-
-Product = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
-
-
-@pytest.fixture
-def probing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Product], tuple[tuple[int, ...], ...]]]:
-    """The sets of row counts that the probe finds with a given product, at a shape that no other test uses."""
-
-    def probe(product: Product) -> tuple[tuple[int, ...], ...]:
-        monkeypatch.setattr(linear, "_product", product)
-        agreeing_row_counts.cache_clear()
-        return tuple(row_set.counts for row_set in agreeing_row_counts(24, 80))
-
-    yield probe
-    agreeing_row_counts.cache_clear()
-    choose_row_set.cache_clear()
-
-
-def summed(x: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
-    """x W^T term by term in float32: `parts` partial sums over equal shares of the columns, then their sum."""
-    partial = torch.zeros(parts, x.shape[0], weight.shape[0])
-    share = -(-x.shape[1] // parts)
-    for column in range(x.shape[1]):
-        partial[column // share] += x[:, column, None].float() * weight[:, column].float()
-    return partial.sum(dim=0).bfloat16()
-
-
-def test_counts_whose_products_agree_are_one_set(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
-    assert probing(lambda x, weight, packed: summed(x, weight, 1)) == (linear.ROW_COUNTS,)
-
-
-def test_another_order_of_summation_is_another_set(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
-    found = probing(lambda x, weight, packed: summed(x, weight, 1 if len(x) <= 32 else 2))
-    assert found == (tuple(c for c in linear.ROW_COUNTS if c <= 32), tuple(c for c in linear.ROW_COUNTS if c > 32))
-
-
-def test_one_row_may_differ_from_all_others(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
-    found = probing(lambda x, weight, packed: summed(x, weight, 4 if len(x) == 1 else 1))
-    assert found == ((1,), linear.ROW_COUNTS[1:])
-
-
-def test_three_ways_of_summation_are_three_sets(probing: Callable[[Product], tuple[tuple[int, ...], ...]]) -> None:
-    found = probing(lambda x, weight, packed: summed(x, weight, {48: 2, 64: 2, 256: 5}.get(len(x), 1)))
-    assert set(found) == {(48, 64), (256,), tuple(c for c in linear.ROW_COUNTS if c not in (48, 64, 256))}
-
-
-def test_a_count_whose_rows_depend_on_their_place_is_in_no_set(
-    probing: Callable[[Product], tuple[tuple[int, ...], ...]],
-) -> None:
-    def last_row_differs(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
-        result = summed(x, weight, 1)
-        if len(x) == 16:
-            result[-1] = summed(x[-1:], weight, 2)[0]
-        return result
-
-    assert probing(last_row_differs) == (tuple(c for c in linear.ROW_COUNTS if c != 16),)
-
-
-def test_a_difference_in_a_later_row_is_found_among_counts_that_join_one_row(
-    probing: Callable[[Product], tuple[tuple[int, ...], ...]],
-) -> None:
-    """One row says nothing about the third vector, so 8 rows must still be compared with 4."""
-
-    def third_vector_differs(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
-        result = summed(x, weight, 1)
-        if len(x) == 8:
-            result[2::4] = summed(x[2::4], weight, 2)
-        return result
-
-    assert probing(third_vector_differs) == (tuple(c for c in linear.ROW_COUNTS if c != 8), (8,))
-
-
-@pytest.mark.parametrize(
-    ("sets", "chosen"),
-    [
-        (((33, 64, 128, 256), (1, 8, 32, 128, 256)), (1, 8, 32, 128, 256)),
-        (((1, 2, 4, 8, 16, 32), (64, 128, 256)), (64, 128, 256)),  # 512 rows in pieces of 32 cost more than padding 1
-        (((1,), (2, 4, 8, 16, 32, 48, 64, 128, 256)), (2, 4, 8, 16, 32, 48, 64, 128, 256)),
-        (((1, 2), (33, 64, 256)), (33, 64, 256)),
-    ],
-)
-def test_the_set_that_costs_least_is_chosen(
-    sets: tuple[tuple[int, ...], ...], chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "agreeing_row_counts", lambda *_: tuple(RowSet(counts) for counts in sets))
-    choose_row_set.cache_clear()
-    assert choose_row_set(24, 80).counts == chosen
-    choose_row_set.cache_clear()
-
-
-def test_sets_of_this_machine_partition_the_counts_and_hold_for_other_data() -> None:
-    x, weight = rows_of(256, 576), weight_of(960, 576, seed=9)
-    packed = linear._prepack(weight)
-    sets = agreeing_row_counts(960, 576)
-    counts = [count for row_set in sets for count in row_set.counts]
-    assert len(counts) == len(set(counts))
-    for row_set in sets:
-        results = [linear._product(x[:count], weight, packed) for count in row_set.counts]
-        assert all(torch.equal(result[0], results[0][0]) for result in results)
 
 
 # --- into a model ---

@@ -38,7 +38,6 @@ def test_the_best_of_the_listed_tokens(dtype: torch.dtype) -> None:
     assert set(found.tolist()) == {1, 4, 30, 63}
 
 
-@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_on_the_cpu_platform_a_draft_does_not_depend_on_its_company() -> None:
     lm_head = SimpleNamespace(weight=weight(), quant_method=linear.RowInvariantLinear(weight()))
     head = DraftHead(lm_head, LISTED)
@@ -49,7 +48,6 @@ def test_on_the_cpu_platform_a_draft_does_not_depend_on_its_company() -> None:
     assert len(head(hidden[:0])) == 0
 
 
-@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_the_likeliest_of_the_listed_tokens_begin_with_the_drafted_one(count: int) -> None:
     head = DraftHead(SimpleNamespace(weight=weight(), quant_method=linear.RowInvariantLinear(weight())), LISTED)

@@ -311,7 +311,6 @@ def test_no_warning_says_that_sampling_is_verified_greedily(worker: AufWorker, c
     assert caplog.records == []
 
 
-@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_drafts_come_from_the_reordered_head_without_its_padding(worker: AufWorker) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=generator).bfloat16()
@@ -324,7 +323,6 @@ def test_drafts_come_from_the_reordered_head_without_its_padding(worker: AufWork
     assert found.max() < 60
 
 
-@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_the_likeliest_drafts_are_those_of_the_head_without_its_padding(worker: AufWorker) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=generator).bfloat16()
@@ -341,7 +339,6 @@ def test_the_likeliest_drafts_are_those_of_the_head_without_its_padding(worker: 
     assert torch.equal(tokens[:, 0], drafted)
 
 
-@pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_the_likeliest_drafts_are_listed_where_the_drafter_has_a_list(tmp_path: Path) -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     worker = listing_worker(tmp_path, weight)
