@@ -35,6 +35,7 @@ TREE = Switch("SGLANG_AUF_TREE", True, "verify a tree of drafts, as large as the
 CPU_OVERLAP = Switch("SGLANG_AUF_CPU_OVERLAP", False, "run AUF under SGLang's overlap schedule, as on a GPU (CPU)")
 DRAFT_VOCABULARY = Switch("SGLANG_AUF_DRAFT_VOCABULARY", True, "draft only tokens of the drafter's list, if it has one")
 FORK = Switch("SGLANG_AUF_FORK", False, "SGLang's processes are forks of the server's, which has imported SGLang (CPU)")
+REPLAY = Switch("SGLANG_AUF_REPLAY", True, "a forward of few rows is a list of kernels, without the modules (CPU)")
 ROW_INVARIANT = Switch("SGLANG_AUF_ROW_INVARIANT", True, "products give a row the same bits in any batch (CPU)")
 
 TREE_NODES = "SGLANG_AUF_TREE_NODES"

@@ -18,12 +18,13 @@ import logging
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial, reduce
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -173,7 +174,7 @@ def _exp(typing: Any, value: Any) -> Any:
 
 # The first arguments of every kernel: the next task, the number of tasks, how many a thread takes at a time, the next
 # thread's number, and whether an index lay outside its table. The kernel's own arguments follow.
-_NEXT, _TASKS, _GRAIN, _THREAD, _FAULT, _OWN = 0, 1, 2, 3, 4, 5
+_NEXT, TASKS, GRAIN, _THREAD, _FAULT, OWN = 0, 1, 2, 3, 4, 5
 
 
 @cache
@@ -188,6 +189,15 @@ def _parallel() -> Any:
         return None
     found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return found
+
+
+@cache
+def _barrier() -> int:
+    """The address of the function in which threads of `_parallel` wait for one another; 0 without such a pool."""
+    if _parallel() is None:
+        return 0
+    library = ctypes.CDLL(str(sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))[0]))
+    return ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value or 0
 
 
 class Kernel:
@@ -211,31 +221,69 @@ class Kernel:
         """Compile it now, and not during the first request."""
         _ = self._call
 
+    @property
+    def address(self) -> int:
+        """Of the compiled function."""
+        found: int = self._compiled.address
+        return found
+
     @cached_property
     def _call(self) -> Any:
-        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def __call__(self, tasks: int, threads: int, grain: int, *values: int) -> None:
         """Run `tasks` tasks on up to `threads` threads, each taking `grain` at a time. values: the kernel's arguments.
 
         Raises IndexError for a position or slot outside its table, which is not read or written.
         """
-        arguments = (ctypes.c_int64 * (_OWN + len(values)))(0, tasks, grain, 0, 0, *values)
+        arguments = (ctypes.c_int64 * (OWN + len(values)))(0, tasks, grain, 0, 0, *values)
         if threads > 1 and (parallel := _parallel()) is not None:
-            parallel(self._compiled.address, arguments, threads, 0)
+            parallel(self.address, arguments, threads, 0)
         else:
             self._call(arguments)
         if arguments[_FAULT]:
             raise IndexError(f"{self.function.__name__[1:]}: a position or slot outside its table")
 
 
-def _threads(elements: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a kernel, as a recording keeps it (recording.py)."""
+
+    kernel: Kernel
+    kind: Literal["rows", "product", "attention"]
+    tasks: int
+    threads: int
+    grain: int
+    values: tuple[int, ...]
+    elements: int  # that decide how many threads pay off
+
+    def run(self) -> None:
+        self.kernel(self.tasks, self.threads, self.grain, *self.values)
+        if _LISTENERS:
+            _LISTENERS[-1](self)
+
+
+_LISTENERS: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def listening(hear: Callable[[Call], None]) -> Iterator[None]:
+    """Calls of kernels that a forward is made of are heard, after they have run."""
+    _LISTENERS.append(hear)
+    try:
+        yield
+    finally:
+        _LISTENERS.pop()
+
+
+def threads_for(elements: int) -> int:
+    """Threads that pay off."""
     return torch.get_num_threads() if elements > WORTH_A_THREAD else 1
 
 
 def _rows(kernel: Kernel, rows: int, elements: int, *values: int) -> None:
-    threads = _threads(elements)
-    kernel(rows, threads, -(-rows // threads), *values)
+    threads = threads_for(elements)
+    Call(kernel, "rows", rows, threads, -(-rows // threads), values, elements).run()
 
 
 @cache  # few values, needed at every call
@@ -278,7 +326,7 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
     x, x_stride, residual, residual_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
     total, out, weight, features = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
     per_feature, epsilon = _as_f32(_i64(args, 13)), _as_f32(_i64(args, 14))
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
@@ -334,7 +382,7 @@ def rms_norm(
 @Kernel
 def _silu_and_mul(args):  # type: ignore[no-untyped-def]
     x, stride, out, features = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
@@ -363,7 +411,7 @@ def _rotate(args):  # type: ignore[no-untyped-def]
     k, k_stride, k_heads = _i64(args, 8), _i64(args, 9), _i64(args, 10)
     out, head_size, table, positions = _i64(args, 11), _i64(args, 12), _i64(args, 13), _i64(args, 14)
     half, limit = head_size // 2, _i64(args, 15)
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
@@ -426,7 +474,7 @@ def rotate(
 def _store(args):  # type: ignore[no-untyped-def]
     k, k_stride, v, v_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
     pool, slots, width, limit = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
@@ -568,16 +616,17 @@ _FIELDS = 6
 @Kernel
 def _attend(args):  # type: ignore[no-untyped-def]
     q, q_stride, out, pool, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
-    table, key_heads, per_key, head_dim = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
-    scale, whole_block, longest, most = _as_f32(_i64(args, 14)), _i64(args, 15), _i64(args, 16), _i64(args, 17)
-    at_once, scratch, scratch_size, tail_width = _i64(args, 18), _i64(args, 19), _i64(args, 20), _i64(args, 21)
+    scale, whole_block, at_once = _as_f32(_i64(args, 10)), _i64(args, 11), _i64(args, 12)
+    key_heads, per_key, head_dim, table = _i64(args, 13), _i64(args, 14), _i64(args, 15), _i64(args, 16)
+    longest, most, tail_width = _i64(args, 17), _i64(args, 18), _i64(args, 19)
+    scratch, scratch_size = _i64(args, 20), _i64(args, 21)
     copies = scratch + 4 * scratch_size * _take(args, _THREAD, 1)
     queries = copies + 4 * at_once * head_dim
     sums = queries + 4 * most * head_dim
     totals = sums + 4 * most * head_dim
     scores = totals + 4 * most
     slot_width, width = 2 * key_heads * head_dim, key_heads * per_key * head_dim
-    tasks = _i64(args, _TASKS)
+    tasks = _i64(args, TASKS)
     unit = _take(args, _NEXT, 1)
     while unit < tasks:
         task, head = table + 8 * _FIELDS * (unit // key_heads), unit % key_heads
@@ -694,14 +743,15 @@ class _Scratch:
     """Memory for the threads of `attend`, as large as the largest call so far needed."""
 
     def __init__(self) -> None:
-        self.memory: torch.Tensor | None = None
+        self.memory = np.empty(0, dtype=np.float32)
+        self._address = 0
 
     def address(self, floats: int) -> int:
-        if self.memory is None or self.memory.numel() < floats:
-            self.memory = None  # freed before the larger one is allocated
-            self.memory = torch.empty(floats + floats // 4, dtype=torch.float32)  # contexts grow token by token
-        address: int = self.memory.data_ptr()
-        return address
+        if self.memory.size < floats:
+            self.memory = np.empty(0, dtype=np.float32)  # freed before the larger one is allocated
+            self.memory = np.empty(floats + floats // 4, dtype=np.float32)  # contexts grow token by token
+            self._address = self.memory.ctypes.data
+        return self._address
 
 
 _SCRATCH = _Scratch()
@@ -720,32 +770,90 @@ def attend(q: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks, scale: fl
     per_key = q.shape[1] // (key_heads * head_dim)
     _require(q.shape == (tasks.tokens, per_key * key_heads * head_dim), "the queries of the planned forward")
     out = torch.empty(q.shape, dtype=torch.bfloat16)
+    units, threads, planned = attention_plan(tasks, (key_heads, per_key, head_dim))
+    fixed = (q.data_ptr(), _row_stride(q), out.data_ptr(), pool.data_ptr(), pool.shape[0], _float_bits(scale))
+    values = (*fixed, int(whole_block), KEYS_AT_ONCE, *planned)
+    Call(_attend, "attention", units, threads, 1, values, 0).run()
+    return out
+
+
+# Where attention's planned values begin, and of these its geometry.
+PLANNED = 8
+GEOMETRY = slice(PLANNED, PLANNED + 3)
+
+
+def attention_plan(tasks: AttentionTasks, geometry: tuple[int, int, int]) -> tuple[int, int, tuple[int, ...]]:
+    """The number of an attention's tasks, its threads, and those of its values that are not the same in each forward.
+
+    geometry: key heads, query heads of each, head_dim.
+    """
+    key_heads, per_key, head_dim = geometry
     units = len(tasks.table) * key_heads
-    threads = min(units, _threads(tasks.keys * per_key * key_heads * head_dim))
+    threads = min(units, threads_for(tasks.keys * per_key * key_heads * head_dim))
     most = tasks.queries * per_key
     size = KEYS_AT_ONCE * head_dim + 2 * most * head_dim + most + most * tasks.longest
-    _attend(
-        units,
-        threads,
-        1,
-        q.data_ptr(),
-        _row_stride(q),
+    table, tail_width = tasks.table.ctypes.data, tasks.own.shape[1]
+    return units, threads, (*geometry, table, tasks.longest, most, tail_width, _SCRATCH.address(threads * size), size)
+
+
+# --- copies ---
+
+
+@Kernel
+def _copy(args):  # type: ignore[no-untyped-def]
+    table, stride, index, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    out, out_stride, width = _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            place = row if index == 0 else _i64(index, row)
+            if place < 0 or place >= limit:
+                _set_i64(args, _FAULT, 1)
+                continue
+            source, target = table + 2 * place * stride, out + 2 * row * out_stride
+            for i in range(width):
+                _set_u16(target, i, _u16(source, i))
+        first = _take(args, _NEXT, grain)
+
+
+def copy(table: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None = None) -> None:
+    """out[i] = table[i], or table[index[i]], of bf16 rows. index: int64. Raises IndexError for one outside the table."""
+    rows, width = out.shape
+    _require(table.shape[1] == width and (index is not None or len(table) == rows), "rows of one width")
+    _require(index is None or _is_index(index, rows), "an index for each row")
+    _rows(
+        _copy,
+        rows,
+        rows * width,
+        table.data_ptr(),
+        _row_stride(table),
+        0 if index is None else index.data_ptr(),
+        len(table) if index is not None else 1 << 62,
         out.data_ptr(),
-        pool.data_ptr(),
-        pool.shape[0],
-        tasks.table.ctypes.data,
-        key_heads,
-        per_key,
-        head_dim,
-        _float_bits(scale),
-        int(whole_block),
-        tasks.longest,
-        most,
-        KEYS_AT_ONCE,
-        _SCRATCH.address(threads * size),
-        size,
-        tasks.own.shape[1],
+        _row_stride(out),
+        width,
     )
+
+
+@Kernel
+def _widen(args):  # type: ignore[no-untyped-def]
+    x, stride, out, width = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            source, target = x + 2 * row * stride, out + 4 * row * width
+            for i in range(width):
+                _set_f32(target, i, _bf16(source, i))
+        first = _take(args, _NEXT, grain)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """bf16 rows as float32, contiguous."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.float32)
+    _rows(_widen, rows, rows * width, x.data_ptr(), _row_stride(x), out.data_ptr(), width)
     return out
 
 
@@ -759,7 +867,7 @@ _STRETCH = 64
 def _largest(args):  # type: ignore[no-untyped-def]
     x, stride, columns, count = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
     values, places = _i64(args, 9), _i64(args, 10)
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for row in range(first, min(first + grain, tasks)):
@@ -853,7 +961,7 @@ class _Unit:
     """A task of a product, for the compiler: STRIPS strips of the weight, and all rows."""
 
     def __init__(self, builder: Any, args: Any, index: Any) -> None:
-        fields = [builder.load(_place(builder, _LONG, args, _LONG(_OWN + i)), align=8) for i in range(7)]
+        fields = [builder.load(_place(builder, _LONG, args, _LONG(OWN + i)), align=8) for i in range(7)]
         weight, self.pairs, self.x, self.x_stride, out, self.out_stride, self.rows = fields  # strides in bytes
         self.builder = builder
         size = builder.mul(self.pairs, _LONG(4 * LANES))
@@ -1020,7 +1128,7 @@ def _release_tiles(typing: Any) -> Any:
 
 @Kernel
 def _product_by_fma(args):  # type: ignore[no-untyped-def]
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for index in range(first, min(first + grain, tasks)):
@@ -1030,7 +1138,7 @@ def _product_by_fma(args):  # type: ignore[no-untyped-def]
 
 @Kernel
 def _product_by_bf16(args):  # type: ignore[no-untyped-def]
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for index in range(first, min(first + grain, tasks)):
@@ -1041,7 +1149,7 @@ def _product_by_bf16(args):  # type: ignore[no-untyped-def]
 @Kernel
 def _product_by_tiles(args):  # type: ignore[no-untyped-def]
     _shape_tiles(_i64(args, 12))
-    tasks, grain = _i64(args, _TASKS), _i64(args, _GRAIN)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
         for index in range(first, min(first + grain, tasks)):
@@ -1102,30 +1210,73 @@ def product(x: torch.Tensor, packed: torch.Tensor, outputs: int, method: str | N
     method = method or product_methods()[-1]
     if inputs != 2 * pairs:
         x = F.pad(x, (0, 2 * pairs - inputs))
-    stride = _row_stride(x)
+    stride = 2 * _row_stride(x)
     if method == "fma":
-        x = x.float()
-        stride = x.stride(0)
+        x = widen(x)
+        stride = 4 * x.shape[1]
     out = torch.empty(rows, strips * LANES, dtype=torch.bfloat16)
-    units, threads = strips // STRIPS, _threads(packed.numel())
     if rows:
-        PRODUCTS[method](
-            units,
-            threads,
-            max(1, units // (8 * threads)),
-            packed.data_ptr(),
-            pairs,
-            x.data_ptr(),
-            stride * x.element_size(),
-            out.data_ptr(),
-            out.stride(0) * out.element_size(),
-            rows,
-            _tile_shapes(min(rows, TILE_ROWS)).data_ptr(),
-        )
+        units, threads = strips // STRIPS, threads_for(packed.numel())
+        addresses = (packed.data_ptr(), pairs, x.data_ptr(), stride, out.data_ptr(), 2 * strips * LANES)
+        values = (*addresses, *rows_of_product(rows))
+        Call(PRODUCTS[method], "product", units, threads, max(1, units // (8 * threads)), values, 0).run()
     return out[:, :outputs]
 
 
-KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest)
+# Where the values of a product begin that depend on the number of rows.
+COUNTED = 6
+
+
+def rows_of_product(rows: int) -> tuple[int, int]:
+    """Those values: the number of rows, and the shapes of AMX's tiles for it."""
+    return rows, _tile_shapes(min(rows, TILE_ROWS)).data_ptr()
+
+
+# --- a list of calls ---
+
+# Fields of a list: the address of the calls' arguments, how many calls, bytes of the arguments of one, and the addresses
+# of: the kernels, the threads of each, whether threads wait for one another behind it, and the function to wait in.
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _jump(typing: Any, function: Any, argument: Any) -> Any:
+    """function(argument)"""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_LONG]).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@Kernel
+def _run(args):  # type: ignore[no-untyped-def]
+    arguments, calls, size, kernels = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    threads, waits, barrier = _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    thread = _take(args, _THREAD, 1)
+    for i in range(calls):
+        if thread < _i64(threads, i):
+            _jump(_i64(kernels, i), arguments + i * size)
+        if barrier != 0 and _i64(waits, i) != 0:
+            _jump(barrier, 0)
+
+
+def run_list(arguments: np.ndarray[Any, Any], kernels: Any, threads: Any, waits: Any) -> None:
+    """Run calls one after the other on one team of threads.
+
+    arguments: int64 [calls, at most OWN + values]; kernels [calls]: addresses; threads [calls]; waits [calls]: whether the
+    threads wait for one another behind the call. Raises IndexError as the calls do.
+    """
+    arguments[:, _NEXT] = arguments[:, _THREAD] = arguments[:, _FAULT] = 0
+    addresses = (kernels.ctypes.data, threads.ctypes.data, waits.ctypes.data, _barrier())
+    values = (arguments.ctypes.data, len(arguments), arguments.strides[0], *addresses)
+    _run(1, torch.get_num_threads() if _barrier() else 1, 1, *values)
+    if arguments[:, _FAULT].any():
+        raise IndexError("a position, slot or token outside its table")
+
+
+KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest, _copy, _widen, _run)
 
 
 def prepare() -> None:

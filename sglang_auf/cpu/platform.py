@@ -17,6 +17,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.cpu import seams
+from sglang_auf.env import REPLAY, ROW_INVARIANT
 from sglang_auf.errors import ConfigError
 from sglang_auf.hooks.registry import Hook
 from sglang_auf.process import fork_children, set_environment
@@ -146,15 +147,16 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         _cpu_tensors_need_no_stream()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from sglang_auf.cpu import kernels
-        from sglang_auf.cpu.linear import install
+        from sglang_auf.cpu import kernels, linear, recording
 
         kernels.prepare()
-        install(model)
+        linear.install(model)
         for module in model.modules():
             # In models/dflash.py this path is a Triton kernel, and no check of the device guards it.
             if hasattr(module, "use_table_qk_norm_rope"):
                 module.use_table_qk_norm_rope = False
+        if REPLAY.is_on() and ROW_INVARIANT.is_on():
+            recording.install(model)
 
 
 def _refuse_unsupported(server_args: Any) -> None:

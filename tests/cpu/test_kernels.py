@@ -23,6 +23,7 @@ from sglang_auf.cpu.kernels import (
     PRODUCTS,
     AttentionTasks,
     attend,
+    copy,
     largest,
     pack,
     product,
@@ -31,6 +32,7 @@ from sglang_auf.cpu.kernels import (
     rotate,
     silu_and_mul,
     store,
+    widen,
 )
 
 
@@ -216,10 +218,9 @@ def test_scratch_memory_grows_and_is_kept() -> None:
     first = scratch.address(100)
     assert scratch.address(90) == first
     scratch.address(1000)
-    assert scratch.memory is not None
-    kept = scratch.memory.numel()
+    kept = scratch.memory.size
     scratch.address(1000)
-    assert kept >= 1000 and scratch.memory.numel() == kept
+    assert kept >= 1000 and scratch.memory.size == kept
 
 
 # --- products ---
@@ -314,6 +315,22 @@ def test_a_packed_weight_of_another_form_is_refused() -> None:
             pack(wrong)
 
 
+# --- copies ---
+
+
+def test_rows_are_copied_and_widened() -> None:
+    x = normal(9, 40)[:, 7:]
+    assert torch.equal(copied(x), x)
+    assert torch.equal(copied(x, torch.tensor([3, 3, 0])), x[[3, 3, 0]])
+    assert torch.equal(widen(x), x.float())
+    for index in (torch.tensor([9]), torch.tensor([-1])):
+        with pytest.raises(IndexError, match="copy"):
+            copied(x, index)
+    for out, index in ((normal(8, 33), None), (normal(9, 32), None), (normal(2, 33), torch.tensor([1]))):
+        with pytest.raises(ValueError, match="not "):
+            copy(x, out, index)
+
+
 # --- the likeliest tokens ---
 
 
@@ -382,6 +399,12 @@ def test_what_is_not_finite_leads_to_no_column_that_there_is_not(row: list[float
 # --- threads ---
 
 
+def copied(table: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.zeros(len(table) if index is None else len(index), table.shape[1], dtype=torch.bfloat16)
+    copy(table, out, index)
+    return out
+
+
 def results() -> list[torch.Tensor]:
     """All kernels, each at a size for which several threads pay off."""
     x, weight = normal(300, 576), normal(576, seed=1)
@@ -402,6 +425,9 @@ def results() -> list[torch.Tensor]:
         attend(x, pool, tasks, 0.125, True),
         attend(x, pool, trees, 0.125, False),
         *largest(x, 8),
+        *(product(x, pack(normal(96, 576, seed=6)), 96, method) for method in product_methods()),
+        widen(x),
+        copied(x, torch.arange(299, -1, -1)),
     ]
 
 

@@ -1,0 +1,266 @@
+"""The forward of few rows as a list of kernels, recorded once and run again without the model's modules.
+
+With one row of a small model, calling its modules takes longer than all of their arithmetic. Most of a forward is
+kernels of ours (kernels.py), each a function and a row of numbers. So one forward is watched: which kernels it calls,
+with what addresses, in memory that has room for ROWS rows and is kept. From then on a forward writes its tokens,
+positions and slots where the first one had them, changes the number of rows, and runs the list on one team of threads.
+
+A forward that does anything else, as quantised or other models do, is not recorded, with a line in the log. The first
+forward of each number of rows is computed both ways, and results that are not equal bit for bit end the recording.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_auf.cpu import kernels
+from sglang_auf.cpu.kernels import COUNTED, GEOMETRY, GRAIN, OWN, PLANNED, TASKS, AttentionTasks, Call
+
+logger = logging.getLogger(__name__)
+
+ROWS = 64
+"""Forwards of more rows, as prefills are, spend their time in arithmetic."""
+
+_aten = torch.ops.aten
+
+
+class NotRecordable(Exception):
+    """What a forward does besides calling kernels."""
+
+
+class Program:
+    """Recorded calls, which run again for any number of rows.
+
+    The memory that they read and write has room for as many rows as are ever asked for, at the same addresses.
+    """
+
+    def __init__(self, calls: list[Call], rows: int) -> None:
+        """rows: of the forward that was recorded. Raises NotRecordable where a call's tasks are no multiple of them."""
+        self.calls = calls
+        self._arguments = np.zeros((len(calls), OWN + max(len(call.values) for call in calls)), dtype=np.int64)
+        for arguments, call in zip(self._arguments, calls, strict=True):
+            arguments[[TASKS, GRAIN]] = call.tasks, call.grain
+            arguments[OWN : OWN + len(call.values)] = call.values
+        self._kernels = np.array([call.kernel.address for call in calls], dtype=np.int64)
+        self._threads = np.array([call.threads for call in calls], dtype=np.int64)
+        self._waits = np.zeros(len(calls), dtype=np.int64)
+
+        by_rows = [call for call in calls if call.kind == "rows"]
+        if any(call.tasks % rows or call.elements % rows for call in by_rows):
+            raise NotRecordable("a number of tasks that is no multiple of the rows")
+        self._by_rows, self._products = self._places("rows"), self._places("product")
+        self._tasks = np.array([call.tasks // rows for call in by_rows], dtype=np.int64)
+        self._elements = np.array([call.elements // rows for call in by_rows], dtype=np.int64)
+        attentions: dict[Any, list[int]] = {}
+        for place in self._places("attention"):
+            attentions.setdefault(calls[place].values[GEOMETRY], []).append(place)
+        self._attentions = {geometry: np.array(places) for geometry, places in attentions.items()}
+        self._rows = 0
+
+    def _places(self, kind: str) -> Any:
+        return np.array([place for place, call in enumerate(self.calls) if call.kind == kind], dtype=np.int64)
+
+    def __call__(self, rows: int, tasks: AttentionTasks) -> None:
+        """tasks: the attention of these rows. Raises IndexError for a position, slot or token outside its table."""
+        arguments, threads = self._arguments, self._threads
+        if rows != self._rows:
+            self._rows = rows
+            count = self._tasks * rows
+            threads[self._by_rows] = [kernels.threads_for(elements * rows) for elements in self._elements]
+            arguments[self._by_rows, TASKS] = count
+            arguments[self._by_rows, GRAIN] = -(-count // threads[self._by_rows])
+            arguments[self._products, OWN + COUNTED : OWN + COUNTED + 2] = kernels.rows_of_product(rows)
+        for geometry, places in self._attentions.items():
+            units, threads[places], planned = kernels.attention_plan(tasks, geometry)
+            arguments[places, TASKS] = units
+            arguments[places, OWN + PLANNED : OWN + PLANNED + len(planned)] = planned
+        # A single thread need not wait between two things that it does itself.
+        several = threads > 1
+        self._waits[:-1] = several[:-1] | several[1:]
+        kernels.run_list(arguments, self._kernels, threads, self._waits)
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+class _Watch(TorchDispatchMode):
+    """Lets a forward make views and memory, which has room for ROWS rows, and call kernels. Refuses all else."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.calls: list[Call] = []
+        self.memory: dict[int, torch.Tensor] = {}  # by address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten.empty.memory_format:
+            return self._empty(args[0], (kwargs or {}).get("dtype") or torch.float32)
+        if func in (_aten.new_empty.default, _aten.empty_like.default):
+            shape = args[1] if func is _aten.new_empty.default else args[0].shape
+            return self._empty(shape, (kwargs or {}).get("dtype") or args[0].dtype)
+        if func is _aten.embedding.default and len(args) == 2:
+            table, index = args
+            out = self._empty((*index.shape, table.shape[1]), table.dtype)
+            kernels.copy(table, out.flatten(0, -2), index.flatten())
+            return out
+        if func is _aten.clone.default:
+            return self._copied(args[0], args[0].shape)
+        if func.is_view or func is _aten._unsafe_view.default:
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, torch.Tensor) or _shares(result, args[0]):
+                return result
+            if result.dtype == args[0].dtype:  # a reshape that could not be a view
+                return self._copied(args[0], result.shape)
+        raise NotRecordable(str(func))
+
+    def _copied(self, source: torch.Tensor, shape: Any) -> torch.Tensor:
+        rows = source.flatten(1)
+        if not _shares(rows, source) or not kernels.is_rows(rows):
+            raise NotRecordable(f"a copy of {tuple(source.shape)} with strides {source.stride()}, {source.dtype}")
+        out = self._empty(shape, source.dtype)
+        kernels.copy(rows, out.view(rows.shape))
+        return out
+
+    def _empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        if not shape or shape[0] % self.rows:
+            raise NotRecordable(f"memory of {tuple(shape)} for {self.rows} rows")
+        memory = torch.empty((shape[0] // self.rows * ROWS, *shape[1:]), dtype=dtype)
+        self.memory[memory.data_ptr()] = memory
+        return memory[: shape[0]]
+
+
+def _each(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A forward's output with each of its tensors changed: a tensor, a sequence, or SGLang's LogitsProcessorOutput."""
+    if output is None:
+        return None
+    if isinstance(output, torch.Tensor):
+        return change(output)
+    if isinstance(output, (list, tuple)):
+        return type(output)([_each(part, change) for part in output])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        tensors = {name: change(found) for name, found in fields.items() if isinstance(found, torch.Tensor)}
+        return dataclasses.replace(output, **tensors)
+    raise NotRecordable(f"an output of {type(output).__name__}")
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _each(output, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+class Replayed:
+    """The forward of a model's body: embedding (or given embeddings), layers and last norm. Takes its place."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self.forward, self.name = body.forward, type(body).__name__
+        self.program: Program | None = None
+        self.refused = False
+        self._checked: set[int] = set()
+        with torch.inference_mode(False):
+            self._positions, self._slots = (torch.zeros(ROWS, dtype=torch.int64) for _ in range(2))
+        self._first: torch.Tensor | None = None  # token ids [ROWS], or embeddings [ROWS, hidden]
+        self._output: Any = None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+        *others: Any,
+        **more: Any,
+    ) -> Any:
+        """As the body's forward, whose results these are, bit for bit."""
+        first = input_ids if input_embeds is None else input_embeds
+        rows = len(positions)
+        is_alike = self._first is None or self._first.shape[1:] == first.shape[1:]
+        may = not self.refused and positions.dim() == 1 and 0 < rows <= ROWS and is_alike
+        if not may or any(other is not None and other is not False for other in (*others, *more.values())):
+            return self.forward(input_ids, positions, forward_batch, input_embeds, *others, **more)
+        if self.program is None:
+            return self._record(first, positions, forward_batch, input_embeds is not None)
+        if rows in self._checked:
+            return self._replay(first, positions, forward_batch)
+        replayed = self._replay(first, positions, forward_batch)
+        output = self.forward(input_ids, positions, forward_batch, input_embeds)
+        self._check(rows, replayed, output)
+        return output
+
+    def _give(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> None:
+        rows = len(positions)
+        self._first[:rows], self._positions[:rows] = first, positions  # type: ignore[index]
+        self._slots[:rows] = forward_batch.out_cache_loc
+
+    def _record(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any, embedded: bool) -> Any:
+        rows, slots = len(positions), forward_batch.out_cache_loc
+        with torch.inference_mode(False):
+            self._first = torch.zeros(ROWS, *first.shape[1:], dtype=first.dtype if embedded else torch.int64)
+        self._give(first, positions, forward_batch)
+        forward_batch.out_cache_loc = self._slots[:rows]
+        given = (None, self._first[:rows]) if embedded else (self._first[:rows], None)
+        watch = _Watch(rows)
+        try:
+            with watch, kernels.listening(watch.calls.append):
+                output = self.forward(given[0], self._positions[:rows], forward_batch, given[1])
+            self.program = Program(watch.calls, rows)
+            self._memory = watch.memory
+            self._output = _each(output, self._whole)
+        except NotRecordable as reason:
+            self._refuse(str(reason))
+            forward_batch.out_cache_loc = slots
+            return self.forward(
+                *((first, positions, forward_batch) if not embedded else (None, positions, forward_batch, first))
+            )
+        finally:
+            forward_batch.out_cache_loc = slots
+        output = _each(output, torch.Tensor.clone)
+        self._check(rows, self._replay(first, positions, forward_batch), output)
+        if not self.refused:
+            logger.info("%s: a forward of up to %d rows is %d kernels", self.name, ROWS, len(self.program.calls))
+        return output
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The memory of an output, with room for ROWS rows."""
+        memory = self._memory.get(tensor.data_ptr())
+        if memory is None or memory.shape[1:] != tensor.shape[1:] or len(memory) != ROWS:
+            raise NotRecordable("an output that no kernel has written")
+        return memory
+
+    def _replay(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        assert self.program is not None
+        rows = len(positions)
+        self._give(first, positions, forward_batch)
+        self.program(rows, get_attn_backend().tasks)
+        # Copies, since the next forward writes to the same memory.
+        return _each(self._output, lambda whole: whole[:rows].clone())
+
+    def _check(self, rows: int, replayed: Any, output: Any) -> None:
+        pairs = zip(_tensors(replayed), _tensors(output), strict=True)
+        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            self._checked.add(rows)
+        else:
+            self._refuse(f"{rows} rows gave other results than its modules")
+
+    def _refuse(self, reason: str) -> None:
+        self.refused, self.program, self._memory, self._output = True, None, {}, None
+        logger.warning("%s is not recorded, its modules are called in each step: %s", self.name, reason)
+
+
+def install(model: torch.nn.Module) -> bool:
+    """Have the body of a loaded SGLang model replayed; False for a model without one of the usual form."""
+    body = getattr(model, "model", model)
+    if not isinstance(body, torch.nn.Module) or not hasattr(body, "layers") or isinstance(body.forward, Replayed):
+        return False
+    body.forward = Replayed(body)
+    return True
