@@ -92,7 +92,7 @@ def _widened(builder: Any, half: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(half, _WORD), _WORD(16)), _SINGLE)
 
 
-def _alike(kind: Any, number: int) -> Any:
+def _alike(kind: Any, number: float) -> Any:
     """A constant of LLVM's `kind`, the same number in each lane of a vector."""
     return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
 
@@ -818,7 +818,7 @@ def _copy(args):  # type: ignore[no-untyped-def]
 
 
 def copy(table: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None = None) -> None:
-    """out[i] = table[i], or table[index[i]], of bf16 rows. index: int64. Raises IndexError for one outside the table."""
+    """out[i] = table[i], or table[index[i]], of bf16 rows. index: int64. Raises IndexError for one outside of it."""
     rows, width = out.shape
     _require(table.shape[1] == width and (index is not None or len(table) == rows), "rows of one width")
     _require(index is None or _is_index(index, rows), "an index for each row")
@@ -917,8 +917,8 @@ def largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 # --- products ---
 
 # A packed weight is [strips, pairs of inputs, LANES outputs, 2]: strips of LANES outputs, in which the pairs of inputs
-# follow one another. So a product reads it once, from its first byte to its last. TILE_PAIRS pairs of a strip are a tile
-# of AMX. Strips and tiles are whole: what a weight lacks is zeros.
+# follow one another. So a product reads it once, from its first byte to its last. TILE_PAIRS pairs of a strip are a
+# tile of AMX. Strips and tiles are whole: what a weight lacks is zeros.
 STRIPS = 2  # computed together
 TILE_PAIRS, TILE_ROWS = 16, 16
 # Rows that vector instructions compute together.
@@ -1165,7 +1165,7 @@ PRODUCTS = {"fma": _product_by_fma, "avx512_bf16": _product_by_bf16, "amx": _pro
 def _may_use_tiles() -> bool:
     """Asks Linux for the right to use AMX's registers, which a process has to do once."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return int(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)) == 0
 
 
 @cache
@@ -1182,7 +1182,7 @@ def product_methods() -> tuple[str, ...]:
 
 @cache
 def _tile_shapes(rows: int) -> torch.Tensor:
-    """AMX's configuration of eight tiles, 64 bytes: all are 64 bytes wide, and have `rows` rows but those of weights."""
+    """AMX's configuration of eight tiles, 64 bytes. Each is 64 bytes wide; those of weights have TILE_PAIRS rows."""
     palette, widths, heights = 1, [4 * LANES] * 8, [rows] * 6 + [TILE_PAIRS] * 2
     return torch.frombuffer(bytearray(struct.pack("<B15x8H16x8B8x", palette, *widths, *heights)), dtype=torch.uint8)
 
@@ -1234,8 +1234,9 @@ def rows_of_product(rows: int) -> tuple[int, int]:
 
 # --- a list of calls ---
 
-# Fields of a list: the address of the calls' arguments, how many calls, bytes of the arguments of one, and the addresses
-# of: the kernels, the threads of each, whether threads wait for one another behind it, and the function to wait in.
+# The fields of a list: the address of the calls' arguments, how many calls, the bytes of one's arguments, and the
+# addresses of the kernels, of each one's threads, of whether threads wait for one another behind it, and of the
+# function to wait in.
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1265,8 +1266,8 @@ def _run(args):  # type: ignore[no-untyped-def]
 def run_list(arguments: np.ndarray[Any, Any], kernels: Any, threads: Any, waits: Any) -> None:
     """Run calls one after the other on one team of threads.
 
-    arguments: int64 [calls, at most OWN + values]; kernels [calls]: addresses; threads [calls]; waits [calls]: whether the
-    threads wait for one another behind the call. Raises IndexError as the calls do.
+    All int64: arguments [calls, OWN + most values]; kernels [calls], their addresses; threads [calls]; waits [calls],
+    whether threads wait for one another behind the call. Raises IndexError as the calls do.
     """
     arguments[:, _NEXT] = arguments[:, _THREAD] = arguments[:, _FAULT] = 0
     addresses = (kernels.ctypes.data, threads.ctypes.data, waits.ctypes.data, _barrier())

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from sglang_auf import env
 
-
 # Row count for which oneDNN lays out a prepacked weight.
 PREPACKED_FOR = 16
 

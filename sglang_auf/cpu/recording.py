@@ -6,14 +6,17 @@ with what addresses, in memory that has room for ROWS rows and is kept. From the
 positions and slots where the first one had them, changes the number of rows, and runs the list on one team of threads.
 
 A forward that does anything else, as quantised or other models do, is not recorded, with a line in the log. The first
-forward of each number of rows is computed both ways, and results that are not equal bit for bit end the recording.
+forwards of a number of rows are computed both ways, and results that are not equal bit for bit end the recording.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +29,15 @@ from sglang_auf.cpu.kernels import COUNTED, GEOMETRY, GRAIN, OWN, PLANNED, TASKS
 
 logger = logging.getLogger(__name__)
 
-ROWS = 64
-"""Forwards of more rows, as prefills are, spend their time in arithmetic."""
+ROWS = 256
+"""Forwards of more rows, as long prefills are, spend their time in arithmetic."""
+
+EACH_CHECKED = 16
+"""Up to so many rows each number of them is checked when it first comes, beyond it one up to each power of two."""
+
+CACHE_LINE = 64
+UNUSED = 3
+"""References to a block that no tensor uses: the list of blocks, the variable that runs over it, and the count itself."""
 
 _aten = torch.ops.aten
 
@@ -89,17 +99,20 @@ class Program:
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
 
 
-class _Watch(TorchDispatchMode):
-    """Lets a forward make views and memory, which has room for ROWS rows, and call kernels. Refuses all else."""
+class _Watch(TorchDispatchMode):  # type: ignore[misc]
+    """Lets a forward make views and memory, which has room for ROWS rows, and call kernels. Refuses all else.
+
+    Memory is used again once no tensor refers to it, as torch does by itself.
+    """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows = rows
         self.calls: list[Call] = []
-        self.memory: dict[int, torch.Tensor] = {}  # by address
+        self.blocks: list[np.ndarray[Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten.empty.memory_format:
@@ -133,9 +146,22 @@ class _Watch(TorchDispatchMode):
     def _empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
         if not shape or shape[0] % self.rows:
             raise NotRecordable(f"memory of {tuple(shape)} for {self.rows} rows")
-        memory = torch.empty((shape[0] // self.rows * ROWS, *shape[1:]), dtype=dtype)
-        self.memory[memory.data_ptr()] = memory
+        whole = (shape[0] // self.rows * ROWS, *shape[1:])
+        size = math.prod(whole) * dtype.itemsize
+        # A tensor made from an array refers to it until its last view is gone; then only our list and `block` do.
+        free = [block for block in self.blocks if block.nbytes == size and sys.getrefcount(block) == UNUSED]
+        if not free:
+            free = [_aligned(size)]
+            self.blocks.extend(free)
+        memory = torch.from_numpy(free[0]).view(dtype).view(whole)
         return memory[: shape[0]]
+
+
+def _aligned(size: int) -> np.ndarray[Any, Any]:
+    """Bytes that begin where a cache line does."""
+    memory = np.empty(size + CACHE_LINE, dtype=np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE
+    return memory[first : first + size]
 
 
 def _each(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -170,11 +196,13 @@ class Replayed:
         with torch.inference_mode(False):
             self._positions, self._slots = (torch.zeros(ROWS, dtype=torch.int64) for _ in range(2))
         self._first: torch.Tensor | None = None  # token ids [ROWS], or embeddings [ROWS, hidden]
+        self._is_embedded = False
+        self._blocks: list[np.ndarray[Any, Any]] = []
         self._output: Any = None
 
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         forward_batch: Any,
         input_embeds: torch.Tensor | None = None,
@@ -182,78 +210,80 @@ class Replayed:
         **more: Any,
     ) -> Any:
         """As the body's forward, whose results these are, bit for bit."""
-        first = input_ids if input_embeds is None else input_embeds
+        modules = partial(self.forward, input_ids, positions, forward_batch, input_embeds, *others, **more)
+        asks_for_more = any(other is not None and other is not False for other in (*others, *more.values()))
         rows = len(positions)
-        is_alike = self._first is None or self._first.shape[1:] == first.shape[1:]
-        may = not self.refused and positions.dim() == 1 and 0 < rows <= ROWS and is_alike
-        if not may or any(other is not None and other is not False for other in (*others, *more.values())):
-            return self.forward(input_ids, positions, forward_batch, input_embeds, *others, **more)
-        if self.program is None:
-            return self._record(first, positions, forward_batch, input_embeds is not None)
-        if rows in self._checked:
-            return self._replay(first, positions, forward_batch)
+        if self.refused or asks_for_more or positions.dim() != 1 or not 0 < rows <= ROWS:
+            return modules()
+        is_embedded = input_embeds is not None
+        first = input_embeds if is_embedded else input_ids
+        assert first is not None
+        if self.program is None and not self._record(first, positions, forward_batch, is_embedded):
+            return modules()
+        if is_embedded != self._is_embedded:
+            return modules()
         replayed = self._replay(first, positions, forward_batch)
-        output = self.forward(input_ids, positions, forward_batch, input_embeds)
-        self._check(rows, replayed, output)
+        checked = rows if rows <= EACH_CHECKED else 1 << (rows - 1).bit_length()
+        if checked in self._checked:
+            return replayed
+        output = modules()
+        pairs = zip(_tensors(replayed), _tensors(output), strict=True)
+        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            self._checked.add(checked)
+        else:
+            self._refuse(f"{rows} rows gave other results than its modules")
         return output
 
-    def _give(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> None:
+    def _give(self, first: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write what a forward is given to where the recorded one has it."""
         rows = len(positions)
-        self._first[:rows], self._positions[:rows] = first, positions  # type: ignore[index]
-        self._slots[:rows] = forward_batch.out_cache_loc
+        assert self._first is not None
+        self._first[:rows], self._positions[:rows], self._slots[:rows] = first, positions, slots
 
-    def _record(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any, embedded: bool) -> Any:
+    def _record(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any, is_embedded: bool) -> bool:
+        """Whether it could be recorded."""
         rows, slots = len(positions), forward_batch.out_cache_loc
+        self._is_embedded = is_embedded
         with torch.inference_mode(False):
-            self._first = torch.zeros(ROWS, *first.shape[1:], dtype=first.dtype if embedded else torch.int64)
-        self._give(first, positions, forward_batch)
+            self._first = torch.zeros(ROWS, *first.shape[1:], dtype=first.dtype if is_embedded else torch.int64)
+        self._give(first, positions, slots)
         forward_batch.out_cache_loc = self._slots[:rows]
-        given = (None, self._first[:rows]) if embedded else (self._first[:rows], None)
+        given = (None, self._first[:rows]) if is_embedded else (self._first[:rows], None)
         watch = _Watch(rows)
         try:
             with watch, kernels.listening(watch.calls.append):
                 output = self.forward(given[0], self._positions[:rows], forward_batch, given[1])
-            self.program = Program(watch.calls, rows)
-            self._memory = watch.memory
+            self._blocks = watch.blocks
             self._output = _each(output, self._whole)
-        except NotRecordable as reason:
-            self._refuse(str(reason))
-            forward_batch.out_cache_loc = slots
-            return self.forward(
-                *((first, positions, forward_batch) if not embedded else (None, positions, forward_batch, first))
-            )
+            self.program = Program(watch.calls, rows)
+        except (
+            Exception
+        ) as reason:  # of a body that is not as those we know; if it is at fault, its modules will say so
+            self._refuse(str(reason) or repr(reason))
+            return False
         finally:
             forward_batch.out_cache_loc = slots
-        output = _each(output, torch.Tensor.clone)
-        self._check(rows, self._replay(first, positions, forward_batch), output)
-        if not self.refused:
-            logger.info("%s: a forward of up to %d rows is %d kernels", self.name, ROWS, len(self.program.calls))
-        return output
+        logger.info("%s: a forward of up to %d rows is %d kernels", self.name, ROWS, len(watch.calls))
+        return True
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """The memory of an output, with room for ROWS rows."""
-        memory = self._memory.get(tensor.data_ptr())
-        if memory is None or memory.shape[1:] != tensor.shape[1:] or len(memory) != ROWS:
-            raise NotRecordable("an output that no kernel has written")
-        return memory
+        size = tensor[0].nbytes * ROWS
+        for block in self._blocks:
+            if block.ctypes.data == tensor.data_ptr() and block.nbytes == size and tensor.is_contiguous():
+                return torch.from_numpy(block).view(tensor.dtype).view(ROWS, *tensor.shape[1:])
+        raise NotRecordable("an output that no kernel has written")
 
     def _replay(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         assert self.program is not None
         rows = len(positions)
-        self._give(first, positions, forward_batch)
+        self._give(first, positions, forward_batch.out_cache_loc)
         self.program(rows, get_attn_backend().tasks)
         # Copies, since the next forward writes to the same memory.
         return _each(self._output, lambda whole: whole[:rows].clone())
 
-    def _check(self, rows: int, replayed: Any, output: Any) -> None:
-        pairs = zip(_tensors(replayed), _tensors(output), strict=True)
-        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
-            self._checked.add(rows)
-        else:
-            self._refuse(f"{rows} rows gave other results than its modules")
-
     def _refuse(self, reason: str) -> None:
-        self.refused, self.program, self._memory, self._output = True, None, {}, None
+        self.refused, self.program, self._blocks, self._output = True, None, [], None
         logger.warning("%s is not recorded, its modules are called in each step: %s", self.name, reason)
 
 

@@ -1,4 +1,4 @@
-"""A recorded forward: the modules' bits for any number of rows, and the modules themselves where it cannot be recorded."""
+"""A recorded forward has the modules' bits for any number of rows; what cannot be recorded is left to the modules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from sglang_auf.cpu import kernels, recording
 from sglang_auf.cpu.kernels import AttentionTasks
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.cpu.recording import ROWS, Program, Replayed
+from sglang_auf.cpu.recording import EACH_CHECKED, ROWS, Program, Replayed
 
-HIDDEN, HEADS, KEY_HEADS, HEAD, TOKENS, SLOTS = 96, 4, 2, 32, 50, 300
+HIDDEN, HEADS, KEY_HEADS, HEAD, TOKENS, SLOTS = 96, 4, 2, 32, 50, 900
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,12 +72,12 @@ class Body(torch.nn.Module):
 
 
 class Server:
-    """Forwards of a body for requests, each with its keys so far; the attention of each is planned as the backend does."""
+    """What a forward is given: tokens of two requests, and their planned attention, as the backend has it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.backend = SimpleNamespace(tasks=None)
         monkeypatch.setattr(recording, "get_attn_backend", lambda: self.backend)
-        self.slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(9)).int().view(3, 100)
+        self.slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(9)).int().view(3, 300)
 
     def given(self, rows: int, keys: int = 7, seed: int = 0, tree: bool = False) -> tuple[Any, Any, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -121,14 +121,14 @@ def pools(body: Body) -> list[torch.Tensor]:
 def test_a_replayed_forward_has_the_bits_of_its_modules(server: Server, threads: int) -> None:
     body, modules = Body(), Body()
     replayed = Replayed(body)
-    for visit, rows in enumerate([5, *range(1, ROWS + 1), *range(ROWS, 0, -3), 5]):
+    for visit, rows in enumerate([5, *range(1, 70), 200, ROWS, 129, 64, *range(60, 0, -3), 5]):
         tokens, positions, batch = server.given(rows, keys=2 + visit % 30, seed=visit, tree=visit % 2 == 1)
         slots = batch.out_cache_loc
         assert equal(replayed(tokens, positions, batch), modules(tokens, positions, batch)), rows
         assert batch.out_cache_loc is slots, "the batch is left as it was"
         assert all(torch.equal(a, b) for a, b in zip(pools(body), pools(modules), strict=True)), "keys and values"
     assert replayed.program is not None
-    assert body.calls == ROWS, "the modules were called once for each number of rows"
+    assert body.calls == 1 + EACH_CHECKED + 4, "the modules were called to record and to check"
 
 
 @torch.inference_mode()
@@ -140,10 +140,10 @@ def test_embeddings_may_be_given(server: Server) -> None:
         embeds = normal(rows, HIDDEN, seed=rows)
         expected = modules(None, positions, batch, embeds)
         assert equal(replayed(None, positions, batch, input_embeds=embeds), expected)
-    assert body.calls == 2
+    assert body.calls == 3
     tokens, positions, batch = server.given(4)
     assert equal(replayed(tokens, positions, batch), modules(tokens, positions, batch)), "as modules, not as recorded"
-    assert body.calls == 3
+    assert body.calls == 4
 
 
 @torch.inference_mode()
@@ -217,6 +217,27 @@ def test_what_is_no_kernel_is_not_recorded(
     assert kind.__name__ in said and reason in said and "modules are called" in said
 
 
+class Fails(Body):
+    fails = True
+
+    def last(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.fails:
+            raise RuntimeError("a layer is missing")
+        return super().last(x, residual)
+
+
+@torch.inference_mode()
+def test_an_error_of_the_modules_is_raised_by_them(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    body, modules = Fails(), Body()
+    replayed = Replayed(body)
+    given = server.given(4)
+    with pytest.raises(RuntimeError, match="a layer is missing"):
+        replayed(*given)
+    body.fails = False
+    assert equal(replayed(*given), modules(*given))
+    assert body.calls == 3
+
+
 class DependsOnRows(Body):
     def last(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return super().last(x, residual if len(x) <= 8 else x)
@@ -277,3 +298,18 @@ def test_an_embedding_of_other_rows_than_the_table_has() -> None:
     with recording._Watch(3):
         found = F.embedding(index, table)
     assert torch.equal(found, table[index])
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
+    with recording._Watch(2) as watch:
+        first = torch.empty(2, 64, dtype=torch.bfloat16)
+        view, address = first.view(4, 32)[1:], first.data_ptr()
+        del first
+        second = torch.empty(2, 64, dtype=torch.bfloat16)
+        assert second.data_ptr() != address, "a view of it is left"
+        del view
+        other = torch.empty(2, 65, dtype=torch.bfloat16)
+        third = torch.empty(2, 64, dtype=torch.bfloat16)
+    assert third.data_ptr() == address
+    assert other.data_ptr() not in (address, second.data_ptr())
+    assert sum(block.nbytes for block in watch.blocks) == (64 + 64 + 65) * 2 * ROWS
