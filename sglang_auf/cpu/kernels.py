@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import platform
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -173,8 +174,9 @@ def _exp(typing: Any, value: Any) -> Any:
 # --- the call ---
 
 # The first arguments of every kernel: the next task, the number of tasks, how many a thread takes at a time, the next
-# thread's number, and whether an index lay outside its table. The kernel's own arguments follow.
-_NEXT, TASKS, GRAIN, _THREAD, _FAULT, OWN = 0, 1, 2, 3, 4, 5
+# thread's number, whether an index lay outside its table, and in a list how many threads are at it. The kernel's own
+# arguments follow.
+_NEXT, TASKS, GRAIN, _THREAD, _FAULT, _INSIDE, OWN = 0, 1, 2, 3, 4, 5, 6
 
 
 @cache
@@ -189,15 +191,6 @@ def _parallel() -> Any:
         return None
     found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return found
-
-
-@cache
-def _barrier() -> int:
-    """The address of the function in which threads of `_parallel` wait for one another; 0 without such a pool."""
-    if _parallel() is None:
-        return 0
-    library = ctypes.CDLL(str(sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))[0]))
-    return ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value or 0
 
 
 class Kernel:
@@ -236,7 +229,7 @@ class Kernel:
 
         Raises IndexError for a position or slot outside its table, which is not read or written.
         """
-        arguments = (ctypes.c_int64 * (OWN + len(values)))(0, tasks, grain, 0, 0, *values)
+        arguments = (ctypes.c_int64 * (OWN + len(values)))(0, tasks, grain, 0, 0, 0, *values)
         if threads > 1 and (parallel := _parallel()) is not None:
             parallel(self.address, arguments, threads, 0)
         else:
@@ -323,9 +316,9 @@ def _is_pool(x: torch.Tensor) -> bool:
 
 @Kernel
 def _rms_norm(args):  # type: ignore[no-untyped-def]
-    x, x_stride, residual, residual_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    total, out, weight, features = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
-    per_feature, epsilon = _as_f32(_i64(args, 13)), _as_f32(_i64(args, 14))
+    x, x_stride, residual, residual_stride = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    total, out, weight, features = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
+    per_feature, epsilon = _as_f32(_i64(args, 14)), _as_f32(_i64(args, 15))
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -381,7 +374,7 @@ def rms_norm(
 
 @Kernel
 def _silu_and_mul(args):  # type: ignore[no-untyped-def]
-    x, stride, out, features = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    x, stride, out, features = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -407,10 +400,10 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 @Kernel
 def _rotate(args):  # type: ignore[no-untyped-def]
-    q, q_stride, q_heads = _i64(args, 5), _i64(args, 6), _i64(args, 7)
-    k, k_stride, k_heads = _i64(args, 8), _i64(args, 9), _i64(args, 10)
-    out, head_size, table, positions = _i64(args, 11), _i64(args, 12), _i64(args, 13), _i64(args, 14)
-    half, limit = head_size // 2, _i64(args, 15)
+    q, q_stride, q_heads = _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    k, k_stride, k_heads = _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    out, head_size, table, positions = _i64(args, 12), _i64(args, 13), _i64(args, 14), _i64(args, 15)
+    half, limit = head_size // 2, _i64(args, 16)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -472,8 +465,8 @@ def rotate(
 
 @Kernel
 def _store(args):  # type: ignore[no-untyped-def]
-    k, k_stride, v, v_stride = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    pool, slots, width, limit = _i64(args, 9), _i64(args, 10), _i64(args, 11), _i64(args, 12)
+    k, k_stride, v, v_stride = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    pool, slots, width, limit = _i64(args, 10), _i64(args, 11), _i64(args, 12), _i64(args, 13)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -615,11 +608,11 @@ _FIELDS = 6
 
 @Kernel
 def _attend(args):  # type: ignore[no-untyped-def]
-    q, q_stride, out, pool, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
-    scale, whole_block, at_once = _as_f32(_i64(args, 10)), _i64(args, 11), _i64(args, 12)
-    key_heads, per_key, head_dim, table = _i64(args, 13), _i64(args, 14), _i64(args, 15), _i64(args, 16)
-    longest, most, tail_width = _i64(args, 17), _i64(args, 18), _i64(args, 19)
-    scratch, scratch_size = _i64(args, 20), _i64(args, 21)
+    q, q_stride, out, pool, limit = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9), _i64(args, 10)
+    scale, whole_block, at_once = _as_f32(_i64(args, 11)), _i64(args, 12), _i64(args, 13)
+    key_heads, per_key, head_dim, table = _i64(args, 14), _i64(args, 15), _i64(args, 16), _i64(args, 17)
+    longest, most, tail_width = _i64(args, 18), _i64(args, 19), _i64(args, 20)
+    scratch, scratch_size = _i64(args, 21), _i64(args, 22)
     copies = scratch + 4 * scratch_size * _take(args, _THREAD, 1)
     queries = copies + 4 * at_once * head_dim
     sums = queries + 4 * most * head_dim
@@ -793,7 +786,8 @@ def attention_plan(tasks: AttentionTasks, geometry: tuple[int, int, int]) -> tup
     most = tasks.queries * per_key
     size = KEYS_AT_ONCE * head_dim + 2 * most * head_dim + most + most * tasks.longest
     table, tail_width = tasks.table.ctypes.data, tasks.own.shape[1]
-    return units, threads, (*geometry, table, tasks.longest, most, tail_width, _SCRATCH.address(threads * size), size)
+    scratch = _SCRATCH.address(torch.get_num_threads() * size)  # in a list, any of the threads may come
+    return units, threads, (*geometry, table, tasks.longest, most, tail_width, scratch, size)
 
 
 # --- copies ---
@@ -801,8 +795,8 @@ def attention_plan(tasks: AttentionTasks, geometry: tuple[int, int, int]) -> tup
 
 @Kernel
 def _copy(args):  # type: ignore[no-untyped-def]
-    table, stride, index, limit = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    out, out_stride, width = _i64(args, 9), _i64(args, 10), _i64(args, 11)
+    table, stride, index, limit = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    out, out_stride, width = _i64(args, 10), _i64(args, 11), _i64(args, 12)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -838,7 +832,7 @@ def copy(table: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None = No
 
 @Kernel
 def _widen(args):  # type: ignore[no-untyped-def]
-    x, stride, out, width = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
+    x, stride, out, width = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -865,8 +859,8 @@ _STRETCH = 64
 
 @Kernel
 def _largest(args):  # type: ignore[no-untyped-def]
-    x, stride, columns, count = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    values, places = _i64(args, 9), _i64(args, 10)
+    x, stride, columns, count = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    values, places = _i64(args, 10), _i64(args, 11)
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -1148,7 +1142,7 @@ def _product_by_bf16(args):  # type: ignore[no-untyped-def]
 
 @Kernel
 def _product_by_tiles(args):  # type: ignore[no-untyped-def]
-    _shape_tiles(_i64(args, 12))
+    _shape_tiles(_i64(args, 13))
     tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
     first = _take(args, _NEXT, grain)
     while first < tasks:
@@ -1234,9 +1228,45 @@ def rows_of_product(rows: int) -> tuple[int, int]:
 
 # --- a list of calls ---
 
-# The fields of a list: the address of the calls' arguments, how many calls, the bytes of one's arguments, and the
-# addresses of the kernels, of each one's threads, of whether threads wait for one another behind it, and of the
-# function to wait in.
+# A call is done when its last task is. So threads do not wait for one another but for work: one that another program
+# keeps from its core holds up the others only with the tasks that it has begun.
+
+# How often a thread looks at what is not done yet, some 50 microseconds, before it sleeps for so many and looks again:
+# the thread that is waited for may need its core.
+_LOOKS, _SLEEP = 1_000, 20
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _now(typing: Any, address: Any, index: Any) -> Any:
+    """An int64 that other threads change."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_place(builder, _LONG, *args), "seq_cst", 8)
+
+    return types.int64(types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _change(typing: Any, address: Any, index: Any, count: Any) -> Any:
+    """Add count to it: what this thread wrote before is seen by those who see the change."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("add", _place(builder, _LONG, *args[:2]), args[2], "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pause(typing: Any) -> Any:
+    """A moment, in which another thread on the same core may go on."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1253,26 +1283,38 @@ def _jump(typing: Any, function: Any, argument: Any) -> Any:
 
 @Kernel
 def _run(args):  # type: ignore[no-untyped-def]
-    arguments, calls, size, kernels = _i64(args, 5), _i64(args, 6), _i64(args, 7), _i64(args, 8)
-    threads, waits, barrier = _i64(args, 9), _i64(args, 10), _i64(args, 11)
-    thread = _take(args, _THREAD, 1)
+    arguments, calls, size, kernels = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9)
+    sleep = _i64(args, 10)
     for i in range(calls):
-        if thread < _i64(threads, i):
-            _jump(_i64(kernels, i), arguments + i * size)
-        if barrier != 0 and _i64(waits, i) != 0:
-            _jump(barrier, 0)
+        call = arguments + i * size
+        tasks = _i64(call, TASKS)
+        if _now(call, _NEXT) < tasks:
+            _change(call, _INSIDE, 1)
+            _jump(_i64(kernels, i), call)
+            _change(call, _INSIDE, -1)
+        looks = 0
+        while _now(call, _NEXT) < tasks or _now(call, _INSIDE) != 0:
+            looks += 1
+            if looks % _LOOKS == 0:
+                _jump(sleep, _SLEEP)
+            else:
+                _pause()
 
 
-def run_list(arguments: np.ndarray[Any, Any], kernels: Any, threads: Any, waits: Any) -> None:
+@cache
+def _usleep() -> int:
+    return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
+
+
+def run_list(arguments: np.ndarray[Any, Any], kernels: np.ndarray[Any, Any]) -> None:
     """Run calls one after the other on one team of threads.
 
-    All int64: arguments [calls, OWN + most values]; kernels [calls], their addresses; threads [calls]; waits [calls],
-    whether threads wait for one another behind the call. Raises IndexError as the calls do.
+    arguments: int64 [calls, OWN + most values]. kernels: int64 [calls], their addresses. Raises IndexError as the
+    calls do.
     """
-    arguments[:, _NEXT] = arguments[:, _THREAD] = arguments[:, _FAULT] = 0
-    addresses = (kernels.ctypes.data, threads.ctypes.data, waits.ctypes.data, _barrier())
-    values = (arguments.ctypes.data, len(arguments), arguments.strides[0], *addresses)
-    _run(1, torch.get_num_threads() if _barrier() else 1, 1, *values)
+    arguments[:, _NEXT] = arguments[:, _THREAD] = arguments[:, _FAULT] = arguments[:, _INSIDE] = 0
+    addresses = (arguments.ctypes.data, len(arguments), arguments.strides[0], kernels.ctypes.data, _usleep())
+    _run(1, torch.get_num_threads(), 1, *addresses)
     if arguments[:, _FAULT].any():
         raise IndexError("a position, slot or token outside its table")
 

@@ -37,7 +37,7 @@ EACH_CHECKED = 16
 
 CACHE_LINE = 64
 UNUSED = 3
-"""References to a block that no tensor uses: the list of blocks, the variable that runs over it, and the count itself."""
+"""References to a block that no tensor uses: from the list of blocks, the variable that runs over it, and the call."""
 
 _aten = torch.ops.aten
 
@@ -60,8 +60,6 @@ class Program:
             arguments[[TASKS, GRAIN]] = call.tasks, call.grain
             arguments[OWN : OWN + len(call.values)] = call.values
         self._kernels = np.array([call.kernel.address for call in calls], dtype=np.int64)
-        self._threads = np.array([call.threads for call in calls], dtype=np.int64)
-        self._waits = np.zeros(len(calls), dtype=np.int64)
 
         by_rows = [call for call in calls if call.kind == "rows"]
         if any(call.tasks % rows or call.elements % rows for call in by_rows):
@@ -80,22 +78,17 @@ class Program:
 
     def __call__(self, rows: int, tasks: AttentionTasks) -> None:
         """tasks: the attention of these rows. Raises IndexError for a position, slot or token outside its table."""
-        arguments, threads = self._arguments, self._threads
+        arguments = self._arguments
         if rows != self._rows:
             self._rows = rows
             count = self._tasks * rows
-            threads[self._by_rows] = [kernels.threads_for(elements * rows) for elements in self._elements]
-            arguments[self._by_rows, TASKS] = count
-            arguments[self._by_rows, GRAIN] = -(-count // threads[self._by_rows])
+            threads = np.array([kernels.threads_for(elements * rows) for elements in self._elements])
+            arguments[self._by_rows, TASKS], arguments[self._by_rows, GRAIN] = count, -(-count // threads)
             arguments[self._products, OWN + COUNTED : OWN + COUNTED + 2] = kernels.rows_of_product(rows)
         for geometry, places in self._attentions.items():
-            units, threads[places], planned = kernels.attention_plan(tasks, geometry)
-            arguments[places, TASKS] = units
+            arguments[places, TASKS], _, planned = kernels.attention_plan(tasks, geometry)
             arguments[places, OWN + PLANNED : OWN + PLANNED + len(planned)] = planned
-        # A single thread need not wait between two things that it does itself.
-        several = threads > 1
-        self._waits[:-1] = several[:-1] | several[1:]
-        kernels.run_list(arguments, self._kernels, threads, self._waits)
+        kernels.run_list(arguments, self._kernels)
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
