@@ -176,6 +176,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         ("answers", f"{held_out.answers}", ""),
         ("tau", f"{held_out.tau_macro:.4f}", "mean over answers (macro)"),
         ("", f"{held_out.tau_micro:.4f}", f"over all {steps} steps (micro)"),
+        *(
+            (f"tau_tree_{nodes}", f"{tau:.4f}", f"with trees of {nodes} nodes (macro)")
+            for nodes, tau in held_out.tau_trees.items()
+        ),
         ("accuracy", f"{held_out.accuracy:.4f}", "of all slots, given the text before the block"),
         ("loss", f"{held_out.loss:.4f}", ""),
     ]

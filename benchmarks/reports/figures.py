@@ -47,6 +47,20 @@ def tau_by_seed(taus: Mapping[str, Sequence[float]]) -> Any:
     return figure
 
 
+def tau_by_step(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]) -> Any:
+    """Tau against the step. curves: arm -> steps of the whole run -> (step, tau), a line for each run."""
+    figure, axis = _figure(8, 4.5)
+    for place, (arm, runs) in enumerate(curves.items()):
+        for number, points in enumerate(runs.values()):
+            label = arm if number == 0 else None
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{place}", label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("tau on held-out answers")
+    axis.legend(fontsize=8)
+    return figure
+
+
 def alpha_curves(alpha: Mapping[str, Sequence[float | None]]) -> Any:
     """alpha_k by k, as figure 5 of arXiv 2607.01893 shows it."""
     figure, axis = _figure(5, 3.6)

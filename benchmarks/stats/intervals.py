@@ -84,6 +84,16 @@ def macro_tau_interval(records: Iterable[Record]) -> Interval | None:
     return Interval.of(np.mean(known, axis=0)) if known and len(known) == len(means) else None
 
 
+def mean_tau(runs: Sequence[Sequence[Record]]) -> dict[str, tuple[float, Interval | None]]:
+    """tau averaged over runs of the same prompts: task -> (mean, interval). Tasks that a run lacks are left out."""
+    found: dict[str, list[tuple[float, Floats | None]]] = defaultdict(list)
+    for run in runs:
+        for task, records in by_task(run).items():
+            if conversations := _conversations(records):
+                found[task].append((_tau(conversations), _resampled_tau(task, conversations)))
+    return {task: _with_interval(*_mean(each)) for task, each in found.items() if len(each) == len(runs)}
+
+
 def paired_difference(
     pairs: Sequence[tuple[Sequence[Record], Sequence[Record]]],
 ) -> dict[str, tuple[float, Interval | None]]:
@@ -103,13 +113,17 @@ def paired_difference(
                 resampled = [_resampled_tau(task, each) for each in (mine, its)]
                 spread = None if resampled[0] is None or resampled[1] is None else resampled[0] - resampled[1]
                 found[task].append((_tau(mine) - _tau(its), spread))
-    means = {task: _mean_difference(each) for task, each in found.items() if len(each) == len(pairs)}
+    means = {task: _mean(each) for task, each in found.items() if len(each) == len(pairs)}
     if means:
-        means["macro"] = _mean_difference(list(means.values()))
-    return {task: (mean, None if spread is None else Interval.of(spread)) for task, (mean, spread) in means.items()}
+        means["macro"] = _mean(list(means.values()))
+    return {task: _with_interval(*mean) for task, mean in means.items()}
 
 
-def _mean_difference(parts: Sequence[tuple[float, Floats | None]]) -> tuple[float, Floats | None]:
+def _with_interval(mean: float, spread: Floats | None) -> tuple[float, Interval | None]:
+    return mean, None if spread is None else Interval.of(spread)
+
+
+def _mean(parts: Sequence[tuple[float, Floats | None]]) -> tuple[float, Floats | None]:
     spreads = [spread for _, spread in parts if spread is not None]
     spread = np.mean(spreads, axis=0) if len(spreads) == len(parts) else None
     return float(np.mean([mean for mean, _ in parts])), spread

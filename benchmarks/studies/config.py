@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from benchmarks.harness.config import CommandConfig
 from sglang_auf.settings import Settings, checked, read_yaml
+
+Budget: TypeAlias = int | None
+"""Steps that every arm is trained for; None where the recipe says it."""
+
+ACCURACY = "accuracy"
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 class StudyConfig(CommandConfig):
@@ -20,6 +27,10 @@ class StudyConfig(CommandConfig):
     )
     out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
     jobs: int = Field(1, ge=1, description="trainings at a time, sharing the cores of one CPU")
+    settings: tuple[str, ...] = Field(
+        (), alias="set", description="key=value for the servers, over the study's server_set; may be repeated"
+    )
+    walk_only: bool = Field(False, description="serve no drafter, and leave served figures out of the report")
     report_only: bool = Field(False, description="only write the report anew, from OUT/records")
 
 
@@ -57,9 +68,16 @@ class Arm(Settings):
 
 
 class MeasuredPrompts(Settings):
-    """Prompts that plain decoding answers once. Every drafter is walked over the answers; some are served."""
+    """Prompts that plain decoding answers once. Every drafter is walked over the answers; some are served.
+
+    limit: at most this many of each task and set. sets: files of prompts of other kinds than the tasks and than what is
+    trained on (as --prompts reads them), in --data-dir or else in the working directory. Each has figures of its own,
+    and no mean over tasks counts it. trees: numbers of nodes of trees to walk with, beside the chain.
+    """
 
     tasks: tuple[str, ...] = ("paper",)
+    sets: tuple[Path, ...] = ()
+    trees: tuple[Positive, ...] = ()
     limit: int | None = Field(default=None, ge=1)
     max_tokens: int = Field(default=128, ge=2)
     concurrency: int = Field(default=16, ge=1)
@@ -70,6 +88,7 @@ class ServedArms(Settings):
 
     arms: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    budgets: tuple[int, ...] | None = None
     temperatures: tuple[float, ...] = (0.0,)
     concurrency: int = Field(default=4, ge=1)
 
@@ -77,7 +96,8 @@ class ServedArms(Settings):
 class Claim(Settings):
     """`arm` is compared with `against` in one figure, over matched seeds.
 
-    figure: tau over the measured prompts, or accuracy over all slots of the held-out answers. expected: higher, lower,
+    figure: tau over the measured prompts with a chain, tau_tree_N with trees of N nodes (one of `measured.trees`), or
+    accuracy over all slots of the held-out answers. expected: higher, lower,
     or equal, which holds where every interval of the difference lies within `margin`.
     """
 
@@ -85,7 +105,7 @@ class Claim(Settings):
     text: str
     arm: str
     against: str
-    figure: Literal["tau", "accuracy"] = "tau"
+    figure: str = "tau"
     expected: Literal["higher", "lower", "equal"] = "higher"
     margin: float = Field(default=0.02, gt=0)
 
@@ -95,7 +115,9 @@ class Study(Settings):
 
     profile, server_set: server profile of the target, and its changes. target: the same model, for the trainer. recipe,
     set: training recipe of all arms, and its changes. cache_features: compute the target's features of the answers once
-    for all arms. seeds: every arm is trained with each.
+    for all arms. seeds: every arm is trained with each. budgets: every arm is also trained for each of these numbers of
+    steps, with further changes of the recipe, such as {300: [evaluate_every=50], 2400: []}. Each is a run of its own:
+    the learning rate and curricula follow the share of training done, so that no run is the beginning of a longer one.
     """
 
     title: str
@@ -106,6 +128,7 @@ class Study(Settings):
     set: tuple[str, ...] = ()
     cache_features: bool = False
     seeds: tuple[int, ...] = Field(min_length=1)
+    budgets: dict[Positive, tuple[str, ...]] = Field(default_factory=dict)
     answers: dict[str, Answers] = Field(min_length=1)
     arms: dict[str, Arm] = Field(min_length=2)
     measured: MeasuredPrompts = MeasuredPrompts()
@@ -128,6 +151,12 @@ class Study(Settings):
         if self.served is not None:
             faults += [f"served: no arm {name!r}" for name in self.served.arms or () if name not in self.arms]
             faults += [f"served: no seed {seed}" for seed in self.served.seeds or () if seed not in self.seeds]
+            faults += [f"served: no budget {steps}" for steps in self.served.budgets or () if steps not in self.budgets]
+        faults += [
+            f"claim {claim.id}: figure {claim.figure!r} is none of {', '.join([*self.walked_figures, ACCURACY])}"
+            for claim in self.claims
+            if claim.figure not in (*self.walked_figures, ACCURACY)
+        ]
         ids = [claim.id for claim in self.claims]
         faults += [f"claim {name!r} occurs twice" for name in set(ids) if ids.count(name) > 1]
         if len(set(self.seeds)) < len(self.seeds):
@@ -135,6 +164,29 @@ class Study(Settings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def walked_figures(self) -> dict[str, int | None]:
+        """The taus that a walk gives by name, and the number of nodes of their trees; None: with a chain."""
+        return {"tau": None, **{f"tau_tree_{nodes}": nodes for nodes in self.measured.trees}}
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets of other kinds, which are the names of their files."""
+        return tuple(file.name for file in self.measured.sets)
+
+    @property
+    def parts(self) -> dict[Budget, Study]:
+        """A study of one budget for each budget; the study itself where it has none."""
+        return {steps: self._of(steps) for steps in self.budgets} or {None: self}
+
+    def _of(self, steps: int) -> Study:
+        served = self.served
+        if served is not None:
+            of_this = served.budgets is None or steps in served.budgets
+            served = served.model_copy(update={"budgets": None}) if of_this else None
+        changes = (*self.set, "schedule.epochs=null", f"schedule.max_steps={steps}", *self.budgets[steps])
+        return self.model_copy(update={"set": changes, "budgets": {}, "served": served})
 
     def answers_of(self, arm: str) -> str:
         """Name of the answers that an arm is trained on: its own, or the first of the study."""

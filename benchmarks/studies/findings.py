@@ -1,4 +1,4 @@
-"""What a study found, computed from its records alone: a verdict for each claim.
+"""What a study found, computed from its records alone: a verdict for each claim, at each budget.
 
 A claim about tau has two intervals of 95 %. Over seeds: Student's t on the differences of matched seeds, for what
 another training run would give. Over prompts: bootstrap of the mean over seeds, for what other prompts would give. A
@@ -8,6 +8,7 @@ verdict needs both. A claim about accuracy has only the first.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,20 @@ from typing import Any, Literal
 
 from benchmarks.harness.records import Record
 from benchmarks.stats.intervals import Interval, paired_difference, t_interval
-from benchmarks.studies.config import Claim, Study, load_study
-from benchmarks.studies.records import STUDY, read_kept, read_training, served_name
+from benchmarks.studies.config import ACCURACY, Budget, Claim, Study, load_study
+from benchmarks.studies.records import (
+    PLAIN,
+    STUDY,
+    of_budget,
+    read_kept,
+    read_training,
+    served_name,
+    training_name,
+    walked_name,
+)
 from sglang_auf.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Verdict = Literal["yes", "no", "not shown"]
 ArmSeed = tuple[str, int]
@@ -26,13 +38,22 @@ ArmSeed = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All records of a study. served: (arm, seed, temperature) -> records. plain: origin of the plain answers."""
+    """All records of a study with one budget.
+
+    walked: figure (Study.walked_figures) -> arm and seed -> records. served: (arm, seed, temperature) -> records.
+    plain: origin of the plain answers.
+    """
 
     study: Study
-    walked: dict[ArmSeed, list[Record]]
+    walked: dict[str, dict[ArmSeed, list[Record]]]
     training: dict[ArmSeed, dict[str, Any]]
     served: dict[tuple[str, int, float], list[Record]]
     plain: dict[str, Any]
+
+    def answers(self, run: ArmSeed, figure: str = "tau", of: str | None = None) -> list[Record]:
+        """Walked answers of one of the study's sets of other kinds, or with None, of its tasks."""
+        sets = self.study.sets
+        return [r for r in self.walked[figure][run] if (r.task not in sets if of is None else r.task == of)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +71,49 @@ class Finding:
     verdict: Verdict
 
 
-def read_results(records: Path) -> Results:
-    """Raises ConfigError where there is no study, where a part is not done yet, or where its arms do not compare."""
-    try:
-        results = _read(records, load_study(records / STUDY))
-    except FileNotFoundError as missing:
+def read_results(records: Path, walk_only: bool = False) -> dict[Budget, Results]:
+    """The results of each budget that is done. walk_only: without what was served.
+
+    Raises ConfigError where there is no study, where nothing is done yet, or where its arms do not compare.
+    """
+    found: dict[Budget, Results] = {}
+    missing: FileNotFoundError | None = None
+    for budget, study in load_study(records / STUDY).parts.items():
+        try:
+            found[budget] = _read(records, budget, study, walk_only)
+        except FileNotFoundError as error:
+            missing = error
+            if budget is not None:
+                logger.warning("no %s: the budget of %d steps is not done yet", error.filename, budget)
+    if not found:
+        assert missing is not None
         raise ConfigError(
             f"no {missing.filename}: the study is not done yet", "the records of every arm", "run it to its end"
         ) from missing
-    _require_comparable(results)
-    return results
+    for results in found.values():
+        _require_comparable(results)
+    return found
 
 
-def _read(records: Path, study: Study) -> Results:
+def _read(records: Path, budget: Budget, study: Study, walk_only: bool) -> Results:
+    own = of_budget(records, budget)
     runs = [(arm, seed) for arm in study.arms for seed in study.seeds]
     served = {}
-    if study.served is not None:
+    if study.served is not None and not walk_only:
         for arm in study.served.arms or tuple(study.arms):
             for seed in study.served.seeds or study.seeds:
                 for temperature in study.served.temperatures:
                     name = f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
-                    served[arm, seed, temperature] = read_kept(records / name)
+                    served[arm, seed, temperature] = read_kept(own / name)
     return Results(
         study=study,
-        walked={(arm, seed): read_kept(records / f"walked-{arm}-{seed}.jsonl.gz") for arm, seed in runs},
-        training={(arm, seed): read_training(records / f"training-{arm}-{seed}.json.gz") for arm, seed in runs},
+        walked={
+            figure: {run: read_kept(own / walked_name(*run, nodes)) for run in runs}
+            for figure, nodes in study.walked_figures.items()
+        },
+        training={run: read_training(own / training_name(*run)) for run in runs},
         served=served,
-        plain=json.loads((records / "plain.json").read_text(encoding="utf-8")),
+        plain=json.loads((records / PLAIN).read_text(encoding="utf-8")),
     )
 
 
@@ -102,22 +139,25 @@ def _require_comparable(results: Results) -> None:
             )
 
 
-def findings(results: Results) -> list[Finding]:
-    return [_finding(results, claim) for claim in results.study.claims]
+def findings(results: Results, of: str | None = None) -> list[Finding]:
+    """A finding for each claim over the study's tasks. of: a set of other kinds, for the claims about tau over it."""
+    return [_finding(results, claim, of) for claim in results.study.claims if of is None or claim.figure != ACCURACY]
 
 
-def _finding(results: Results, claim: Claim) -> Finding:
+def _finding(results: Results, claim: Claim, of: str | None) -> Finding:
     seeds = results.study.seeds
-    if claim.figure == "accuracy":
+    if claim.figure == ACCURACY:
         differences = [_accuracy(results, claim.arm, s) - _accuracy(results, claim.against, s) for s in seeds]
         over_prompts, by_task = None, {}
     else:
-        pairs = [(results.walked[claim.arm, s], results.walked[claim.against, s]) for s in seeds]
+        arms = (claim.arm, claim.against)
+        ours, theirs = ([results.answers((arm, seed), claim.figure, of) for seed in seeds] for arm in arms)
+        pairs = list(zip(ours, theirs, strict=True))
         differences = [paired_difference([pair])["macro"][0] for pair in pairs]
         by_task = paired_difference(pairs)
         over_prompts = by_task["macro"][1]
     over_seeds = t_interval(differences)
-    intervals = [over_seeds] if claim.figure == "accuracy" else [over_seeds, over_prompts]
+    intervals = [over_seeds] if claim.figure == ACCURACY else [over_seeds, over_prompts]
     verdict = judge(claim, intervals)
     return Finding(claim, fmean(differences), over_seeds, over_prompts, by_task, verdict)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
-from benchmarks.studies.config import load_study
+from benchmarks.studies.config import Budget, load_study
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import write_whole
 
-STUDY = "study.yaml"
+STUDY, PLAIN = "study.yaml", "plain.json"
 WITHOUT_TEXT = {"prompt_ids": None, "output_ids": None, "output_text": ""}
 
 
@@ -30,6 +30,20 @@ def require_same(path: Path, records: Path) -> None:
             "the study that was begun there",
             "give another --out, or take the change back",
         )
+
+
+def of_budget(directory: Path, steps: Budget) -> Path:
+    """Where a part of a study is in a directory: in one of its own, if the study has budgets."""
+    return directory if steps is None else directory / str(steps)
+
+
+def walked_name(arm: str, seed: int, nodes: int | None) -> str:
+    """nodes: of trees; None: a chain."""
+    return f"walked-{arm}-{seed}{'' if nodes is None else f'-tree-{nodes}'}.jsonl.gz"
+
+
+def training_name(arm: str, seed: int) -> str:
+    return f"training-{arm}-{seed}.json.gz"
 
 
 def served_name(arm: str, seed: int, temperature: float) -> str:
@@ -51,7 +65,7 @@ def keep_origin(path: Path, manifest_file: Path) -> None:
             "target": Path(server.target).name,
             "drafter": server.drafter and "/".join(Path(server.drafter).parts[-2:]),
         },
-        "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "out"}),
+        "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "prompts", "out"}),
         "tasks": {name: origin.model_dump() for name, origin in manifest.tasks.items()},
         "sessions": [session.model_dump(exclude={"command"}) for session in manifest.sessions],
     }

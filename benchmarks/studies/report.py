@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
 from benchmarks.reports import figures
-from benchmarks.reports.numbers import interval_text, number
+from benchmarks.reports.numbers import interval_text, number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.report import alpha_over_tasks
+from benchmarks.stats.intervals import mean_tau
 from benchmarks.stats.summary import TaskSummary, macro, summarize_tasks
-from benchmarks.studies.config import Study, StudyConfig
+from benchmarks.studies.config import ACCURACY, Budget, Claim, Study, StudyConfig
 from benchmarks.studies.findings import ArmSeed, Finding, Results, exported_figures, findings, read_results
 from benchmarks.studies.records import require_same
 
@@ -30,40 +32,89 @@ def measure_study(config: StudyConfig) -> StudyReport:
         from benchmarks.studies.run import run_study  # imports torch
 
         run_study(config)
-    return study_report(read_results(config.out / "records"))
+    return study_report(read_results(config.out / "records", config.walk_only))
 
 
-def study_report(results: Results) -> StudyReport:
-    study = results.study
-    found = findings(results)
-    tasks = {run: summarize_tasks(records) for run, records in results.walked.items()}
+def study_report(by_budget: Mapping[Budget, Results]) -> StudyReport:
+    """by_budget: what findings.read_results gave."""
+    sections: list[Section] = []
+    if None not in by_budget:
+        curves = figures.png(figures.tau_by_step(_curves(by_budget)))
+        sections = [
+            Section("Verdicts by budget", VERDICTS_TEXT, _verdicts_table(by_budget), in_words=True),
+            Section("Tau by steps", STEPS_TEXT, None, curves, "steps.png"),
+        ]
+    for budget, results in by_budget.items():
+        sections += _sections(
+            results, "" if budget is None else f", {budget:,} steps", "" if budget is None else f"-{budget}"
+        )
+    sections.append(Section("How it was done", "", _origin_table(by_budget), in_words=True))
+    summary = "\n\n".join(
+        "\n".join("  ".join(row) for row in _claims_table(findings(results))) for results in by_budget.values()
+    )
+    study = next(iter(by_budget.values())).study
+    return StudyReport(title=study.title, sections=sections, summary=summary)
+
+
+def _sections(results: Results, after: str, stem: str) -> list[Section]:
+    """What is said of one budget. after: added to titles. stem: added to the names of pictures."""
+    study, found = results.study, findings(results)
+    tasks = {run: summarize_tasks(results.answers(run)) for run in results.training}
     taus = {arm: [macro(tasks[arm, seed].values()).tau or 0.0 for seed in study.seeds] for arm in study.arms}
     alpha = {
-        arm: alpha_over_tasks([record for seed in study.seeds for record in results.walked[arm, seed]])
+        arm: alpha_over_tasks([record for seed in study.seeds for record in results.answers((arm, seed))])
         for arm in study.arms
     }
     curves = {f"{arm}, seed {study.seeds[0]}": results.training[arm, study.seeds[0]]["metrics"] for arm in study.arms}
     sections = [
-        Section("Claims", CLAIMS_TEXT, _claims_table(found), in_words=True),
-        Section("Differences by task", DIFFERENCES_TEXT, _differences_table(found)),
+        Section(f"Claims{after}", CLAIMS_TEXT, _claims_table(found), in_words=True),
+        Section(f"Differences by task{after}", DIFFERENCES_TEXT, _differences_table(found)),
         Section(
-            "Tau by arm",
+            f"Tau by arm{after}",
             _tau_text(results),
             _tau_table(study, tasks),
             figures.png(figures.tau_by_seed(taus)),
-            "tau.png",
+            f"tau{stem}.png",
         ),
-        Section("alpha_k by arm", ALPHA_TEXT, None, figures.png(figures.alpha_curves(alpha)), "alpha.png"),
-        Section("What training saw", TRAINING_TEXT, _training_table(results)),
-        Section("Training", CURVES_TEXT, None, figures.png(figures.training_curves(curves)), "training.png"),
+    ]
+    if study.measured.trees:
+        sections.append(Section(f"Tau of trees{after}", TREES_TEXT, _trees_table(results)))
+    if study.sets:
+        sections.append(Section(f"Tau on other sets{after}", SETS_TEXT, _sets_table(results)))
+    for name in study.sets:
+        table = _claims_table(findings(results, name))
+        sections.append(Section(f"Claims on {name}{after}", CLAIMS_ON_SETS_TEXT, table, in_words=True))
+    sections += [
+        Section(
+            f"alpha_k by arm{after}", ALPHA_TEXT, None, figures.png(figures.alpha_curves(alpha)), f"alpha{stem}.png"
+        ),
+        Section(f"What training saw{after}", TRAINING_TEXT, _training_table(results)),
+        Section(
+            f"Training{after}", CURVES_TEXT, None, figures.png(figures.training_curves(curves)), f"training{stem}.png"
+        ),
     ]
     if results.served:
-        sections.append(Section("Served", SERVED_TEXT, _served_table(results)))
-    sections.append(Section("How it was done", "", _origin_table(results), in_words=True))
-    summary = "\n".join("  ".join(row) for row in _claims_table(found))
-    return StudyReport(title=study.title, sections=sections, summary=summary)
+        sections.append(Section(f"Served{after}", SERVED_TEXT, _served_table(results)))
+    return sections
 
 
+VERDICTS_TEXT = (
+    "Of each claim over the tasks: verdict, difference, and the 95 % interval over seeds. The tables below have the "
+    "intervals over prompts too, which a verdict also needs."
+)
+STEPS_TEXT = (
+    "Held-out tau in training, mean over seeds: a line for each run of an arm. The learning rate falls to 0 at the end "
+    "of each run, so that a short run is not the beginning of a longer one."
+)
+TREES_TEXT = (
+    "Over the same answers with a tree of N nodes in place of a chain, mean over tasks and seeds, with the standard "
+    "deviation over seeds. The likeliest nodes by the drafter's own probabilities, which a server corrects as it goes."
+)
+SETS_TEXT = (
+    "Prompts of kinds that are neither measured tasks nor trained on, walked in the same way. Mean over seeds, with "
+    "the 95 % interval over prompts."
+)
+CLAIMS_ON_SETS_TEXT = "The claims about tau on this set alone, with intervals and verdicts as above."
 CLAIMS_TEXT = (
     "Difference of the first arm to the second, mean over matched seeds. Over seeds: Student's t on the seeds' "
     "differences. Over prompts: bootstrap of their mean, for tau. Both 95 %; yes and no only where every interval "
@@ -87,7 +138,7 @@ SERVED_TEXT = (
 
 
 def _tau_text(results: Results) -> str:
-    tasks = results.plain["tasks"].values()
+    tasks = [task for name, task in results.plain["tasks"].items() if name not in results.study.sets]
     prompts, limit = sum(task["prompts"] for task in tasks), results.study.measured.max_tokens
     return (
         f"Walked over plain decoding's greedy answers to {prompts} prompts of {len(tasks)} tasks, of up to {limit} "
@@ -98,7 +149,7 @@ def _tau_text(results: Results) -> str:
 def _claims_table(found: Sequence[Finding]) -> Table:
     rows = [["claim", "compared", "difference", "over seeds", "over prompts", "verdict"]]
     for finding in found:
-        claim, digits = finding.claim, 4 if finding.claim.figure == "accuracy" else 3
+        claim, digits = finding.claim, _digits(finding.claim)
         expected = f"{claim.expected} (within {claim.margin:g})" if claim.expected == "equal" else claim.expected
         rows.append(
             [
@@ -111,6 +162,10 @@ def _claims_table(found: Sequence[Finding]) -> Table:
             ]
         )
     return rows
+
+
+def _digits(claim: Claim) -> int:
+    return 4 if claim.figure == ACCURACY else 3
 
 
 def _differences_table(found: Sequence[Finding]) -> Table:
@@ -137,6 +192,58 @@ def _tau_table(study: Study, tasks: dict[ArmSeed, dict[str, TaskSummary]]) -> Ta
     return rows
 
 
+def _trees_table(results: Results) -> Table:
+    study = results.study
+    rows = [["arm", *study.walked_figures]]
+    for arm in study.arms:
+        taus = [
+            [macro(summarize_tasks(results.answers((arm, seed), figure)).values()).tau for seed in study.seeds]
+            for figure in study.walked_figures
+        ]
+        rows.append([arm, *(_spread(of_figure, 3) for of_figure in taus)])
+    return rows
+
+
+def _sets_table(results: Results) -> Table:
+    study = results.study
+    columns = [(name, figure) for name in study.sets for figure in study.walked_figures]
+    rows = [["arm", *(f"{name}: {figure}" for name, figure in columns)]]
+    for arm in study.arms:
+        cells = []
+        for name, figure in columns:
+            mean = mean_tau([results.answers((arm, seed), figure, name) for seed in study.seeds]).get(name)
+            cells.append("-" if mean is None else with_interval(*mean))
+        rows.append([arm, *cells])
+    return rows
+
+
+def _verdicts_table(by_budget: Mapping[Budget, Results]) -> Table:
+    by_claim = zip(*(findings(results) for results in by_budget.values()), strict=True)
+    rows = [["claim", *(f"{budget:,} steps" for budget in by_budget)]]
+    for found in by_claim:
+        digits, cells = _digits(found[0].claim), []
+        for each in found:
+            over_seeds = interval_text(each.over_seeds, digits, of_difference=True)
+            cells.append(f"{each.verdict}: {each.difference:+.{digits}f} {over_seeds}")
+        rows.append([f"({found[0].claim.id}) {found[0].claim.text}", *cells])
+    return rows
+
+
+def _curves(by_budget: Mapping[Budget, Results]) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    """arm -> budget -> (step, held-out tau, mean over seeds)."""
+    curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for budget, results in by_budget.items():
+        assert budget is not None
+        for arm in results.study.arms:
+            taus: dict[int, list[float]] = defaultdict(list)
+            for seed in results.study.seeds:
+                for row in results.training[arm, seed]["metrics"]:
+                    if row["kind"] == "held_out" and row["tau"] is not None:
+                        taus[row["step"]].append(row["tau"])
+            curves.setdefault(arm, {})[budget] = [(step, fmean(values)) for step, values in sorted(taus.items())]
+    return curves
+
+
 def _training_table(results: Results) -> Table:
     heads = ["r_active", "support accuracy", "common accuracy", "held-out accuracy", "held-out tau"]
     rows = [["arm", *heads, "minutes"]]
@@ -157,7 +264,7 @@ def _served_table(results: Results) -> Table:
         served = macro(summarize_tasks(records).values()).tau
         row = [f"{arm}, seed {seed}", f"{temperature:g}", str(len(records)), number(served, 3)]
         if temperature == 0:
-            by_key = {record.key: record for record in results.walked[arm, seed]}
+            by_key = {record.key: record for record in results.walked["tau"][arm, seed]}
             shared = [(record, by_key[record.key]) for record in records if record.key in by_key]
             walked = macro(summarize_tasks([mine for _, mine in shared]).values()).tau
             same = sum(theirs.verify_steps == mine.verify_steps for theirs, mine in shared)
@@ -169,24 +276,29 @@ def _served_table(results: Results) -> Table:
     return rows
 
 
-def _origin_table(results: Results) -> Table:
+def _origin_table(by_budget: Mapping[Budget, Results]) -> Table:
+    results = next(iter(by_budget.values()))
     study = results.study
     (first, *_), server, session = results.training.values(), results.plain["server"], results.plain["sessions"][-1]
     start, machine = first["run"]["starts"][-1], session["machine"]
     versions = {**session["versions"], **start["versions"]}
-    revisions = {str(run["run"]["starts"][-1].get("git_revision")) for run in results.training.values()}
+    trainings = [run for each in by_budget.values() for run in each.training.values()]
+    revisions = {str(run["run"]["starts"][-1].get("git_revision")) for run in trainings}
     data = first["run"]["data"]
     return [
         ["what", "how"],
         ["target", f"{server['model']} ({server['device']}, {server['dtype']})"],
-        ["recipe", f"{study.recipe}, with {', '.join(study.set) or 'nothing changed'}"],
+        *(
+            ["recipe", f"{each.study.recipe}, with {', '.join(each.study.set) or 'nothing changed'}"]
+            for each in by_budget.values()
+        ),
         *(
             [f"arm {name}", ", ".join([*arm.set, f"answers {study.answers_of(name)}"])]
             for name, arm in study.arms.items()
         ),
         ["seeds", ", ".join(map(str, study.seeds))],
         ["data", f"{data['train']} conversations and {data['held_out']} held out, {data['answer_tokens']:,} tokens"],
-        ["steps", str(first["run"]["steps"])],
+        ["steps", ", ".join(str(next(iter(each.training.values()))["run"]["steps"]) for each in by_budget.values())],
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],
         ["revisions", ", ".join(sorted(revisions))],
         ["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)],

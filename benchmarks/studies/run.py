@@ -8,6 +8,9 @@ the same command continues after a kill:
     arms/ARM-SEED/   the training run and the drafter
     served/          runs of served drafters, each with the drafter's name and temperature
     records/         what the report is made of (records.py)
+
+With budgets, arms/STEPS/, served/STEPS/ and records/STEPS/ hold what belongs to one of them. Budgets are done one after
+the other, and --report-only reports those that are done.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,18 @@ from benchmarks.harness.records import latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS, ask, chosen_prompts
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
-from benchmarks.studies.config import Study, StudyConfig, load_study
-from benchmarks.studies.records import keep, keep_origin, require_same, served_name, write_gz
+from benchmarks.studies.config import Budget, Study, StudyConfig, load_study
+from benchmarks.studies.records import (
+    PLAIN,
+    keep,
+    keep_origin,
+    of_budget,
+    require_same,
+    served_name,
+    training_name,
+    walked_name,
+    write_gz,
+)
 from benchmarks.studies.walk import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpointer import Checkpoints, read_state
@@ -39,14 +52,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the parts of a study are. data_dir: of its tasks and files; None: the hub and the working directory."""
+    """Where the parts of a study are. data_dir: of its tasks and files; None: the hub and the working directory.
+
+    budget: that arms, served drafters and their records are of. settings: of servers, over the study's.
+    """
 
     out: Path
     data_dir: Path | None = None
+    budget: Budget = None
+    settings: tuple[str, ...] = ()
 
     @property
     def records(self) -> Path:
+        """What all budgets have in common; their own records are in `kept`."""
         return self.out / "records"
+
+    @property
+    def kept(self) -> Path:
+        return of_budget(self.records, self.budget)
 
     @property
     def plain(self) -> Path:
@@ -62,16 +85,18 @@ class Places:
         return self.out / "target" / f"features-{name}"
 
     def given(self, file: Path) -> Path:
-        return (self.data_dir or Path()) / file
+        """A file that the study names: of data_dir, or where that has none, of the working directory."""
+        own = (self.data_dir or Path()) / file
+        return file if file.exists() and not own.exists() else own
 
     def training(self, arm: str, seed: int) -> Path:
-        return self.out / "arms" / f"{arm}-{seed}" / "run"
+        return of_budget(self.out / "arms", self.budget) / f"{arm}-{seed}" / "run"
 
     def drafter(self, arm: str, seed: int) -> Path:
-        return self.out / "arms" / f"{arm}-{seed}" / "drafter"
+        return of_budget(self.out / "arms", self.budget) / f"{arm}-{seed}" / "drafter"
 
     def served(self, arm: str, seed: int, temperature: float) -> Path:
-        return self.out / "served" / served_name(arm, seed, temperature)
+        return of_budget(self.out / "served", self.budget) / served_name(arm, seed, temperature)
 
 
 def run_study(config: StudyConfig) -> None:
@@ -79,21 +104,37 @@ def run_study(config: StudyConfig) -> None:
 
     Raises ConfigError for an arm whose recipe is refused, and where config.out belongs to another study.
     """
-    study, places = load_study(config.study), Places(config.out, config.data_dir)
-    for changes in study.arms.values():  # before hours are spent on the arms in front of a wrong one
-        load_recipe(study.recipe, [*study.set, *changes.set])
+    study = load_study(config.study)
+    places = Places(config.out, config.data_dir, settings=config.settings)
+    for part in study.parts.values():  # before hours are spent on the arms in front of a wrong one
+        for arm in part.arms.values():
+            load_recipe(part.recipe, [*part.set, *arm.set])
     require_same(config.study, places.records)
     _target_part(study, places)
-    _train_all(study, places, config.jobs)
     walker: Walker | None = None
+    for budget, part in study.parts.items():
+        of_part = replace(places, budget=budget)
+        of_part.kept.mkdir(exist_ok=True)
+        _train_all(part, of_part, config.jobs)
+        walker = _walk_all(part, of_part, walker)
+        if not config.walk_only:
+            _served_part(part, of_part)
+
+
+def _walk_all(study: Study, places: Places, walker: Walker | None) -> Walker | None:
+    """walker: one that has the answers' features already, if there is one. Returns the one that was used."""
     for seed in study.seeds:
         for arm in study.arms:
-            kept = places.records / f"walked-{arm}-{seed}.jsonl.gz"
-            if not kept.is_file():
-                walker = walker or Walker(study.target, latest(read_records(places.plain / RECORDS)))
-                keep(kept, walker.walk(places.drafter(arm, seed)))
-                logger.info("walked %s, seed %d", arm, seed)
-    _served_part(study, places)
+            files = [places.kept / walked_name(arm, seed, nodes) for nodes in study.walked_figures.values()]
+            if all(file.is_file() for file in files):
+                continue
+            if walker is None:
+                answers = latest(read_records(places.plain / RECORDS))
+                walker = Walker(study.target, answers, study.measured.trees)
+            for file, walked in zip(files, walker.walk(places.drafter(arm, seed)), strict=True):
+                keep(file, walked)
+            logger.info("walked %s, seed %d", arm, seed)
+    return walker
 
 
 # --- the target's part ---
@@ -102,15 +143,16 @@ def run_study(config: StudyConfig) -> None:
 def _target_part(study: Study, places: Places) -> None:
     places.plain.parent.mkdir(parents=True, exist_ok=True)
     due = [name for name in study.answers if not _answers_ready(study, places, name)]
-    if not due and (places.records / "plain.json").is_file():
+    if not due and (places.records / PLAIN).is_file():
         return
     log_file = places.out / "target" / "server.log"
-    with serve(study.profile, plain=True, settings=study.server_set, log_file=log_file) as server:
+    settings = [*study.server_set, *places.settings]
+    with serve(study.profile, plain=True, settings=settings, log_file=log_file) as server:
         for name in due:
             _regenerate(study, places, name, server.base_url)
         _ask(study, places, {"base_url": server.base_url, "plain": True, "out": places.plain})
     keep(places.records / "plain.jsonl.gz", latest(read_records(places.plain / RECORDS)))
-    keep_origin(places.records / "plain.json", places.plain / MANIFEST)
+    keep_origin(places.records / PLAIN, places.plain / MANIFEST)
 
 
 def _answers_ready(study: Study, places: Places, name: str) -> bool:
@@ -170,7 +212,7 @@ def _train_all(study: Study, places: Places, jobs: int) -> None:
 
 def _train(study: Study, places: Places, arm: str, seed: int, threads: int | None) -> None:
     drafter, run = places.drafter(arm, seed), places.training(arm, seed)
-    kept = places.records / f"training-{arm}-{seed}.json.gz"
+    kept = places.kept / training_name(arm, seed)
     if kept.is_file() and drafter.is_dir():
         return
     changes = [*study.set, *study.arms[arm].set, f"seed={seed}"]
@@ -225,8 +267,13 @@ def _served_part(study: Study, places: Places) -> None:
                 study.profile,
                 plain=False,
                 # A chain, as it is walked, unless the study says otherwise.
-                settings=["tree=false", *study.server_set, f"drafter={places.drafter(arm, seed).resolve()}"],
-                log_file=places.out / "served" / f"{arm}-{seed}.log",
+                settings=[
+                    "tree=false",
+                    *study.server_set,
+                    *places.settings,
+                    f"drafter={places.drafter(arm, seed).resolve()}",
+                ],
+                log_file=of_budget(places.out / "served", places.budget) / f"{arm}-{seed}.log",
             ) as server:
                 for temperature in due:
                     _serve_one(study, places, arm, seed, temperature, server.base_url)
@@ -238,12 +285,12 @@ def _serve_one(study: Study, places: Places, arm: str, seed: int, temperature: f
     concurrency = study.served.concurrency
     _ask(study, places, {"base_url": base_url, "temperature": temperature, "concurrency": concurrency, "out": out})
     name = served_name(arm, seed, temperature)
-    keep_origin(places.records / f"served-{name}.json", out / MANIFEST)
+    keep_origin(places.kept / f"served-{name}.json", out / MANIFEST)
     keep(_kept_served(places, arm, seed, temperature), latest(read_records(out / RECORDS)))
 
 
 def _kept_served(places: Places, arm: str, seed: int, temperature: float) -> Path:
-    return places.records / f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
+    return places.kept / f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
 
 
 def _ask(study: Study, places: Places, settings: dict[str, Any]) -> None:
@@ -251,8 +298,10 @@ def _ask(study: Study, places: Places, settings: dict[str, Any]) -> None:
 
     Raises TrainingError where requests failed, because a study needs every answer.
     """
+    measured = study.measured.model_dump(exclude={"sets", "trees"})
+    prompts = [places.given(file) for file in study.measured.sets]
     config = RunConfig.model_validate(
-        {**study.measured.model_dump(), "data_dir": places.data_dir, "stream": False, **settings}
+        {**measured, "prompts": prompts, "data_dir": places.data_dir, "stream": False, **settings}
     )
     run = ask(config, chosen_prompts(config), config.out.name, resume=True)
     failed = [record for record in run.records.values() if record.failed]

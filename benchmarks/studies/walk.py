@@ -21,7 +21,7 @@ from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.batching import Batch, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
-from sglang_auf.training.evaluate import BATCH_TOKENS, accepted_by_anchor, walk
+from sglang_auf.training.evaluate import BATCH_TOKENS, walks
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 
@@ -37,9 +37,12 @@ class _Known:
 class Walker:
     """Walks drafters over the same answers. Features are computed once for each set of tapped layers."""
 
-    def __init__(self, target: str, answers: Sequence[Record]) -> None:
-        """answers: greedy ones of a plain run. Raises DataError where one has no token ids, or none is long enough."""
-        self._target = find_target(target)
+    def __init__(self, target: str, answers: Sequence[Record], trees: Sequence[int] = ()) -> None:
+        """answers: greedy ones of a plain run. trees: numbers of nodes of trees to walk with, beside the chain.
+
+        Raises DataError where an answer has no token ids, or none is long enough.
+        """
+        self._target, self._trees = find_target(target), trees
         self._answers = [record for record in answers if not record.failed and record.completion_tokens > 1]
         for record in self._answers:
             if record.prompt_ids is None or record.output_ids is None or record.temperature != 0:
@@ -54,20 +57,22 @@ class Walker:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._known: dict[tuple[int, ...], _Known] = {}
 
-    def walk(self, drafter: Path) -> list[Record]:
-        """One record for each answer, without times. Raises CardError for a broken drafter."""
+    def walk(self, drafter: Path) -> list[list[Record]]:
+        """Records with a chain, and then with each kind of tree: one for each answer, without times.
+
+        Raises CardError for a broken drafter.
+        """
         model = load_drafter(drafter)
         known = self._features(model.config.target_layer_ids)
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
         step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
-        block = model.config.block_size
-        walked: list[Record] = []
+        walked: list[list[Record]] = [[] for _ in (None, *self._trees)]
         with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16):
             for records, batch in known.batches:
-                acceptances = walk(batch.loss_mask, accepted_by_anchor(step, batch), block)
-                walked += [_record(record, counts) for record, counts in zip(records, acceptances, strict=True)]
+                for found, counts in zip(walked, walks(step, batch, trees=self._trees), strict=True):
+                    found += [_record(*pair) for pair in zip(records, counts, strict=True)]
         place = {record.key: number for number, record in enumerate(self._answers)}
-        return sorted(walked, key=lambda record: place[record.key])
+        return [sorted(found, key=lambda record: place[record.key]) for found in walked]
 
     def _features(self, layers: tuple[int, ...]) -> _Known:
         if layers not in self._known:
@@ -99,6 +104,7 @@ def _record(answer: Record, counts: Acceptance) -> Record:
         completion_tokens=answer.completion_tokens,
         verify_steps=counts.verify_steps,
         accepted_histogram=list(counts.histogram),
+        proposed=counts.proposed,
         block_size=counts.block_size,
         started_at=0.0,
         latency_s=0.0,

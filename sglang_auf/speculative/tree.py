@@ -25,6 +25,9 @@ import torch
 ANCHOR = -1
 """In place of a parent, for a child of the anchor."""
 
+RANKS = 8
+"""Tokens considered at each slot."""
+
 Chances = Sequence[Sequence[Sequence[float]]]
 """Of one request, [2][slots][ranks]: the probability that a node is accepted if its parent is. [1]: where the path to
 its parent has branched, that is, left its slots' likeliest tokens."""
@@ -75,6 +78,21 @@ def grow(chances: Sequence[Chances], limits: Sequence[int], floor: float) -> Ite
         offer(request, place, -minus, branched or rank > 0, slot + 1, 0)
         offer(request, parent, above, branched, slot, rank + 1)
         place += 1
+
+
+def accepted_along(
+    texts: Sequence[Sequence[int]], chances: np.ndarray, drafts: Sequence[Sequence[Sequence[int]]], nodes: int
+) -> list[int]:
+    """How many drafts of each request are accepted where what the target says is known, from a tree of `nodes` nodes.
+
+    texts: the tokens behind each anchor [requests][slots], -1 behind their end. chances: the drafter's probabilities
+    [requests, slots, ranks], which are used as they are. drafts: the tokens that they are of.
+    """
+    grown = grow([(table, table) for table in chances.tolist()], [nodes] * len(chances), floor=0.0)
+    forest = Forest.of(list(grown), [0] * len(chances), drafts)  # the anchors themselves do not matter
+    behind = np.pad(np.asarray(texts), ((0, 0), (0, 1)), constant_values=-1)
+    said = behind[np.repeat(np.arange(len(chances)), forest.rows), forest.depths]
+    return [len(path) - 1 for path in forest.walk(said.tolist())]
 
 
 @dataclass(frozen=True, slots=True)

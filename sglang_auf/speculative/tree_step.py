@@ -32,10 +32,7 @@ from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
 from sglang_auf.speculative.stopwatch import Stopwatch
-from sglang_auf.speculative.tree import Forest, Node, grow
-
-RANKS = 8
-"""Tokens considered at each slot."""
+from sglang_auf.speculative.tree import RANKS, Forest, Node, grow
 
 DOMINO_CHANCE = 0.6
 """Of a Domino draft, before any was accepted: its path is chosen token by token, without probabilities of its own."""

@@ -4,13 +4,17 @@ The text is the target's own, so its next tokens stand in for verification. The 
 prefill and is the first anchor. Of a block drafted at anchor a the A tokens before the first that differs from the text
 are accepted, and the next anchor is a + A + 1. Tau, alpha_k and the histogram are those of acceptance.py, with one
 request for each answer. Accuracy and loss, by which others choose checkpoints, are computed too.
+
+Instead of a chain of B - 1 drafts serving may verify a tree (speculative/tree.py). Trees of a given number of nodes are
+grown and followed here by the same code, from the drafter's probabilities as they are; serving corrects these by what
+was accepted lately.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -24,9 +28,10 @@ from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.settings import enable_thinking
+from sglang_auf.speculative.tree import RANKS, accepted_along
 from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
-from sglang_auf.training.losses.cross_entropy import leading_matches
+from sglang_auf.training.losses.cross_entropy import leading_matches, likeliest
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import Terms, TrainingStep
 
@@ -46,6 +51,9 @@ BATCH_TOKENS = 4096
 SAMPLED = 16
 """Blocks of each row that accuracy and loss are computed on."""
 
+TREES = (8, 16)
+"""Nodes of the trees that a checkpoint is evaluated with, beside the chain."""
+
 KEPT_BYTES = 2**31
 """Features are kept between evaluations up to this size, and computed again above it."""
 
@@ -57,7 +65,7 @@ class HeldOut:
     tau_macro: mean over answers. tau_micro, alpha (alpha_1..), histogram: over all their steps (acceptance.py).
     answers: number of those with a verify step, which have two tokens or more. accuracy: over all slots of sampled
     blocks, given the text before the block (Domino: of the base branch). loss: of the objective on these blocks, at the
-    end of its schedule.
+    end of its schedule. tau_trees: number of nodes -> tau_macro with trees of so many.
     """
 
     tau_macro: float | None
@@ -67,6 +75,7 @@ class HeldOut:
     answers: int
     accuracy: float | None
     loss: float | None
+    tau_trees: Mapping[int, float | None] = field(default_factory=dict)
 
 
 def heldout_tau(
@@ -75,37 +84,59 @@ def heldout_tau(
     *,
     precision: Literal["bf16", "fp32"] = "bf16",
     vocabulary: Tensor | None = None,
+    trees: Sequence[int] = (),
 ) -> HeldOut:
     """Walk all answers of `batches`, which are on the step's device. precision: the recipe's.
 
     vocabulary [n]: ascending ids of the tokens that may be drafted, None for all; accuracy and loss are over all.
-    Equal weights give equal figures, since no shared random generator is used. Gradients and train/eval modes do not
-    change (no module of a drafter depends on the mode).
+    trees: numbers of nodes of trees to walk with as well. Equal weights give equal figures, since no shared random
+    generator is used. Gradients and train/eval modes do not change (no module of a drafter depends on the mode).
     """
-    answers: list[Acceptance] = []
+    answers: list[list[Acceptance]] = [[] for _ in (None, *trees)]
     terms: list[Terms] = []
     with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            accepted = accepted_by_anchor(step, batch, vocabulary)
-            answers += walk(batch.loss_mask, accepted, step.drafter.config.block_size)
+            for walked, more in zip(answers, walks(step, batch, vocabulary, trees), strict=True):
+                walked += more
             generators = [torch.Generator().manual_seed(0) for _ in batch.ids]
             anchors, valid = draw_anchors(batch.loss_mask, SAMPLED, generators)
             terms.append(step(batch, anchors, valid, progress=1.0, diagnostics=True))
-    everything = total_acceptance(answers)
+    chain, *of_trees = answers
+    everything = total_acceptance(chain)
     accuracy, loss = _accuracy_and_loss(terms) if everything.requests else (None, None)
     return HeldOut(
-        tau_macro=macro_tau(answers),
+        tau_macro=macro_tau(chain),
         tau_micro=everything.tau,
         alpha=everything.alpha,
         histogram=everything.histogram,
         answers=everything.requests,
         accuracy=accuracy,
         loss=loss,
+        tau_trees={nodes: macro_tau(walked) for nodes, walked in zip(trees, of_trees, strict=True)},
     )
 
 
-def accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | None = None) -> Tensor:
-    """[R, S] int64: the number of accepted drafts of a block that starts at each position; 0 where none may start.
+def walks(
+    step: TrainingStep, batch: Batch, vocabulary: Tensor | None = None, trees: Sequence[int] = ()
+) -> Iterator[list[Acceptance]]:
+    """The acceptance of every answer of a batch: with a chain, and then with a tree of each number of nodes in `trees`.
+
+    vocabulary: as for heldout_tau. An answer is a run of True in the batch's loss_mask.
+    """
+    block, ranks = step.drafter.config.block_size, _ranks(step, vocabulary)
+    proposed = [block - 1, *(min(nodes, sum(ranks**slot for slot in range(1, block))) for nodes in trees)]
+    for accepted, drafts in zip(_accepted_by_anchor(step, batch, vocabulary, trees), proposed, strict=True):
+        yield list(_walk(batch.loss_mask, accepted, block, drafts))
+
+
+def _ranks(step: TrainingStep, vocabulary: Tensor | None) -> int:
+    """Tokens considered at each slot. A Domino drafter chooses one path, so its tree is a chain."""
+    listed = len(step.head) if vocabulary is None else len(vocabulary)
+    return 1 if step.drafter.config.head == "domino" else min(RANKS, listed)
+
+
+def _accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | None, trees: Sequence[int]) -> Tensor:
+    """[1 + trees, R, S] int64: the accepted drafts of a block that starts at each position; 0 where none may start.
 
     Drafts from every anchor at once, although the walk visits one in tau: the text is known, so blocks are independent,
     and few large matmuls beat many small ones (half the time on a CPU at tau 2, compared with a walk that keeps the
@@ -115,16 +146,16 @@ def accepted_by_anchor(step: TrainingStep, batch: Batch, vocabulary: Tensor | No
     widest = max(1, int(positions.sum(1).max()))
     anchors = positions.int().argsort(dim=1, descending=True, stable=True)[:, :widest]
     valid = positions.gather(1, anchors)
-    accepted = torch.zeros_like(batch.input_ids)
+    accepted = torch.zeros_like(batch.input_ids).repeat(1 + len(trees), 1, 1)
     per_call = max(1, BLOCKS.get(anchors.device.type, DEFAULT_BLOCKS) // len(anchors))
     for some, real in zip(anchors.split(per_call, dim=1), valid.split(per_call, dim=1), strict=True):
         rows = real.nonzero()[:, 0]
-        accepted[rows, some[real]] = _accepted(step, batch, some, real, vocabulary)
+        accepted[:, rows, some[real]] = _accepted(step, batch, some, real, vocabulary, trees)
     return accepted
 
 
-def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Acceptance]:
-    """The acceptance of every answer, which is a run of True in loss_mask [R, S]. accepted: of accepted_by_anchor."""
+def _walk(loss_mask: Tensor, accepted: Tensor, block_size: int, drafts: int) -> Iterator[Acceptance]:
+    """loss_mask, accepted [R, S]. drafts: how many a step verifies."""
     for mask, row in zip(loss_mask.tolist(), accepted.tolist(), strict=True):
         end = 0
         for is_answer, run in groupby(mask):
@@ -136,26 +167,61 @@ def walk(loss_mask: Tensor, accepted: Tensor, block_size: int) -> Iterator[Accep
             while anchor < end - 1:
                 histogram[row[anchor]] += 1
                 anchor += row[anchor] + 1
-            yield Acceptance.of_request(histogram, end - start)
+            yield Acceptance.of_request(histogram, end - start, sum(histogram) * drafts)
 
 
-def _accepted(step: TrainingStep, batch: Batch, anchors: Tensor, valid: Tensor, vocabulary: Tensor | None) -> Tensor:
-    """Number of accepted drafts of each valid block [blocks], none past the end of the answer."""
+def _accepted(
+    step: TrainingStep,
+    batch: Batch,
+    anchors: Tensor,
+    valid: Tensor,
+    vocabulary: Tensor | None,
+    trees: Sequence[int],
+) -> Tensor:
+    """Number of accepted drafts of each valid block [1 + trees, blocks], none past the end of the answer."""
     hidden, tokens, inside = step.blocks(batch, anchors, valid)
     labels, mask = tokens[:, 1:], inside[:, 1:]
     if step.drafter.config.head == "dflash":
-        if vocabulary is None:
-            return leading_matches(hidden[:, 1:], step.head, labels, mask, chunk=step.chunk)
-        place = torch.full((len(step.head),), -1, device=labels.device)  # no draft is -1
-        place[vocabulary] = torch.arange(len(vocabulary), device=labels.device)
-        return leading_matches(hidden[:, 1:], step.head[vocabulary], place[labels], mask, chunk=step.chunk)
+        head = step.head
+        if vocabulary is not None:
+            place = torch.full((len(head),), -1, device=labels.device)  # no draft is -1
+            place[vocabulary] = torch.arange(len(vocabulary), device=labels.device)
+            head, labels = head[vocabulary], place[labels]
+        chain = leading_matches(hidden[:, 1:], head, labels, mask, chunk=step.chunk)
+        labels = labels.masked_fill(~mask, -1)
+        ranks = _ranks(step, vocabulary)
+        return torch.stack([chain, *_accepted_in_trees(hidden[:, 1:], head, labels, ranks, trees, step.chunk)])
     # Serving feeds the GRU with its drafts. As long as drafts are accepted they equal the text, and later slots do not
     # count, so a GRU over the text accepts the same.
     given = step.embedding[tokens[:, :-1]]
     projector = step.drafter.embed_proj
     states = F.pad(correction_inputs(step.drafter.prefix_gru, projector, hidden[:, 1:-1], given), (0, 0, 1, 0))
     correction = (states, projector[2].weight)
-    return leading_matches(hidden[:, :-1], step.head, labels, mask, chunk=step.chunk, correction=correction)
+    chain = leading_matches(hidden[:, :-1], step.head, labels, mask, chunk=step.chunk, correction=correction)
+    return torch.stack([chain, *(chain.clamp(max=nodes) for nodes in trees)])
+
+
+def _accepted_in_trees(
+    hidden: Tensor, head: Tensor, labels: Tensor, ranks: int, trees: Sequence[int], chunk: int
+) -> Iterator[Tensor]:
+    """The accepted drafts of each block [blocks], for each number of nodes in `trees`.
+
+    labels [blocks, K]: -1 behind the end of the answer, and for a token that is not drafted.
+    """
+    if not trees:
+        return
+    # Where the first label is not among the likeliest, no tree accepts anything: the other slots need no logits.
+    begins = (likeliest(hidden[:, 0], head, ranks, chunk=chunk)[1] == labels[:, :1]).any(-1).nonzero()[:, 0]
+    shape = (len(begins), labels.shape[1], ranks)
+    chances, drafts = (
+        each.view(shape).cpu() for each in likeliest(hidden[begins].flatten(0, 1), head, ranks, chunk=chunk)
+    )
+    for nodes in trees:
+        accepted = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        if len(begins):
+            along = accepted_along(labels[begins].tolist(), chances.numpy(), drafts.tolist(), nodes)
+            accepted[begins] = torch.tensor(along, device=labels.device)
+        yield accepted
 
 
 def _accuracy_and_loss(terms: list[Terms]) -> tuple[float, float]:
@@ -208,7 +274,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
 
     listed = draft_vocabulary.in_use(checked.path)
     vocabulary = None if listed is None else torch.tensor(listed.tokens, device=device)
-    return heldout_tau(step, batches(), vocabulary=vocabulary)
+    return heldout_tau(step, batches(), vocabulary=vocabulary, trees=TREES)
 
 
 class HeldOutAnswers:

@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gsm8k": [{"id": f"g{i}", "turns": [words(5)]} for i in range(3)],
         "mt_bench": [{"id": f"m{i}", "turns": [words(4), words(4)]} for i in range(2)],
     }
-    for name, rows in {"train": train, **tasks}.items():
+    letters = [{"id": f"l{i}", "turns": [words(7)]} for i in range(3)]
+    for name, rows in {"train": train, "letters": letters, **tasks}.items():
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     recipe = {
@@ -58,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "drafter": {"num_layers": 1, "target_layer_ids": [1, 3], "block_size": 4, "mask_token_id": 3},
         "objective": {"name": "auf"},
         "optimiser": {"lr": 0.01},
-        "schedule": {"max_steps": 12},
+        "schedule": {"epochs": 1},
         "batch": {"batch_tokens": 512, "anchors_per_row": 8},
         "log_every": 1,
         "evaluate_every": 12,
@@ -74,7 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds": [1, 2],
         "answers": {"own": {"prompts": ["train.jsonl"], "max_tokens": 24}},
         "arms": {"decay": {"set": ["objective.name=decay"]}, "auf": {}},
-        "measured": {"tasks": ["gsm8k", "mt_bench"], "limit": 2, "max_tokens": 24},
+        "budgets": {12: ["log_every=1"]},
+        "measured": {
+            **{"tasks": ["gsm8k", "mt_bench"], "sets": ["letters.jsonl"], "trees": [4]},
+            **{"limit": 2, "max_tokens": 24},
+        },
         "served": {"arms": ["auf"], "seeds": [2], "temperatures": [0.0]},
         "claims": [{"id": "a", "text": "AUF is better", "arm": "auf", "against": "decay"}],
     }
@@ -99,10 +104,10 @@ def finished(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_module, "_train", interrupted)
         assert main(command) == 130
-    done = [path.stat().st_mtime_ns for path in sorted(out.glob("arms/*/drafter/model.safetensors"))]
+    done = [path.stat().st_mtime_ns for path in sorted(out.glob("arms/12/*/drafter/model.safetensors"))]
     assert len(done) == 2
     assert main(command) == 0
-    again = sorted(out.glob("arms/*/drafter/model.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    again = sorted(out.glob("arms/12/*/drafter/model.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     assert [path.stat().st_mtime_ns for path in again][:2] == sorted(done)
     assert len(again) == 4
     return out
@@ -113,20 +118,32 @@ def test_a_served_drafter_has_the_counts_of_its_walk(finished: Path) -> None:
 
     Histograms may differ: a server also counts drafts that it accepted and then cut off at the end.
     """
-    results = read_results(finished / "records")
+    results = read_results(finished / "records")[12]
     served = {record.key: record for record in results.served["auf", 2, 0.0]}
-    walked = {record.key: record for record in results.walked["auf", 2]}
+    walked = {record.key: record for record in results.walked["tau"]["auf", 2]}
     assert served.keys() == walked.keys()
-    assert len(served) == 6
+    assert len(served) == 8
     same = sum(served[key].verify_steps == walked[key].verify_steps for key in served)
-    assert same >= 5
+    assert same >= 7
     for key, record in served.items():
         assert record.completion_tokens == walked[key].completion_tokens
 
 
+def test_trees_are_walked_over_tasks_and_sets(finished: Path) -> None:
+    results = read_results(finished / "records")[12]
+    for run, chain in results.walked["tau"].items():
+        of_trees = results.walked["tau_tree_4"][run]
+        assert [record.key for record in of_trees] == [record.key for record in chain]
+        assert {record.acceptance.nodes_per_step for record in of_trees} == {4}
+        assert len(results.answers(run, of="letters.jsonl")) == 2
+        assert len(results.answers(run)) == 6
+    text = (finished / "study.md").read_text()
+    assert "## Verdicts by budget" in text and "## Claims on letters.jsonl, 12 steps" in text
+
+
 def test_arms_with_one_seed_start_alike(finished: Path) -> None:
     """Weights, batches and anchors are equal, so before the first update the same number of slots is right."""
-    results = read_results(finished / "records")
+    results = read_results(finished / "records")[12]
 
     def first(arm: str, seed: int) -> dict[str, Any]:
         return next(row for row in results.training[arm, seed]["metrics"] if row["kind"] == "train")
@@ -140,10 +157,10 @@ def test_arms_with_one_seed_start_alike(finished: Path) -> None:
 
 
 def test_records_hold_no_text_and_no_paths(finished: Path, folder: Path) -> None:
-    for path in (finished / "records").glob("*.jsonl.gz"):
+    for path in (finished / "records").rglob("*.jsonl.gz"):
         for record in read_kept(path):
             assert record.output_ids is None and record.prompt_ids is None and not record.output_text
-    for path in (finished / "records").iterdir():
+    for path in (path for path in (finished / "records").rglob("*") if path.is_file()):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         own = path.name == "study.yaml"  # says what its author wrote
         assert own or str(folder.parent).encode() not in content, path.name
@@ -172,6 +189,16 @@ def test_a_report_of_a_study_that_is_not_done_says_so(
 ) -> None:
     part = folder / "part"
     shutil.copytree(finished / "records", part / "records")
-    (part / "records" / "walked-auf-2.jsonl.gz").unlink()
+    (part / "records/12/walked-auf-2-tree-4.jsonl.gz").unlink()
     assert main(["study", str(folder / "study.yaml"), "--out", str(part), "--report-only"]) == 2
     assert "not done yet" in capsys.readouterr().err
+
+
+def test_a_report_of_the_walk_alone_needs_nothing_served(finished: Path, folder: Path) -> None:
+    walked = folder / "walked"
+    shutil.copytree(finished / "records", walked / "records", ignore=shutil.ignore_patterns("served-*"))
+    command = ["study", str(folder / "study.yaml"), "--out", str(walked), "--report-only"]
+    assert main(command) == 2
+    assert main([*command, "--walk-only"]) == 0
+    assert "## Served" in (finished / "study.md").read_text()
+    assert "## Served" not in (walked / "study.md").read_text()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from sglang_auf.speculative import sampling
-from sglang_auf.speculative.tree import ANCHOR, Chances, Forest, Node, grow
+from sglang_auf.speculative.tree import ANCHOR, Chances, Forest, Node, accepted_along, grow
 
 Path = tuple[int, ...]
 """Of a node, the rank at each slot, its own last."""
@@ -75,6 +75,30 @@ def closed_sets(chances: Chances, size: int) -> Iterator[frozenset[Path]]:
             if path not in chosen and (len(path) == 1 or path[:-1] in chosen)
         }
     yield from found
+
+
+# --- what a known text has accepted ---
+
+
+@pytest.mark.parametrize(
+    ("nodes", "accepted"),
+    # One request's nodes: 10, 11, 10 20, 11 20, 10 21, 11 21. The other's: 30, 30 40, 30 41, 31, 31 40, 31 41.
+    [(1, [0, 1]), (2, [1, 1]), (3, [1, 2]), (4, [2, 2])],
+)
+def test_a_text_is_accepted_as_far_as_the_tree_holds_it(nodes: int, accepted: list[int]) -> None:
+    chances = np.array([[[0.5, 0.4], [0.6, 0.3]], [[0.9, 0.1], [0.5, 0.4]]])
+    drafts = [[[10, 11], [20, 21]], [[30, 31], [40, 41]]]
+    assert accepted_along([[11, 20], [30, 41]], chances, drafts, nodes) == accepted
+
+
+def test_nothing_is_accepted_behind_the_end_of_a_text() -> None:
+    chances, drafts = np.array([[[0.6, 0.4], [0.6, 0.4]]]), [[[1, 2], [1, 2]]]
+    assert [accepted_along([text], chances, drafts, 6) for text in ([1, 2], [1, -1], [-1, -1], [3, 1])] == [
+        [2],
+        [1],
+        [0],
+        [0],
+    ]
 
 
 # --- grow ---

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from sglang_auf import cli
+from sglang_auf.acceptance import macro_tau, total_acceptance
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import evaluate
 from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.loader import BatchMaker
-from sglang_auf.training.evaluate import HeldOut, HeldOutAnswers, heldout_tau
+from sglang_auf.training.evaluate import HeldOut, HeldOutAnswers, heldout_tau, walks
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
@@ -85,7 +88,40 @@ def make_batch(masks: list[str], features: int) -> Batch:
 ROWS = ["uuuAAAAAAAAAAAAAAAAAAAAAAAAAA", "uuAAAAAAAuuuuAAAAAAAAAAAAAuuAu", "uAAuuuAAAAAAAA", "u" + "A" * 60]
 
 
-def one_by_one(step: TrainingStep, batch: Batch) -> list[tuple[list[int], int]]:
+Accepts = Callable[[TrainingStep, Tensor, list[int]], int]
+"""step, features before an anchor [anchor, taps * H], text from the anchor to its answer's end -> accepted drafts"""
+
+
+def in_chain(step: TrainingStep, features: Tensor, text: list[int]) -> int:
+    right = 0
+    for draft, token in zip(drafts_of(step, features, text[0]), text[1:], strict=False):
+        if draft != token:
+            break
+        right += 1
+    return right
+
+
+def in_tree(nodes: int, ranks: int = VOCABULARY, listed: list[int] | None = None) -> Accepts:
+    """Every path of every token with its probability, and the `nodes` likeliest of them."""
+
+    def accepted(step: TrainingStep, features: Tensor, text: list[int]) -> int:
+        tokens = listed or list(range(VOCABULARY))
+        by_slot = []
+        for state in hidden_of(step, features, text[0])[1:]:
+            chances = (step.head[tokens] @ state).softmax(0).tolist()
+            by_slot.append(sorted(zip(chances, tokens, strict=True), reverse=True)[:ranks])
+        paths = {
+            tuple(token for _, token in path): math.prod(chance for chance, _ in path)
+            for length in range(1, len(by_slot) + 1)
+            for path in itertools.product(*by_slot[:length])
+        }
+        held = set(sorted(paths, key=lambda path: -paths[path])[:nodes])
+        return max((n for n in range(1, len(text)) if tuple(text[1 : n + 1]) in held), default=0)
+
+    return accepted
+
+
+def one_by_one(step: TrainingStep, batch: Batch, accepts: Accepts = in_chain) -> list[tuple[list[int], int]]:
     """(accepted of each step, tokens) of every answer: a block at a time, with a context cut off before its anchor."""
     answers = []
     for row, length in enumerate(batch.lengths.tolist()):
@@ -96,24 +132,26 @@ def one_by_one(step: TrainingStep, batch: Batch) -> list[tuple[list[int], int]]:
             end = mask.index(False, start)
             accepted, anchor = [], start
             while anchor + 1 < end:
-                drafts = drafts_of(step, batch.features[row, :anchor], text[anchor])
-                right = 0
-                while right < len(drafts) and anchor + 1 + right < end and drafts[right] == text[anchor + 1 + right]:
-                    right += 1
-                accepted.append(right)
-                anchor += right + 1
+                accepted.append(accepts(step, batch.features[row, :anchor], text[anchor:end]))
+                anchor += accepted[-1] + 1
             answers.append((accepted, end - start))
             at = end
     return answers
 
 
 @torch.no_grad()
+def hidden_of(step: TrainingStep, features: Tensor, token: int) -> Tensor:
+    """States of one block [B, H] on features [anchor, taps * H] and the anchor's token."""
+    slots = torch.tensor([token] + [MASK] * (step.drafter.config.block_size - 1))
+    found: Tensor = step.drafter(features[None], step.embedding[slots][None, None], torch.tensor([[len(features)]]))[
+        0, 0
+    ]
+    return found
+
+
 def drafts_of(step: TrainingStep, features: Tensor, token: int) -> list[int]:
-    """One block on features [anchor, taps * H] and the anchor's token."""
-    drafter = step.drafter
-    slots = torch.tensor([token] + [MASK] * (drafter.config.block_size - 1))
-    hidden = drafter(features[None], step.embedding[slots][None, None], torch.tensor([[len(features)]]))[0, 0]
-    if drafter.config.head == "domino":
+    hidden = hidden_of(step, features, token)
+    if step.drafter.config.head == "domino":
         return domino_drafts(step, hidden, token)
     return [int((step.head @ state).argmax()) for state in hidden[1:]]
 
@@ -160,6 +198,44 @@ def test_equals_a_walk_one_block_at_a_time(head: str, block_size: int, monkeypat
     for k, alpha in enumerate(found.alpha, start=1):
         reached = sum(histogram[k - 1 :])
         assert alpha == (sum(histogram[k:]) / reached if reached else None)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("block_size", [2, 4, 6])
+def test_trees_equal_a_walk_over_every_path(block_size: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.BLOCKS, "cpu", 12)
+    monkeypatch.setattr(evaluate, "RANKS", ranks)
+    step, batch, trees = random_step(block_size, "dflash"), make_batch(ROWS, 64), (1, 5, 12)
+    found = heldout_tau(step, [batch], precision="fp32", trees=trees)
+    chain, *of_trees = walks(step, batch, trees=trees)
+    assert found.tau_macro == macro_tau(chain)
+    for nodes, walked in zip(trees, of_trees, strict=True):
+        expected = one_by_one(step, batch, in_tree(nodes, min(ranks, VOCABULARY)))
+        assert [answer.histogram for answer in walked] == [
+            tuple(accepted.count(a) for a in range(block_size)) if accepted else () for accepted, _ in expected
+        ]
+        taus = [(tokens - 1) / len(accepted) for accepted, tokens in expected if accepted]
+        assert found.tau_trees[nodes] == pytest.approx(sum(taus) / len(taus))
+        paths = sum(min(ranks, VOCABULARY) ** slot for slot in range(1, block_size))
+        assert total_acceptance(walked).nodes_per_step == min(nodes, paths)
+    if block_size > 2:
+        assert found.tau_trees[12] > found.tau_trees[5] > found.tau_trees[1] > 1  # type: ignore[operator]
+
+
+def test_trees_hold_listed_tokens_alone() -> None:
+    step, batch, listed = random_step(4, "dflash"), make_batch(ROWS, 64), [0, 1, 3]
+    _, walked = walks(step, batch, torch.tensor(listed), trees=(7,))
+    expected = one_by_one(step, batch, in_tree(7, listed=listed))
+    assert [answer.verify_steps for answer in walked] == [len(accepted) for accepted, _ in expected]
+
+
+def test_a_tree_of_a_domino_drafter_is_its_path() -> None:
+    step, batch = random_step(4, "domino"), make_batch(ROWS, 64)
+    chain, short, whole = walks(step, batch, trees=(1, 8))
+    assert whole == chain
+    expected = one_by_one(step, batch, lambda *block: min(in_chain(*block), 1))
+    assert [answer.verify_steps for answer in short] == [len(accepted) for accepted, _ in expected]
+    assert total_acceptance(short).nodes_per_step == 1
 
 
 def test_domino_correction_matters() -> None:
@@ -288,6 +364,7 @@ def test_command_prints_the_figures(models: dict[str, Path], capsys: pytest.Capt
     assert sum((a + 1) * count for a, count in enumerate(steps)) >= emitted
     assert [line[0] for line in lines if "(micro)" in line] == [f"{emitted / sum(steps):.4f}"]
     assert float(table["tau"][0]) >= 1
+    assert float(table["tau_tree_16"][0]) >= float(table["tau_tree_8"][0]) >= 1
     assert float(table["0"][1]) == pytest.approx(steps[0] / sum(steps), abs=1e-4)
 
 

@@ -146,6 +146,23 @@ def leading_matches(
     return correct.cumprod(-1).sum(-1)
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def likeliest(hidden: Tensor, head: Tensor, ranks: int, *, chunk: int) -> tuple[Tensor, Tensor]:
+    """The `ranks` likeliest tokens of each row, descending: probabilities, float32, and ids, both [n, ranks].
+
+    hidden [n, H], head [V, H]. Of equal logits the first comes first, as argmax has it.
+    """
+    chances = torch.zeros(len(hidden), ranks, device=hidden.device)
+    tokens = torch.zeros(len(hidden), ranks, dtype=torch.long, device=hidden.device)
+    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+        logits = hidden[rows].to(head.dtype) @ head.T
+        places = logits.topk(ranks, sorted=False).indices.sort().values
+        largest, order = logits.gather(1, places).float().sort(descending=True, stable=True)
+        chances[rows] = (largest - logits.float().logsumexp(-1, keepdim=True)).exp()
+        tokens[rows] = places.gather(1, order)
+    return chances, tokens
+
+
 def _waves(mask: Tensor, correct: Tensor, failures: int | None, chunk: int) -> Iterator[Tensor]:
     """Yield flat row indices wave by wave, at least one wave: every row that `_kept` keeps, and few others.
 

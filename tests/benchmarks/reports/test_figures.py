@@ -59,6 +59,16 @@ def test_alpha_leaves_out_what_no_step_reached() -> None:
     assert lines(axis) == {"run": [(1, 0.5), (2, 0.25)]}
 
 
+def test_each_run_of_an_arm_is_a_line_in_its_colour() -> None:
+    curves = {"decay": {300: [(50, 1.1), (300, 1.2)], 2400: [(200, 1.3)]}, "auf": {300: [(300, 1.4)]}}
+    (axis,) = figures.tau_by_step(curves).axes
+    drawn = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axis.lines]
+    assert drawn == [[(50, 1.1), (300, 1.2)], [(200, 1.3)], [(300, 1.4)]]
+    colours = [line.get_color() for line in axis.lines]
+    assert colours[0] == colours[1] != colours[2]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["decay", "auf"]
+
+
 def test_buckets_stand_in_order_and_each_run_has_its_own() -> None:
     of = task(2.0, Interval(low=1.5, high=2.75)).model_copy(
         update={"alpha": [0.5, 0.25], "alpha_intervals": [Interval(low=0.25, high=0.75), None]}

@@ -15,6 +15,7 @@ from benchmarks.harness.records import Record
 from benchmarks.stats.intervals import (
     Interval,
     macro_tau_interval,
+    mean_tau,
     paired_difference,
     t_interval,
     task_alpha_intervals,
@@ -132,6 +133,18 @@ def test_alpha_intervals_hold_the_summarys_alpha() -> None:
 def test_a_position_that_no_step_reached_has_no_interval() -> None:
     intervals = task_alpha_intervals("gsm8k", [record(f"p{i}", [4, 0, 0]) for i in range(4)])
     assert intervals == [Interval(low=0.0, high=0.0), None]
+
+
+def test_the_mean_of_runs_has_the_interval_of_one_run_with_its_means() -> None:
+    """Runs are of the same prompts, which are drawn together: the interval does not shrink with more runs."""
+    run = [*answers(12, seed=1), record("m", [1, 1], task="mbpp")]
+    one, many = mean_tau([run]), mean_tau([run, run])
+    assert one == many
+    assert one["gsm8k"] == (summarize_task(run[:12]).tau, task_tau_interval("gsm8k", run[:12]))
+    assert one["mbpp"] == (1.5, None)
+    found, _ = mean_tau([answers(12, seed=1), answers(12, seed=2)])["gsm8k"]
+    assert found == pytest.approx(fmean(summarize_task(answers(12, seed=seed)).tau for seed in (1, 2)))  # type: ignore[misc]
+    assert "mbpp" not in mean_tau([run, run[:12]])
 
 
 def test_a_difference_is_paired_by_prompt() -> None:

@@ -44,6 +44,13 @@ def test_an_arm_without_answers_of_its_own_has_the_first_ones(tmp_path: Path) ->
         ({"seeds": [1, 1]}, "seed occurs twice"),
         ({"served": {"arms": ["x"]}}, "no arm 'x'"),
         ({"served": {"seeds": [3]}}, "no seed 3"),
+        ({"served": {"budgets": [300]}}, "no budget 300"),
+        ({"budgets": {0: []}}, "budgets"),
+        ({"measured": {"trees": [0]}}, "trees"),
+        (
+            {"claims": [{"id": "a", "text": "", "arm": "auf", "against": "decay", "figure": "tau_tree_8"}]},
+            "'tau_tree_8' is none of tau, accuracy",
+        ),
         ({"answers": {"own": {}}}, "one of file, prompts and demo"),
         ({"answers": {"own": {"demo": 8, "file": "x"}}}, "one of file, prompts and demo"),
         ({"sedes": [1]}, "sedes"),
@@ -64,10 +71,26 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_arm_of_a_shipped_study_is_a_recipe(path: Path) -> None:
-    study = load_study(path)
-    for arm in study.arms.values():
-        for seed in study.seeds:
-            load_recipe(study.recipe, [*study.set, *arm.set, f"seed={seed}"])
+    for budget, study in load_study(path).parts.items():
+        for arm in study.arms.values():
+            for seed in study.seeds:
+                recipe = load_recipe(study.recipe, [*study.set, *arm.set, f"seed={seed}"])
+                assert budget is None or (recipe.schedule.max_steps, recipe.schedule.epochs) == (budget, None)
+
+
+def test_a_budget_is_a_study_with_changes_of_its_own(tmp_path: Path) -> None:
+    budgets = {300: ["evaluate_every=50"], 20: []}
+    served = {"seeds": [2], "budgets": [300]}
+    study = load_study(written(tmp_path, set=["save_every=5"], budgets=budgets, served=served))
+    assert list(study.parts) == [300, 20]
+    long, short = study.parts.values()
+    assert long.set == ("save_every=5", "schedule.epochs=null", "schedule.max_steps=300", "evaluate_every=50")
+    assert short.set == ("save_every=5", "schedule.epochs=null", "schedule.max_steps=20")
+    assert long.served is not None and long.served.seeds == (2,)
+    assert short.served is None
+    assert long.parts == {None: long}
+    without = load_study(written(tmp_path))
+    assert without.parts == {None: without}
 
 
 def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.stats.intervals import Interval
 from benchmarks.studies.config import Claim, Study
-from benchmarks.studies.findings import Results, findings, judge
+from benchmarks.studies.findings import Results, findings, judge, read_results
+from benchmarks.studies.records import PLAIN, STUDY, keep, training_name, walked_name, write_gz
+from sglang_auf.errors import ConfigError
 from tests.benchmarks.stats.test_intervals import answers
 
 
@@ -41,8 +47,11 @@ def test_a_verdict_needs_every_interval(expected: str, intervals: list[Interval 
     assert judge(claim(expected=expected, margin=0.02), intervals) == verdict
 
 
-def results(lift: float, accuracies: dict[str, list[float]]) -> Results:
-    """auf is `lift` more likely to have a draft accepted than decay, on two tasks and three seeds."""
+def results(lift: float, accuracies: dict[str, list[float]], **changes: Any) -> Results:
+    """auf is `lift` more likely to have a draft accepted than decay, on two tasks and three seeds.
+
+    changes: of the study. On its sets of other kinds, auf is as much less likely.
+    """
     study = Study.model_validate(
         {
             "title": "A study",
@@ -56,13 +65,18 @@ def results(lift: float, accuracies: dict[str, list[float]]) -> Results:
                 {"id": "a", "text": "higher tau", "arm": "auf", "against": "decay"},
                 {"id": "b", "text": "accuracy", "arm": "decay", "against": "auf", "figure": "accuracy"},
             ],
+            **changes,
         }
     )
+
+    def lifted(arm: str, other_kind: bool) -> float:
+        return 0.0 if arm == "decay" else -lift if other_kind else lift
+
     walked = {
         (arm, seed): [
             record
-            for task in ("gsm8k", "mbpp")
-            for record in answers(60, seed=seed, task=task, lift=lift if arm == "auf" else 0.0)
+            for task in ("gsm8k", "mbpp", *study.sets)
+            for record in answers(60, seed=seed, task=task, lift=lifted(arm, task in study.sets))
         ]
         for arm in study.arms
         for seed in study.seeds
@@ -88,11 +102,11 @@ def results(lift: float, accuracies: dict[str, list[float]]) -> Results:
     machine = {"cpu": "c", "cores": 2, "memory_gib": 1}
     plain = {
         "server": {"model": "m", "device": "cpu", "dtype": "bfloat16"},
-        "tasks": {"gsm8k": {"prompts": 60}, "mbpp": {"prompts": 60}},
+        "tasks": {name: {"prompts": 60} for name in ("gsm8k", "mbpp", *study.sets)},
         "sessions": [{"versions": {"sglang": "y"}, "machine": machine}],
     }
     served = {("auf", 1, 0.0): walked["auf", 1]}
-    return Results(study, walked, training, served, plain)
+    return Results(study, dict.fromkeys(study.walked_figures, walked), training, served, plain)
 
 
 EQUAL = {"decay": [0.3, 0.3, 0.3], "auf": [0.3, 0.3, 0.3]}
@@ -113,3 +127,64 @@ def test_no_difference_is_not_shown() -> None:
     tau, accuracy = findings(results(0.0, EQUAL))
     assert tau.difference == 0
     assert (tau.verdict, accuracy.verdict) == ("not shown", "not shown")
+
+
+def test_a_set_of_another_kind_has_findings_of_its_own_and_no_part_in_the_others() -> None:
+    made = results(0.15, EQUAL, measured={"sets": ["kinds/letters.jsonl"]})
+    tau, _ = findings(made)
+    assert tau.verdict == "yes"
+    assert set(tau.by_task) == {"gsm8k", "mbpp", "macro"}
+    (on_set,) = findings(made, "letters.jsonl")  # accuracy is not of prompts
+    assert on_set.verdict == "no"
+    assert on_set.difference < -0.1
+    assert set(on_set.by_task) == {"letters.jsonl", "macro"}
+
+
+def test_a_claim_may_be_about_trees() -> None:
+    trees = {"id": "t", "text": "t", "arm": "auf", "against": "decay", "figure": "tau_tree_8"}
+    made = results(0.15, EQUAL, measured={"trees": [8]}, claims=[trees])
+    for run, records in made.walked["tau"].items():
+        better = made.walked["tau"]["decay", run[1]] if run[0] == "auf" else records
+        made.walked["tau_tree_8"] = {**made.walked["tau_tree_8"], run: better}
+    (finding,) = findings(made)
+    assert finding.difference == 0, "which the chain's is not"
+
+
+def write(records: Path, study: dict[str, Any], budgets: Sequence[int]) -> None:
+    """Records of a study of two arms and one seed, done for these budgets."""
+    records.mkdir()
+    (records / STUDY).write_text(yaml.safe_dump(study))
+    (records / PLAIN).write_text("{}")
+    for budget in budgets:
+        (records / str(budget)).mkdir()
+        for arm in ("decay", "auf"):
+            run = {"target": {"name": "t"}, "data": {"sha256": "d"}}
+            write_gz(records / str(budget) / training_name(arm, 1), json.dumps({"run": run, "budget": budget}))
+            for nodes in (None, 8):
+                keep(records / str(budget) / walked_name(arm, 1, nodes), answers(nodes or 3, seed=budget))
+
+
+def test_budgets_that_are_done_are_read_and_the_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}}},
+        **{"budgets": {30: [], 60: []}, "measured": {"trees": [8]}, "served": {"arms": ["auf"]}},
+    }
+    write(tmp_path / "begun", study, [])
+    with pytest.raises(ConfigError, match="not done yet"):
+        read_results(tmp_path / "begun", walk_only=True)
+
+    write(tmp_path / "half", study, [30])
+    (budget,) = read_results(tmp_path / "half", walk_only=True)
+    assert budget == 30
+    assert "the budget of 60 steps is not done yet" in caplog.text
+    with pytest.raises(ConfigError, match="served-auf-1-T0"):
+        read_results(tmp_path / "half")
+
+    write(tmp_path / "done", study, [30, 60])
+    short, long = read_results(tmp_path / "done", walk_only=True).values()
+    assert (short.training["auf", 1]["budget"], long.training["auf", 1]["budget"]) == (30, 60)
+    assert [len(long.answers(("auf", 1), figure)) for figure in ("tau", "tau_tree_8")] == [3, 8]
+    assert long.answers(("auf", 1)) != short.answers(("auf", 1))

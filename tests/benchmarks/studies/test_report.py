@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.stats.intervals import mean_tau
+from benchmarks.stats.summary import macro, summarize_tasks
 from benchmarks.studies.findings import findings
 from benchmarks.studies.report import study_report
 from tests.benchmarks.studies.test_findings import EQUAL, results
@@ -11,7 +13,7 @@ from tests.benchmarks.studies.test_findings import EQUAL, results
 
 def test_the_page_holds_the_findings(tmp_path: Path) -> None:
     made = results(0.15, EQUAL)
-    page = study_report(made).write(tmp_path)
+    page = study_report({None: made}).write(tmp_path)
     text = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     tau, _ = findings(made)
@@ -19,3 +21,38 @@ def test_the_page_holds_the_findings(tmp_path: Path) -> None:
     assert "| yes |" in text and "| not shown |" in text
     assert "| auf, seed 1 | 0 | 120 |" in text
     assert "1.0000 | 120 of 120 |" in text
+
+
+def test_budgets_have_a_table_of_verdicts_and_a_curve(tmp_path: Path) -> None:
+    changes = {"measured": {"trees": [8], "sets": ["letters.jsonl"]}}
+    short, long = results(0.0, EQUAL, **changes), results(0.15, EQUAL, **changes)
+    report = study_report({300: short, 2400: long})
+    report.write(tmp_path)
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    tau, accuracy = findings(long)
+    assert tau.over_seeds is not None
+    of_long = f"yes: {tau.difference:+.3f} [{tau.over_seeds.low:+.3f}, {tau.over_seeds.high:+.3f}]"
+    assert f"| (a) higher tau | not shown: +0.000 [+0.000, +0.000] | {of_long} |" in text
+    assert f"not shown: {accuracy.difference:+.4f}" in text
+    for steps in ("300", "2,400"):
+        for title in ("Claims", "Tau of trees", "Tau on other sets", "Claims on letters.jsonl"):
+            assert f"## {title}, {steps} steps" in text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {"steps.png", "tau-300.png", "tau-2400.png"} <= pictures
+    assert text.count("## How it was done") == 1
+    assert "120 prompts of 2 tasks" in text, "the set is no task"
+    assert report.summary.count("(a) higher tau") == 2
+
+
+def test_the_taus_of_trees_and_sets_are_those_of_their_records(tmp_path: Path) -> None:
+    made = results(0.15, EQUAL, measured={"trees": [8], "sets": ["letters.jsonl"]})
+    made.walked["tau_tree_8"] = {run: made.walked["tau"]["decay", 1] for run in made.training}
+    study_report({None: made}).write(tmp_path)
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in text.split("## ")[1:])
+    of_trees = {row.split(" | ")[-1] for row in sections["Tau of trees"].splitlines() if row.startswith("| auf")}
+    expected = macro(summarize_tasks(made.answers(("decay", 1))).values()).tau
+    assert of_trees == {f"{expected:.3f} ± 0.000 |"}
+    _, interval = mean_tau([made.answers(("auf", seed), of="letters.jsonl") for seed in (1, 2, 3)])["letters.jsonl"]
+    assert interval is not None
+    assert f"({interval.low:.2f}..{interval.high:.2f})" in sections["Tau on other sets"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.records import Record
 from benchmarks.studies import run as study_module
 from benchmarks.studies.config import Study, StudyConfig, load_study
 from benchmarks.studies.run import Places, _train_all, run_study
@@ -75,3 +76,61 @@ def test_a_study_with_an_arm_that_cannot_be_trained_does_not_begin(change: str, 
     with pytest.raises(ConfigError, match=complaint):
         run_study(StudyConfig(study=file, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("killed_at", range(1, 17))
+def test_a_kill_repeats_nothing_that_is_finished(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two budgets of two arms and two seeds: eight trainings and eight walks, one of which is killed."""
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(STUDY.read_text() + "budgets: {30: [], 60: []}\n")
+    begun: list[tuple[str, str]] = []
+
+    def begin(what: str, which: Path) -> None:
+        begun.append((what, str(which.relative_to(out))))
+        if len(begun) == killed_at:
+            raise KeyboardInterrupt
+
+    def train(study: Study, places: Places, arm: str, seed: int, threads: int | None) -> None:
+        drafter = places.drafter(arm, seed)
+        if not drafter.is_dir():
+            begin("train", drafter)
+            drafter.mkdir(parents=True)
+
+    class Walker:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def walk(self, drafter: Path) -> list[list[Record]]:
+            begin("walk", drafter)
+            assert drafter.is_dir()
+            return [[]]
+
+    monkeypatch.setattr(study_module, "_target_part", lambda *arguments: None)
+    monkeypatch.setattr(study_module, "_train", train)
+    monkeypatch.setattr(study_module, "Walker", Walker)
+    monkeypatch.setattr(study_module, "read_records", lambda path: [])
+    config = StudyConfig(study=file, out=out, walk_only=True)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config)
+    run_study(config)
+    assert len(set(begun)) == 16
+    assert len(begun) == 17, "but what was killed"
+    assert next(which for _, which in begun if "60" in which) == "arms/60/decay-1/drafter"
+    done = list(begun)
+    run_study(config)
+    assert begun == done
+
+
+def test_a_file_of_a_study_is_in_its_data_directory_or_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    places, name = Places(tmp_path / "out", Path("data")), Path("letters.jsonl")
+    assert places.given(name) == Path("data/letters.jsonl")
+    name.touch()
+    assert places.given(name) == name
+    Path("data/letters.jsonl").touch()
+    assert places.given(name) == Path("data/letters.jsonl")

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.harness.records import Record
 from benchmarks.studies.walk import Walker
-from sglang_auf.acceptance import total_acceptance
+from sglang_auf.acceptance import macro_tau, total_acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import OnlineFeatures
-from sglang_auf.training.evaluate import evaluate_drafter
+from sglang_auf.training.evaluate import TREES, evaluate_drafter
 from tests.support.tiny_models import VOCABULARY, write_drafter
 from tests.support.training_runs import write_models
 
@@ -75,7 +75,7 @@ def records(drafter: Path, target: str) -> list[Record]:
 
 
 def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[Record], tmp_path: Path) -> None:
-    walked = Walker(target, records).walk(drafter)
+    walked, *of_trees = Walker(target, records, trees=TREES).walk(drafter)
     assert [record.key for record in walked] == [record.key for record in records]
     rows = [
         {"id": record.prompt_id, "prompt_ids": record.prompt_ids, "response_ids": record.output_ids}
@@ -85,6 +85,10 @@ def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = evaluate_drafter(str(drafter), target, str(data))
     assert total_acceptance(record.acceptance for record in walked).histogram == expected.histogram
+    for nodes, of_tree in zip(TREES, of_trees, strict=True):
+        assert [record.key for record in of_tree] == [record.key for record in records]
+        assert macro_tau(record.acceptance for record in of_tree) == pytest.approx(expected.tau_trees[nodes])
+        assert {record.acceptance.nodes_per_step for record in of_tree} == {nodes}
     assert sum(expected.histogram[1:]) > 15, "else little would show"
     for record, given, row in zip(walked, records, rows, strict=True):
         (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
@@ -99,6 +103,7 @@ def test_features_are_shared_by_drafters_with_the_same_taps(
 ) -> None:
     walker = Walker(target, records)
     first = walker.walk(drafter)
+    assert len(first) == 1
     monkeypatch.setattr(Walker, "_batches", None)
     assert walker.walk(drafter) == first
 
@@ -106,7 +111,8 @@ def test_features_are_shared_by_drafters_with_the_same_taps(
 def test_answers_that_failed_or_have_one_token_are_left_out(target: str, drafter: Path, records: list[Record]) -> None:
     dice = random.Random(6)
     more = [answer(20, dice, error="500"), answer(21, dice, completion_tokens=1, output_ids=[7])]
-    assert [r.key for r in Walker(target, [*records, *more]).walk(drafter)] == [r.key for r in records]
+    (walked,) = Walker(target, [*records, *more]).walk(drafter)
+    assert [r.key for r in walked] == [r.key for r in records]
 
 
 @pytest.mark.parametrize(

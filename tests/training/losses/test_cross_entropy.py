@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from sglang_auf.training.losses import cross_entropy as head_module
-from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss
+from sglang_auf.training.losses.cross_entropy import HeadLoss, corrected_head_loss, head_argmax, head_loss, likeliest
 from sglang_auf.training.losses.objectives import OBJECTIVES, ObjectiveSettings
 from tests.reference.credit_reference import credits
 
@@ -263,8 +263,8 @@ def test_slots_say_who_was_right_up_to_the_failure_and_nothing_beyond(chunk: int
 @ONE_SLOT_AND_SEVERAL
 def test_slots_say_whose_label_was_near(chunk: int) -> None:
     case = make_case(blocks=8, width=5, right=0.3)
-    likeliest = (case.hidden @ case.head.T).topk(NEAR, dim=-1).indices
-    near = (likeliest == case.labels[..., None]).any(-1)
+    nearest = (case.hidden @ case.head.T).topk(NEAR, dim=-1).indices
+    near = (nearest == case.labels[..., None]).any(-1)
     slots = head_loss(case.hidden, case.head, case.labels, case.mask, failures=None, chunk=chunk, ranks=NEAR).slots
     assert slots.within is not None
     assert torch.equal(slots.within, near & case.mask)
@@ -370,3 +370,22 @@ def test_argmax_in_chunks(chunk: int) -> None:
     assert torch.equal(head_argmax(flat, case.head, chunk=chunk), (flat @ case.head.T).argmax(-1))
     assert head_argmax(flat[:0], case.head, chunk=chunk).tolist() == []
     assert head_argmax(flat, case.head.bfloat16(), chunk=chunk).shape == (15,)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_likeliest_tokens_are_those_of_the_softmax(chunk: int) -> None:
+    case = make_case(blocks=3, width=5)
+    flat = case.hidden.flatten(0, 1)
+    chances, tokens = likeliest(flat, case.head, 3, chunk=chunk)
+    for row, softmax in enumerate((flat @ case.head.T).softmax(-1).tolist()):
+        expected = sorted(range(VOCABULARY), key=lambda token: -softmax[token])[:3]
+        assert tokens[row].tolist() == expected
+        assert chances[row].tolist() == pytest.approx([softmax[token] for token in expected], rel=1e-5)
+    assert likeliest(flat[:0], case.head, 3, chunk=chunk)[0].shape == (0, 3)
+
+
+def test_of_equal_logits_the_first_is_likelier() -> None:
+    head = torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
+    head[4] = head[9] = head[7] = 1.0
+    _, tokens = likeliest(torch.ones(5, HIDDEN), head, 3, chunk=2)
+    assert tokens.tolist() == [[4, 7, 9]] * 5
