@@ -29,6 +29,7 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
 from sglang_auf.env import CPU_OVERLAP, TREE_NODES
 from tests.e2e.test_identity import GREEDY, prompts, tokens
 from tests.support.engines import ONE_THREAD, run_engine
+from tests.support.streams import events
 from tests.support.tiny_models import write_drafter
 
 pytestmark = pytest.mark.e2e
@@ -84,12 +85,15 @@ class Server:
         return found
 
     def ask(self, number: int, max_tokens: int = 24) -> str:
-        """A greedy answer. Prompts repeat, so that prefixes are in the cache."""
+        """A greedy answer, to every other prompt as a stream. Prompts repeat, so that prefixes are in the cache."""
         body = {"model": MODEL, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        body["messages"] = [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]
-        reply = self.http.post("/v1/chat/completions", json=body).raise_for_status().json()
-        answer: str = reply["choices"][0]["message"]["content"]
-        return answer
+        body |= {"stream": number % 2 == 1, "messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]}
+        reply = self.http.post("/v1/chat/completions", json=body).raise_for_status()
+        if number % 2 == 0:
+            return str(reply.json()["choices"][0]["message"]["content"])
+        return "".join(
+            choice["delta"].get("content") or "" for chunk in events(reply.text) for choice in chunk["choices"]
+        )
 
     def load(self, requests: int, max_tokens: int = 24) -> list[str]:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
