@@ -55,13 +55,14 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
 def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, management: bool = False) -> None:
     """Launch SGLang's server in this process. Returns when it has drained after SIGTERM and no child is left.
 
-    management: open SGLang's management routes too (middleware.Guard).
+    management: open the management routes too, SGLang's and ours (middleware.Guard).
     """
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils import kill_process_tree
 
     start = Start(server_args, served, api_key)
-    http_server.app.include_router(auf_router(served, closed_because))
+    # Not include_router: SGLang's key check looks no deeper than these routes for one that asks for the admin key.
+    http_server.app.routes.extend(auf_router(served, closed_because).routes)
     add_all(http_server.app, closed_because, start.token, management)
     add_replies(http_server.app)
     signal.signal(signal.SIGTERM, _stopped_while_starting)

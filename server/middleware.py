@@ -122,16 +122,18 @@ CLIENTS = frozenset(
     }
 )
 CLIENTS_UNDER = ("/v1/", "/api/", "/health", "/ready", "/metrics", "/auf/")
+MANAGEMENT = frozenset({"/v1/auf/drafter"})
+"""Routes of ours that are not for clients, though others under the same prefix are."""
 
 
 class Guard:
     """ASGI middleware that answers 404 to every route that is not for clients.
 
-    Those are SGLang's routes that manage the engine: they change weights, load files, write profiles to directories
-    that a request names, pause the engine, and abort requests of any client. They take the same API key as clients
-    have; but changed weights void every promise about answers, no path from a request may reach the file system, and a
-    client may end its own requests only, which it does by closing its connection. A profile with `management: true`
-    opens them, as reinforcement learning needs.
+    Those are MANAGEMENT and SGLang's routes that manage the engine: they change weights, load files, write profiles to
+    directories that a request names, pause the engine, and abort requests of any client. They take the same API key as
+    clients have; but changed weights void every promise about answers, no path from a request may reach the file
+    system, and a client may end its own requests only, which it does by closing its connection. A profile with
+    `management: true` opens them, as reinforcement learning needs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -141,11 +143,13 @@ class Guard:
         if scope["type"] != "http" or is_for_clients(scope["path"]):
             await self.app(scope, receive, send)
             return
-        reason = f"no route for clients: {scope['path']} (management: true in the profile opens all of SGLang's)"
+        reason = f"no route for clients: {scope['path']} (management: true in the profile opens all of them)"
         await _refusal(404, "not_found", reason)(scope, receive, send)
 
 
 def is_for_clients(path: str) -> bool:
+    if path.rstrip("/") in MANAGEMENT:
+        return False
     return path.rstrip("/") in CLIENTS or path.startswith(CLIENTS_UNDER)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from server.profile import Profile
 from sglang_auf import ALGORITHM
@@ -49,6 +51,8 @@ SEAMS = (
     Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
     Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.from_string", "server.preflight", ("name",)),
     Seam("sglang.srt.utils:kill_process_tree", "server.launch"),
+    Seam("sglang.srt.utils.auth:AuthLevel.ADMIN_OPTIONAL", "server.routes"),
+    Seam("sglang.srt.utils.auth:auth_level", "server.routes", ("level",)),
 )
 
 
@@ -57,11 +61,13 @@ class Speculation:
     """How the drafter is served.
 
     drafter: its name in the profile. checked: the drafter, found to fit the target. block_size: B as served.
+    check: the same check of another drafter, which raises CardError or TargetError.
     """
 
     drafter: str
     checked: CheckedDrafter
     block_size: int
+    check: Callable[[str], CheckedDrafter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +173,16 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
         return ServedModel(profile.served_model_name, facts, None)
     if profile.drafter is None:
         raise ConfigError("a profile without a drafter", "a drafter", "--set drafter=PATH, or --plain to serve without")
-    checked = check_drafter(
-        profile.drafter,
-        target,
-        drafter_revision=profile.drafter_revision,
+    check = partial(
+        check_drafter,
+        target=target,
         target_revision=profile.target_revision,
         block_size=profile.block_size,
         context_length=profile.server_args.get("context_length"),
         thinking=profile.thinking,
     )
+    checked = check(profile.drafter, drafter_revision=profile.drafter_revision)
     for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
         logger.warning("DRAFTER: %s", warning)
     block_size = profile.block_size or checked.card.block_size
-    return ServedModel(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size))
+    return ServedModel(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size, check))

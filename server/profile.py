@@ -28,7 +28,7 @@ class Profile(Settings):
     tree_nodes: nodes of each request's tree at any load; None lets the load decide.
     draft_vocabulary: draft only tokens that the drafter lists, if it has a list (checkpoints/draft_vocabulary.py).
     thinking: the chat template's mode; None where the template has none.
-    management: open SGLang's routes that change weights, write files and pause the engine (middleware.Guard).
+    management: open the routes that change weights, write files and pause the engine (middleware.Guard).
     served_model_name: the model's name for clients.
     server_args: SGLang's server arguments by their Python names; checked against SGLang when the server starts.
     """

@@ -4,50 +4,79 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
 
+from server.drafters import LOOKS, BusyError, Drafters, Measured
 from server.preflight import ServedModel
-from server.schemas import AcceptanceReply, CardReply, LoadReply
+from server.schemas import AcceptanceReply, CardReply, LoadReply, MeasuredReply, SwapReply, SwapRequest
 from sglang_auf.env import DRAFT_VOCABULARY
+from sglang_auf.errors import AufError
 from sglang_auf.hooks import metrics
 
 PLAIN = "this server decodes plainly (--plain): it has no drafter, so there is no {what}"
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "The server decodes plainly."}}
+NO_SWAP: dict[int | str, dict[str, Any]] = {
+    400: {"description": "No drafter that can take the running one's place. That one goes on."},
+    404: {"description": "The server decodes plainly, or its profile does not say management: true."},
+    409: {"description": "Another swap runs."},
+}
 
 
 def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) -> APIRouter:
     """closed_because: why no tokens are given out right now, or None."""
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
     router = APIRouter(prefix="/v1/auf", tags=["auf"])
     started = time.time()
+    drafters = None if served.speculation is None else Drafters(served.speculation)
 
     @router.get("/acceptance", responses=NOT_FOUND)
     async def acceptance() -> AcceptanceReply:
         """Tau, alpha_k and their counts since the start and over the last finished requests."""
-        if served.speculation is None:
+        if drafters is None:
             raise HTTPException(404, PLAIN.format(what="acceptance"))
         return AcceptanceReply(
-            model=served.model, block_size=served.speculation.block_size, **metrics.TOTALS.snapshot()
+            model=served.model,
+            block_size=drafters.running.block_size,
+            swap=swap_of(drafters),
+            **metrics.TOTALS.snapshot(),
         )
 
     @router.get("/card", responses=NOT_FOUND)
     async def card() -> CardReply:
         """What the drafter was trained for, what the target is, and what of it does not match."""
-        if served.speculation is None:
+        if drafters is None:
             raise HTTPException(404, PLAIN.format(what="drafter card"))
-        checked = served.speculation.checked
+        checked = drafters.running.checked
         listed = checked.vocabulary if DRAFT_VOCABULARY.is_on() else None
         return CardReply(
             model=served.model,
-            drafter=served.speculation.drafter,
-            block_size=served.speculation.block_size,
+            drafter=drafters.running.drafter,
+            block_size=drafters.running.block_size,
             draft_vocabulary=None if listed is None else len(listed.tokens),
             card=checked.card,
             unknown=checked.card.unknown,
             warnings=list(checked.warnings),
             target=served.target,
+            swap=swap_of(drafters),
         )
+
+    @router.post("/drafter", responses=NO_SWAP)
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+    async def drafter(wanted: SwapRequest) -> SwapReply:
+        """Put another drafter in the place of the running one, and go back to that one by itself if tau falls."""
+        if drafters is None:
+            raise HTTPException(404, PLAIN.format(what="drafter to swap"))
+        try:
+            await drafters.replace(wanted.path)
+        except BusyError as error:
+            raise HTTPException(409, str(error)) from error
+        except AufError as error:
+            raise HTTPException(400, str(error)) from error
+        return swap_of(drafters)
 
     @router.get("/load")
     async def load() -> LoadReply:
@@ -65,3 +94,21 @@ def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) ->
         )
 
     return router
+
+
+def swap_of(drafters: Drafters) -> SwapReply:
+    swap = drafters.swap
+    return SwapReply(
+        generation=swap.generation,
+        path=str(drafters.running.checked.path),
+        state=swap.state,
+        other=None if swap.other is None else str(swap.other),
+        before=_measured(swap.before),
+        after=_measured(swap.after),
+        watched=drafters.watched,
+        watches=LOOKS[-1],
+    )
+
+
+def _measured(tau: Measured | None) -> MeasuredReply | None:
+    return None if tau is None else MeasuredReply(**asdict(tau))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_auf.checkpoints.card import DrafterCard
@@ -37,13 +39,47 @@ class WindowFigures(Figures):
     size: int
 
 
+class MeasuredReply(Reply):
+    """Tau of finished requests. error: its standard error."""
+
+    tau: float
+    error: float
+    requests: int
+
+
+class SwapReply(Reply):
+    """POST /v1/auf/drafter: how the running drafter came to run."""
+
+    generation: int = Field(description="swaps of the drafter so far, those back included")
+    path: str = Field(description="where the running drafter lies")
+    state: Literal["started", "watching", "kept", "taken back"] = Field(
+        description="watching: tau is compared with what it was before the swap; taken back: it had fallen"
+    )
+    other: str | None = Field(
+        description="watching: what the server may go back to; taken back: what it had swapped in"
+    )
+    before: MeasuredReply | None = Field(description="before the last swap; null: too few requests, or no swap")
+    after: MeasuredReply | None = Field(description="after that swap, once it is known whether tau fell")
+    watched: int = Field(description="finished requests of this drafter alone, up to `watches`")
+    watches: int = Field(description="requests after which the new drafter is kept")
+
+
+class SwapRequest(BaseModel):
+    """POST /v1/auf/drafter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(min_length=1, max_length=4096, description="absolute, a directory on the server's machine")
+
+
 class AcceptanceReply(Reply):
-    """GET /v1/auf/acceptance."""
+    """GET /v1/auf/acceptance. The window may reach back to a former drafter; `swap` says since when this one runs."""
 
     model: str
     block_size: int
     total: Figures
     window: WindowFigures
+    swap: SwapReply
 
 
 class CardReply(Reply):
@@ -57,6 +93,7 @@ class CardReply(Reply):
     unknown: list[str]
     warnings: list[str]
     target: TargetFacts
+    swap: SwapReply
 
 
 class LoadReply(Reply):

@@ -17,6 +17,7 @@ Pure arithmetic on integers: neither torch nor SGLang is imported here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,20 @@ def total_acceptance(requests: Iterable[Acceptance]) -> Acceptance:
     for request in requests:
         result += request
     return result
+
+
+def tau_error(requests: Sequence[Acceptance]) -> float | None:
+    """Standard error of the micro tau, which is a ratio of two sums over requests; None of fewer than two requests.
+
+    Steps of one answer are alike, so requests are what was drawn, and not steps (Cochran, Sampling Techniques, 3rd
+    edition, section 2.11: without the correction for a finite population).
+    """
+    known = [request for request in requests if request.verify_steps]
+    total = total_acceptance(known)
+    if len(known) < 2 or total.tau is None:
+        return None
+    squares = sum((request.emitted - total.tau * request.verify_steps) ** 2 for request in known)
+    return math.sqrt(len(known) / (len(known) - 1) * squares) / total.verify_steps
 
 
 def macro_tau(requests: Iterable[Acceptance]) -> float | None:

@@ -27,8 +27,9 @@ from sglang_auf.hooks import (
 
 logger = logging.getLogger(__name__)
 
-# All hooks, in the order in which they are installed; on the CPU platform those of cpu/platform.py follow. Where
-# several are on one function, the one installed last is the outermost: it runs first, as AFTER last.
+# All hooks, in the order in which they are installed; those of speculative/swap.py follow, and on the CPU platform
+# those of cpu/platform.py. Where several are on one function, the one installed last is the outermost: it runs first,
+# as AFTER last.
 HOOKS = (
     *redaction.HOOKS,  # keys stay out of logs and /server_info
     *replies.HOOKS,  # tau in every OpenAI reply
@@ -109,6 +110,7 @@ def seams() -> tuple[Seam, ...]:
         *stops.SEAMS,
         *seeds.SEAMS,
         *spans.SEAMS,
+        *metrics.SEAMS,
         *(hook.seam for hook in HOOKS),
         *speculative.SEAMS,
     )
@@ -127,11 +129,14 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+    from sglang_auf.speculative import swap
     from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker, refuse_unsupported
     from sglang_auf.speculative.sampler_backend import create_sampler
 
     replies.widen_models()
     registry.install(HOOKS)
+    swap.register()
+    registry.install(swap.HOOKS)
     register_sampler_backend(SAMPLER_NAME, create_sampler)
     # SGLang rewrites some arguments (--speculative-adaptive) between this check and AufSpecAlgo.handle_server_args.
     SpeculativeAlgorithm.register(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from sglang_auf.acceptance import (
     macro_alpha,
     macro_tau,
     reached_at_least,
+    tau_error,
     total_acceptance,
 )
 from tests.reference.acceptance_identities import cut_tokens, expected_tau
@@ -231,3 +234,24 @@ def test_a_worked_example() -> None:
 def test_negative_counts_are_refused(counts: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="negative"):
         Acceptance(**counts)
+
+
+def test_the_error_of_tau_is_how_far_it_is_off_in_other_draws_of_requests() -> None:
+    """Against the spread of tau over many sets of requests. Long answers are alike in themselves and not to others."""
+    draw = random.Random(4)
+
+    def request() -> Acceptance:
+        steps, likely = draw.randint(3, 40), draw.random()
+        accepted = [sum(draw.random() < likely for _ in range(3)) for _ in range(steps)]
+        return Acceptance.of_request([accepted.count(a) for a in range(4)], 1 + steps + sum(accepted))
+
+    sets = [[request() for _ in range(60)] for _ in range(400)]
+    taus = [total_acceptance(requests).tau or 0.0 for requests in sets]
+    errors = [tau_error(requests) or 0.0 for requests in sets]
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(taus), rel=0.1)
+
+
+def test_fewer_than_two_requests_have_no_error() -> None:
+    one = Acceptance.of_request([1, 2], 6)
+    assert [tau_error(some) for some in ([], [one], [one, Acceptance()])] == [None] * 3
+    assert tau_error([one, one]) == 0.0

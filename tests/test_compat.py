@@ -18,11 +18,12 @@ from sglang_auf.compat import Seam, check_seams, check_version, moved
 from sglang_auf.cpu import platform
 from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
+from sglang_auf.speculative import swap
 from sglang_auf.speculative.seams import TREE_SEAMS, WORKER_SEAMS
 from sglang_auf.training.data import tools
 
 SEAMS = (*plugin.all_seams(), *tools.SEAMS)
-HOOKS = (*plugin.HOOKS, *platform.HOOKS)
+HOOKS = (*plugin.HOOKS, *swap.HOOKS, *platform.HOOKS)
 
 
 class Worker:
@@ -59,12 +60,16 @@ def test_every_row_holds_for_the_installed_sglang() -> None:
 
 def test_rows_of_the_worker_wait_for_the_worker() -> None:
     assert all("dflash_worker_v2" not in seam.target for seam in plugin.seams())
-    assert {seam.used_by for seam in WORKER_SEAMS} == {"speculative.worker", "speculative.draft_head"}
+    assert {seam.used_by for seam in WORKER_SEAMS} == {
+        "speculative.worker",
+        "speculative.draft_head",
+        "speculative.swap",
+    }
     assert {seam.used_by for seam in TREE_SEAMS} == {"speculative.tree_step"}
 
 
 def test_every_hook_is_checked() -> None:
-    assert {hook.seam for hook in plugin.HOOKS} <= set(plugin.seams())
+    assert {hook.seam for hook in (*plugin.HOOKS, *swap.HOOKS)} <= set(plugin.seams())
     assert {hook.seam for hook in platform.HOOKS} <= set(cpu.SEAMS)
 
 

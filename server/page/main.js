@@ -8,7 +8,7 @@ import * as samples from "./samples.js";
 const EVERY_MS = 1000;
 const SLOWEST_MS = 10_000;
 const element = (id) => document.getElementById(id);
-const server = { model: "", drafts: true, started: null };
+const server = { model: "", drafts: true, started: null, generation: null };
 
 let timer = 0;
 let failures = 0;
@@ -23,6 +23,7 @@ async function poll() {
     const load = await get("v1/auf/load");
     if (load.started !== server.started) await meet(load);
     const acceptance = server.drafts ? await get("v1/auf/acceptance") : null;
+    if (acceptance && acceptance.swap.generation !== server.generation) await meet(load);
     samples.add(Date.now(), load, acceptance);
     show(load, acceptance);
     failures = 0;
@@ -40,12 +41,14 @@ async function poll() {
   }
 }
 
-/** A server that this page has not seen yet: the first, or one that was started anew. */
+/** A server or a drafter that this page has not seen yet: the first, or one that was started or swapped in anew. */
 async function meet(load) {
   server.model = load.model;
   element("model").textContent = load.model;
   try {
-    showCard(await get("v1/auf/card"));
+    const card = await get("v1/auf/card");
+    showCard(card);
+    server.generation = card.swap.generation;
     server.drafts = true;
   } catch (error) {
     if (!(error instanceof Refused && error.status === 404)) throw error;
@@ -66,7 +69,9 @@ function show(load, acceptance) {
     ...samples.KEEPS,
   });
   if (!acceptance) return;
-  const { window, total } = acceptance;
+  const { window, total, swap } = acceptance;
+  element("swap").hidden = swap.generation === 0;
+  put("swap", swapped(swap));
   put("window-size", window.size);
   put("tau-window", figure(window.tau, 2));
   put("tau-total", figure(total.tau, 2));
@@ -90,6 +95,17 @@ function show(load, acceptance) {
     names: histogram.map((_, i) => i),
     written: histogram,
   });
+}
+
+/** What became of the last swap of the drafter. */
+function swapped({ generation, path, state, other, before, after, watched, watches }) {
+  const said = {
+    watching: `watched for ${watched} of ${watches} requests, in place of ${other}`,
+    kept: before ? "kept" : "kept without a comparison",
+    "taken back": `the server went back to it from ${other}`,
+  };
+  const taus = before ? `: tau ${figure(before.tau, 2)} before, ${figure(after?.tau, 2)} after` : "";
+  return `Generation ${generation}, ${path}: ${said[state]}${taus}.`;
 }
 
 function showCard({ drafter, block_size, draft_vocabulary, card, unknown, warnings, target }) {

@@ -9,7 +9,7 @@ What cannot work as trained is an error, what may lower tau is a warning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,12 +90,13 @@ class DrafterCard(BaseModel):
 @dataclass(frozen=True, slots=True)
 class CheckedDrafter:
     """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory.
-    vocabulary: the tokens that it may draft, None for all."""
+    vocabulary: the tokens that it may draft, None for all. config: its config.json as it was checked."""
 
     card: DrafterCard
     warnings: tuple[str, ...]
     path: Path
     vocabulary: DraftVocabulary | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_drafter(
@@ -128,7 +129,29 @@ def check_drafter(
     warnings = check_weights(path, config)
     facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, target_revision))
     warnings += check_card(card, config, facts, block_size=block_size, context_length=context_length, thinking=thinking)
-    return CheckedDrafter(card, tuple(warnings), path, listed)
+    return CheckedDrafter(card, tuple(warnings), path, listed, config)
+
+
+# What a config.json may say otherwise than that of the drafter whose place is taken: SGLang builds the same from it.
+INERT = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
+
+
+def check_replaces(config: Mapping[str, Any], running: Mapping[str, Any]) -> None:
+    """Raises CardError unless a drafter with this config.json may take the place of a running one.
+
+    The cache of keys and values, the tapped layers, the block and the rotary tables are those of the running one.
+    """
+    differing = [
+        f"{key} {config.get(key)!r} where the running drafter has {running.get(key)!r}"
+        for key in sorted((config.keys() | running.keys()) - INERT)
+        if config.get(key) != running.get(key)
+    ]
+    if differing:
+        raise CardError(
+            f"{CONFIG}: {'; '.join(differing)}",
+            "a drafter of the running one's shape, block, taps and head, with other weights",
+            "start a server with this drafter; a swap changes weights and the draft vocabulary alone",
+        )
 
 
 def load_card(drafter: Path) -> DrafterCard:

@@ -180,6 +180,22 @@ def check_weights(path: Path, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_finite(path: Path) -> None:
+    """Read all weights. Raises CardError for one that holds a value which is no finite number, or cannot be read."""
+    for file in weight_files(path, CardError):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                broken = [name for name in list(opened.keys()) if not opened.get_tensor(name).isfinite().all()]
+        except (SafetensorError, OSError) as problem:
+            raise CardError(f"{file} cannot be read ({problem})", "a complete safetensors file") from problem
+        if broken:
+            raise CardError(
+                f"{file}: {'; '.join(_some('with infinite values or NaN', broken))}",
+                "weights that are finite numbers",
+                "export a checkpoint from before the training run diverged",
+            )
+
+
 def config_size(config: Mapping[str, Any], key: str) -> int:
     """A positive integer that config.json must give, since SGLang would fill in its model class's default."""
     value = config.get(key)

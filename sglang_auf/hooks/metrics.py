@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
+from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
 
 WINDOW = 100
@@ -33,6 +35,8 @@ COUNTERS = {
     "auf_emitted_tokens_total": "Tokens of answers that came from verify steps: all but the first of each answer.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
     "auf_proposed_tokens_total": "Drafted tokens that were verified: B-1 per step of a chain, or the nodes of a tree.",
+    "auf_drafter_swaps_total": "Times that another drafter was put in the place of the running one.",
+    "auf_drafter_taken_back_total": "Swaps after which the server went back to the drafter before, because tau fell.",
     ACCEPTED_LENGTHS: "Verify steps by drafted tokens accepted. alpha_k = steps with k or more / with k-1 or more.",
 }
 
@@ -117,12 +121,24 @@ class AcceptanceMetrics:
         for counter, steps in zip(self._lengths, acceptance.histogram, strict=False):
             counter.inc(steps)
 
+    def add_swap(self, taken_back: bool) -> None:
+        """Count a swap of the drafter, or that one was taken back."""
+        self._counters["auf_drafter_taken_back_total" if taken_back else "auf_drafter_swaps_total"].inc()
+
 
 TOTALS = AcceptanceTotals()
 """The totals of this process."""
 
 _metrics: list[AcceptanceMetrics] = []
 """The counters of this process: none until SGLang starts its own, and none at all without --enable-metrics."""
+
+LISTENERS: list[Callable[[Acceptance, float], None]] = []
+"""Each is told of a request that is counted, and when the server received it (time.perf_counter)."""
+
+
+def count_swap(taken_back: bool) -> None:
+    for counters in _metrics:
+        counters.add_swap(taken_back)
 
 
 def _start_metrics(_: None, manager: Any) -> None:
@@ -136,7 +152,8 @@ def _start_metrics(_: None, manager: Any) -> None:
 def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
     """After `_calculate_spec_decoding_metrics`, which SGLang calls once for each choice that finishes, before it
     forgets the request's state."""
-    if not serves_auf() or not manager.rid_to_state[recv_obj.rids[i]].obj.log_metrics:
+    state = manager.rid_to_state[recv_obj.rids[i]]
+    if not serves_auf() or not state.obj.log_metrics:
         return
     if meta_info["finish_reason"] == PREFIX_PREFILL:
         return
@@ -144,6 +161,8 @@ def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: A
     TOTALS.add(acceptance)
     for counters in _metrics:
         counters.add(acceptance)
+    for listener in LISTENERS:
+        listener(acceptance, state.time_stats.created_time)
 
 
 def _count_tokens(manager: Any, output: Any) -> None:
@@ -155,6 +174,10 @@ def _count_tokens(manager: Any, output: Any) -> None:
 
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+SEAMS = (
+    Seam("sglang.srt.managers.tokenizer_manager:ReqState.time_stats", "hooks.metrics"),
+    Seam("sglang.srt.observability.req_time_stats:APIServerReqTimeStats.created_time", "hooks.metrics"),
+)
 HOOKS = (
     Hook(RECEIVE_BATCH, "BEFORE", _count_tokens, ("self", "recv_obj")),
     Hook(f"{_MANAGER}.init_metric_collector_watchdog", "AFTER", _start_metrics, ("self",)),

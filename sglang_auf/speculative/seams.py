@@ -8,9 +8,38 @@ _SRT = "sglang.srt"
 _SPEC = f"{_SRT}.speculative"
 _ALGORITHM = f"{_SPEC}.spec_info:SpeculativeAlgorithm"
 _WORKER = f"{_SPEC}.dflash_worker_v2:DFlashWorkerV2"
+_UPDATER = f"{_SRT}.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+_SCHEDULER = f"{_SRT}.managers.scheduler:Scheduler"
 _BATCH_INFO = f"{_SRT}.sampling.sampling_batch_info:SamplingBatchInfo"
 
+# Functions that a swap of the drafter hooks (`swap.HOOKS`).
+INIT_COMMUNICATORS = Seam(
+    f"{_SRT}.managers.tokenizer_control_mixin:TokenizerControlMixin.init_communicators", "speculative.swap", ("self",)
+)
+UPDATE_FROM_DISK = Seam(
+    f"{_UPDATER}.update_weights_from_disk",
+    "speculative.swap",
+    ("self", "recv_req"),
+)
+
 SEAMS = (
+    INIT_COMMUNICATORS,
+    UPDATE_FROM_DISK,
+    Seam(f"{_UPDATER}.scheduler", "speculative.swap"),
+    Seam(f"{_UPDATER}.draft_worker", "speculative.swap"),
+    Seam(f"{_SRT}.managers.io_struct:hook_custom_types", "speculative.swap", ("new_types",)),
+    Seam(f"{_SRT}.managers.io_struct:UpdateWeightFromDiskReqInput.model_path", "speculative.swap"),
+    Seam(f"{_SRT}.managers.io_struct:PauseGenerationReqInput.mode", "speculative.swap"),
+    Seam(f"{_SRT}.managers.io_struct:ContinueGenerationReqInput.torch_empty_cache", "speculative.swap"),
+    Seam(
+        f"{_SRT}.managers.communicator:FanOutCommunicator.__init__",
+        "speculative.swap",
+        ("self", "send", "fan_out", "mode"),
+    ),
+    Seam(f"{_SRT}.managers.communicator:FanOutCommunicator.handle_recv", "speculative.swap", ("self", "recv_obj")),
+    Seam("sglang.utils:TypeBasedDispatcher.__iadd__", "speculative.swap", ("self", "other")),
+    Seam(f"{_SRT}.managers.tokenizer_manager:TokenizerManager._dispatch_to_scheduler", "speculative.swap"),
+    Seam(f"{_SRT}.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop", "speculative.swap", ("self",)),
     Seam(f"{_SPEC}.spec_registry:CustomSpecAlgo.handle_server_args", "speculative.algorithm", ("self", "server_args")),
     *(
         Seam(f"{_ALGORITHM}.{name}", "speculative.algorithm", ("self",))
@@ -58,6 +87,14 @@ SEAMS = (
 """Checked when the plugin registers, in every process."""
 
 WORKER_SEAMS = (
+    Seam(f"{_SCHEDULER}.pause_generation", "speculative.swap", ("self", "recv_req")),
+    Seam(f"{_SCHEDULER}.continue_generation", "speculative.swap", ("self", "recv_req")),
+    Seam(f"{_SRT}.mem_cache.base_prefix_cache:BasePrefixCache.evict", "speculative.swap", ("self", "params")),
+    Seam(f"{_SRT}.mem_cache.base_prefix_cache:BasePrefixCache.evictable_size", "speculative.swap", ("self",)),
+    Seam(f"{_SRT}.mem_cache.base_prefix_cache:EvictParams.num_tokens", "speculative.swap"),
+    Seam(f"{_SRT}.model_executor.model_runner:ModelRunner.load_model", "speculative.swap", ("self",)),
+    Seam(f"{_SRT}.layers.moe.utils:draft_model_build_scope", "speculative.swap", ()),
+    Seam(f"{_SPEC}.spec_utils:draft_pp_context", "speculative.swap", ()),
     Seam(f"{_SRT}.layers.sampler:sampler_softmax", "speculative.worker", ("logits", "temperatures")),
     Seam(
         f"{_WORKER}._accept_block",

@@ -56,16 +56,20 @@ class TreeStep:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self.slots = int(worker.block_size) - 1
-        head = worker._draft_head
-        listed = RANKS if head is None else len(head.tokens)
-        self.ranks = 1 if worker._is_domino else min(RANKS, listed)
         target, drafter = worker.target_worker.model_runner.model, worker.draft_model
-        costs = Costs(product_seconds(target), product_seconds(drafter))
-        self.budget = Budget(self.slots, costs, tree_nodes())
-        self.calibration = Calibration(self.slots, self.ranks)
+        self._costs = Costs(product_seconds(target), product_seconds(drafter))
         self._blocks: dict[int, Any] = {}
         self._ended = 0.0
         self._watch = Stopwatch(step_log())
+        self.forget_drafter()
+
+    def forget_drafter(self) -> None:
+        """Begin anew to learn what the worker's drafter is worth. What steps cost is still known: shapes are equal."""
+        head = self.worker._draft_head
+        listed = RANKS if head is None else len(head.tokens)
+        self.ranks = 1 if self.worker._is_domino else min(RANKS, listed)
+        self.budget = Budget(self.slots, self._costs, tree_nodes())
+        self.calibration = Calibration(self.slots, self.ranks)
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""

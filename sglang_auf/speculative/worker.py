@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 REHEARSED = ((sampling.PLAIN, 1 << 30, 1.0), (sampling.POOLS[0], 20, 0.95), (sampling.OPEN, 1 << 30, 0.95))
 
 
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """A loaded drafter. head: the head of its draft vocabulary, None without one."""
+
+    model: torch.nn.Module
+    head: DraftHead | None
+
+
 class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     """Drafts, verifies and commits as DFLASH does, but draws the target's token at every slot with the request's seed.
 
@@ -31,6 +40,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     """
 
     _trees: Any = None
+    former: Drafter | None = None
+    """The drafter before the last swap, until it is known which of the two stays (swap.py)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -150,10 +161,27 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     @cached_property
     def _draft_head(self) -> DraftHead | None:
         """The head of the draft vocabulary, None without one. Made when upstream's __init__ first asks for it."""
-        vocabulary = draft_vocabulary.in_use(Path(self.server_args.speculative_draft_model_path))
+        return self.head_of(Path(self.server_args.speculative_draft_model_path))
+
+    def head_of(self, drafter: Path) -> DraftHead | None:
+        """The head of the draft vocabulary beside a drafter's weights, None without one."""
+        vocabulary = draft_vocabulary.in_use(drafter)
         if vocabulary is None:
             return None
         return DraftHead(self.target_worker.model_runner.model.lm_head, vocabulary.tokens)
+
+    @property
+    def drafter(self) -> Drafter:
+        """What drafts. Another one of the same shape may be put in its place between two steps, on a CPU."""
+        return Drafter(self.draft_model, self._draft_head)
+
+    @drafter.setter
+    def drafter(self, other: Drafter) -> None:
+        self.draft_model = self.draft_model_runner.model = other.model
+        self._draft_head = other.head
+        self.draft_model.set_block_size(self.block_size)
+        if self._trees is not None:
+            self._trees.forget_drafter()
 
     def _maybe_build_draft_sampler(self) -> Any:
         """The sampler of the captured draft graph: upstream's, or ours where the drafter has a draft vocabulary."""

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.checkpoints.card import CARD_NAME, CheckedDrafter, DrafterCard, check_card, check_drafter, load_card
+from sglang_auf.checkpoints.card import (
+    CARD_NAME,
+    CheckedDrafter,
+    DrafterCard,
+    check_card,
+    check_drafter,
+    check_replaces,
+    load_card,
+)
 from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash
 from sglang_auf.errors import CardError, TargetError
 
@@ -320,3 +328,18 @@ def test_a_draft_vocabulary_is_checked_with_the_card(drafter: Path, target: Path
         else:
             with pytest.raises(CardError, match=fault):
                 check_drafter(str(drafter), str(target))
+
+
+def test_a_drafter_of_the_same_shape_may_take_the_place_of_another(drafter: Path, target: Path) -> None:
+    running = check_drafter(str(drafter), str(target)).config
+    check_replaces({**running, "transformers_version": "5", "dtype": "float32"}, running)
+    for changes, says in (
+        ({"rope_theta": 1.0}, "rope_theta 1.0 where the running drafter has 100000.0"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers 1 where the running drafter has 2"),
+        ({"layer_types": ...}, "layer_types None where"),
+        ({"sliding_window": 5}, "sliding_window 5 where the running drafter has None"),
+        ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1]}}, "dflash_config"),
+    ):
+        other = {key: value for key, value in {**running, **changes}.items() if value is not ...}
+        with pytest.raises(CardError, match=says):
+            check_replaces(other, running)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sglang_auf.checkpoints.weights import (
+    check_finite,
     check_weights,
     default_target_layer_ids,
     draft_setting,
@@ -322,3 +323,20 @@ def test_what_we_refuse_sglang_would_take_in_silence(sglang_model: Callable[[dic
 
 def test_the_shipped_drafter_is_small() -> None:
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 25_000_000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_finite_number_is_found(value: float, tmp_path: Path) -> None:
+    weights = tensors(TINY)
+    check_finite(saved(tmp_path / "drafter", weights))
+    weights["norm.weight"][3] = value
+    with pytest.raises(CardError, match=r"1 with infinite values or NaN: norm\.weight"):
+        check_finite(saved(tmp_path / "drafter", weights))
+
+
+def test_a_file_that_ends_early_cannot_be_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "drafter", tensors(TINY))
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(CardError, match="cannot be read"):
+        check_finite(path)

@@ -282,6 +282,34 @@ def test_what_a_model_or_a_server_says_is_only_text(server: Server, page: Page) 
     assert page.title() == "AUF live"
 
 
+def test_a_swap_of_the_drafter_is_told_and_brings_its_card(server: Server, page: Page) -> None:
+    swap: dict[str, Any] = {"generation": 0, "path": "/drafters/old", "state": "started", "other": None}
+    swap |= {"before": None, "after": None, "watched": 0, "watches": 100}
+
+    def with_swap(route: Any) -> None:
+        reply = route.fetch().json() | {"swap": swap}
+        route.fulfill(json=reply | ({"drafter": swap["path"]} if "drafter" in reply else {}))
+
+    for path in ("acceptance", "card"):
+        page.route(f"**/v1/auf/{path}", with_swap)
+    open_with_key(page, server)
+    expect(page.locator("#card-fields")).to_contain_text("/drafters/old")
+    expect(page.locator("#swap")).to_be_hidden()
+    before, after = {"tau": 2.5, "error": 0.1, "requests": 100}, {"tau": 1.25, "error": 0.1, "requests": 25}
+    swap |= {"generation": 1, "path": "/drafters/new", "state": "watching", "other": "/drafters/old", "watched": 7}
+    swap["before"] = before
+    expect(page.locator("#card-fields")).to_contain_text("/drafters/new")
+    expect(page.locator("#swap")).to_have_text(
+        "Generation 1, /drafters/new: watched for 7 of 100 requests, in place of /drafters/old: "
+        "tau 2.50 before, \N{EN DASH} after."
+    )
+    swap |= {"generation": 2, "path": "/drafters/old", "state": "taken back", "other": "/drafters/new", "after": after}
+    expect(page.locator("#swap")).to_have_text(
+        "Generation 2, /drafters/old: the server went back to it from /drafters/new: tau 2.50 before, 1.25 after."
+    )
+    expect(page.locator("#card-fields")).to_contain_text("/drafters/old")
+
+
 def test_it_outlives_a_restart_of_the_server(server: Server, page: Page) -> None:
     open_with_key(page, server)
     expect(page.locator("#status")).to_have_text("Live")

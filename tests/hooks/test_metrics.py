@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
+from sglang_auf.hooks import metrics
 from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
 
 BLOCK = 4
@@ -198,3 +200,19 @@ def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, al
     assert generated() - before == 2 * 12
     served.post("/generate", text=SCRIPT, log_metrics=False, sampling_params={"max_new_tokens": 100})
     assert generated() - before == 2 * 12
+
+
+def test_listeners_are_told_of_counted_requests_and_when_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(metrics, "LISTENERS", [lambda acceptance, came: told.append((acceptance.emitted, came))])
+    monkeypatch.setattr(metrics, "TOTALS", AcceptanceTotals())
+    monkeypatch.setattr(metrics, "serves_auf", lambda: True)
+    states = {
+        rid: SimpleNamespace(obj=SimpleNamespace(log_metrics=counts), time_stats=SimpleNamespace(created_time=came))
+        for rid, counts, came in (("client's", True, 2.5), ("health check", False, 3.5))
+    }
+    meta_info = {"finish_reason": {"type": "stop"}, "completion_tokens": 5, "spec_verify_ct": 2}
+    meta_info |= {"spec_correct_drafts_histogram": [1, 0, 1], "spec_num_proposed_drafts": 6}
+    for rid in states:
+        metrics._count_request(None, SimpleNamespace(rid_to_state=states), meta_info, SimpleNamespace(rids=[rid]), 0)
+    assert told == [(4, 2.5)]

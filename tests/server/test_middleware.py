@@ -154,13 +154,14 @@ def test_management_routes_do_not_exist_for_clients() -> None:
 
     @app.post("/v1/chat/completions")
     @app.post("/update_weights_from_disk")
+    @app.post("/v1/auf/drafter")
     async def answer() -> bool:
         return True
 
     app.add_middleware(Guard)
     client = TestClient(app)
     assert client.post("/v1/chat/completions").json() is True
-    for path in ("/update_weights_from_disk", "/update_weights_from_disk/"):
+    for path in ("/update_weights_from_disk", "/update_weights_from_disk/", "/v1/auf/drafter", "/v1/auf/drafter/"):
         refused = client.post(path, json={"model_path": "/etc"})
         assert refused.status_code == 404
         assert "management: true" in refused.json()["error"]["message"]

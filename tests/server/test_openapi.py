@@ -9,6 +9,7 @@ import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
@@ -27,7 +28,7 @@ def app() -> FastAPI:
     """Our routes behind what stands before them in a server with a key."""
     made = FastAPI()
     made.include_router(auf_router(SPECULATING, lambda: None))
-    add_all(made, lambda: None, "token", management=False)
+    add_all(made, lambda: None, "token", management=True)  # or a closed route answers 404 to every method
     add_api_key_middleware(made, api_key=KEY, admin_api_key=None)
     return made
 
@@ -45,7 +46,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 @schema.parametrize()
 @settings(max_examples=100, deadline=None)
 def test_any_request_of_the_schema(case: Any) -> None:
-    case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"})
+    # A schema cannot say in which directories a drafter lies: 400 is the right answer to a well-formed path.
+    case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance])
 
 
 @schema.parametrize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
+from server.drafters import BusyError, Drafters
 from server.preflight import ServedModel, Speculation
 from server.routes import auf_router
 from sglang_auf.acceptance import Acceptance
@@ -19,6 +21,7 @@ from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.env import DRAFT_VOCABULARY
+from sglang_auf.errors import CardError
 from sglang_auf.hooks import metrics
 
 TARGET = TargetFacts(
@@ -44,7 +47,7 @@ CARD = DrafterCard(
     objective="auf",
 )
 CHECKED = CheckedDrafter(CARD, ("tau may fall",), Path("/models/drafter"))
-SPECULATING = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, block_size=4))
+SPECULATING = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED))
 PLAIN = ServedModel("small", TARGET, None)
 
 
@@ -102,7 +105,7 @@ def test_card_says_how_many_tokens_are_drafted(
 ) -> None:
     monkeypatch.setenv(DRAFT_VOCABULARY.name, switch)
     checked = replace(CHECKED, vocabulary=DraftVocabulary(tokens=(0, 5, 9)))
-    served = ServedModel("small", TARGET, Speculation("owner/drafter", checked, block_size=4))
+    served = ServedModel("small", TARGET, Speculation("owner/drafter", checked, 4, lambda _: checked))
     assert client(served).get("/v1/auf/card").json()["draft_vocabulary"] == tokens
 
 
@@ -127,11 +130,67 @@ def test_routes_are_documented() -> None:
     app = FastAPI()
     app.include_router(auf_router(SPECULATING, lambda: None))
     paths = app.openapi()["paths"]
-    assert {path: set(methods["get"]["responses"]) for path, methods in paths.items()} == {
-        "/v1/auf/acceptance": {"200", "404"},
-        "/v1/auf/card": {"200", "404"},
-        "/v1/auf/load": {"200"},
+    assert {path: {of: set(one["responses"]) for of, one in methods.items()} for path, methods in paths.items()} == {
+        "/v1/auf/acceptance": {"get": {"200", "404"}},
+        "/v1/auf/card": {"get": {"200", "404"}},
+        "/v1/auf/drafter": {"post": {"200", "400", "404", "409", "422"}},
+        "/v1/auf/load": {"get": {"200"}},
     }
+
+
+STARTED = {
+    "generation": 0,
+    "path": "/models/drafter",
+    "state": "started",
+    "other": None,
+    "before": None,
+    "after": None,
+    "watched": 0,
+    "watches": 100,
+}
+
+
+@pytest.mark.parametrize("route", ["acceptance", "card"])
+def test_both_say_which_drafter_runs_and_how_it_came_to(route: str) -> None:
+    assert client(SPECULATING).get(f"/v1/auf/{route}").json()["swap"] == STARTED
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 200), (CardError("no card", "one"), 400), (BusyError("a swap", "one"), 409)]
+)
+def test_a_swap_is_answered_with_its_state_or_the_reason(
+    error: Exception | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def replace_drafter(_: Drafters, path: str) -> None:
+        asked.append(path)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(Drafters, "replace", replace_drafter)
+    reply = client(SPECULATING).post("/v1/auf/drafter", json={"path": "/models/another"})
+    assert (reply.status_code, asked) == (status, ["/models/another"])
+    assert reply.json() == (STARTED if error is None else {"detail": str(error)})
+
+
+@pytest.mark.parametrize("body", [{}, {"path": ""}, {"path": 3}, {"path": "/a", "force": True}, []])
+def test_a_swap_without_a_path_is_refused(body: Any) -> None:
+    assert client(SPECULATING).post("/v1/auf/drafter", json=body).status_code == 422
+
+
+def test_a_plain_server_has_no_drafter_to_swap() -> None:
+    reply = client(PLAIN).post("/v1/auf/drafter", json={"path": "/models/another"})
+    assert (reply.status_code, "--plain" in reply.text) == (404, True)
+
+
+@pytest.mark.parametrize(("key", "status"), [("boss", 404), ("secret", 401), (None, 401)])
+def test_a_swap_asks_for_the_admin_key_where_there_is_one(key: str | None, status: int) -> None:
+    app = FastAPI()
+    app.routes.extend(auf_router(PLAIN, lambda: None).routes)
+    add_api_key_middleware(app, api_key="secret", admin_api_key="boss")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    assert TestClient(app).post("/v1/auf/drafter", json={"path": "/a"}, headers=headers).status_code == status
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ SGLang once for all of them and does nothing else.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
 "environment": variables, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per input, "concurrency": n,
-"logprobs": bool}]}. Each job's result is a list of {"ids", "meta"}. Standard output: the exit status of each list's
-process, a line each.
+"logprobs": bool, "swaps": [drafters]}]}. Each job's result is a list of {"ids", "meta"} and behind them of {"swap"}: of
+n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. Standard output: the exit status of
+each list's process, a line each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from typing import Any
 async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     gate = asyncio.Semaphore(job.get("concurrency", 1))
 
+    answers, swaps = len(job["inputs"]), job.get("swaps", [])
+    done = 0
+    reached = [asyncio.Event() for _ in swaps]
+
+    async def swap(number: int) -> dict[str, Any]:
+        from sglang_auf.speculative.swap import ask
+
+        await reached[number].wait()
+        reply = await ask(engine.tokenizer_manager, "swap", swaps[number])
+        return {"swap": {"seconds": reply.seconds, "requeued": reply.requeued}}
+
     async def one(number: int) -> dict[str, Any]:
+        nonlocal done
         sampling = job["sampling"][number] if isinstance(job["sampling"], list) else job["sampling"]
         async with gate:
             reply = await engine.async_generate(
@@ -32,9 +45,13 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
                 return_logprob=job.get("logprobs", False),
                 top_logprobs_num=job.get("top_logprobs", 0),
             )
+        done += 1
+        for place, event in enumerate(reached, 1):
+            if done * (len(swaps) + 1) >= answers * place:
+                event.set()
         return {"ids": reply["output_ids"], "meta": reply["meta_info"]}
 
-    return list(await asyncio.gather(*map(one, range(len(job["inputs"])))))
+    return list(await asyncio.gather(*map(one, range(answers)), *map(swap, range(len(swaps)))))
 
 
 def run_list(task: dict[str, Any]) -> None:

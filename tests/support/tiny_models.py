@@ -91,11 +91,11 @@ def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULA
 
 
 def write_drafter(
-    directory: Path, block_size: int = 4, head_dim: int = 16, vocabulary: int = VOCABULARY, **dflash: Any
+    directory: Path, block_size: int = 4, head_dim: int = 16, vocabulary: int = VOCABULARY, seed: int = 2, **dflash: Any
 ) -> Path:
     """Random weights: drafts that are nearly always wrong, which exactness must not notice."""
     config = drafter_config(block_size, head_dim, vocabulary, **dflash)
-    return _write(directory, config, expected_weights(config), seed=2)
+    return _write(directory, config, expected_weights(config), seed)
 
 
 def _write(directory: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], seed: int) -> Path:

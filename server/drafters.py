@@ -1,0 +1,212 @@
+"""Which drafter a server drafts with: swapped on request, watched afterwards, and taken back where tau fell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from server.preflight import Speculation
+from sglang_auf.acceptance import Acceptance, tau_error, total_acceptance
+from sglang_auf.checkpoints.card import check_replaces
+from sglang_auf.checkpoints.weights import check_finite
+from sglang_auf.errors import CardError, ServerError
+from sglang_auf.hooks import metrics
+
+logger = logging.getLogger(__name__)
+
+LOOKS = (25, 50, 100)
+"""Finished requests after which tau is compared. After the last of them the new drafter is kept."""
+
+DEVIATIONS = 2.576
+"""Standard errors of the difference by which tau must have fallen: 99 % of a normal distribution, at each look."""
+
+State = Literal["started", "watching", "kept", "taken back"]
+
+
+class BusyError(ServerError):
+    """A swap while another one runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Tau of finished requests, and its standard error."""
+
+    tau: float
+    error: float
+    requests: int
+
+    @classmethod
+    def of(cls, requests: Iterable[Acceptance]) -> Self | None:
+        """None of too few requests to compare with."""
+        known = list(requests)
+        tau, error = total_acceptance(known).tau, tau_error(known)
+        if len(known) < LOOKS[0] or tau is None or error is None:
+            return None
+        return cls(tau, error, len(known))
+
+    def fell_to(self, after: Measured) -> bool:
+        return self.tau - after.tau > DEVIATIONS * math.hypot(self.error, after.error)
+
+    def __str__(self) -> str:
+        return f"{self.tau:.2f} ± {DEVIATIONS * self.error:.2f} ({self.requests} requests)"
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """How the running drafter came to run.
+
+    generation: swaps so far, those back included. other: the drafter that it is compared with: while it is watched the
+    one that the server may go back to, and once that was done the one that was taken back. before, after: tau before
+    the swap that was judged, and after it.
+    """
+
+    generation: int
+    state: State
+    other: Path | None = None
+    before: Measured | None = None
+    after: Measured | None = None
+
+
+class Drafters:
+    """The drafter that runs, and the one before it as long as it is not known which of them stays.
+
+    Everything but the check of files runs in the event loop of SGLang's tokenizer manager. A request is counted for the
+    drafter that was there from its beginning to its end.
+    """
+
+    def __init__(self, speculation: Speculation) -> None:
+        self.running = speculation
+        self.swap = Swap(0, "started")
+        self._former: Speculation | None = None
+        self._since = 0.0
+        self._requests: deque[Acceptance] = deque(maxlen=LOOKS[-1])
+        self._changing = False
+        self._verdict: asyncio.Task[None] | None = None
+        metrics.LISTENERS.append(self.count)
+
+    @property
+    def watched(self) -> int:
+        """Finished requests that were drafted for by the running drafter alone, LOOKS[-1] at most."""
+        return len(self._requests)
+
+    async def replace(self, path: str) -> Swap:
+        """Put the drafter in a directory in the place of the running one, which no request notices.
+
+        Raises CardError where it cannot take that place, TargetError, and BusyError while another swap runs. Then the
+        running drafter goes on. While a drafter is watched, another one takes its place and not the former one's.
+        """
+        if self._changing:
+            raise BusyError("a swap while another one runs", "one swap at a time", "ask again when it has ended")
+        self._changing = True
+        try:
+            logger.info("DRAFTER: checking %s", path)
+            candidate = await asyncio.to_thread(self._checked, path)
+            await self._tell("swap", candidate)
+            if self.swap.state == "watching":
+                before, former = self.swap.before, self._former
+            else:
+                before, former = Measured.of(self._requests), self.running
+            self._change_to(candidate)
+            if former is None or before is None:  # nothing to compare with
+                await self._tell("keep")
+                self.swap = Swap(self.swap.generation + 1, "kept")
+            else:
+                self._former = former
+                self.swap = Swap(self.swap.generation + 1, "watching", former.checked.path, before)
+            metrics.count_swap(taken_back=False)
+            logger.warning("DRAFTER: generation %d is %s, %s", self.swap.generation, path, self._of_before(before))
+            return self.swap
+        finally:
+            self._changing = False
+
+    def count(self, acceptance: Acceptance, received: float) -> None:
+        """Note a finished request, received at that time (time.perf_counter). Decides at LOOKS."""
+        if acceptance.tau is None or received < self._since:
+            return
+        self._requests.append(acceptance)
+        if self.swap.state != "watching" or self.watched not in LOOKS or self._changing:
+            return
+        before, after = self.swap.before, Measured.of(self._requests)
+        if before is None or after is None:
+            return
+        if before.fell_to(after):
+            self._verdict = asyncio.get_running_loop().create_task(self._take_back(before, after))
+        elif after.requests == LOOKS[-1]:
+            self._verdict = asyncio.get_running_loop().create_task(self._keep(after))
+
+    async def _take_back(self, before: Measured, after: Measured) -> None:
+        if self._changing or self._former is None:  # a swap came first
+            return
+        self._changing = True
+        try:
+            refused = self.running
+            await self._tell("take back")
+            self._change_to(self._former)
+            self._former = None
+            self.swap = Swap(self.swap.generation + 1, "taken back", refused.checked.path, before, after)
+            metrics.count_swap(taken_back=True)
+            logger.warning(
+                "DRAFTER: tau fell from %s to %s with %s; generation %d is %s again",
+                *(before, after, refused.checked.path, self.swap.generation, self.running.checked.path),
+            )
+        except CardError:
+            logger.exception("DRAFTER: tau fell from %s to %s, and the former drafter was not put back", before, after)
+        finally:
+            self._changing = False
+
+    async def _keep(self, after: Measured) -> None:
+        if self._changing:
+            return
+        self._changing = True
+        try:
+            await self._tell("keep")
+            self._former = None
+            self.swap = replace(self.swap, state="kept", other=None, after=after)
+            logger.warning("DRAFTER: kept %s: tau %s before, %s since", self.running.drafter, self.swap.before, after)
+        except CardError:
+            logger.exception("DRAFTER: the former drafter stays in memory")
+        finally:
+            self._changing = False
+
+    def _checked(self, path: str) -> Speculation:
+        """The drafter in a directory, found to fit in the place of the running one. Reads all of its weights."""
+        if not (os.path.isabs(path) and os.path.isdir(path)):  # pathlib's raises OSError where the name is too long
+            raise CardError(f"path {path!r}", "the absolute path of a drafter's directory on the server's machine")
+        try:
+            checked = self.running.check(path)
+            check_replaces(checked.config, self.running.checked.config)
+            check_finite(checked.path)
+        except OSError as problem:
+            raise CardError(f"{path} cannot be read ({problem})", "files that the server may read") from problem
+        for warning in checked.warnings:
+            logger.warning("DRAFTER: %s", warning)
+        return replace(self.running, drafter=path, checked=checked)
+
+    def _change_to(self, other: Speculation) -> None:
+        self.running = other
+        self._requests.clear()
+        self._since = time.perf_counter()
+
+    async def _tell(self, action: Any, candidate: Speculation | None = None) -> None:
+        """Have the scheduler do it. Raises CardError when it did not, and then nothing has changed."""
+        from sglang.srt.entrypoints.http_server import get_global_state
+
+        from sglang_auf.speculative import swap
+
+        path = "" if candidate is None else str(candidate.checked.path)
+        done = await swap.ask(get_global_state().tokenizer_manager, action, path)
+        if action != "keep":
+            logger.info("DRAFTER: no step for %.2f s; requests prefilled again: %d", done.seconds, done.requeued)
+
+    def _of_before(self, before: Measured | None) -> str:
+        if before is None:
+            return f"kept without a comparison: fewer than {LOOKS[0]} requests were answered with the one before"
+        return f"watched for {LOOKS[-1]} requests: tau was {before}"

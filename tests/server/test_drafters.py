@@ -1,0 +1,234 @@
+"""Swap, watch and verdict: the scheduler is a stand-in that notes what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.entrypoints import http_server
+
+from server.drafters import LOOKS, BusyError, Drafters, Measured
+from server.preflight import Speculation
+from sglang_auf.acceptance import Acceptance
+from sglang_auf.checkpoints.card import CheckedDrafter
+from sglang_auf.errors import CardError
+from sglang_auf.hooks import metrics
+from sglang_auf.speculative import swap
+from sglang_auf.speculative.swap import DrafterReqOutput
+from tests.server.test_routes import CARD
+from tests.support.tiny_models import write_drafter
+
+pytestmark = pytest.mark.anyio
+
+GOOD = [Acceptance.of_request([2, 2, 2, 2 + n % 2], completion_tokens=21 + 4 * (n % 2)) for n in range(LOOKS[-1])]
+BAD = [Acceptance.of_request([8, 1 + n % 2, 0, 0], completion_tokens=11 + 2 * (n % 2)) for n in range(LOOKS[-1])]
+NO_STEP = Acceptance()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Engine:
+    """told: (action, name of the directory). refuses: an action that it fails at."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.refuses = ""
+
+    async def ask(self, manager: Any, action: str, path: str = "") -> DrafterReqOutput:
+        await asyncio.sleep(0)
+        if action == self.refuses:
+            raise CardError("the engine did not", "a drafter that it can load")
+        self.told.append((action, Path(path).parent.name))
+        return DrafterReqOutput(success=True)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made = Engine()
+    monkeypatch.setattr(swap, "ask", made.ask)
+    monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=None))
+    monkeypatch.setattr(metrics, "LISTENERS", [])
+    return made
+
+
+def check(path: str) -> CheckedDrafter:
+    return CheckedDrafter(CARD, (), Path(path), None, json.loads((Path(path) / "config.json").read_text()))
+
+
+@pytest.fixture
+def drafter(tmp_path: Path) -> Callable[[str], str]:
+    return lambda name: str(write_drafter(tmp_path / name / "drafter"))
+
+
+@pytest.fixture
+def drafters(engine: Engine, drafter: Callable[[str], str]) -> Drafters:
+    first = drafter("first")
+    return Drafters(Speculation(first, check(first), 4, check))
+
+
+async def finish(drafters: Drafters, requests: list[Acceptance]) -> None:
+    """Requests that begin and end now, and whatever follows from them."""
+    for acceptance in requests:
+        for listener in metrics.LISTENERS:
+            listener(acceptance, time.perf_counter())
+        if drafters._verdict is not None:
+            await drafters._verdict
+
+
+async def test_a_swap_begins_a_watch(engine: Engine, drafters: Drafters, drafter: Callable[[str], str]) -> None:
+    await finish(drafters, [*GOOD[:30], NO_STEP])
+    second = drafter("second")
+    found = await drafters.replace(second)
+    assert (found.generation, found.state, found.other) == (1, "watching", Path(drafter_of(drafters, "first")))
+    assert drafters.running.checked.path == Path(second)
+    assert found.before == Measured.of(GOOD[:30])
+    assert (engine.told, drafters.watched) == ([("swap", "second")], 0)
+
+
+def drafter_of(drafters: Drafters, name: str) -> str:
+    return str(drafters.running.checked.path.parents[1] / name / "drafter")
+
+
+async def test_a_fall_is_taken_back_at_the_first_look(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    await finish(drafters, GOOD)
+    await drafters.replace(drafter("second"))
+    await finish(drafters, BAD[: LOOKS[0] - 1])
+    assert drafters.swap.state == "watching"
+    await finish(drafters, BAD[:1])
+    assert engine.told == [("swap", "second"), ("take back", "")]
+    found = drafters.swap
+    assert (found.generation, found.state) == (2, "taken back")
+    assert found.before is not None and found.after is not None
+    assert found.before.tau > found.after.tau > 1
+    assert (found.before.requests, found.after.requests) == (LOOKS[-1], LOOKS[0])
+    assert drafters.running.checked.path.parent.name == "first"
+    assert found.other is not None and found.other.parent.name == "second"
+    assert "tau fell from" in caplog.text
+    assert drafters.watched == 0, "requests of the bad drafter are no measure of the former one"
+
+
+async def test_an_equal_drafter_is_kept_after_the_last_look(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD)
+    await drafters.replace(drafter("second"))
+    await finish(drafters, GOOD)
+    assert engine.told == [("swap", "second"), ("keep", "")]
+    assert (drafters.swap.generation, drafters.swap.state, drafters.swap.other) == (1, "kept", None)
+    assert drafters.swap.after == Measured.of(GOOD)
+    await finish(drafters, BAD)
+    assert len(engine.told) == 2, "after the verdict nothing is taken back"
+
+
+async def test_requests_that_began_before_the_swap_count_for_no_drafter(
+    drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD)
+    began = time.perf_counter()
+    await drafters.replace(drafter("second"))
+    for acceptance in BAD:
+        drafters.count(acceptance, began)
+    assert (drafters.watched, drafters.swap.state) == (0, "watching")
+
+
+async def test_without_figures_to_compare_with_the_new_one_is_kept(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD[: LOOKS[0] - 1])
+    assert (await drafters.replace(drafter("second"))).state == "kept"
+    assert engine.told == [("swap", "second"), ("keep", "")]
+
+
+async def test_a_swap_in_a_watch_keeps_the_drafter_to_go_back_to(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    """Or two bad drafters in a row would leave the second one."""
+    await finish(drafters, GOOD)
+    await drafters.replace(drafter("second"))
+    await finish(drafters, BAD[:10])
+    await drafters.replace(drafter("third"))
+    assert drafters.swap.before == Measured.of(GOOD)
+    await finish(drafters, BAD)
+    assert drafters.running.checked.path.parent.name == "first"
+    assert [action for action, _ in engine.told] == ["swap", "swap", "take back"]
+
+
+async def test_one_swap_at_a_time(engine: Engine, drafters: Drafters, drafter: Callable[[str], str]) -> None:
+    paths = [drafter("second"), drafter("third")]
+    both = await asyncio.gather(*map(drafters.replace, paths), return_exceptions=True)
+    assert [isinstance(found, BusyError) for found in both] == [False, True]
+    assert engine.told[0] == ("swap", "second")
+    await drafters.replace(paths[1])
+
+
+async def test_what_the_engine_does_not_load_changes_nothing(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    engine.refuses = "swap"
+    await finish(drafters, GOOD)
+    with pytest.raises(CardError):
+        await drafters.replace(drafter("second"))
+    assert (drafters.swap.generation, drafters.watched) == (0, len(GOOD))
+    assert drafters.running.checked.path.parent.name == "first"
+    engine.refuses = ""
+    await drafters.replace(drafter("third"))
+
+
+async def test_a_taking_back_that_fails_is_tried_again_at_the_next_look(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD)
+    await drafters.replace(drafter("second"))
+    engine.refuses = "take back"
+    await finish(drafters, BAD[: LOOKS[0]])
+    assert drafters.swap.state == "watching"
+    engine.refuses = ""
+    await finish(drafters, BAD[LOOKS[0] : LOOKS[1]])
+    assert drafters.swap.state == "taken back"
+
+
+@pytest.mark.parametrize("path", ["", "drafter", "owner/name", "/nowhere", "/" + "x" * 4000, "/\0"])
+async def test_a_path_is_absolute_and_a_directory(path: str, engine: Engine, drafters: Drafters) -> None:
+    with pytest.raises(CardError, match="absolute path"):
+        await drafters.replace(path)
+    assert engine.told == []
+
+
+async def test_another_shape_and_broken_weights_are_refused(
+    engine: Engine, drafters: Drafters, tmp_path: Path, drafter: Callable[[str], str]
+) -> None:
+    other = write_drafter(tmp_path / "other" / "drafter", block_size=8)
+    broken = Path(drafter("broken"))
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    for path, says in ((other, "block_size 8 where the running drafter has 4"), (broken, "cannot be read")):
+        with pytest.raises(CardError, match=says):
+            await drafters.replace(str(path))
+    assert engine.told == []
+
+
+async def test_the_check_of_the_start_is_asked(drafters: Drafters, drafter: Callable[[str], str]) -> None:
+    def refuse(path: str) -> CheckedDrafter:
+        raise CardError(path, "another target")
+
+    drafters.running = replace(drafters.running, check=refuse)
+    with pytest.raises(CardError, match="another target"):
+        await drafters.replace(drafter("second"))
+
+
+def test_too_few_requests_are_no_measure() -> None:
+    assert Measured.of(GOOD[: LOOKS[0] - 1]) is None
+    found = Measured.of(GOOD[: LOOKS[0]])
+    assert found is not None
+    assert not found.fell_to(found)
