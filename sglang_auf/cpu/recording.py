@@ -36,8 +36,6 @@ EACH_CHECKED = 16
 """Up to so many rows each number of them is checked when it first comes, beyond it one up to each power of two."""
 
 CACHE_LINE = 64
-UNUSED = 3
-"""References to a block that no tensor uses: from the list of blocks, the variable that runs over it, and the call."""
 
 _aten = torch.ops.aten
 
@@ -95,6 +93,15 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
 
 
+def _references(blocks: list[np.ndarray[Any, Any]]) -> list[int]:
+    """To each of them, in Python. A tensor made from an array refers to it until its last view is gone."""
+    return [sys.getrefcount(block) for block in blocks]
+
+
+# To one that is in a list and nowhere else.
+UNUSED = _references([np.empty(0)])[0]
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[misc]
     """Lets a forward make views and memory, which has room for ROWS rows, and call kernels. Refuses all else.
 
@@ -141,12 +148,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
             raise NotRecordable(f"memory of {tuple(shape)} for {self.rows} rows")
         whole = (shape[0] // self.rows * ROWS, *shape[1:])
         size = math.prod(whole) * dtype.itemsize
-        # A tensor made from an array refers to it until its last view is gone; then only our list and `block` do.
-        free = [block for block in self.blocks if block.nbytes == size and sys.getrefcount(block) == UNUSED]
+        references = enumerate(_references(self.blocks))
+        free = [i for i, count in references if count == UNUSED and self.blocks[i].nbytes == size]
         if not free:
-            free = [_aligned(size)]
-            self.blocks.extend(free)
-        memory = torch.from_numpy(free[0]).view(dtype).view(whole)
+            free = [len(self.blocks)]
+            self.blocks.append(_aligned(size))
+        memory = torch.from_numpy(self.blocks[free[0]]).view(dtype).view(whole)
         return memory[: shape[0]]
 
 
