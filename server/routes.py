@@ -9,16 +9,19 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 
 from server.preflight import ServedModel
-from server.schemas import AcceptanceReply, CardReply, LoadReply
+from server.schemas import AcceptanceReply, CardReply, LoadReply, Recording, RecordingReply
 from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.hooks import metrics
+from sglang_auf.recording.recorder import Recorder
 
 PLAIN = "this server decodes plainly (--plain): it has no drafter, so there is no {what}"
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "The server decodes plainly."}}
 
 
-def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) -> APIRouter:
-    """closed_because: why no tokens are given out right now, or None."""
+def auf_router(
+    served: ServedModel, closed_because: Callable[[], str | None], recorder: Recorder | None = None
+) -> APIRouter:
+    """closed_because: why no tokens are given out right now, or None. recorder: None where nothing is recorded."""
     router = APIRouter(prefix="/v1/auf", tags=["auf"])
     started = time.time()
 
@@ -63,5 +66,11 @@ def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) ->
             queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
             generated_tokens=metrics.TOTALS.generated,
         )
+
+    @router.get("/recording")
+    async def recording() -> RecordingReply:
+        """What this server keeps of its answers for training: token ids, where, how many and how long."""
+        kept = None if recorder is None else Recording(**recorder.snapshot())
+        return RecordingReply(model=served.model, recording=kept)
 
     return router
