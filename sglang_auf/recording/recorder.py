@@ -134,6 +134,7 @@ class Recorder:
             self._ring.close()
 
     def _write(self, prompt: array[int], response: array[int]) -> None:
+        self._attempt(self._ring.expire)  # also where every answer is a duplicate
         id = digest(prompt, response)
         if self._ring.holds(id):
             self.drop("duplicate")

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sglang_auf.cli import main
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.recording.manifest import MANIFEST, Manifest, read_manifest, require_target
-from tests.support.tiny_models import write_target
+from tests.support.tiny_models import write_drafter, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
+from tests.support.training_runs import tiny_recipe
 
 
 def target(directory: Path, head_dim: int = 16, word: str = "") -> Path:
@@ -68,3 +71,21 @@ def test_it_names_no_more_than_the_target(tmp_path: Path) -> None:
     assert set(json.loads(Manifest.of(target(tmp_path / "model")).model_dump_json())) == {
         *("format", "target_name", "target_hub_id", "target_config_hash", "tokenizer_hash")
     }
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "features", "draft-vocabulary", "adapt"])
+def test_every_command_refuses_it(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, other = target(tmp_path / "model"), target(tmp_path / "other", word="<tool>")
+    rows, drafter = str(recording(tmp_path / "rows", other)), str(write_drafter(tmp_path / "drafter"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(str(model), rows).model_dump(mode="json")))
+    out = str(tmp_path / "out")
+    arguments = {
+        "train": [str(recipe), "--out", out],
+        "evaluate": [drafter, str(model), "--data", rows],
+        "features": ["--data", rows, "--target", str(model), "--layers", "1", "--out", out, "--max-length", "40"],
+        "draft-vocabulary": [drafter, str(model), "--data", rows, "--size", "8"],
+        "adapt": [drafter, "--recorded", rows, "--out", out, "--target", str(model)],
+    }
+    assert main([command, *arguments[command]]) == 2
+    assert "rows is a recording of other (tokenizer_hash" in capsys.readouterr().err

@@ -134,6 +134,19 @@ def test_rows_grow_old_while_nothing_is_served(
     recorder.stop()
 
 
+def test_a_row_grows_old_also_where_all_that_is_served_is_that_row(record: Callable[..., Recorder]) -> None:
+    recorder = record(max_age=0.3 / 86400)
+    recorder.start()
+
+    def again() -> bool:
+        recorder.offer([1], [2, 3])
+        return bool(recorder.snapshot()["recorded"] == 2)
+
+    wait_until(again)
+    assert dropped(recorder)["duplicate"] > 0
+    recorder.stop()
+
+
 def test_a_recorder_that_never_started_lets_go_of_its_directory(record: Callable[..., Recorder]) -> None:
     record().stop()
     record().stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -107,7 +108,8 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, st
     try:
         if is_recording(path):
             for file in row_files(path):
-                yield from _lines(file, digest)
+                with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
+                    yield from _lines(file, digest)
         elif path.is_dir():
             yield from _data_set(str(path), split, None, digest)
         elif path.suffix == ".json" and path.is_file():
