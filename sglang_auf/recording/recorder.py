@@ -130,6 +130,10 @@ class Recorder:
                 self._write(*row)
                 with self._lock:
                     self._waiting -= sum(map(len, row))
+        except Exception:  # a mistake of ours must not end a server
+            logger.exception("the recording in %s has ended: answers are served and not kept", self.directory)
+            with self._lock:
+                self._error = "the recorder failed, the server's log says why"
         finally:
             self._ring.close()
 

@@ -209,6 +209,21 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def test_a_mistake_of_ours_ends_the_recording_and_is_said(
+    record: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "QUEUED_TOKENS", 10)
+    monkeypatch.setattr(Ring, "holds", lambda *_: 1 / 0)
+    recorder = record()
+    recorder.start()
+    for _ in range(5):
+        recorder.offer([1], [2, 3])
+    wait_until(lambda: recorder.snapshot()["error"] is not None)
+    assert dropped(recorder)["queue"] == 2, "what cannot be written does not pile up"
+    assert "ZeroDivisionError" in caplog.text
+    recorder.stop()
+
+
 def test_the_thread_survives_files_that_cannot_be_read(
     record: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
