@@ -150,14 +150,16 @@ class Recorder:
         if self._attempt(lambda: self._ring.append(id, line)):
             with self._lock:
                 self._recorded += 1
+                self._error = None  # only a row that was written shows that rows can be written
         else:
             self.drop("disk")
 
     def _attempt(self, act: Callable[[], None]) -> bool:
-        """Whether the disk let `act` be done. If not, the error is kept, and logged when it is new."""
-        error = None
+        """Whether the disk let `act` be done. If not, the error is kept until a row is written, and logged once."""
+        error, done = self._error, False
         try:
             act()
+            done = True
         except OSError as problem:
             error = problem.strerror or str(problem)
             if error != self._error:
@@ -170,7 +172,7 @@ class Recorder:
                 "bytes": self._ring.size,
                 "oldest": None if oldest is None else oldest.isoformat(timespec="seconds"),
             }
-        return error is None
+        return done
 
 
 def digest(prompt: array[int], response: array[int]) -> int:

@@ -251,7 +251,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(
         if (tmp_path / "killed.run" / PLAN).is_file():
             with (grown / "20261103T000000000000Z.jsonl").open("ab") as newest:
                 newest.write(encoded(kill_at, array("i", [9]), array("i", [7] * 12)))
-    assert in_fork(ADAPT, arguments=arguments("killed"), term_at=3) == [128 + signal.SIGTERM]
+    assert in_fork(ADAPT, arguments=arguments("killed"), term_at=14) == [128 + signal.SIGTERM]
     for _ in range(2):  # and once more, when it is finished
         assert in_fork(ADAPT, arguments=arguments("killed")) == [0]
     ends = [load_file(tmp_path / out / WEIGHTS) for out in ("unbroken", "killed")]
