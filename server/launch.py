@@ -19,7 +19,10 @@ from server.unreadable import add_replies
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
 from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, TREE_NODES
-from sglang_auf.errors import ServerError
+from sglang_auf.errors import ServerError, TargetError
+from sglang_auf.files import find_model
+from sglang_auf.recording import capture
+from sglang_auf.recording.recorder import Recorder
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -39,6 +42,11 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     check_server_args(profile.server_args)
     target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else profile.target
     served = check_models(profile, target, plain)
+    recorder = None
+    if profile.record.directory is not None:
+        recorder = Recorder.opened(
+            profile.record, find_model(target, ("*.json",), TargetError, profile.target_revision)
+        )
     drafter = served.speculation.checked.path if served.speculation else None
     if not profile.tree:
         TREE.set(False)  # read by the scheduler, a child of this process
@@ -49,21 +57,29 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     if profile.server_args.get("disable_overlap_schedule") is False:
         CPU_OVERLAP.set(True)  # SGLang cannot tell this from a flag that was not given
     server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
-    run(server_args, served, api_key, management=profile.management)
+    run(server_args, served, api_key, management=profile.management, recorder=recorder)
 
 
-def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, management: bool = False) -> None:
+def run(
+    server_args: ServerArgs,
+    served: ServedModel,
+    api_key: str | None,
+    *,
+    management: bool = False,
+    recorder: Recorder | None = None,
+) -> None:
     """Launch SGLang's server in this process. Returns when it has drained after SIGTERM and no child is left.
 
-    management: open the management routes too, SGLang's and ours (middleware.Guard).
+    management: open the management routes too, SGLang's and ours (middleware.Guard). recorder: keeps answers, once the
+    server is announced.
     """
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils import kill_process_tree
 
-    start = Start(server_args, served, api_key)
+    start = Start(server_args, served, api_key, recorder)
     # Not include_router: SGLang's key check looks no deeper than these routes for one that asks for the admin key.
-    http_server.app.routes.extend(auf_router(served, closed_because).routes)
-    add_all(http_server.app, closed_because, start.token, management)
+    http_server.app.routes.extend(auf_router(served, closed_because, recorder).routes)
+    add_all(http_server.app, closed_because, start.token, management, None if recorder is None else recorder.settings)
     add_replies(http_server.app)
     signal.signal(signal.SIGTERM, _stopped_while_starting)
     try:
@@ -85,6 +101,9 @@ def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, ma
         logger.exception("the launch failed")
         raise ServerError(str(error), "a running engine", "look above for its error") from error
     finally:
+        if recorder is not None:
+            capture.record_with(None)
+            recorder.stop()
         kill_process_tree(os.getpid(), include_parent=False)
     if start.failure is not None:
         raise start.failure
@@ -95,11 +114,14 @@ def run(server_args: ServerArgs, served: ServedModel, api_key: str | None, *, ma
 class Start:
     """From an open port to an announced server. SGLang calls both methods in a thread of its own."""
 
-    def __init__(self, server_args: ServerArgs, served: ServedModel, api_key: str | None) -> None:
+    def __init__(
+        self, server_args: ServerArgs, served: ServedModel, api_key: str | None, recorder: Recorder | None = None
+    ) -> None:
         self.served = served
         self.url = server_args.url()
         self.token = secrets.token_hex(16)
         self.api_key = api_key
+        self.recorder = recorder
         self.failure: Exception | None = None
 
     def prove(self, server_args: ServerArgs) -> bool:
@@ -123,6 +145,10 @@ class Start:
             if speculation
             else "no drafter (plain decoding)"
         )
+        if self.recorder is not None:
+            self.recorder.start()
+            capture.record_with(self.recorder)
+            logger.info("RECORDING token ids of answers in %s", self.recorder.directory)
         logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
         logger.info("live page: %s/auf", self.url)
 

@@ -13,13 +13,24 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.probe import PROBE_HEADER
+from sglang_auf.recording import capture
+from sglang_auf.recording.settings import RecordSettings
 
 MAX_BODY = 16 * 2**20
 """Bytes of a request: some hundred times the longest prompt. Headers are bounded by the HTTP parser (h11: 64 KiB)."""
 
 
-def add_all(app: Any, closed_because: Callable[[], str | None], probe_token: str, management: bool) -> None:
-    """Add the middleware to SGLang's app, which must not have started. The lists have the outermost first."""
+def add_all(
+    app: Any,
+    closed_because: Callable[[], str | None],
+    probe_token: str,
+    management: bool,
+    record: RecordSettings | None = None,
+) -> None:
+    """Add the middleware to SGLang's app, which must not have started. The lists have the outermost first.
+
+    record: how answers are recorded, None where they are not.
+    """
     before_sglangs: list[Callable[[ASGIApp], ASGIApp]] = [
         LivePage,  # before the API-key check, because a browser cannot send a key with the address it opens
         ReadableKey,  # before the API-key check, which breaks on the keys that this one refuses
@@ -29,6 +40,7 @@ def add_all(app: Any, closed_because: Callable[[], str | None], probe_token: str
     after_sglangs = [
         *([] if management else [Middleware(Guard)]),  # before Gate, since a closed route will not open later
         Middleware(Gate, closed_because=closed_because, probe_token=probe_token),
+        *([Middleware(Consent, opt_in=record.opt_in)] if record else []),  # no other reads what it notes
     ]
     put_in_front(app, before_sglangs)
     for middleware in reversed(after_sglangs):  # the last one added is the outermost
@@ -187,6 +199,27 @@ class Gate:
         given = Headers(scope=scope).get(PROBE_HEADER, "")
         passes = reason is None or secrets.compare_digest(given.encode(), self.probe_token.encode())
         return None if passes else reason
+
+
+RECORD_HEADER = "x-sglang-auf-record"
+
+
+class Consent:
+    """ASGI middleware that notes whether the answers to a request may be recorded.
+
+    RECORD_HEADER says `on` or `off`. Any other value counts as `off`, and so does one `off` among several values. A
+    request without it is recorded unless opt_in.
+    """
+
+    def __init__(self, app: ASGIApp, opt_in: bool) -> None:
+        self.app = app
+        self.opt_in = opt_in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            said = {value.strip().lower() for value in Headers(scope=scope).getlist(RECORD_HEADER)}
+            capture.allowed.set(said == {"on"} or (not said and not self.opt_in))
+        await self.app(scope, receive, send)
 
 
 def _refusal(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sglang_auf.errors import ConfigError
+from sglang_auf.recording.settings import RecordSettings
 from sglang_auf.settings import Settings, Thinking, apply_override, checked, read_yaml
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -28,6 +29,7 @@ class Profile(Settings):
     tree_nodes: nodes of each request's tree at any load; None lets the load decide.
     draft_vocabulary: draft only tokens that the drafter lists, if it has a list (checkpoints/draft_vocabulary.py).
     thinking: the chat template's mode; None where the template has none.
+    record: keep answers for training (recording/settings.py); by default none are kept.
     management: open the routes that change weights, write files and pause the engine (middleware.Guard).
     served_model_name: the model's name for clients.
     server_args: SGLang's server arguments by their Python names; checked against SGLang when the server starts.
@@ -45,6 +47,7 @@ class Profile(Settings):
     device: Literal["cpu", "cuda"]
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
     thinking: Thinking = None
+    record: RecordSettings = RecordSettings()
     management: bool = False
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=30000, ge=1, le=65535)

@@ -11,10 +11,20 @@ from fastapi import APIRouter, HTTPException
 
 from server.drafters import LOOKS, BusyError, Drafters, Measured
 from server.preflight import ServedModel
-from server.schemas import AcceptanceReply, CardReply, LoadReply, MeasuredReply, SwapReply, SwapRequest
+from server.schemas import (
+    AcceptanceReply,
+    CardReply,
+    LoadReply,
+    MeasuredReply,
+    Recording,
+    RecordingReply,
+    SwapReply,
+    SwapRequest,
+)
 from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.errors import AufError
 from sglang_auf.hooks import metrics
+from sglang_auf.recording.recorder import Recorder
 
 PLAIN = "this server decodes plainly (--plain): it has no drafter, so there is no {what}"
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "The server decodes plainly."}}
@@ -25,8 +35,10 @@ NO_SWAP: dict[int | str, dict[str, Any]] = {
 }
 
 
-def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) -> APIRouter:
-    """closed_because: why no tokens are given out right now, or None."""
+def auf_router(
+    served: ServedModel, closed_because: Callable[[], str | None], recorder: Recorder | None = None
+) -> APIRouter:
+    """closed_because: why no tokens are given out right now, or None. recorder: None where nothing is recorded."""
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     router = APIRouter(prefix="/v1/auf", tags=["auf"])
@@ -92,6 +104,12 @@ def auf_router(served: ServedModel, closed_because: Callable[[], str | None]) ->
             queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
             generated_tokens=metrics.TOTALS.generated,
         )
+
+    @router.get("/recording")
+    async def recording() -> RecordingReply:
+        """What this server keeps of its answers for training: token ids, where, how many and how long."""
+        kept = None if recorder is None else Recording(**recorder.snapshot())
+        return RecordingReply(model=served.model, recording=kept)
 
     return router
 

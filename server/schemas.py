@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_auf.checkpoints.card import DrafterCard
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.recording.recorder import DROPPED
 
 
 class Reply(BaseModel):
@@ -94,6 +95,30 @@ class CardReply(Reply):
     warnings: list[str]
     target: TargetFacts
     swap: SwapReply
+
+
+class Recording(Reply):
+    """What a server keeps of its answers. Counts are of answers, since the start; each choice of a request is one."""
+
+    directory: str
+    share: float = Field(description="of the answers that may be kept, drawn at random")
+    opt_in: bool = Field(description="only answers to requests with the header X-SGLang-AUF-Record: on are kept")
+    max_bytes: int
+    max_age: float = Field(description="days after which a row is gone")
+    rows: int = Field(description="answers on the disk, those of earlier starts included")
+    bytes: int
+    oldest: str | None = Field(description="when the oldest file was begun (ISO 8601); null: there is none")
+    recorded: int
+    waiting_tokens: int = Field(description="tokens that are not on the disk yet")
+    dropped: dict[str, int] = Field(description="; ".join(f"{reason}: {why}" for reason, why in DROPPED.items()))
+    error: str | None = Field(description="why nothing can be written right now; null: it can")
+
+
+class RecordingReply(Reply):
+    """GET /v1/auf/recording."""
+
+    model: str
+    recording: Recording | None = Field(description="null: this server keeps nothing of its answers")
 
 
 class LoadReply(Reply):

@@ -76,6 +76,19 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     plan.add_argument("--fsdp", action="store_true", help="the drafter is sharded over the GPUs")
     plan.set_defaults(run=_plan)
 
+    adapt = commands.add_parser(
+        "adapt",
+        help="train a drafter further on what its server recorded, and export it if it got better",
+        epilog="exit code: 0 exported; 3 not better, nothing exported; 2 a mistake that the user can fix; 128 + N "
+        "stopped by signal N, and the same command goes on",
+    )
+    adapt.set_defaults(run=_adapt)
+    if command == "adapt":
+        from sglang_auf.flags import add_flags
+        from sglang_auf.training.adapt.settings import AdaptSettings
+
+        add_flags(adapt, AdaptSettings, positional=("drafter",))
+
     _add_features(commands.add_parser("features", help="compute the target's features of training data once, on disk"))
 
     export = commands.add_parser("export", help="write the drafter of a training run as SGLang loads it, and check it")
@@ -154,7 +167,8 @@ def _check(options: argparse.Namespace) -> int:
 
     checked = check_drafter(options.drafter, resolve_target(options.target))
     for name, value in checked.card.model_dump(mode="json").items():
-        print(f"{name:20} {'unknown' if value is None else value}")
+        absent = "unknown" if name in checked.card.unknown else "no"
+        print(f"{name:20} {absent if value is None else value}")
     listed = "all tokens" if checked.vocabulary is None else f"{len(checked.vocabulary.tokens)} tokens"
     print(f"{'draft_vocabulary':20} {listed}")
     for warning in checked.warnings:
@@ -207,6 +221,16 @@ def _train(options: argparse.Namespace) -> int:
     best = "" if outcome.best_tau is None else f"; best held-out tau {outcome.best_tau:.3f} at step {outcome.best_step}"
     print(f"{outcome.run}: {outcome.steps} steps{best}")
     return 0
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from sglang_auf.flags import from_flags
+    from sglang_auf.training.adapt.adapt import adapt
+    from sglang_auf.training.adapt.settings import AdaptSettings
+
+    outcome = adapt(from_flags(AdaptSettings, _given(options)))
+    print("\n".join(outcome.lines()))
+    return outcome.exit_code
 
 
 def _plan(options: argparse.Namespace) -> int:

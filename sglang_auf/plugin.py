@@ -24,6 +24,7 @@ from sglang_auf.hooks import (
     stops,
     validation,
 )
+from sglang_auf.recording import capture
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ HOOKS = (
     *spans.HOOKS,  # which tokens of a stream were drafted
     # _handle_batch_output: metrics counts before spans reads; neither changes the batch.
     *metrics.HOOKS,  # totals of acceptance, and Prometheus counters
+    *capture.HOOKS,  # answers kept for training, where the server records
 )
 
 SEAMS = (
@@ -111,6 +113,7 @@ def seams() -> tuple[Seam, ...]:
         *seeds.SEAMS,
         *spans.SEAMS,
         *metrics.SEAMS,
+        *capture.SEAMS,
         *(hook.seam for hook in HOOKS),
         *speculative.SEAMS,
     )

@@ -1,34 +1,24 @@
 """95 % intervals: of tau and alpha_k by bootstrap over prompts, and of the mean of a few seeds by Student's t.
 
-The bootstrap shows how far a figure would move with other prompts. It does not cover other training seeds or machines.
-It draws conversations with replacement inside each task, so every task keeps its weight, and both turns of an MT-Bench
-prompt are drawn together. It draws n - 1 of n conversations, which makes the variance of a mean unbiased: with n draws
-it is too small by a factor (n-1)/n. With few prompts the percentile bootstrap is too narrow; it has no Student-t tails.
-
-The draws of a task depend on its name and its number of conversations only. Two runs of the same prompts are therefore
-resampled alike, and their difference is a paired one. `scipy.stats.bootstrap` cannot stratify (draw inside each task)
-and pair at once.
+The bootstrap (sglang_auf/stats/bootstrap.py) shows how far a figure would move with other prompts. It does not cover
+other training seeds or machines. It draws conversations with replacement inside each task, so every task keeps its
+weight, and both turns of an MT-Bench prompt are drawn together. The draws of a task depend on its name and its number
+of conversations only, so that the difference of two runs of the same prompts is a paired one.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
 from sglang_auf.acceptance import reached_at_least
+from sglang_auf.stats.bootstrap import LEVEL, Floats, bounds, drawn_sums
 
-RESAMPLES = 2000
-LEVEL = 0.95
-SEED = 42
-
-Floats = NDArray[np.float64]
 Conversations = dict[str, Floats]
 """prompt id -> sums over its requests: [requests, tau, survival 0, survival 1, ...]"""
 
@@ -44,8 +34,8 @@ class Interval(StrictModel):
     @classmethod
     def of(cls, resampled: Floats) -> Interval:
         """The percentiles of a resampled figure."""
-        low, high = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-        return cls(low=float(low), high=float(high))
+        low, high = bounds(resampled)
+        return cls(low=low, high=high)
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
@@ -158,11 +148,5 @@ def _resampled_tau(task: str, conversations: Conversations) -> Floats | None:
 
 
 def _drawn_sums(task: str, conversations: Conversations) -> Floats | None:
-    """[RESAMPLES, figures]: sums over n - 1 conversations drawn with replacement from n; None where n < 3."""
-    count = len(conversations)
-    if count < 3:
-        return None
-    rows = np.stack(list(conversations.values()))
-    generator = np.random.default_rng([SEED, zlib.crc32(task.encode())])
-    times = generator.multinomial(count - 1, np.full(count, 1 / count), size=RESAMPLES)
-    return times.astype(np.float64) @ rows
+    """[RESAMPLES, figures]: sums over conversations drawn with replacement; None with fewer than three."""
+    return drawn_sums(task, np.stack(list(conversations.values()))) if conversations else None

@@ -109,10 +109,14 @@ function swapped({ generation, path, state, other, before, after, watched, watch
 }
 
 function showCard({ drafter, block_size, draft_vocabulary, card, unknown, warnings, target }) {
-  const { format, derived, block_size: trained, tau, ...others } = card;
+  const { format, derived, block_size: trained, tau, adapted, ...others } = card;
   const fields = { drafter, target: target.name, block: `${block_size} as served, ${trained} as trained` };
   if (draft_vocabulary !== null) fields["draft vocabulary"] = `${draft_vocabulary} tokens`;
   if (tau) fields.tau = `${figure(tau.value, 2)} (${tau.kind}: ${tau.on})`;
+  if (adapted) {
+    const { generation, old_tau: before, new_tau: after } = adapted;
+    fields.adapted = `generation ${generation}: tau ${figure(before, 2)} before, ${figure(after, 2)} after`;
+  }
   if (derived) fields.card = "none; this was read off the drafter's configuration";
   for (const [name, value] of Object.entries(others)) if (value !== null) fields[name.replaceAll("_", " ")] = value;
   element("card-fields").replaceChildren(

@@ -53,6 +53,27 @@ class MeasuredTau(BaseModel):
     on: str
 
 
+class Adaptation(BaseModel):
+    """How a drafter was made from an earlier one, of what a server recorded.
+
+    generation: 1 for the first drafter that was adapted. parent: SHA-256 of the weights of the earlier one.
+    recorded_rows: rows of the recording that it was trained on. old_tau, new_tau: of the parent and of this drafter,
+    means over the same `answers` of the recording, which were kept from training. low, high: 95 % interval of their
+    difference.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generation: int = Field(ge=1)
+    parent: str
+    recorded_rows: int = Field(ge=1)
+    answers: int = Field(ge=1)
+    old_tau: float = Field(ge=1)
+    new_tau: float = Field(ge=1)
+    low: float
+    high: float
+
+
 class DrafterCard(BaseModel):
     """What a drafter was trained for. None means unknown; a card in a file must have the fields without a default.
 
@@ -60,7 +81,7 @@ class DrafterCard(BaseModel):
     outputs are tapped. block_size: B, anchor included. head: "dflash", "domino", or the projector_type found.
     thinking: the chat template's mode in training. max_length: longest training sequence in tokens.
     objective: training loss, with "auf" in its name where it was Accept-Until-Fail; of a curriculum all its parts.
-    derived: made from config.json.
+    adapted: None where it was not made by `sglang-auf adapt`. derived: made from config.json.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,12 +100,13 @@ class DrafterCard(BaseModel):
     objective: str | None = None
     recipe: str | dict[str, Any] | None = None
     tau: MeasuredTau | None = None
+    adapted: Adaptation | None = None
     derived: bool = False
 
     @property
     def unknown(self) -> list[str]:
         """Names of the unknown fields."""
-        return [name for name in type(self).model_fields if getattr(self, name) is None]
+        return [name for name in type(self).model_fields if name != "adapted" and getattr(self, name) is None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,11 @@ def check(vocabulary: DraftVocabulary, config: Mapping[str, Any]) -> None:
         )
 
 
+def written(vocabulary: DraftVocabulary) -> str:
+    """The content of FILE."""
+    return vocabulary.model_dump_json() + "\n"
+
+
 def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) -> Path:
     """Write the list beside the weights, completely or not at all.
 
@@ -86,7 +91,7 @@ def write(vocabulary: DraftVocabulary, drafter: Path, *, force: bool = False) ->
         raise ConfigError(f"{file} exists", "a drafter without one", "give --force to replace it")
     try:
         remove_unfinished(file)
-        write_whole(file, vocabulary.model_dump_json() + "\n")
+        write_whole(file, written(vocabulary))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", "a directory that can be written to") from error
     return file

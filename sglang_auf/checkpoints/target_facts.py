@@ -96,6 +96,22 @@ def chat_template_hash(template: str) -> str:
     return hashlib.sha256(template.replace("\\n", "\n").replace("\r\n", "\n").strip().encode()).hexdigest()
 
 
+def tokenizer_hash(target: Path) -> str | None:
+    """SHA-256 of which id is which token, however tokenizer.json is written; None without that file.
+
+    Raises TargetError.
+    """
+    file = target / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = read_json(file, TargetError)
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+        vocabulary = {entry[0]: id for id, entry in enumerate(vocabulary)}
+    ids = {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
+    return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
+
+
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """transformers 5 moved rope_theta into rope_parameters, which may be split by layer type."""
     rope = config.get("rope_parameters") or {}

@@ -52,7 +52,8 @@ def write_drafter(
         with whole_directory(out) as made:
             save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
             _write_json(made / CONFIG, config)
-            (made / CARD_NAME).write_text(card.model_dump_json(indent=2, exclude={"derived"}) + "\n", encoding="utf-8")
+            left_out = {"derived", *([] if card.adapted else ["adapted"])}  # earlier versions know no `adapted`
+            (made / CARD_NAME).write_text(card.model_dump_json(indent=2, exclude=left_out) + "\n", encoding="utf-8")
             for name, text in texts.items():
                 (made / name).write_text(text, encoding="utf-8")
             hashes = sha256_of(sorted(made.iterdir()))

@@ -27,6 +27,7 @@ from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import check_drafter
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
 from sglang_auf.speculative.tree import RANKS, accepted_along
 from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors, plan_batches, with_features
@@ -246,6 +247,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     from sglang_auf.training.data.features import OnlineFeatures, find_target
 
     directory = find_target(target)
+    require_target(data, directory)
     checked = check_drafter(drafter, str(directory))
     for warning in checked.warnings:
         logger.warning("%s", warning)

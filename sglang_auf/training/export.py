@@ -12,7 +12,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sglang_auf.checkpoints.card import DrafterCard, MeasuredTau
+from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.checkpoints.card import Adaptation, DrafterCard, MeasuredTau
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.prepare import resolve_target
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
@@ -28,11 +30,21 @@ from sglang_auf.training.run_directory import RUN
 logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(run: Path, out: Path, *, target: str | None = None, force: bool = False) -> Path:
+def export_checkpoint(
+    run: Path,
+    out: Path,
+    *,
+    target: str | None = None,
+    tau: MeasuredTau | None = None,
+    adapted: Adaptation | None = None,
+    vocabulary: DraftVocabulary | None = None,
+    force: bool = False,
+) -> Path:
     """Export the best checkpoint of a training run (its latest if none was evaluated), or the checkpoint `run` itself.
 
-    target: directory, hub id or prepared name of the target, None for what the recipe names. Returns `out`. Raises as
-    `export_drafter` does, and CardError for a target that it was not trained for or a run without checkpoint.
+    target: directory, hub id or prepared name of the target, None for what the recipe names. tau: None for that of the
+    run's evaluation. Returns `out`. The rest is as for `export_drafter`, which says what is raised; besides, CardError
+    for a target that it was not trained for or a run without checkpoint.
     """
     checkpoint = _checkpoint_of(run)
     state = read_state(checkpoint)
@@ -60,7 +72,9 @@ def export_checkpoint(run: Path, out: Path, *, target: str | None = None, force:
         thinking=recipe.data.thinking,
         max_length=recipe.data.max_length,
         recipe=state.recipe,
-        tau=_tau(state, recipe),
+        tau=tau or _tau(state, recipe),
+        adapted=adapted,
+        vocabulary=vocabulary,
         provenance=_trained(checkpoint, state),
         target_name=_hub_id(recipe.target),
         force=force,
@@ -78,15 +92,18 @@ def export_drafter(
     max_length: int | None,
     recipe: Mapping[str, Any],
     tau: MeasuredTau | None = None,
+    adapted: Adaptation | None = None,
+    vocabulary: DraftVocabulary | None = None,
     provenance: Mapping[str, Any] | None = None,
     target_name: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write the drafter with state dict `state` to the new directory `out`, checked against its target.
 
-    objective: the training loss. thinking, max_length: as in DrafterCard. recipe: plain YAML values. provenance: what
-    the trainer knows (hashes of the data, command of the run), put beside what is known of this export. target_name:
-    the target's hub id where target_dir is no hub cache. force: replace an earlier export.
+    objective: the training loss. thinking, max_length, adapted: as in DrafterCard. recipe: plain YAML values.
+    vocabulary: the tokens that it may draft, None for all. provenance: what the trainer knows (hashes of the data,
+    command of the run), put beside what is known of this export. target_name: the target's hub id where target_dir is
+    no hub cache. force: replace an earlier export.
 
     Returns `out`; what may lower tau is logged. Raises CardError for weights that are not this drafter's, not finite
     or not fit for the target, ConfigError when `out` cannot be written; then `out` is as it was.
@@ -106,8 +123,11 @@ def export_drafter(
         objective=objective,
         recipe=RECIPE,
         tau=tau,
+        adapted=adapted,
     )
     texts = {RECIPE: yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}
+    if vocabulary is not None:
+        texts[draft_vocabulary.FILE] = draft_vocabulary.written(vocabulary)
     origin = {"training": dict(provenance or {})}
     for warning in write_drafter(out, config.to_checkpoint(), state, card, origin, texts, str(target_dir), force):
         logger.warning("%s: %s", out, warning)

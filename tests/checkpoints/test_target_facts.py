@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash
+from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash, tokenizer_hash
 from sglang_auf.errors import TargetError
 
 # SmolLM2-135M-Instruct as the hub has it, in the fields that count.
@@ -140,3 +140,18 @@ def test_a_missing_config_is_refused_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(TargetError, match=r"no config\.json .*model\.gguf"):
         TargetFacts.of(tmp_path)
+
+
+def test_a_tokenizer_is_known_by_its_ids_however_its_file_is_written(tmp_path: Path) -> None:
+    added = [{"id": 2, "content": "<s>", "special": True}]
+
+    def hashed(**content: Any) -> str | None:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=len(content)))
+        return tokenizer_hash(tmp_path)
+
+    assert tokenizer_hash(tmp_path) is None
+    bpe = hashed(model={"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, added_tokens=added)
+    assert bpe == hashed(added_tokens=added, model={"merges": [["a", "b"]], "vocab": {"b": 1, "a": 0, "<s>": 2}}, x=1)
+    assert bpe == hashed(model={"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.0]]}, added_tokens=added)
+    assert bpe != hashed(model={"vocab": {"a": 1, "b": 0}}, added_tokens=added)
+    assert bpe != hashed(model={"vocab": {"a": 0, "b": 1}}, added_tokens=[])

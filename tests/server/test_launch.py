@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,12 @@ from server.profile import Profile
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES, tree_nodes
 from sglang_auf.errors import ServerError
+from sglang_auf.recording import capture
+from sglang_auf.recording.recorder import THREAD as RECORDER
+from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.ring import row_files
+from sglang_auf.recording.settings import RecordSettings
+from tests.support.tiny_models import write_target
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
 SERVED = ServedModel("small", TARGET, None)
@@ -183,6 +191,32 @@ def test_passed_probe_makes_the_server_ready(
     [ready] = [record.getMessage() for record in caplog.records if "READY" in record.getMessage()]
     assert "http://127.0.0.1:30000/v1" in ready
     assert "tiny" in ready
+
+
+def test_answers_are_recorded_from_the_announcement_on_and_a_stop_loses_none(
+    sglang: Sglang, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    probe_that(monkeypatch)
+    record = RecordSettings(directory=str(tmp_path / "rows"))
+    recorder = Recorder.opened(record, write_target(tmp_path / "target"))
+
+    def start(execute_warmup_func: Callable[[Any], bool], launch_callback: Callable[[], None], **_: Any) -> None:
+        assert execute_warmup_func(SERVER_ARGS) is True
+        assert capture._recorder is None, "the probe is nobody's answer"
+        assert RECORDER not in {thread.name for thread in threading.enumerate()}, "SGLang forks its processes first"
+        launch_callback()
+        assert capture._recorder is recorder
+        for first in range(100):
+            recorder.offer([first] * 500, [1, 2])
+        client = TestClient(sglang.app)
+        assert client.get("/v1/auf/recording").json()["recording"]["directory"] == str(tmp_path / "rows")
+        sglang.drained()
+
+    sglang.behaviour = start
+    run(SERVER_ARGS, SERVED, None, recorder=recorder)
+    assert capture._recorder is None
+    assert sum(len(file.read_text().splitlines()) for file in row_files(tmp_path / "rows")) == 100
+    Recorder.opened(record, tmp_path / "target").stop()  # the directory is free again
 
 
 def test_unexpected_failure_of_the_probe_stops_the_server_too(monkeypatch: pytest.MonkeyPatch) -> None:

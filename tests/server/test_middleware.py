@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from server.middleware import PAGE, Gate, Guard, LivePage, ReadableKey, add_all, is_for_clients, put_in_front
 from server.probe import PROBE_HEADER
+from sglang_auf.recording import capture
+from sglang_auf.recording.settings import RecordSettings
 
 KEY = {"Authorization": "Bearer secret"}
 TOKEN = "the probe's own"
@@ -252,3 +256,40 @@ def test_gate_is_asked_at_every_request() -> None:
     reasons = ["starting", None, "stopping"]
     changing = gated(lambda: reasons.pop(0))
     assert [changing.post("/generate").status_code for _ in range(3)] == [503, 200, 503]
+
+
+@pytest.mark.parametrize(
+    ("opt_in", "said", "recorded"),
+    [
+        (False, [], True),
+        (False, ["off"], False),
+        (False, ["on"], True),
+        (False, ["false"], False),
+        (False, [""], False),
+        (False, ["on", "off"], False),
+        (True, [], False),
+        (True, [" ON "], True),
+        (True, ["yes"], False),
+        (True, ["on", "on"], True),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_is_recorded(opt_in: bool, said: list[str], recorded: bool, stream: bool) -> None:
+    """Also where SGLang's own middleware runs the route in a task of its own, and in the task of a stream."""
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def through(request: Any, call: Any) -> Any:
+        return await call(request)
+
+    @app.get("/v1/ask")
+    async def ask() -> Response:
+        async def later() -> AsyncIterator[str]:
+            yield str(capture.allowed.get())
+
+        return StreamingResponse(later()) if stream else Response(str(capture.allowed.get()))
+
+    add_all(app, lambda: None, TOKEN, management=False, record=RecordSettings(directory="rows", opt_in=opt_in))
+    headers = [("X-SGLang-AUF-Record", value) for value in said]
+    assert TestClient(app).get("/v1/ask", headers=headers).text == str(recorded)
+    assert capture.allowed.get() is False

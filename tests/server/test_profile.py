@@ -41,6 +41,15 @@ def test_shipped_profiles_say_what_the_design_asks() -> None:
     assert (small.device, small.target, small.thinking) == ("cpu", "smollm2-135m", None)
 
 
+def test_nothing_is_recorded_unless_a_directory_is_named(directory: Path) -> None:
+    assert load_profile("small", directory=directory).record.directory is None
+    record = load_profile("small", ["record.directory=rows", "record.share=0.1"], directory=directory).record
+    assert (record.directory, record.share, record.opt_in) == ("rows", 0.1, False)
+    for wrong, says in (("share=1.5", r"record\.share"), ("max_age=0", r"record\.max_age"), ("dir=x", "record.dir")):
+        with pytest.raises(ConfigError, match=says):
+            load_profile("small", [f"record.{wrong}"], directory=directory)
+
+
 def test_own_drafter_ends_the_notice() -> None:
     profile = load_profile("qwen3-8b", ["drafter=/my/drafter"])
     assert (profile.drafter, profile.drafter_notice) == ("/my/drafter", None)

@@ -23,6 +23,10 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.errors import CardError
 from sglang_auf.hooks import metrics
+from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.ring import row_files
+from sglang_auf.recording.settings import RecordSettings
+from tests.support.tiny_models import write_target
 
 TARGET = TargetFacts(
     name="owner/target",
@@ -116,7 +120,7 @@ def test_plain_server_says_that_it_is_plain(route: str) -> None:
     assert "--plain" in reply.json()["detail"]
 
 
-@pytest.mark.parametrize("route", ["acceptance", "card"])
+@pytest.mark.parametrize("route", ["acceptance", "card", "recording"])
 @pytest.mark.parametrize(("key", "status"), [("secret", 200), ("guessed", 401), (None, 401)])
 def test_api_key_of_sglang_protects_them(route: str, key: str | None, status: int) -> None:
     app = FastAPI()
@@ -135,6 +139,39 @@ def test_routes_are_documented() -> None:
         "/v1/auf/card": {"get": {"200", "404"}},
         "/v1/auf/drafter": {"post": {"200", "400", "404", "409", "422"}},
         "/v1/auf/load": {"get": {"200"}},
+        "/v1/auf/recording": {"get": {"200"}},
+    }
+
+
+def test_a_server_that_records_nothing_says_so() -> None:
+    assert client(PLAIN).get("/v1/auf/recording").json() == {"model": "small", "recording": None}
+
+
+def test_what_is_recorded_is_said(tmp_path: Path) -> None:
+    settings = RecordSettings(directory=str(tmp_path / "rows"), share=0.5, opt_in=True, max_bytes=2**16, max_age=7)
+    recorder = Recorder.opened(settings, write_target(tmp_path / "target"))
+    recorder.offer([1], [2])
+    recorder.offer([1], [2, 3])
+    recorder.start()
+    recorder.stop()
+    app = FastAPI()
+    app.include_router(auf_router(PLAIN, lambda: None, recorder))
+    kept = TestClient(app).get("/v1/auf/recording").json()["recording"]
+    assert kept["bytes"] == sum(file.stat().st_size for file in row_files(tmp_path / "rows")) > 0
+    assert kept["oldest"].endswith("+00:00")
+    assert kept["dropped"].pop("short") == 1
+    assert set(kept["dropped"].values()) == {0}
+    kept = {name: value for name, value in kept.items() if name not in ("bytes", "oldest", "dropped")}
+    assert kept == {
+        "directory": str(tmp_path / "rows"),
+        "share": 0.5,
+        "opt_in": True,
+        "max_bytes": 2**16,
+        "max_age": 7.0,
+        "rows": 1,
+        "recorded": 1,
+        "waiting_tokens": 0,
+        "error": None,
     }
 
 

@@ -10,7 +10,7 @@ in a separate process, so that the hooks reach no other test. A prompt is a scri
 
 It starts as an AUF server. POST /algorithm?name=DFLASH turns it into a server of SGLang's own algorithm, and POST
 /algorithm into one that decodes plainly. GET /totals returns the totals of this process, and GET /spans the number of
-choices whose spans it keeps.
+choices whose spans it keeps. Answers are recorded in DIRECTORY/rows, and GET /recording says what was.
 
 Run: scripted_server.py DIRECTORY PORT
 """
@@ -92,8 +92,11 @@ class Playback:
         self.tasks: set[asyncio.Task[None]] = set()
 
     def dispatch(self, request: Any) -> None:
-        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+        from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, TokenizedGenerateReqInput
 
+        if isinstance(request, BatchTokenizedGenerateReqInput):
+            for one in request.batch:
+                self.dispatch(one)
         if not isinstance(request, TokenizedGenerateReqInput):
             return  # control messages, such as the one that freezes the garbage collector
         task = asyncio.get_running_loop().create_task(self.play(request))
@@ -176,12 +179,16 @@ def configure(algorithm: str | None) -> None:
     )
 
 
-def add_test_routes(app: Any) -> None:
+def add_test_routes(app: Any, recorder: Any) -> None:
     from sglang_auf.hooks import metrics, spans
 
     @app.get("/spans")  # type: ignore[untyped-decorator]
     async def choices_with_spans() -> int:
         return len(spans._running)
+
+    @app.get("/recording")  # type: ignore[untyped-decorator]
+    async def recording() -> dict[str, Any]:
+        return recorder.snapshot()
 
     @app.get("/totals")  # type: ignore[untyped-decorator]
     async def snapshot() -> dict[str, Any]:
@@ -198,14 +205,29 @@ def install_plugin() -> None:
 
     from sglang_auf import ALGORITHM, compat, plugin
     from sglang_auf.hooks import metrics, registry, replies, spans
+    from sglang_auf.recording import capture
 
     compat.check_seams(plugin.seams())
     for _ in range(2):  # twice is once
         replies.widen_models()
-        registry.install((*replies.HOOKS, *spans.HOOKS, *metrics.HOOKS))
+        registry.install((*replies.HOOKS, *spans.HOOKS, *metrics.HOOKS, *capture.HOOKS))
     HookRegistry.apply_hooks()
     # The name only: the worker behind it belongs to the scheduler, which is a script here.
     SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True)(lambda _: None)
+
+
+def start_recorder(app: Any, directory: Path) -> Any:
+    """As server.launch does."""
+    from server.middleware import Consent
+    from sglang_auf.recording import capture
+    from sglang_auf.recording.recorder import Recorder
+    from sglang_auf.recording.settings import RecordSettings
+
+    recorder = Recorder.opened(RecordSettings(directory=str(directory / "rows")), directory)
+    app.add_middleware(Consent, opt_in=False)
+    recorder.start()
+    capture.record_with(recorder)
+    return recorder
 
 
 def main(directory: Path, port: int) -> None:
@@ -219,7 +241,7 @@ def main(directory: Path, port: int) -> None:
     from sglang.srt.utils import set_prometheus_multiproc_dir
 
     write_model(directory)
-    add_test_routes(app)
+    add_test_routes(app, start_recorder(app, directory))
     arguments = ServerArgs(
         model_path=str(directory),
         served_model_name="scripted",

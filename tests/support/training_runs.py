@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,28 @@ def train_in_fork(
         allow_fsdp_on_a_cpu()
     from sglang_auf.training.trainer import train
 
+    count_events(kill_at, term_at, kill_last_at)
+    try:
+        outcome = train(parse_recipe(recipe, "of a test"), Path(out))
+    except AufError as error:
+        Path(f"{out}.error-{os.environ['RANK']}").write_text(error.found)
+        raise
+    Path(f"{out}.signal").write_text(str(outcome.signal))
+
+
+def adapt_in_fork(arguments: list[str], kill_at: int | None = None, term_at: int | None = None) -> None:
+    """`sglang-auf adapt`, killed as in train_in_fork. This process ends with the command's exit code."""
+    from sglang_auf.cli import main
+
+    count_events(kill_at, term_at)
+    code = main(["adapt", *arguments])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def count_events(kill_at: int | None, term_at: int | None = None, kill_last_at: int | None = None) -> None:
+    """Count what train_in_fork calls events from now on, and send the signals that are due."""
     rank, last, events = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1, 0
 
     def counted(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,12 +169,6 @@ def train_in_fork(
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
     torch.Tensor.backward = counted(torch.Tensor.backward)  # type: ignore[method-assign]
-    try:
-        outcome = train(parse_recipe(recipe, "of a test"), Path(out))
-    except AufError as error:
-        Path(f"{out}.error-{rank}").write_text(error.found)
-        raise
-    Path(f"{out}.signal").write_text(str(outcome.signal))
 
 
 def limit_file_size(size: int) -> Callable[[], None]:

@@ -93,6 +93,7 @@ def test_the_card_says_what_the_drafter_was_trained_for(tmp_path: Path, target: 
         "objective": "auf",
         "recipe": RECIPE,
         "tau": tau.model_dump(),
+        "adapted": None,
         "derived": False,
     }
     assert load_card(write(tmp_path / "other", target)).target_name == "tiny"

@@ -16,6 +16,7 @@ from torch import Tensor
 from sglang_auf import provenance
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import locked, remove_unfinished
+from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.batching import plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations
@@ -63,6 +64,7 @@ def cache_features(
     from transformers import AutoTokenizer
 
     directory = find_target(target)
+    require_target(data, directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = OnlineFeatures(directory, layer_ids, dtype=dtype, device=device)
     loaded = load_conversations(

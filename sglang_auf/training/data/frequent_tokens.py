@@ -13,6 +13,7 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.weights import config_size
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.files import read_json
+from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.data.rows import Source
@@ -31,9 +32,11 @@ def frequent_tokens(
     from sglang_auf.training.data.features import find_target
 
     card, config = load_card(drafter), read_json(drafter / "config.json", CardError)
+    directory = find_target(target)
+    require_target(data, directory)
     conversations = load_conversations(
         data,
-        AutoTokenizer.from_pretrained(find_target(target)),
+        AutoTokenizer.from_pretrained(directory),
         max_length=config_size(config, "max_position_embeddings"),
         min_answer_tokens=1,
         thinking=enable_thinking(card.thinking),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang_auf.errors import ConfigError
+from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.batching import (
     Batch,
@@ -56,6 +57,7 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
             "files or data sets with answers of the target",
             "give --data FILE (`sglang-auf regenerate` makes one)",
         )
+    require_target(settings.sources, target)
     loaded = load_conversations(
         list(settings.sources),
         AutoTokenizer.from_pretrained(target),

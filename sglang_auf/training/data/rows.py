@@ -1,20 +1,24 @@
 """Rows of chat data, read from where they are; chats.py says what a row means.
 
-Read from JSONL files, from a JSON file that is one list (as ShareGPT comes) or {"data": [...]}, from a folder that the
-`datasets` library understands, or from a data set of the hub ("owner/name", "owner/name@revision"). A row that cannot
-be used is never dropped in silence: it comes out as a ChatRow with a fault.
+Read from JSONL files, from a JSON file that is one list (as ShareGPT comes) or {"data": [...]}, from a recording of a
+server (sglang_auf/recording), from a folder that the `datasets` library understands, or from a data set of the hub
+("owner/name", "owner/name@revision"). A row that cannot be used is never dropped in silence: it comes out as a ChatRow
+with a fault.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sglang_auf.errors import DataError
 from sglang_auf.files import HUB_ID
+from sglang_auf.recording.manifest import is_recording
+from sglang_auf.recording.ring import row_files
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -102,7 +106,11 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, st
     """(number, place, decoded JSON or BadRow) of one source. Numbers are lines from 1, or entries from 0."""
     path = Path(source).expanduser()
     try:
-        if path.is_dir():
+        if is_recording(path):
+            for file in row_files(path):
+                with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
+                    yield from _lines(file, digest)
+        elif path.is_dir():
             yield from _data_set(str(path), split, None, digest)
         elif path.suffix == ".json" and path.is_file():
             yield from _json_list(path, digest)
@@ -113,7 +121,7 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, st
             if path.exists() or not HUB_ID.fullmatch(name) or path.suffix in (".json", ".jsonl"):
                 raise DataError(
                     f"no file {path.absolute()}",
-                    "a JSONL file, a folder of data, or a hub data set (owner/name, owner/name@revision)",
+                    "a JSONL file, a recording, a folder of data, or a hub data set (owner/name, owner/name@revision)",
                 )
             yield from _data_set(name, split, revision or None, digest)
     except OSError as error:

@@ -12,6 +12,8 @@ import pytest
 
 from sglang_auf.checkpoints.prepare import default_directory
 from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.recording.manifest import MANIFEST
+from sglang_auf.training.data import rows as reader
 from sglang_auf.training.data.conversations import (
     Conversation,
     LoadedConversations,
@@ -358,6 +360,28 @@ def test_folder_of_data_through_the_datasets_library(tmp_path: Path, monkeypatch
     assert list(loaded.rejected.values()) == [[f"b ({folder}[1])"]]
     with pytest.raises(DataError, match="validation"):
         load_conversations(folder, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1, split="validation")
+
+
+def test_a_recording_is_read_as_it_grows(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    for day, answers in ((2, [(3, [5, 6]), (4, [7])]), (1, [(1, [5, 5]), (2, [6])])):
+        lines = [json.dumps({"id": f"{id:032x}", "prompt_ids": [1], "response_ids": ids}) + "\n" for id, ids in answers]
+        (tmp_path / f"2026110{day}T000000000000Z.jsonl").write_text("".join(lines))
+    with (tmp_path / "20261102T000000000000Z.jsonl").open("a") as newest:
+        newest.write('{"id":"00')  # the server is writing it
+    loaded = load_conversations(tmp_path, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert [int(conversation.id, 16) for conversation in loaded.conversations] == [1, 2, 3, 4]
+    assert labels(loaded.conversations[0]) == [toy.toy_tokenizer().decode([5, 5])]
+    assert loaded.rejected == {"broken JSON": ["20261102T000000000000Z.jsonl:3"]}
+
+
+def test_a_file_that_the_server_removes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    kept = tmp_path / "20261101T000000000000Z.jsonl"
+    kept.write_text(json.dumps({"id": "a", "prompt_ids": [1], "response_ids": [5, 5]}) + "\n")
+    monkeypatch.setattr(reader, "row_files", lambda directory: [directory / "removed", kept])
+    loaded = load_conversations(tmp_path, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
+    assert [conversation.id for conversation in loaded.conversations] == ["a"]
 
 
 def test_hub_data_set_at_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:

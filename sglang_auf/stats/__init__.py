@@ -1,0 +1,1 @@
+"""How sure a figure is. Numbers in, numbers out."""

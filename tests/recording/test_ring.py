@@ -1,0 +1,197 @@
+"""The files of a recording: their bounds, their modes, and what kills and full disks leave."""
+
+from __future__ import annotations
+
+import json
+import stat
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_auf.errors import ConfigError
+from sglang_auf.recording.manifest import MANIFEST, Manifest
+from sglang_auf.recording.ring import PARTS, Ring, encoded, row_files
+from tests.support.training_runs import limit_file_size
+
+MANIFEST_OF_A_TARGET = Manifest(target_name="t", target_hub_id=None, target_config_hash="c0", tokenizer_hash="t0")
+DAY = 86400.0
+BYTES = 2**12
+
+
+class Clock:
+    """Seconds since 1970, moved by hand."""
+
+    def __init__(self) -> None:
+        self.at = 1.8e9
+
+    def __call__(self) -> float:
+        return self.at
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def opened(directory: Path, clock: Clock, max_bytes: int = BYTES, max_age: float = 8.0) -> Ring:
+    ring = Ring(directory, max_bytes, max_age, clock)
+    ring.open(MANIFEST_OF_A_TARGET)
+    ring.load()
+    return ring
+
+
+def add(ring: Ring, id: int, tokens: int = 10) -> None:
+    ring.append(id, encoded(id, array("i", [1, 2]), array("i", [7] * tokens)))
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in row_files(directory) for line in file.read_text().splitlines()]
+
+
+def ids(directory: Path) -> list[int]:
+    return [int(row["id"], 16) for row in rows(directory)]
+
+
+def test_a_row_holds_token_ids_and_nothing_else(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path / "rows", clock)
+    ring.append(5, encoded(5, array("i", [1, 2]), array("i", [3, 4])))
+    ring.close()
+    assert rows(tmp_path / "rows") == [{"id": f"{5:032x}", "prompt_ids": [1, 2], "response_ids": [3, 4]}]
+
+
+def test_only_the_owner_may_read(tmp_path: Path, clock: Clock) -> None:
+    directory = tmp_path / "rows"
+    directory.mkdir(mode=0o755)
+    ring = opened(directory, clock)
+    add(ring, 1)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
+
+
+def test_bytes_are_bounded_and_the_oldest_go(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path, clock)
+    for id in range(200):
+        clock.at += 1
+        add(ring, id)
+        files = row_files(tmp_path)
+        assert ring.size == sum(file.stat().st_size for file in files) <= BYTES
+        assert all(file.stat().st_size <= BYTES // PARTS for file in files)
+    kept = ids(tmp_path)
+    assert kept == list(range(200 - len(kept), 200))
+    assert ring.size > BYTES * (1 - 1 / PARTS) - 100, "no more goes than must"
+    assert [ring.holds(id) for id in (0, kept[0] - 1, kept[0], 199)] == [False, False, True, True]
+
+
+def test_a_row_larger_than_a_file_has_one_of_its_own_and_one_larger_than_all_is_none(
+    tmp_path: Path, clock: Clock
+) -> None:
+    ring = opened(tmp_path, clock)
+    for id in range(4):
+        add(ring, id, tokens=BYTES // PARTS)
+    assert ids(tmp_path) == [1, 2, 3]
+    assert len(row_files(tmp_path)) == 3
+    assert not ring.fits(b"x" * (BYTES + 1))
+
+
+def test_no_row_is_older_than_the_limit(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    begun: dict[int, float] = {}
+    for id in range(40):
+        clock.at += DAY / 2
+        add(ring, id)
+        begun[id] = clock.at
+        assert all(clock.at - begun[kept] <= 8 * DAY for kept in ids(tmp_path))
+    assert len(ids(tmp_path)) > 12
+    clock.at += 8.1 * DAY
+    ring.expire()
+    assert (row_files(tmp_path), ring.rows, ring.size, ring.oldest) == ([], 0, 0, None)
+    add(ring, 99)
+    assert ids(tmp_path) == [99]
+
+
+def test_old_rows_go_at_the_start_too(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path, clock)
+    add(ring, 1)
+    ring.close()
+    clock.at += 9 * DAY
+    assert opened(tmp_path, clock).rows == 0
+    assert row_files(tmp_path) == []
+
+
+def test_a_clock_that_goes_back_changes_no_order(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path, clock)
+    for id in range(60):
+        clock.at -= 10
+        add(ring, id)
+    assert ids(tmp_path) == sorted(ids(tmp_path))
+    assert len(row_files(tmp_path)) > 2
+
+
+def test_a_torn_row_is_cut_off_and_the_others_stay(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = opened(tmp_path, clock)
+    add(ring, 1)
+    add(ring, 2)
+    ring.close()
+    [file] = row_files(tmp_path)
+    file.write_bytes(file.read_bytes() + b'{"id":"0000')
+    again = opened(tmp_path, clock)
+    assert (again.rows, again.size) == (2, file.stat().st_size)
+    assert "a row that a kill tore is cut off" in caplog.text
+    add(again, 3)
+    assert ids(tmp_path) == [1, 2, 3]
+    assert row_files(tmp_path) == [file], "a small file is continued"
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    add(ring, 1)
+    lift = limit_file_size(ring.size + 20)
+    try:
+        with pytest.raises(OSError, match="too large"):
+            add(ring, 2)
+    finally:
+        lift()
+    add(ring, 3)
+    assert ids(tmp_path) == [1, 3]
+    assert (ring.rows, ring.holds(2)) == (2, False)
+
+
+def test_two_servers_do_not_share_a_directory(tmp_path: Path, clock: Clock) -> None:
+    first = opened(tmp_path, clock)
+    with pytest.raises(ConfigError, match="another server records into"):
+        opened(tmp_path, clock)
+    first.close()
+    opened(tmp_path, clock).close()
+
+
+def test_other_files_and_other_targets_are_not_touched(tmp_path: Path, clock: Clock) -> None:
+    used, recorded = tmp_path / "used", tmp_path / "recorded"
+    used.mkdir(mode=0o755)
+    (used / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"used is no recording; it holds thesis\.txt"):
+        opened(used, clock)
+    assert [path.name for path in used.iterdir()] == ["thesis.txt"]
+    assert stat.S_IMODE(used.stat().st_mode) == 0o755
+
+    opened(recorded, clock).close()
+    other = MANIFEST_OF_A_TARGET.model_copy(update={"target_name": "u", "tokenizer_hash": "t1"})
+    with pytest.raises(ConfigError, match="is a recording of t "):
+        Ring(recorded, BYTES, 1.0).open(other)
+    opened(recorded, clock).close()
+
+
+@pytest.mark.parametrize("place", ["file/rows", "/proc/rows"])
+def test_a_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path, clock: Clock, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"record\.directory .* cannot be written"):
+        opened(tmp_path / place, clock)
+
+
+def test_a_manifest_that_a_kill_left_half_written_is_begun_anew(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / f".{MANIFEST}.writing-0123abcd").write_text("{")
+    opened(tmp_path, clock).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", MANIFEST]
