@@ -457,9 +457,11 @@ def test_the_threads_are_those_of_torchs_pool() -> None:
 
 # --- compilation ---
 
+# Nothing of SGLang is needed, and importing it takes long.
 PROGRAM = """
-import sys, torch
+import sys, types, torch
 import numba.core.caching as caching
+sys.modules["sglang"] = types.ModuleType("sglang")
 {}
 from sglang_auf.cpu.kernels import silu_and_mul
 print(silu_and_mul(torch.ones(1, 4).bfloat16()).tolist())
