@@ -240,7 +240,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a kernel, as a recording keeps it (recording.py)."""
+    """A call of a kernel, as a recording keeps it (replay.py)."""
 
     kernel: Kernel
     kind: Literal["rows", "product", "attention"]

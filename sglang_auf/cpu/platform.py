@@ -147,7 +147,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         _cpu_tensors_need_no_stream()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from sglang_auf.cpu import kernels, linear, recording
+        from sglang_auf.cpu import kernels, linear, replay
 
         kernels.prepare()
         linear.install(model)
@@ -156,7 +156,7 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             if hasattr(module, "use_table_qk_norm_rope"):
                 module.use_table_qk_norm_rope = False
         if REPLAY.is_on() and ROW_INVARIANT.is_on():
-            recording.install(model)
+            replay.install(model)
 
 
 def _refuse_unsupported(server_args: Any) -> None:

@@ -111,6 +111,7 @@ SEAMS = (
     Seam(f"{_UNQUANT}:UnquantizedLinearMethod.apply", "cpu.linear", ("self", "layer", "x", "bias")),
     Seam(f"{_UNQUANT}:UnquantizedEmbeddingMethod.apply", "cpu.linear", ("self", "layer", "x", "bias")),
     Seam(f"{_UNQUANT}:UnquantizedEmbeddingMethod.embedding", "cpu.linear", ("self", "layer", "input_")),
+    Seam(f"{_SRT}.model_executor.forward_context:get_attn_backend", "cpu.replay", ()),
     Seam(f"{_POOL}._create_buffers_normal", "cpu.memory", ("self",)),
     Seam(f"{_POOL}._init_kv_copy_and_warmup", "cpu.memory", ("self",)),
     Seam(f"{_POOL}._store_kv_layer", "cpu.memory", ("self", "layer_idx", "loc", "cache_k", "cache_v")),

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_auf.cpu import kernels, recording
+from sglang_auf.cpu import kernels, replay
 from sglang_auf.cpu.kernels import AttentionTasks
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.cpu.recording import EACH_CHECKED, ROWS, Program, Replayed
+from sglang_auf.cpu.replay import EACH_CHECKED, ROWS, Program, Replayed
 
 HIDDEN, HEADS, KEY_HEADS, HEAD, TOKENS, SLOTS = 96, 4, 2, 32, 50, 900
 
@@ -44,7 +44,7 @@ class Layer(torch.nn.Module):
         q = kernels.rms_norm(q.reshape(-1, HEAD), self.q_norm, 1e-5)[0].view(-1, HEADS * HEAD)
         q, k = kernels.rotate(q, k, HEAD, self.table, positions)
         kernels.store(k, v, self.pool, batch.out_cache_loc)
-        seen = kernels.attend(q, self.pool, recording.get_attn_backend().tasks, 0.2, False)
+        seen = kernels.attend(q, self.pool, replay.get_attn_backend().tasks, 0.2, False)
         normed, residual = kernels.rms_norm(self.products["o"](seen), self.norm, 1e-5, residual)
         return self.products["down"](kernels.silu_and_mul(self.products["up"](normed))), residual
 
@@ -76,7 +76,7 @@ class Server:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.backend = SimpleNamespace(tasks=None)
-        monkeypatch.setattr(recording, "get_attn_backend", lambda: self.backend)
+        monkeypatch.setattr(replay, "get_attn_backend", lambda: self.backend)
         self.slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(9)).int().view(3, 300)
 
     def given(self, rows: int, keys: int = 7, seed: int = 0, tree: bool = False) -> tuple[Any, Any, Any]:
@@ -208,7 +208,7 @@ def test_what_is_no_kernel_is_not_recorded(
 ) -> None:
     body, modules = kind(), kind()
     replayed = Replayed(body)
-    with caplog.at_level(logging.WARNING, "sglang_auf.cpu.recording"):
+    with caplog.at_level(logging.WARNING, "sglang_auf.cpu.replay"):
         for seed in range(3):
             tokens, positions, batch = server.given(5, seed=seed)
             assert equal(replayed(tokens, positions, batch), modules(tokens, positions, batch))
@@ -249,7 +249,7 @@ def test_a_forward_that_is_another_one_for_more_rows_ends_the_recording(
 ) -> None:
     body, modules = DependsOnRows(), DependsOnRows()
     replayed = Replayed(body)
-    with caplog.at_level(logging.WARNING, "sglang_auf.cpu.recording"):
+    with caplog.at_level(logging.WARNING, "sglang_auf.cpu.replay"):
         for rows in (3, 8, 3, 9, 3):
             tokens, positions, batch = server.given(rows, seed=rows)
             assert equal(replayed(tokens, positions, batch), modules(tokens, positions, batch)), rows
@@ -278,7 +278,7 @@ def test_tasks_that_are_no_multiple_of_the_rows_are_not_recorded() -> None:
     calls: list[kernels.Call] = []
     with kernels.listening(calls.append):
         kernels.widen(normal(5, 8))
-    with pytest.raises(recording.NotRecordable, match="multiple"):
+    with pytest.raises(replay.NotRecordable, match="multiple"):
         Program(calls, 3)
 
 
@@ -286,22 +286,22 @@ def test_the_body_of_a_model_is_replaced_once() -> None:
     model = torch.nn.Module()
     model.model, body = Body(), None
     body = model.model
-    assert recording.install(model) and isinstance(body.forward, Replayed)
-    assert not recording.install(model)
+    assert replay.install(model) and isinstance(body.forward, Replayed)
+    assert not replay.install(model)
     drafter = Body()
-    assert recording.install(drafter) and isinstance(drafter.forward, Replayed)
-    assert not recording.install(torch.nn.Linear(3, 3))
+    assert replay.install(drafter) and isinstance(drafter.forward, Replayed)
+    assert not replay.install(torch.nn.Linear(3, 3))
 
 
 def test_an_embedding_of_other_rows_than_the_table_has() -> None:
     table, index = normal(TOKENS, HIDDEN), torch.tensor([4, 0, 49])
-    with recording._Watch(3):
+    with replay._Watch(3):
         found = F.embedding(index, table)
     assert torch.equal(found, table[index])
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
-    with recording._Watch(2) as watch:
+    with replay._Watch(2) as watch:
         first = torch.empty(2, 64, dtype=torch.bfloat16)
         view, address = first.view(4, 32)[1:], first.data_ptr()
         del first
