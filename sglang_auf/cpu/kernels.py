@@ -120,7 +120,7 @@ def _take(typing: Any, address: Any, index: Any, count: Any) -> Any:
     """Add count to an int64 that all threads share; returns the value before."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _place(builder, _LONG, args[0], args[1]), args[2], "monotonic")
+        return builder.atomic_rmw("add", _place(builder, _LONG, args[0], args[1]), args[2], "acq_rel")
 
     return types.int64(types.int64, types.int64, types.int64), build
 

@@ -103,7 +103,7 @@ def install(model: torch.nn.Module) -> int:
 # Weights that are timed: enough to lie in memory and not in a cache, and few enough for a large model's start.
 TIMED_BYTES = 384 * 2**20
 TIMED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-TIMED_PASSES = 2
+TIMED_PASSES = 5
 
 
 def product_seconds(model: torch.nn.Module) -> Callable[[int], float]:
@@ -123,16 +123,19 @@ def product_seconds(model: torch.nn.Module) -> Callable[[int], float]:
         if size < TIMED_BYTES:
             timed.append(product)
             size += product.weight.nbytes
-    seconds: list[float] = []
-    for count in TIMED_ROWS:
-        best = float("inf")
-        for _ in range(TIMED_PASSES):
+    best = dict.fromkeys(TIMED_ROWS, float("inf"))
+    for _ in range(
+        TIMED_PASSES
+    ):  # each over all numbers of rows, so that what disturbs some moments disturbs them alike
+        for count in TIMED_ROWS:
             began = time.perf_counter()
             for product in timed:
                 product(torch.zeros(count, product.weight.shape[1], dtype=torch.bfloat16))
-            best = min(best, time.perf_counter() - began)
+            best[count] = min(best[count], time.perf_counter() - began)
+    seconds: list[float] = []
+    for count in TIMED_ROWS:
         # A product of more rows takes no less, whatever disturbed the measurement.
-        seconds.append(max([best * whole / max(size, 1), *seconds]))
+        seconds.append(max([best[count] * whole / max(size, 1), *seconds]))
 
     def of(rows: int) -> float:
         full, rest = divmod(rows, TIMED_ROWS[-1])

@@ -72,6 +72,11 @@ def validate_domino_runtime(original: Callable[..., None], *, device: torch.devi
     original(device=torch.device("cuda") if device.type == "cpu" else device, **facts)
 
 
+def refuse_new_weights(*_: Any, **__: Any) -> tuple[bool, str]:
+    """In place of the functions of SGLang's WeightUpdater: products keep weights in an order of their own."""
+    return False, "the CPU platform reorders weights when it loads them: start a server with the new ones"
+
+
 def _cpu_tensors_need_no_stream() -> None:
     """Make Tensor.record_stream a no-op for CPU tensors, which raise there.
 
@@ -228,4 +233,5 @@ HOOKS = (
     Hook.on(seams.ASSIGN_TO_POOL, "REPLACE", assign_req_to_token_pool),
     Hook.on(seams.VALIDATE_DOMINO, "AROUND", validate_domino_runtime),
     Hook.on(seams.START_METHOD, "AFTER", fork_children),
+    *(Hook.on(seam, "REPLACE", refuse_new_weights) for seam in seams.NEW_WEIGHTS),
 )

@@ -1,12 +1,12 @@
-"""The forward of few rows as a list of kernels, recorded once and run again without the model's modules.
+"""The forward of few rows as a list of kernels, watched once and run again without the model's modules.
 
 With one row of a small model, calling its modules takes longer than all of their arithmetic. Most of a forward is
 kernels of ours (kernels.py), each a function and a row of numbers. So one forward is watched: which kernels it calls,
 with what addresses, in memory that has room for ROWS rows and is kept. From then on a forward writes its tokens,
 positions and slots where the first one had them, changes the number of rows, and runs the list on one team of threads.
 
-A forward that does anything else, as quantised or other models do, is not recorded, with a line in the log. The first
-forwards of a number of rows are computed both ways, and results that are not equal bit for bit end the recording.
+A forward that does anything else, as quantised or other models do, is not replayed, with a line in the log. The first
+forwards of a number of rows are computed both ways, and results that are not equal bit for bit end it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ ROWS = 256
 EACH_CHECKED = 16
 """Up to so many rows each number of them is checked when it first comes, beyond it one up to each power of two."""
 
+CHECKS = 0
+"""Forwards of this process that were computed both ways, which takes several times as long."""
+
 CACHE_LINE = 64
 
 _aten = torch.ops.aten
 
 
-class NotRecordable(Exception):
+class NotReplayable(Exception):
     """What a forward does besides calling kernels."""
 
 
@@ -51,7 +54,7 @@ class Program:
     """
 
     def __init__(self, calls: list[Call], rows: int) -> None:
-        """rows: of the forward that was recorded. Raises NotRecordable where a call's tasks are no multiple of them."""
+        """rows: of the forward that was recorded. Raises NotReplayable where a call's tasks are no multiple of them."""
         self.calls = calls
         self._arguments = np.zeros((len(calls), OWN + max(len(call.values) for call in calls)), dtype=np.int64)
         for arguments, call in zip(self._arguments, calls, strict=True):
@@ -61,14 +64,15 @@ class Program:
 
         by_rows = [call for call in calls if call.kind == "rows"]
         if any(call.tasks % rows or call.elements % rows for call in by_rows):
-            raise NotRecordable("a number of tasks that is no multiple of the rows")
+            raise NotReplayable("a number of tasks that is no multiple of the rows")
         self._by_rows, self._products = self._places("rows"), self._places("product")
         self._tasks = np.array([call.tasks // rows for call in by_rows], dtype=np.int64)
         self._elements = np.array([call.elements // rows for call in by_rows], dtype=np.int64)
-        attentions: dict[Any, list[int]] = {}
-        for place in self._places("attention"):
-            attentions.setdefault(calls[place].values[GEOMETRY], []).append(place)
-        self._attentions = {geometry: np.array(places) for geometry, places in attentions.items()}
+        self._attentions = self._places("attention")
+        geometries = {calls[place].values[GEOMETRY] for place in self._attentions}
+        if len(geometries) > 1:  # they are planned one after the other, in the same scratch memory
+            raise NotReplayable(f"attention of several shapes: {sorted(geometries)}")
+        self._geometry: Any = next(iter(geometries), None)
         self._rows = 0
 
     def _places(self, kind: str) -> Any:
@@ -83,9 +87,9 @@ class Program:
             threads = np.array([kernels.threads_for(elements * rows) for elements in self._elements])
             arguments[self._by_rows, TASKS], arguments[self._by_rows, GRAIN] = count, -(-count // threads)
             arguments[self._products, OWN + COUNTED : OWN + COUNTED + 2] = kernels.rows_of_product(rows)
-        for geometry, places in self._attentions.items():
-            arguments[places, TASKS], _, planned = kernels.attention_plan(tasks, geometry)
-            arguments[places, OWN + PLANNED : OWN + PLANNED + len(planned)] = planned
+        if self._geometry is not None:
+            arguments[self._attentions, TASKS], _, planned = kernels.attention_plan(tasks, self._geometry)
+            arguments[self._attentions, OWN + PLANNED : OWN + PLANNED + len(planned)] = planned
         kernels.run_list(arguments, self._kernels)
 
 
@@ -133,19 +137,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
                 return result
             if result.dtype == args[0].dtype:  # a reshape that could not be a view
                 return self._copied(args[0], result.shape)
-        raise NotRecordable(str(func))
+        raise NotReplayable(str(func))
 
     def _copied(self, source: torch.Tensor, shape: Any) -> torch.Tensor:
         rows = source.flatten(1)
         if not _shares(rows, source) or not kernels.is_rows(rows):
-            raise NotRecordable(f"a copy of {tuple(source.shape)} with strides {source.stride()}, {source.dtype}")
+            raise NotReplayable(f"a copy of {tuple(source.shape)} with strides {source.stride()}, {source.dtype}")
         out = self._empty(shape, source.dtype)
         kernels.copy(rows, out.view(rows.shape))
         return out
 
     def _empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
         if not shape or shape[0] % self.rows:
-            raise NotRecordable(f"memory of {tuple(shape)} for {self.rows} rows")
+            raise NotReplayable(f"memory of {tuple(shape)} for {self.rows} rows")
         whole = (shape[0] // self.rows * ROWS, *shape[1:])
         size = math.prod(whole) * dtype.itemsize
         references = enumerate(_references(self.blocks))
@@ -176,7 +180,7 @@ def _each(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         tensors = {name: change(found) for name, found in fields.items() if isinstance(found, torch.Tensor)}
         return dataclasses.replace(output, **tensors)
-    raise NotRecordable(f"an output of {type(output).__name__}")
+    raise NotReplayable(f"an output of {type(output).__name__}")
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -215,6 +219,8 @@ class Replayed:
         rows = len(positions)
         if self.refused or asks_for_more or positions.dim() != 1 or not 0 < rows <= ROWS:
             return modules()
+        if get_attn_backend().tasks.tokens != rows:  # padded
+            return modules()
         is_embedded = input_embeds is not None
         first = input_embeds if is_embedded else input_ids
         assert first is not None
@@ -226,6 +232,8 @@ class Replayed:
         checked = rows if rows <= EACH_CHECKED else 1 << (rows - 1).bit_length()
         if checked in self._checked:
             return replayed
+        global CHECKS
+        CHECKS += 1
         output = modules()
         pairs = zip(_tensors(replayed), _tensors(output), strict=True)
         if all(torch.equal(ours, theirs) for ours, theirs in pairs):
@@ -272,7 +280,7 @@ class Replayed:
         for block in self._blocks:
             if block.ctypes.data == tensor.data_ptr() and block.nbytes == size and tensor.is_contiguous():
                 return torch.from_numpy(block).view(tensor.dtype).view(ROWS, *tensor.shape[1:])
-        raise NotRecordable("an output that no kernel has written")
+        raise NotReplayable("an output that no kernel has written")
 
     def _replay(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         assert self.program is not None
@@ -284,7 +292,7 @@ class Replayed:
 
     def _refuse(self, reason: str) -> None:
         self.refused, self.program, self._blocks, self._output = True, None, [], None
-        logger.warning("%s is not recorded, its modules are called in each step: %s", self.name, reason)
+        logger.warning("%s is not replayed, its modules are called in each step: %s", self.name, reason)
 
 
 def install(model: torch.nn.Module) -> bool:

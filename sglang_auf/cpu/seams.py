@@ -38,10 +38,25 @@ VALIDATE_DOMINO = Seam(
 )
 START_METHOD = Seam(f"{_SRT}.entrypoints.engine:_set_envs_and_config", "process", ("server_args",))
 
+NEW_WEIGHTS = tuple(
+    Seam(
+        f"{_SRT}.model_executor.model_runner_components.weight_updater:WeightUpdater.{name}",
+        "cpu.platform",
+        ("self", *parameters),
+    )
+    for name, *parameters in (
+        ("update_weights_from_disk", "model_path", "load_format", "weight_name_filter", "recapture_cuda_graph"),
+        ("load_weights_from_distributed", "named_tensors"),
+        ("update_weights_from_tensor", "named_tensors", "load_format"),
+        ("update_weights_from_ipc", "recv_req"),
+    )
+)
+
 SEAMS = (
     ASSIGN_TO_POOL,
     VALIDATE_DOMINO,
     START_METHOD,
+    *NEW_WEIGHTS,
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),
     Seam(f"{_SRT}.platforms.interface:PlatformCapabilities", "cpu.platform"),

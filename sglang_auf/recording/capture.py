@@ -7,8 +7,11 @@ unless a recorder runs (`python -m server` with record.directory) and the reques
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from sglang_auf.compat import Seam
@@ -16,6 +19,8 @@ from sglang_auf.hooks.registry import RECEIVE_BATCH, SEND_REQUEST, Hook
 
 if TYPE_CHECKING:
     from sglang_auf.recording.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 FINISHED = ("stop", "length")
 PROMPT = "auf_prompt"
@@ -44,9 +49,26 @@ def record_with(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
+def _harmless(note: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """An error in it ends the recording and not the server."""
+
+    @wraps(note)
+    def noted(manager: Any, message: Any) -> None:
+        if _recorder is None:
+            return
+        try:
+            note(manager, message)
+        except Exception:
+            logger.exception("answers are recorded no more, the server goes on")
+            record_with(None)
+
+    return noted
+
+
+@_harmless
 def _note_prompt(manager: Any, tokenized: Any) -> None:
     """Before `TokenizerManager._send_one_request`, in the task of the request."""
-    if _recorder is None or not hasattr(tokenized, "no_logs"):  # an embedding has no answer
+    if not hasattr(tokenized, "no_logs"):  # an embedding has no answer
         return
     state = manager.rid_to_state.get(tokenized.rid)
     settings = tokenized.sampling_params
@@ -71,10 +93,9 @@ def _note_prompts(manager: Any, tokenized: Any) -> None:
         _note_prompt(manager, one)
 
 
+@_harmless
 def _receive(manager: Any, output: Any) -> None:
     """Before `TokenizerManager._handle_batch_output`, in the task that reads from the scheduler."""
-    if _recorder is None:
-        return
     for i, rid in enumerate(output.rids):
         reason = output.finished_reasons[i]
         state = manager.rid_to_state.get(rid)

@@ -26,6 +26,7 @@ SEAMS = (
     INIT_COMMUNICATORS,
     UPDATE_FROM_DISK,
     Seam(f"{_UPDATER}.scheduler", "speculative.swap"),
+    Seam(f"{_SRT}.mem_cache.kv_cache_configurator:KVCacheConfigurator.model", "speculative.swap"),
     Seam(f"{_UPDATER}.draft_worker", "speculative.swap"),
     Seam(f"{_SRT}.managers.io_struct:hook_custom_types", "speculative.swap", ("new_types",)),
     Seam(f"{_SRT}.managers.io_struct:UpdateWeightFromDiskReqInput.model_path", "speculative.swap"),

@@ -108,6 +108,8 @@ def _act(action: Action, path: str, scheduler: Any, worker: Any) -> int:
             "start a server with the new drafter, and stop this one",
         )
     if action == "keep":
+        if worker.former is not None:
+            release(worker.former)
         worker.former = None
         return 0
     running, former = worker.drafter, worker.former
@@ -119,7 +121,18 @@ def _act(action: Action, path: str, scheduler: Any, worker: Any) -> int:
         new, kept = load(worker, path), former or running
     requeued = requeue(scheduler)
     worker.drafter, worker.former = new, kept
+    if running is not kept:
+        release(running)
     return requeued
+
+
+def release(drafter: Drafter) -> None:
+    """Let its memory be freed once nobody refers to it: forwards that the CPU platform replaced refer to their module.
+
+    SGLang freezes the garbage collector after the start, which then never looks at such a circle.
+    """
+    for module in drafter.model.modules():
+        vars(module).pop("forward", None)
 
 
 def load(worker: Any, path: str) -> Drafter:

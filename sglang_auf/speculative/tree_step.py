@@ -10,6 +10,7 @@ A node's key lies where its row was computed. Once the path is known, the slots 
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -28,14 +29,20 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
+from sglang_auf.cpu import replay
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
 from sglang_auf.speculative.stopwatch import Stopwatch
 from sglang_auf.speculative.tree import RANKS, Forest, Node, grow
 
+logger = logging.getLogger(__name__)
+
 DOMINO_CHANCE = 0.6
 """Of a Domino draft, before any was accepted: its path is chosen token by token, without probabilities of its own."""
+
+SAID = (1, 8, 16, 64)
+"""Numbers of rows whose products' time the log says."""
 
 LONGEST_PAUSE_S = 0.02
 """What the scheduler does between two steps counts as the second one's, unless something else came between."""
@@ -57,7 +64,10 @@ class TreeStep:
         self.worker = worker
         self.slots = int(worker.block_size) - 1
         target, drafter = worker.target_worker.model_runner.model, worker.draft_model
-        self._costs = Costs(product_seconds(target), product_seconds(drafter))
+        verify, draft = product_seconds(target), product_seconds(drafter)
+        for name, of in (("target", verify), ("drafter", draft)):
+            logger.info("products of the %s: %s", name, ", ".join(f"{n} rows {1e3 * of(n):.1f} ms" for n in SAID))
+        self._costs = Costs(verify, draft)
         self._blocks: dict[int, Any] = {}
         self._ended = 0.0
         self._watch = Stopwatch(step_log())
@@ -73,7 +83,7 @@ class TreeStep:
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
-        began = time.perf_counter()
+        began, checks = time.perf_counter(), replay.CHECKS
         continues = began - self._ended < LONGEST_PAUSE_S
         self._watch.lap("between steps" if continues else None)
         anchors = batch.spec_info.bonus_tokens
@@ -89,7 +99,8 @@ class TreeStep:
         if continues:
             began = self._ended
         self._ended = time.perf_counter()
-        self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began)
+        if checks == replay.CHECKS:  # else it took what no other step will
+            self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began)
         if slots:
             self.budget.used(nodes, slots)
             self.calibration.observe(forest.tested(paths), chances, _samples(batch))

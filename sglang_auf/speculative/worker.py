@@ -177,7 +177,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
 
     @drafter.setter
     def drafter(self, other: Drafter) -> None:
-        self.draft_model = self.draft_model_runner.model = other.model
+        runner = self.draft_model_runner
+        self.draft_model = runner.model = runner.kv_cache_configurator.model = other.model
         self._draft_head = other.head
         self.draft_model.set_block_size(self.block_size)
         if self._trees is not None:

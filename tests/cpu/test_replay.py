@@ -1,4 +1,4 @@
-"""A recorded forward has the modules' bits for any number of rows; what cannot be recorded is left to the modules."""
+"""A recorded forward has the modules' bits for any number of rows; what cannot be watched so is left to the modules."""
 
 from __future__ import annotations
 
@@ -190,6 +190,13 @@ class ReturnsItsInput(Body):
         return super().forward(input_ids, positions, forward_batch, input_embeds)[0], [positions]
 
 
+class TwoShapes(Body):
+    def last(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        tasks = replay.get_attn_backend().tasks
+        kernels.attend(x[:, : KEY_HEADS * HEAD], self.layers[0].pool, tasks, 0.2, False)
+        return super().last(x, residual)
+
+
 class OneForAll(Body):
     seven = normal(7, 3)
 
@@ -200,7 +207,13 @@ class OneForAll(Body):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Multiplies, "mul"), (ReadsValues, "item"), (ReturnsItsInput, "no kernel"), (OneForAll, "memory of")],
+    [
+        (Multiplies, "mul"),
+        (ReadsValues, "item"),
+        (ReturnsItsInput, "no kernel"),
+        (OneForAll, "memory of"),
+        (TwoShapes, "several shapes"),
+    ],
 )
 @torch.inference_mode()
 def test_what_is_no_kernel_is_not_recorded(
@@ -254,8 +267,21 @@ def test_a_forward_that_is_another_one_for_more_rows_ends_the_recording(
             tokens, positions, batch = server.given(rows, seed=rows)
             assert equal(replayed(tokens, positions, batch), modules(tokens, positions, batch)), rows
     assert [record.getMessage() for record in caplog.records] == [
-        "DependsOnRows is not recorded, its modules are called in each step: 9 rows gave other results than its modules"
+        "DependsOnRows is not replayed, its modules are called in each step: 9 rows gave other results than its modules"
     ]
+
+
+@torch.inference_mode()
+def test_a_padded_forward_is_the_modules(server: Server) -> None:
+    body = Body()
+    replayed = Replayed(body)
+    tokens, positions, batch = server.given(4)
+    replayed(tokens, positions, batch)
+    calls = body.calls
+    server.given(3)  # so many are planned
+    with pytest.raises(ValueError, match="the queries of the planned forward"):
+        replayed(tokens, positions, batch)
+    assert body.calls == calls + 1
 
 
 @pytest.mark.parametrize("wrong", ["token", "position", "slot"])
@@ -278,7 +304,7 @@ def test_tasks_that_are_no_multiple_of_the_rows_are_not_recorded() -> None:
     calls: list[kernels.Call] = []
     with kernels.listening(calls.append):
         kernels.widen(normal(5, 8))
-    with pytest.raises(replay.NotRecordable, match="multiple"):
+    with pytest.raises(replay.NotReplayable, match="multiple"):
         Program(calls, 3)
 
 

@@ -189,6 +189,15 @@ def test_what_is_not_kept_is_counted(manager: Any, changes: dict[str, Any], reas
     assert manager.recorder.snapshot()["waiting_tokens"] == 0
 
 
+def test_an_error_ends_the_recording_and_nothing_else(
+    manager: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Recorder, "drop", lambda *_: 1 // 0)
+    note(manager, consents=False)
+    assert capture._recorder is None
+    assert [record.getMessage() for record in caplog.records] == ["answers are recorded no more, the server goes on"]
+
+
 def test_nothing_is_noted_where_no_http_request_allowed_it(manager: Any) -> None:
     for rid in manager.rid_to_state:
         _note_prompt(manager, request(rid))

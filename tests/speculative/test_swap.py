@@ -4,11 +4,16 @@ the engines."""
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, msgpack_decode, msgpack_encode
 from sglang.utils import TypeBasedDispatcher
 
@@ -75,9 +80,13 @@ def test_running_requests_go_ahead_of_those_that_wait_and_no_prefix_stays(paused
     assert scheduler._engine_paused is paused, "an engine that an operator has paused stays paused"
 
 
-class Model:
+class Model(torch.nn.Module):
+    """Its forward is replaced by one that refers to it, as on the CPU platform."""
+
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name, self.block_size = name, 0
+        self.forward = partial(print, self)
 
     def set_block_size(self, block_size: int) -> None:
         self.block_size = block_size
@@ -93,7 +102,7 @@ class Trees:
 def worker(device: str = "cpu") -> AufWorker:
     made = AufWorker.__new__(AufWorker)
     made.device, made.block_size = device, 8
-    made.draft_model_runner = SimpleNamespace()
+    made.draft_model_runner = SimpleNamespace(kv_cache_configurator=SimpleNamespace())
     made._trees = Trees()
     made.drafter = Drafter(Model("first"), None)
     return made
@@ -125,6 +134,7 @@ def tell(on: AufWorker, action: Any, path: str = "") -> DrafterReqOutput:
 def names(on: AufWorker) -> tuple[str, str | None]:
     """Of the running drafter, everywhere where it is looked for, and of the former one."""
     assert on.draft_model is on.draft_model_runner.model is on.drafter.model
+    assert on.draft_model is on.draft_model_runner.kv_cache_configurator.model
     assert on.draft_model.block_size == 8
     return on.draft_model.name, on.former and on.former.model.name  # type: ignore[return-value]
 
@@ -154,6 +164,27 @@ def test_the_drafter_of_the_last_verdict_is_the_one_to_go_back_to() -> None:
     assert on._draft_head is None
     assert tell(on, "swap", "second").success and tell(on, "keep").success
     assert names(on) == ("second", None)
+
+
+@pytest.fixture
+def frozen_collector() -> Iterator[None]:
+    """As SGLang leaves it after the start: circles are never found."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("verdict", ["keep", "take back", "another swap"])
+def test_the_drafter_that_goes_is_freed(verdict: Any, frozen_collector: None) -> None:
+    on = worker()
+    first = weakref.ref(on.draft_model)
+    tell(on, "swap", "second")
+    second = weakref.ref(on.draft_model)
+    if verdict == "another swap":
+        tell(on, "swap", "third")
+    else:
+        tell(on, verdict)
+    assert (first() is None, second() is None) == (verdict == "keep", verdict != "keep")
 
 
 @pytest.mark.parametrize(
