@@ -24,17 +24,15 @@ from benchmarks.harness.client import FAILURES, ChatClient, Reply
 from benchmarks.harness.commands import sglang_auf
 from benchmarks.harness.config import CommandConfig, RunConfig, Workload
 from benchmarks.harness.records import Record
-from benchmarks.harness.results import Measured, Report, StrictModel
+from benchmarks.harness.results import Measured, Report
 from benchmarks.harness.run import ask, chosen_prompts, describe
 from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, serve
 from benchmarks.harness.tasks import first_turns, in_turn, messages_of
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.markdown import markdown_document, markdown_table
-from benchmarks.reports.numbers import interval_text, with_interval
-from benchmarks.stats.intervals import Interval, paired_difference, speed_interval, speed_ratio_interval
 from benchmarks.stats.lossless import comparable_tokens
-from benchmarks.stats.summary import macro, ratio, summarize_tasks, throughput
+from benchmarks.training.before_after import HEADING, BeforeAfter
 from benchmarks.training.given_texts import HELD_OUT, given_text_prompts, openings, whole_sentences
 from sglang_auf.errors import ServerError
 
@@ -63,63 +61,6 @@ class AdaptDemoConfig(CommandConfig):
     out: Path = Field(Path("runs/adapt-demo"), description="result directory; those of an earlier demo are replaced")
 
 
-class Figures(StrictModel):
-    """Of one drafter on one kind. tau: macro. tokens_per_s: at concurrency 1. Intervals: 95 %, over prompts."""
-
-    tau: float | None
-    tau_interval: Interval | None
-    tokens_per_s: float | None
-    tokens_per_s_interval: Interval | None
-
-
-class Kind(StrictModel):
-    """One kind of prompt. after, gain (of tau) and speedup: None without a new drafter, else on the same prompts."""
-
-    name: str
-    prompts: int
-    before: Figures
-    after: Figures | None = None
-    gain: float | None = None
-    gain_interval: Interval | None = None
-    speedup: float | None = None
-    speedup_interval: Interval | None = None
-
-    @classmethod
-    def of(cls, name: str, before: Sequence[Record], after: Sequence[Record]) -> Kind:
-        """after: empty without a new drafter."""
-        kind = cls(name=name, prompts=len(before), before=_figures(name, before))
-        if not after:
-            return kind
-        kind.after = _figures(name, after)
-        kind.gain, kind.gain_interval = paired_difference([(after, before)]).get("macro", (None, None))
-        kind.speedup = ratio(kind.after.tokens_per_s, kind.before.tokens_per_s)
-        kind.speedup_interval = speed_ratio_interval(name, after, before)
-        return kind
-
-    def row(self) -> list[str]:
-        after = self.after
-        return [
-            self.name,
-            str(self.prompts),
-            with_interval(self.before.tau, self.before.tau_interval),
-            "-" if after is None else with_interval(after.tau, after.tau_interval),
-            "-" if after is None else f"{self.gain:+.2f} {interval_text(self.gain_interval, of_difference=True)}",
-            with_interval(self.before.tokens_per_s, self.before.tokens_per_s_interval),
-            "-" if after is None else with_interval(after.tokens_per_s, after.tokens_per_s_interval),
-            with_interval(self.speedup, self.speedup_interval),
-        ]
-
-
-def _figures(name: str, records: Sequence[Record]) -> Figures:
-    tau = macro(summarize_tasks(records).values(), records)
-    return Figures(
-        tau=tau.tau,
-        tau_interval=tau.tau_interval,
-        tokens_per_s=throughput(records, 1).tokens_per_s,
-        tokens_per_s_interval=speed_interval(name, records),
-    )
-
-
 class AdaptDemo(Measured, Report):
     """adapt-demo.json. kinds: the new one first. identical: answers with the same tokens before and after, of compared.
 
@@ -136,7 +77,7 @@ class AdaptDemo(Measured, Report):
     traffic_tokens_per_s: float
     verdict: list[str]
     swap: dict[str, Any] | None
-    kinds: list[Kind]
+    kinds: list[BeforeAfter]
     failed: int
     identical: int
     compared: int
@@ -151,7 +92,6 @@ class AdaptDemo(Measured, Report):
 
     def markdown(self) -> str:
         config = self.config
-        heading = ["kind", "prompts", "tau before", "tau after", "difference", "tokens/s before", "after", "ratio"]
         asked = (
             f"{self.target}, greedy, measured at concurrency 1, at most {config.max_tokens} tokens an answer. Traffic: "
             f"{config.prompts} requests on other texts, {config.concurrency} in flight, {self.traffic_tokens:,} tokens "
@@ -171,7 +111,7 @@ class AdaptDemo(Measured, Report):
         return markdown_document(
             self,
             asked,
-            markdown_table([heading, *(kind.row() for kind in self.kinds)]),
+            markdown_table([HEADING, *(kind.row() for kind in self.kinds)]),
             "`sglang-auf adapt` says:\n\n" + "\n".join(f"- {line}" for line in self.verdict),
             ends,
             "Intervals: 95 %, by bootstrap over prompts. Before and after are minutes apart, and the intervals do not "
@@ -235,10 +175,7 @@ class _Demo:
             traffic_tokens_per_s=tokens / self.seconds["traffic"],
             verdict=(self.out / "adapt.txt").read_text(encoding="utf-8").splitlines(),
             swap=self._swap() if better else None,
-            kinds=[
-                Kind.of(name, *([record for record in records if _kind(record) == name] for records in (before, after)))
-                for name in (NEW, OLD)
-            ],
+            kinds=[BeforeAfter.of(name, _of_kind(name, before), _of_kind(name, after)) for name in (NEW, OLD)],
             failed=sum(record.failed for record in before + after),
             identical=sum(mine == its for mine, its in pairs),
             compared=len(pairs),
@@ -342,12 +279,12 @@ class _Demo:
         return found
 
 
-def _kind(record: Record) -> str:
-    return NEW if record.task == HELD_OUT.name else OLD
+def _of_kind(name: str, records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if (NEW if record.task == HELD_OUT.name else OLD) == name]
 
 
 def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each answer that both drafters' servings gave."""
+    """The tokens of both answers to each prompt that was answered with either drafter."""
     theirs = {record.key: record for record in after if not record.failed}
     return [
         comparable_tokens(record, theirs[record.key]) for record in before if not record.failed and record.key in theirs
