@@ -30,7 +30,8 @@ def sglang_auf(
     until the command has saved its work.
     """
     logger.info("sglang-auf %s", " ".join(arguments))
-    with contextlib.nullcontext() if output is None else output.open("wb") as printed:
+    with contextlib.ExitStack() as files:
+        printed = None if output is None else files.enter_context(output.open("wb"))
         process = subprocess.Popen(
             [sys.executable, "-m", "sglang_auf.cli", *arguments],
             stdout=printed,

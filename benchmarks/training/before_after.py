@@ -57,7 +57,9 @@ class BeforeAfter(StrictModel):
             str(self.prompts),
             with_interval(self.before.tau, self.before.tau_interval),
             UNKNOWN if after is None else with_interval(after.tau, after.tau_interval),
-            UNKNOWN if after is None else f"{self.gain:+.2f} {interval_text(self.gain_interval, of_difference=True)}",
+            UNKNOWN
+            if self.gain is None
+            else f"{self.gain:+.2f} {interval_text(self.gain_interval, of_difference=True)}",
             with_interval(self.before.tokens_per_s, self.before.tokens_per_s_interval),
             UNKNOWN if after is None else with_interval(after.tokens_per_s, after.tokens_per_s_interval),
             with_interval(self.speedup, self.speedup_interval),

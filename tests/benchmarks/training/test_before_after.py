@@ -51,3 +51,10 @@ def test_without_a_new_drafter_there_is_nothing_after() -> None:
     assert (kind.after, kind.gain, kind.speedup) == (None, None, None)
     assert len(kind.row()) == len(HEADING)
     assert [kind.row()[column] for column in (3, 4, 6, 7)] == ["-"] * 4
+
+
+def test_answers_that_all_failed_have_no_difference() -> None:
+    failed = [record.model_copy(update={"error": "down"}) for record in records(1, 0.5)]
+    kind = BeforeAfter.of("kind", records(0, 1.0), failed)
+    assert (kind.gain, kind.speedup, kind.speedup_interval) == (None, 0.0, None)
+    assert [kind.row()[column] for column in (3, 4, 6)] == ["-", "-", "0.00"]
