@@ -1,5 +1,6 @@
 # make demo   install, prepare the target, and compare the accelerated server with plain decoding
 # make train-demo  answers, training with AUF, export, serving: tau before and after, in minutes
+# make adapt-demo  a drafter learns from its own traffic and is swapped in: tau and speed before and after, in minutes
 # make study-smoke  two training arms, two seeds, toy size: trained, served, compared, reported, in minutes
 # make test   every test, end-to-end ones included, in WORKERS (2) processes
 # make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed-$(PINS)
 LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
 BIN := $(VENV)/bin
 
-.PHONY: demo train-demo study-smoke test serve bench soak fuzz audit lint env
+.PHONY: demo train-demo adapt-demo study-smoke test serve bench soak fuzz audit lint env
 
 env: $(LINK)
 
@@ -45,6 +46,10 @@ demo: env
 train-demo: env
 	$(BIN)/sglang-auf prepare smollm2-135m
 	$(BIN)/python -m benchmarks train-demo $(ARGS)
+
+adapt-demo: env
+	$(BIN)/sglang-auf prepare smollm2-135m
+	$(BIN)/python -m benchmarks adapt-demo $(ARGS)
 
 study-smoke: env
 	$(BIN)/sglang-auf prepare smollm2-135m

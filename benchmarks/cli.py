@@ -49,6 +49,7 @@ COMMANDS = {
     ),
     "overlap": Command("benchmarks.training.overlap:measure_overlap", "benchmark prompts in training data"),
     "train-demo": Command("benchmarks.training.demo:train_demo", "train a drafter and serve it"),
+    "adapt-demo": Command("benchmarks.training.adapt_demo:adapt_demo", "a drafter learns from its own traffic"),
 }
 
 

@@ -109,6 +109,35 @@ def paired_difference(
     return {task: _with_interval(*mean) for task, mean in means.items()}
 
 
+def speed_interval(name: str, records: Iterable[Record]) -> Interval | None:
+    """The interval of tokens/s of requests that were asked one at a time: tokens over latencies, by prompt.
+
+    None with fewer than three answers. It covers other prompts, not another hour of the machine.
+    """
+    resampled = _resampled_speed(name, records)
+    return None if resampled is None else Interval.of(resampled)
+
+
+def speed_ratio_interval(name: str, ours: Sequence[Record], theirs: Sequence[Record]) -> Interval | None:
+    """The interval of the ratio of two such speeds, on the requests that both answered, drawn together."""
+    answered = [{record.key for record in records if not record.failed} for records in (ours, theirs)]
+    shared = answered[0] & answered[1]
+    mine, its = (
+        _resampled_speed(name, [record for record in records if record.key in shared]) for records in (ours, theirs)
+    )
+    return None if mine is None or its is None else Interval.of(mine / its)
+
+
+def _resampled_speed(name: str, records: Iterable[Record]) -> Floats | None:
+    rows = [
+        [float(record.completion_tokens), record.latency_s]
+        for record in sorted(records, key=lambda record: record.key)
+        if not record.failed
+    ]
+    drawn = drawn_sums(name, np.array(rows)) if rows else None
+    return None if drawn is None else drawn[:, 0] / drawn[:, 1]
+
+
 def _with_interval(mean: float, spread: Floats | None) -> tuple[float, Interval | None]:
     return mean, None if spread is None else Interval.of(spread)
 

@@ -17,6 +17,8 @@ from benchmarks.stats.intervals import (
     macro_tau_interval,
     mean_tau,
     paired_difference,
+    speed_interval,
+    speed_ratio_interval,
     t_interval,
     task_alpha_intervals,
     task_tau_interval,
@@ -177,3 +179,35 @@ def test_differences_of_several_pairs_are_meaned() -> None:
     mean, interval = paired_difference(pairs)["gsm8k"]
     assert mean == pytest.approx((single[0][0] + single[1][0]) / 2)
     assert interval is not None and interval.low < mean < interval.high
+
+
+def timed(latencies: list[float], tokens: int = 30) -> list[Record]:
+    return [
+        record(f"p{number}", [1], tokens=tokens + number).model_copy(update={"latency_s": latency})
+        for number, latency in enumerate(latencies)
+    ]
+
+
+def test_the_interval_of_a_speed_holds_the_ratio_of_sums() -> None:
+    latencies = [0.5 + 0.1 * (number % 7) for number in range(40)]
+    found = timed(latencies)
+    interval = speed_interval("kind", found)
+    assert interval is not None
+    speed = sum(one.completion_tokens for one in found) / sum(latencies)
+    assert interval.low < speed < interval.high
+    assert interval.high - interval.low < 0.5 * speed
+    assert speed_interval("kind", found[:2]) is None
+    assert speed_interval("kind", []) is None
+
+
+def test_a_ratio_of_speeds_is_a_paired_one() -> None:
+    """Every answer takes twice as long, so that no draw has another ratio than 2, though answers differ."""
+    latencies = [0.5 + 0.3 * (number % 5) for number in range(20)]
+    quick, slow = timed(latencies), timed([2 * latency for latency in latencies])
+    interval = speed_ratio_interval("kind", quick, slow)
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((2, 2))
+    slow[3] = slow[3].model_copy(update={"error": "failed", "latency_s": 1000.0})
+    interval = speed_ratio_interval("kind", quick, slow)
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((2, 2)), "a request that one of them failed is left out"
