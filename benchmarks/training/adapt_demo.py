@@ -190,14 +190,16 @@ class _Demo:
 
     def _measured(self, name: str) -> list[Record]:
         """The held-out prompts of the new kind and the sample tasks, in turn, one at a time."""
-        config = RunConfig(
-            base_url=self.server.base_url,
-            prompts=(HELD_OUT,),
-            tasks=("sample",),
-            limit=self.config.limit,
-            max_tokens=self.config.max_tokens,
-            stream=False,
-            out=self.out / name,
+        config = RunConfig.model_validate(
+            {
+                "base_url": self.server.base_url,
+                "prompts": (HELD_OUT,),
+                "tasks": ("sample",),
+                "limit": self.config.limit,
+                "max_tokens": self.config.max_tokens,
+                "stream": False,
+                "out": self.out / name,
+            }
         )
         selections = first_turns(chosen_prompts(config))
         return list(ask(config, selections, name, prompts=in_turn(selections), empty_cache=True).records.values())
@@ -237,7 +239,9 @@ class _Demo:
         """Answers in the order of the requests (arguments of ChatClient.ask). Raises ServerError where one fails."""
 
         async def answers() -> list[Reply]:
-            workload = Workload(max_tokens=self.config.max_tokens, concurrency=self.config.concurrency)
+            workload = Workload.model_validate(
+                {"max_tokens": self.config.max_tokens, "concurrency": self.config.concurrency}
+            )
             async with ChatClient(self.server.base_url, self.model, workload, stream=False) as client:
                 # The client opens as many connections as requests are to be in flight; the others wait for one.
                 return await asyncio.gather(*(client.ask(**request) for request in requests))

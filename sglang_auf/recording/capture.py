@@ -11,7 +11,6 @@ import logging
 import random
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from sglang_auf.compat import Seam
@@ -49,15 +48,14 @@ def record_with(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
-def _harmless(note: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """An error in it ends the recording and not the server."""
+def _harmless(note: Callable[[Recorder, Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Called where there is a recorder. An error in it ends the recording and not the server."""
 
-    @wraps(note)
     def noted(manager: Any, message: Any) -> None:
         if _recorder is None:
             return
         try:
-            note(manager, message)
+            note(_recorder, manager, message)
         except Exception:
             logger.exception("answers are recorded no more, the server goes on")
             record_with(None)
@@ -66,7 +64,7 @@ def _harmless(note: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
 
 
 @_harmless
-def _note_prompt(manager: Any, tokenized: Any) -> None:
+def _note_prompt(recorder: Recorder, manager: Any, tokenized: Any) -> None:
     """Before `TokenizerManager._send_one_request`, in the task of the request."""
     if not hasattr(tokenized, "no_logs"):  # an embedding has no answer
         return
@@ -75,14 +73,14 @@ def _note_prompt(manager: Any, tokenized: Any) -> None:
     if state is None or not state.obj.log_metrics or settings.max_new_tokens == 0:  # a health check, or a prefill
         return
     if not allowed.get() or tokenized.no_logs:
-        _recorder.drop("refused")
+        recorder.drop("refused")
     elif settings.ignore_eos or any(
         value is not None
         for value in (tokenized.mm_inputs, tokenized.session_id, tokenized.session_params, tokenized.lora_id)
     ):
-        _recorder.drop("unusable")
-    elif random.random() >= _recorder.settings.share:
-        _recorder.drop("share")
+        recorder.drop("unusable")
+    elif random.random() >= recorder.settings.share:
+        recorder.drop("share")
     else:
         setattr(state, PROMPT, tokenized.input_ids)
 
@@ -94,7 +92,7 @@ def _note_prompts(manager: Any, tokenized: Any) -> None:
 
 
 @_harmless
-def _receive(manager: Any, output: Any) -> None:
+def _receive(recorder: Recorder, manager: Any, output: Any) -> None:
     """Before `TokenizerManager._handle_batch_output`, in the task that reads from the scheduler."""
     for i, rid in enumerate(output.rids):
         reason = output.finished_reasons[i]
@@ -103,9 +101,9 @@ def _receive(manager: Any, output: Any) -> None:
         if reason is None or prompt is None:
             continue
         if reason["type"] in FINISHED:
-            _recorder.offer(prompt, [*state.output_ids, *output.output_ids[i]])
+            recorder.offer(prompt, [*state.output_ids, *output.output_ids[i]])
         else:
-            _recorder.drop("unfinished")
+            recorder.drop("unfinished")
 
 
 HOOKS = (
