@@ -1,7 +1,8 @@
-"""The small operations of a transformer layer as compiled row kernels, bf16 in memory and float32 in between.
+"""The operations of a transformer layer as compiled kernels, bf16 in memory and float32 in between.
 
 With one row of a small model, calling a torch operation costs more than its arithmetic, and a layer has dozens. A
-kernel here is one Python function over addresses, compiled by numba once per machine and called through ctypes. It
+kernel here is one Python function over addresses, compiled by numba once per machine and called through ctypes: norms,
+gates, rotations, the KV store, attention, products, copies, and last one that runs a list of the others. It
 loops over tasks (rows, or queries that share keys). No task reads what another writes, and the same instructions
 compute each task whatever the others are, so a row has the same bits alone, in a block and in a batch.
 

@@ -264,9 +264,7 @@ class Replayed:
             self._blocks = watch.blocks
             self._output = _each(output, self._whole)
             self.program = Program(watch.calls, rows)
-        except (
-            Exception
-        ) as reason:  # of a body that is not as those we know; if it is at fault, its modules will say so
+        except Exception as reason:  # of a body unlike those we know: if it is at fault, its modules will say so
             self._refuse(str(reason) or repr(reason))
             return False
         finally:

@@ -7,7 +7,6 @@ unless a recorder runs (`python -m server` with record.directory) and the reques
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,8 +17,6 @@ from sglang_auf.hooks.registry import RECEIVE_BATCH, SEND_REQUEST, Hook
 
 if TYPE_CHECKING:
     from sglang_auf.recording.recorder import Recorder
-
-logger = logging.getLogger(__name__)
 
 FINISHED = ("stop", "length")
 PROMPT = "auf_prompt"
@@ -57,7 +54,7 @@ def _harmless(note: Callable[[Recorder, Any, Any], None]) -> Callable[[Any, Any]
         try:
             note(_recorder, manager, message)
         except Exception:
-            logger.exception("answers are recorded no more, the server goes on")
+            _recorder.fail()
             record_with(None)
 
     return noted

@@ -103,6 +103,12 @@ class Recorder:
         with self._lock:
             self._dropped[reason] += 1
 
+    def fail(self) -> None:
+        """Say that the recording has ended, in the log with the error that is being handled, and in `snapshot`."""
+        logger.exception("the recording in %s has ended: answers are served and not kept", self.directory)
+        with self._lock:
+            self._error = "the recorder failed, the server's log says why"
+
     def snapshot(self) -> dict[str, Any]:
         """What is kept and what was dropped since the start, ready for JSON."""
         with self._lock:
@@ -131,9 +137,7 @@ class Recorder:
                 with self._lock:
                     self._waiting -= sum(map(len, row))
         except Exception:  # a mistake of ours must not end a server
-            logger.exception("the recording in %s has ended: answers are served and not kept", self.directory)
-            with self._lock:
-                self._error = "the recorder failed, the server's log says why"
+            self.fail()
         finally:
             self._ring.close()
 

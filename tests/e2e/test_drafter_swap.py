@@ -173,6 +173,15 @@ def test_what_cannot_take_the_place_is_refused_and_nothing_changes(
     assert server.load(4) == plain[:4]
 
 
+def test_new_weights_are_refused_and_the_server_goes_on(server: Server, plain: list[str]) -> None:
+    """Products hold them in an order of their own."""
+    target = server.http.get("/get_model_info").json()["model_path"]
+    refused = server.http.post("/update_weights_from_disk", json={"model_path": target})
+    assert (refused.status_code, refused.json()["success"]) == (400, False)
+    assert "start a server with the new ones" in refused.json()["message"]
+    assert server.load(4) == plain[:4]
+
+
 def test_a_bad_drafter_is_taken_back_by_the_server(
     server: Server, plain: list[str], candidate: Callable[..., Path]
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +35,8 @@ from tests.support.training_runs import (
     write_models,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Forks = Callable[..., list[int]]
 TRAIN = "tests.support.training_runs:train_in_fork"
 STEPS = 6
@@ -45,17 +46,6 @@ DOMINO: dict[str, Any] = {
     "optimiser": {"lr": 0.01, "name": "muon", "muon_lr": 0.01},
     "precision": "bf16",
 }
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As forked runs are: on one thread, since sums of several are rounded in another order."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,11 @@ import random
 import signal
 import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from sglang_auf.checkpoints import draft_vocabulary
@@ -34,19 +32,11 @@ from sglang_auf.training.trainer import train
 from tests.support.tiny_models import VOCABULARY, write_target
 from tests.support.training_runs import limit_file_size, same_weights, tiny_recipe, write_models
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Forks = Callable[..., list[int]]
 ADAPT = "tests.support.training_runs:adapt_in_fork"
 ROWS = 60
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
