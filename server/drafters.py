@@ -106,6 +106,10 @@ class Drafters:
         if self._changing:
             raise BusyError("a swap while another one runs", "one swap at a time", "ask again when it has ended")
         self._changing = True
+        # To its end, also when the client goes away: the scheduler may have swapped by then.
+        return await asyncio.shield(asyncio.ensure_future(self._replace(path)))
+
+    async def _replace(self, path: str) -> Swap:
         try:
             logger.info("DRAFTER: checking %s", path)
             candidate = await asyncio.to_thread(self._checked, path)

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 WORTH_A_THREAD = 16_384
 # Keys, and queries of one request, that are computed together: their float32 copies fit the first-level cache.
 KEYS_AT_ONCE = 64
-QUERIES_AT_ONCE = 16
+QUERIES_AT_ONCE = 4
 # Sums may be taken in the order that suits the vector unit, which is the same for each row. NaN and infinity are kept.
 FAST = {"reassoc", "contract", "nsz"}
 
@@ -852,6 +852,28 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@Kernel
+def _add(args):  # type: ignore[no-untyped-def]
+    x, stride, bias, out, width = _i64(args, 6), _i64(args, 7), _i64(args, 8), _i64(args, 9), _i64(args, 10)
+    tasks, grain = _i64(args, TASKS), _i64(args, GRAIN)
+    first = _take(args, _NEXT, grain)
+    while first < tasks:
+        for row in range(first, min(first + grain, tasks)):
+            source, target = x + 2 * row * stride, out + 2 * row * width
+            for i in range(width):
+                _set_bf16(target, i, _bf16(source, i) + _bf16(bias, i))
+        first = _take(args, _NEXT, grain)
+
+
+def add(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x + bias of bf16 rows, the bias of each."""
+    rows, width = x.shape
+    _require(bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (width,), "a bf16 bias of a row")
+    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    _rows(_add, rows, rows * width, x.data_ptr(), _row_stride(x), bias.data_ptr(), out.data_ptr(), width)
+    return out
+
+
 # --- the likeliest tokens ---
 
 # Columns whose largest value is looked at before the columns themselves.
@@ -916,8 +938,10 @@ def largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 # tile of AMX. Strips and tiles are whole: what a weight lacks is zeros.
 STRIPS = 2  # computed together
 TILE_PAIRS, TILE_ROWS = 16, 16
-# Rows that vector instructions compute together.
+# Rows that vector instructions compute together. From _BUSY of them on, memory is asked for _AHEAD bytes before it is
+# needed: else its time and that of the arithmetic add up.
 _TOGETHER = (1, 2, 4, 8)
+_BUSY, _AHEAD = 4, 4096
 
 
 class _Bfloat(ir.Type):  # type: ignore[misc]
@@ -945,6 +969,14 @@ def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
 def _at(builder: Any, kind: Any, *addends: Any) -> Any:
     """The place of an LLVM `kind` at the sum of an address and offsets."""
     return builder.inttoptr(reduce(builder.add, addends), kind.as_pointer())
+
+
+def _fetch(builder: Any, place: Any) -> None:
+    """Have memory on its way to the second-level cache. An address beyond all memory does nothing."""
+    read, second_level, data = _WORD(0), _WORD(2), _WORD(1)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, read, second_level, data])
 
 
 def _in_all_lanes(builder: Any, value: Any) -> Any:
@@ -1011,6 +1043,8 @@ def _by_vectors(add_pair: Callable[[Any, Any, Any, Any], Any], pair_bytes: int) 
             for strip, of_strip in zip(unit.strips, sums, strict=True):
                 offset = builder.mul(loop.index, _LONG(4 * LANES))
                 words = builder.load(_at(builder, _WORDS, strip, offset), align=4 * LANES)
+                if count >= _BUSY:
+                    _fetch(builder, _at(builder, _BYTE, strip, offset, _LONG(_AHEAD)))
                 for x, sum_ in zip(xs, of_strip, strict=True):
                     pair = builder.add(x, builder.mul(loop.index, _LONG(pair_bytes)))
                     builder.store(add_pair(builder, builder.load(sum_), words, pair), sum_)
@@ -1320,7 +1354,7 @@ def run_list(arguments: np.ndarray[Any, Any], kernels: np.ndarray[Any, Any]) -> 
         raise IndexError("a position, slot or token outside its table")
 
 
-KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest, _copy, _widen, _run)
+KERNELS = (_rms_norm, _silu_and_mul, _rotate, _store, _attend, _largest, _copy, _widen, _add, _run)
 
 
 def prepare() -> None:

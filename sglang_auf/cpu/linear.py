@@ -27,19 +27,23 @@ def can_prepack() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _in_one_order(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+Product = Callable[[torch.Tensor], torch.Tensor]
+Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _in_one_order(weight: torch.Tensor) -> tuple[Product, Add]:
     from sglang_auf.cpu import kernels  # needs numba, and on a GPU nobody does
 
     product = partial(kernels.product, packed=kernels.pack(weight), outputs=len(weight))
-    return lambda x: product(x if kernels.is_rows(x) else x.contiguous())
+    return lambda x: product(x if kernels.is_rows(x) else x.contiguous()), kernels.add
 
 
-def _unconstrained(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _unconstrained(weight: torch.Tensor) -> tuple[Product, Add]:
     """The quickest that torch has."""
     if not can_prepack():
-        return partial(F.linear, weight=weight)
+        return partial(F.linear, weight=weight), torch.add
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PREPACKED_FOR)
-    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], ""), torch.add
 
 
 class RowInvariantLinear:
@@ -52,14 +56,14 @@ class RowInvariantLinear:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
-        self._product = (_in_one_order if env.ROW_INVARIANT.is_on() else _unconstrained)(weight)
+        self._product, self._add = (_in_one_order if env.ROW_INVARIANT.is_on() else _unconstrained)(weight)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
         if x.shape[0] == 0:
             return x.new_empty(0, self.weight.shape[0])
         result = self._product(x)
-        return result if bias is None else result + bias
+        return result if bias is None else self._add(result, bias)
 
     # The part of SGLang's LinearMethodBase / QuantizeMethodBase interface that a loaded model calls.
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,7 +101,19 @@ def install(model: torch.nn.Module) -> int:
             # DFlash drafters fuse the tapped features (models/dflash.py) with a plain torch layer.
             module.forward = partial(RowInvariantLinear(module.weight.data).apply, module)
             installed += 1
+        if hasattr(module, "kv_proj_only"):
+            _take_keys_and_values(module)
     return installed
+
+
+def _take_keys_and_values(attention: torch.nn.Module) -> None:
+    """Give a drafter's attention (models/dflash.py) a product of its keys and values alone, for accepted tokens."""
+    qkv, queries, width = attention.qkv_proj, attention.q_size, attention.kv_size
+    weight, scaled = getattr(qkv, "weight", None), attention.v_scale is not None
+    if weight is None or weight.dtype != torch.bfloat16 or scaled or getattr(qkv, "bias", None) is not None:
+        return
+    product = RowInvariantLinear(weight.data[queries : queries + 2 * width])
+    attention.kv_proj_only = lambda x: product(x).split([width, width], dim=-1)
 
 
 # Weights that are timed: enough to lie in memory and not in a cache, and few enough for a large model's start.

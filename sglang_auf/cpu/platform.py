@@ -55,13 +55,14 @@ def assign_req_to_token_pool(
 ) -> None:
     """Write newly allocated slots into each request's row, [start_offset, end_offset).
 
-    The torch form of the Triton kernel of this name (sglang/srt/mem_cache/allocation.py), for which SGLang has no
+    The numpy form of the Triton kernel of this name (sglang/srt/mem_cache/allocation.py), for which SGLang has no
     platform hook.
     """
-    lengths = end_offset - start_offset
-    rows = req_pool_indices.repeat_interleave(lengths)
-    firsts = (start_offset - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-    req_to_token[rows, firsts + torch.arange(rows.numel())] = out_cache_loc.to(req_to_token.dtype)
+    table, slots = req_to_token.numpy(), out_cache_loc.numpy()
+    done = 0
+    for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
+        table[row, start:end] = slots[done : done + end - start]
+        done += end - start
 
 
 def validate_domino_runtime(original: Callable[..., None], *, device: torch.device, **facts: Any) -> None:

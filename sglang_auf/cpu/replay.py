@@ -15,8 +15,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 ROWS = 256
 """Forwards of more rows, as long prefills are, spend their time in arithmetic."""
-
-EACH_CHECKED = 16
-"""Up to so many rows each number of them is checked when it first comes, beyond it one up to each power of two."""
 
 CHECKS = 0
 """Forwards of this process that were computed both ways, which takes several times as long."""
@@ -78,8 +74,16 @@ class Program:
     def _places(self, kind: str) -> Any:
         return np.array([place for place, call in enumerate(self.calls) if call.kind == kind], dtype=np.int64)
 
-    def __call__(self, rows: int, tasks: AttentionTasks) -> None:
-        """tasks: the attention of these rows. Raises IndexError for a position, slot or token outside its table."""
+    @property
+    def attends(self) -> bool:
+        """Whether an attention is among the calls."""
+        return self._geometry is not None
+
+    def __call__(self, rows: int, tasks: AttentionTasks | None) -> None:
+        """tasks: the attention of these rows; None without one.
+
+        Raises IndexError for a position, slot or token outside its table.
+        """
         arguments = self._arguments
         if rows != self._rows:
             self._rows = rows
@@ -87,7 +91,8 @@ class Program:
             threads = np.array([kernels.threads_for(elements * rows) for elements in self._elements])
             arguments[self._by_rows, TASKS], arguments[self._by_rows, GRAIN] = count, -(-count // threads)
             arguments[self._products, OWN + COUNTED : OWN + COUNTED + 2] = kernels.rows_of_product(rows)
-        if self._geometry is not None:
+        if self.attends:
+            assert tasks is not None
             arguments[self._attentions, TASKS], _, planned = kernels.attention_plan(tasks, self._geometry)
             arguments[self._attentions, OWN + PLANNED : OWN + PLANNED + len(planned)] = planned
         kernels.run_list(arguments, self._kernels)
@@ -189,88 +194,80 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return found
 
 
-class Replayed:
-    """The forward of a model's body: embedding (or given embeddings), layers and last norm. Takes its place."""
+class Recorded:
+    """A function of tensors with a row for each token (`compute`), whose kernels run again without it.
 
-    def __init__(self, body: torch.nn.Module) -> None:
-        self.forward, self.name = body.forward, type(body).__name__
+    Each call may have another number of rows. What it returns are copies: the next call writes to the same memory.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.program: Program | None = None
         self.refused = False
         self._checked: set[int] = set()
-        with torch.inference_mode(False):
-            self._positions, self._slots = (torch.zeros(ROWS, dtype=torch.int64) for _ in range(2))
-        self._first: torch.Tensor | None = None  # token ids [ROWS], or embeddings [ROWS, hidden]
-        self._is_embedded = False
+        self._given: list[torch.Tensor] = []  # [ROWS, ...] each
         self._blocks: list[np.ndarray[Any, Any]] = []
         self._output: Any = None
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        forward_batch: Any,
-        input_embeds: torch.Tensor | None = None,
-        *others: Any,
-        **more: Any,
-    ) -> Any:
-        """As the body's forward, whose results these are, bit for bit."""
-        modules = partial(self.forward, input_ids, positions, forward_batch, input_embeds, *others, **more)
-        asks_for_more = any(other is not None and other is not False for other in (*others, *more.values()))
-        rows = len(positions)
-        if self.refused or asks_for_more or positions.dim() != 1 or not 0 < rows <= ROWS:
-            return modules()
-        if get_attn_backend().tasks.tokens != rows:  # padded
-            return modules()
-        is_embedded = input_embeds is not None
-        first = input_embeds if is_embedded else input_ids
-        assert first is not None
-        if self.program is None and not self._record(first, positions, forward_batch, is_embedded):
-            return modules()
-        if is_embedded != self._is_embedded:
-            return modules()
-        replayed = self._replay(first, positions, forward_batch)
-        checked = rows if rows <= EACH_CHECKED else 1 << (rows - 1).bit_length()
+    def compute(self, *given: torch.Tensor) -> Any:
+        """By modules."""
+        raise NotImplementedError
+
+    def results(self, output: Any, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What is to be equal both ways."""
+        return _tensors(output)
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        """What `compute` returns, bit for bit."""
+        rows = len(given[0])
+        if self.refused or not 0 < rows <= ROWS:
+            return self.compute(*given)
+        if self.program is None and not self._record(given):
+            return self.compute(*given)
+        if any(
+            one.shape[1:] != kept.shape[1:] or one.dtype != kept.dtype
+            for one, kept in zip(given, self._given, strict=True)
+        ):
+            return self.compute(*given)
+        replayed = self._replay(given)
+        checked = 1 << (rows - 1).bit_length()  # one number of rows up to each power of two
         if checked in self._checked:
             return replayed
         global CHECKS
         CHECKS += 1
-        output = modules()
-        pairs = zip(_tensors(replayed), _tensors(output), strict=True)
-        if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+        ours = self.results(replayed, given)
+        output = self.compute(*given)
+        if all(torch.equal(our, its) for our, its in zip(ours, self.results(output, given), strict=True)):
             self._checked.add(checked)
         else:
             self._refuse(f"{rows} rows gave other results than its modules")
         return output
 
-    def _give(self, first: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write what a forward is given to where the recorded one has it."""
-        rows = len(positions)
-        assert self._first is not None
-        self._first[:rows], self._positions[:rows], self._slots[:rows] = first, positions, slots
-
-    def _record(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any, is_embedded: bool) -> bool:
+    def _record(self, given: Sequence[torch.Tensor]) -> bool:
         """Whether it could be recorded."""
-        rows, slots = len(positions), forward_batch.out_cache_loc
-        self._is_embedded = is_embedded
+        rows = len(given[0])
         with torch.inference_mode(False):
-            self._first = torch.zeros(ROWS, *first.shape[1:], dtype=first.dtype if is_embedded else torch.int64)
-        self._give(first, positions, slots)
-        forward_batch.out_cache_loc = self._slots[:rows]
-        given = (None, self._first[:rows]) if is_embedded else (self._first[:rows], None)
+            self._given = [torch.zeros(ROWS, *one.shape[1:], dtype=one.dtype) for one in given]
         watch = _Watch(rows)
         try:
+            first = self._give(given)
             with watch, kernels.listening(watch.calls.append):
-                output = self.forward(given[0], self._positions[:rows], forward_batch, given[1])
+                output = self.compute(*first)
             self._blocks = watch.blocks
             self._output = _each(output, self._whole)
             self.program = Program(watch.calls, rows)
         except Exception as reason:  # of a body unlike those we know: if it is at fault, its modules will say so
             self._refuse(str(reason) or repr(reason))
             return False
-        finally:
-            forward_batch.out_cache_loc = slots
-        logger.info("%s: a forward of up to %d rows is %d kernels", self.name, ROWS, len(watch.calls))
+        logger.info("%s: up to %d rows are %d kernels", self.name, ROWS, len(watch.calls))
         return True
+
+    def _give(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Write what a call is given to where the recorded one has it."""
+        rows = len(given[0])
+        for one, kept in zip(given, self._given, strict=True):
+            kept[:rows] = one
+        return [kept[:rows] for kept in self._given]
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """The memory of an output, with room for ROWS rows."""
@@ -280,17 +277,56 @@ class Replayed:
                 return torch.from_numpy(block).view(tensor.dtype).view(ROWS, *tensor.shape[1:])
         raise NotReplayable("an output that no kernel has written")
 
-    def _replay(self, first: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+    def _replay(self, given: Sequence[torch.Tensor]) -> Any:
         assert self.program is not None
-        rows = len(positions)
-        self._give(first, positions, forward_batch.out_cache_loc)
-        self.program(rows, get_attn_backend().tasks)
-        # Copies, since the next forward writes to the same memory.
+        rows = len(given[0])
+        self._give(given)
+        self.program(rows, get_attn_backend().tasks if self.program.attends else None)
         return _each(self._output, lambda whole: whole[:rows].clone())
 
     def _refuse(self, reason: str) -> None:
         self.refused, self.program, self._blocks, self._output = True, None, [], None
         logger.warning("%s is not replayed, its modules are called in each step: %s", self.name, reason)
+
+
+class Replayed(Recorded):
+    """The forward of a model's body: embedding (or given embeddings), layers and last norm. Takes its place."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        super().__init__(type(body).__name__)
+        self.forward = body.forward
+        self._batch: Any = None
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+        *others: Any,
+        **more: Any,
+    ) -> Any:
+        """As the body's forward, whose results these are, bit for bit."""
+        asks_for_more = any(other is not None and other is not False for other in (*others, *more.values()))
+        is_padded = get_attn_backend().tasks.tokens != len(positions)
+        if asks_for_more or positions.dim() != 1 or is_padded:
+            return self.forward(input_ids, positions, forward_batch, input_embeds, *others, **more)
+        self._batch = forward_batch
+        first = input_ids if input_embeds is None else input_embeds
+        try:
+            return super().__call__(first, positions, forward_batch.out_cache_loc)
+        finally:
+            self._batch = None
+
+    def compute(self, first: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> Any:
+        """first: token ids [rows], or embeddings [rows, hidden]."""
+        batch = self._batch
+        given = (first, None) if first.dim() == 1 else (None, first)
+        kept, batch.out_cache_loc = batch.out_cache_loc, slots
+        try:
+            return self.forward(given[0], positions, batch, given[1])
+        finally:
+            batch.out_cache_loc = kept
 
 
 def install(model: torch.nn.Module) -> bool:

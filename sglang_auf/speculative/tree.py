@@ -176,7 +176,7 @@ class Forest:
             if node is not None and int(self.parents[row]) in accepted:
                 yield node, row in accepted
 
-    def committed_first(self, paths: Sequence[Sequence[int]]) -> torch.Tensor:
+    def committed_first(self, paths: Sequence[Sequence[int]]) -> np.ndarray:
         """int64 [total rows]: each request's rows with the accepted ones first, in their order, and no row lost."""
         order: list[int] = []
         first = 0
@@ -184,7 +184,7 @@ class Forest:
             kept = set(path)
             order += [*path, *(row for row in range(first, first + rows) if row not in kept)]
             first += rows
-        return torch.tensor(order, dtype=torch.int64)
+        return np.array(order, dtype=np.int64)
 
     def links(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First child, next sibling and token of each row, int64 [requests, widest], -1 and 0 where there is none.

@@ -30,6 +30,7 @@ from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCap
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_auf.cpu import replay
+from sglang_auf.cpu.commit import Commit
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
@@ -80,6 +81,7 @@ class TreeStep:
         self.ranks = 1 if self.worker._is_domino else min(RANKS, listed)
         self.budget = Budget(self.slots, self._costs, tree_nodes())
         self.calibration = Calibration(self.slots, self.ranks)
+        self._commit = Commit(self.worker)
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
@@ -194,11 +196,13 @@ class TreeStep:
         worker, sampling_info = self.worker, batch.sampling_info
         committed = batch.seq_lens
         rows = torch.tensor(forest.rows)
-        pool_rows = batch.req_pool_indices.repeat_interleave(rows)
-        firsts = rows.cumsum(0) - rows
-        places = committed.repeat_interleave(rows) + torch.arange(len(pool_rows)) - firsts.repeat_interleave(rows)
-        positions = committed.repeat_interleave(rows) + torch.from_numpy(forest.depths)
-        slots = _slots(worker, pool_rows, places)
+        # In numpy, whose calls cost a fraction of torch's for so few numbers.
+        of_rows = np.repeat(np.arange(len(forest.rows)), forest.rows)
+        pool_rows, starts = batch.req_pool_indices.numpy()[of_rows], committed.numpy()[of_rows]
+        places = starts + np.arange(len(of_rows)) - (np.cumsum(forest.rows) - forest.rows)[of_rows]
+        positions = torch.from_numpy(starts + forest.depths)
+        table = worker.model_runner.req_to_token_pool.req_to_token.numpy()
+        slots = torch.from_numpy(table[pool_rows, places].astype(np.int64))
         plan = _plan(worker, batch, slots, max(forest.rows))
         tree = GrammarTree.from_host(*forest.links()) if batch.has_grammar else None
 
@@ -215,7 +219,7 @@ class TreeStep:
             own = torch.cat([request * widest + torch.arange(n) for request, n in enumerate(forest.rows)])
             GrammarMask(mask.grammar, mask.vocab_mask[own]).apply(logits)
         if sampling_info.is_all_greedy:
-            chosen = logits.argmax(dim=-1)
+            chosen = torch.from_numpy(logits.numpy().argmax(axis=1))  # torch's takes twice as long
         else:
             chosen = worker._draw(logits, sampling_info, positions, rows)
 
@@ -231,14 +235,8 @@ class TreeStep:
         if on_publish is not None:
             on_publish(new_lengths)
 
-        worker.model_runner.req_to_token_pool.req_to_token[pool_rows, places] = slots[
-            forest.committed_first(paths)
-        ].int()
-        worker._append_target_hidden_to_draft_kv_by_loc(
-            target_hidden=output.hidden_states[kept],
-            cache_loc=worker._draft_write_ids(plan)[kept],
-            positions=positions[kept],
-        )
+        table[pool_rows, places] = slots.numpy()[forest.committed_first(paths)]
+        self._commit(output.hidden_states[kept], positions[kept], worker._draft_write_ids(plan)[kept])
         output.hidden_states = None
         self._watch.lap("commit")
         result = GenerationBatchResult(
@@ -272,11 +270,10 @@ class TreeStep:
         lengths, total = batch.seq_lens_cpu, batch.seq_lens_sum
         batch.seq_lens_cpu = batch.seq_lens.cpu() + torch.tensor(forest.rows)
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
-        forward, _ = verify.prepare_for_verify(batch, worker.target_worker)
+        # The runner plans attention itself (runner/eager_runner.py).
+        forward, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
         batch.seq_lens_cpu, batch.seq_lens_sum = lengths, total
-        out = worker.target_worker.forward_batch_generation(
-            batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
-        )
+        out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward, is_verify=True)
         return out.logits_output
 
     def _report(

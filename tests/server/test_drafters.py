@@ -173,6 +173,21 @@ async def test_one_swap_at_a_time(engine: Engine, drafters: Drafters, drafter: C
     await drafters.replace(paths[1])
 
 
+async def test_a_client_that_goes_away_leaves_no_swap_half_done(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD)
+    asked = asyncio.ensure_future(drafters.replace(drafter("second")))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    while drafters._changing:
+        await asyncio.sleep(0.01)
+    assert engine.told == [("swap", "second")]
+    assert (drafters.swap.state, drafters.running.checked.path.parent.name) == ("watching", "second")
+
+
 async def test_what_the_engine_does_not_load_changes_nothing(
     engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
 ) -> None:

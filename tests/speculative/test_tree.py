@@ -305,7 +305,7 @@ def test_committed_first_loses_no_row_and_begins_with_the_accepted_ones(made: An
     forest, *_ = made
     walked = forest.walk(chosen_of(forest, random.Random(seed)))
     order = forest.committed_first(walked)
-    assert order.dtype == torch.int64
+    assert order.dtype == np.int64
     for first, rows, path in zip(firsts_of(forest), forest.rows, walked, strict=True):
         of_request = order[first : first + rows].tolist()
         assert of_request[: len(path)] == path
