@@ -61,6 +61,30 @@ LANES = 16
 _WORDS, _HALVES, _SINGLES = (ir.VectorType(kind, LANES) for kind in (_WORD, _HALF, _SINGLE))
 
 
+def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    """An instruction by LLVM's name for it."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def _at(builder: Any, kind: Any, *addends: Any) -> Any:
+    """The place of an LLVM `kind` at the sum of an address and offsets."""
+    return builder.inttoptr(reduce(builder.add, addends), kind.as_pointer())
+
+
+def _in_all_lanes(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _WORD(0)), undefined, _alike(_WORDS, 0))
+
+
+def _fetch(builder: Any, place: Any) -> None:
+    """Have memory on its way to the second-level cache. An address beyond all memory does nothing."""
+    read, second_level, data = _WORD(0), _WORD(2), _WORD(1)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, read, second_level, data])
+
+
 def _reader(kind: Any, result: Any, align: int, convert: Callable[[Any, Any], Any] | None = None) -> Any:
     """read(address, index): an element of LLVM's `kind` as numba's `result`."""
 
@@ -513,47 +537,121 @@ def store(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, slots: torch.Ten
 # the kernel, and the kernel's copy of it in a process that read the kernel from the cache; the two round differently.
 
 
-@njit(inline="always")
-def _dots(q, keys, scores, count, head_dim):  # type: ignore[no-untyped-def]
-    """scores[j] = q . keys[j]; all float32."""
-    whole = count - count % 4
-    for j in range(0, whole, 4):
-        key = keys + 4 * j * head_dim
-        a = b = c = d = _ZERO
-        for i in range(head_dim):
-            value = _f32(q, i)
-            a += value * _f32(key, i)
-            b += value * _f32(key, head_dim + i)
-            c += value * _f32(key, 2 * head_dim + i)
-            d += value * _f32(key, 3 * head_dim + i)
-        _set_f32(scores, j, a)
-        _set_f32(scores, j + 1, b)
-        _set_f32(scores, j + 2, c)
-        _set_f32(scores, j + 3, d)
-    for j in range(whole, count):
-        key = keys + 4 * j * head_dim
-        a = _ZERO
-        for i in range(head_dim):
-            a += _f32(q, i) * _f32(key, i)
-        _set_f32(scores, j, a)
+def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c of float32 vectors, rounded once."""
+    return _call(builder, f"llvm.fma.v{LANES}f32", _SINGLES, a, b, c)
 
 
-@njit(inline="always")
-def _weigh(weights, values, out, count, head_dim):  # type: ignore[no-untyped-def]
-    """out += sum of weights[j] * values[j]; all float32."""
-    whole = count - count % 4
-    for j in range(0, whole, 4):
-        value = values + 4 * j * head_dim
-        a, b, c, d = _f32(weights, j), _f32(weights, j + 1), _f32(weights, j + 2), _f32(weights, j + 3)
-        for i in range(head_dim):
-            near = a * _f32(value, i) + b * _f32(value, head_dim + i)
-            far = c * _f32(value, 2 * head_dim + i) + d * _f32(value, 3 * head_dim + i)
-            _set_f32(out, i, _f32(out, i) + (near + far))
-    for j in range(whole, count):
-        value = values + 4 * j * head_dim
-        a = _f32(weights, j)
-        for i in range(head_dim):
-            _set_f32(out, i, _f32(out, i) + a * _f32(value, i))
+def _across(builder: Any, sums: list[Any]) -> Any:
+    """LANES vectors -> the sum of each one's lanes, in its place. All are added in the same order."""
+    if len(sums) == 1:
+        return sums[0]
+    half = len(sums) // 2
+    lanes = range(LANES)
+    own = ir.Constant(_WORDS, [lane + (LANES if lane & half else 0) for lane in lanes])
+    others = ir.Constant(_WORDS, [(lane ^ half) + (LANES if lane & half else 0) for lane in lanes])
+    pairs = zip(sums[:half], sums[half:], strict=True)
+    shuffle = builder.shuffle_vector
+    return _across(builder, [builder.fadd(shuffle(a, b, own), shuffle(a, b, others)) for a, b in pairs])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _dots(typing: Any, q: Any, keys: Any, scores: Any, count: Any, width: Any) -> Any:
+    """scores[j] = q . keys[j], for `count` keys; all float32 [width], a multiple of LANES.
+
+    Lanes behind `count` are computed with whatever lies behind the keys, and not written.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        q, keys, scores, count, width = args
+        size = builder.mul(width, _LONG(4))
+        lanes = ir.Constant(ir.VectorType(_LONG, LANES), list(range(LANES)))
+        sums = [cgutils.alloca_once(builder, _SINGLES) for _ in range(LANES)]
+        with cgutils.for_range_slice(builder, _LONG(0), count, _LONG(LANES), intp=_LONG) as (first, _):
+            for sum_ in sums:
+                builder.store(_alike(_SINGLES, 0.0), sum_)
+            rows = [builder.add(keys, builder.mul(builder.add(first, _LONG(i)), size)) for i in range(LANES)]
+            with cgutils.for_range(builder, builder.udiv(width, _LONG(LANES)), intp=_LONG) as loop:
+                offset = builder.mul(loop.index, _LONG(4 * LANES))
+                part = builder.load(_at(builder, _SINGLES, q, offset), align=4)
+                for row, sum_ in zip(rows, sums, strict=True):
+                    key = builder.load(_at(builder, _SINGLES, row, offset), align=4)
+                    builder.store(_fused(builder, key, part, builder.load(sum_)), sum_)
+            found = _across(builder, [builder.load(sum_) for sum_ in sums])
+            left = builder.trunc(builder.sub(count, first), _WORD)
+            written = builder.icmp_signed("<", builder.trunc(lanes, _WORDS), _in_all_lanes(builder, left))
+            place = _at(builder, _SINGLES, scores, builder.mul(first, _LONG(4)))
+            name = f"llvm.masked.store.v{LANES}f32.p0"
+            _call(builder, name, ir.VoidType(), found, place, _WORD(4), written)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _widen_vectors(typing: Any, source: Any, target: Any, count: Any) -> Any:
+    """`count` vectors of LANES bf16, as float32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target, count = args
+        with cgutils.for_range(builder, count, intp=_LONG) as loop:
+            offset = builder.mul(loop.index, _LONG(2 * LANES))
+            halves = builder.load(_at(builder, _HALVES, source, offset), align=2)
+            words = builder.shl(builder.zext(halves, _WORDS), _alike(_WORDS, 16))
+            place = _at(builder, _SINGLES, target, builder.mul(offset, _LONG(2)))
+            builder.store(builder.bitcast(words, _SINGLES), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), build
+
+
+# Rows, and vectors of each, whose sums are in registers together.
+_ROWS_TOGETHER, _VECTORS_TOGETHER = 4, 4
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _weigh(typing: Any, weights: Any, step: Any, values: Any, out: Any, rows: Any, count: Any, width: Any) -> Any:
+    """out[r] += sum of weights[r, j] values[j], one j after the other: `rows` rows, _ROWS_TOGETHER at most.
+
+    All float32; values and out [width], a multiple of LANES. step: bytes from a row's weights to the next one's.
+    """
+
+    def vectors(builder: Any, args: Any, rows: int, first: Any, number: int) -> None:
+        """Vectors first to first + number of each row."""
+        weights, step, values, out, _, count, width = args
+        size, start = builder.mul(width, _LONG(4)), builder.mul(first, _LONG(4 * LANES))
+        outs = [
+            [builder.add(builder.add(out, builder.mul(size, _LONG(row))), _LONG(4 * LANES * i)) for i in range(number)]
+            for row in range(rows)
+        ]
+        places = [[_at(builder, _SINGLES, part, start) for part in row] for row in outs]
+        sums = [[cgutils.alloca_once(builder, _SINGLES) for _ in row] for row in places]
+        for place, sum_ in zip(chain.from_iterable(places), chain.from_iterable(sums), strict=True):
+            builder.store(builder.load(place, align=4), sum_)
+        with cgutils.for_range(builder, count, intp=_LONG) as loop:
+            value = builder.add(builder.add(values, builder.mul(loop.index, size)), start)
+            parts = [builder.load(_at(builder, _SINGLES, value, _LONG(4 * LANES * i)), align=4) for i in range(number)]
+            for row, of_row in enumerate(sums):
+                at = builder.add(builder.mul(step, _LONG(row)), builder.mul(loop.index, _LONG(4)))
+                weight = _in_all_lanes(builder, builder.load(_at(builder, _SINGLE, weights, at), align=4))
+                for part, sum_ in zip(parts, of_row, strict=True):
+                    builder.store(_fused(builder, weight, part, builder.load(sum_)), sum_)
+        for place, sum_ in zip(chain.from_iterable(places), chain.from_iterable(sums), strict=True):
+            builder.store(builder.load(sum_), place, align=4)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        all_vectors = builder.udiv(args[-1], _LONG(LANES))
+        whole = builder.sub(all_vectors, builder.urem(all_vectors, _LONG(_VECTORS_TOGETHER)))
+        for rows in range(1, _ROWS_TOGETHER + 1):
+            with builder.if_then(builder.icmp_signed("==", args[4], _LONG(rows))):
+                step = _LONG(_VECTORS_TOGETHER)
+                with cgutils.for_range_slice(builder, _LONG(0), whole, step, intp=_LONG) as (first, _):
+                    vectors(builder, args, rows, first, _VECTORS_TOGETHER)
+                with cgutils.for_range_slice(builder, whole, all_vectors, _LONG(1), intp=_LONG) as (first, _):
+                    vectors(builder, args, rows, first, 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), build
 
 
 @njit(inline="always")
@@ -570,37 +668,64 @@ def _softmax(scores, count):  # type: ignore[no-untyped-def]
     return total
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _ask_for(typing: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _fetch(builder, _at(builder, _BYTE, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+# Slots are read in no order that a processor could guess. So many before one is read, its memory is asked for.
+_SLOTS_AHEAD, _CACHE_LINE = 8, 64
+
+
 @njit(inline="always")
-def _gather(args, pool, limit, slots, count, slot_width, head_dim, out):  # type: ignore[no-untyped-def]
-    """Float32 copies of one head of `count` slots. pool: the address of that head in slot 0."""
+def _gather(args, pool, limit, slots, count, slot_width, head_dim, out, width, values):  # type: ignore[no-untyped-def]
+    """Float32 copies of one head of `count` slots, zeros up to width. pool: the address of that head in slot 0.
+
+    values: how many bytes behind the keys the values are, to ask for both ahead; 0: they were asked for.
+    """
     for j in range(count):
+        if values != 0 and j + _SLOTS_AHEAD < count:
+            ahead = pool + 2 * slot_width * _i32(slots, j + _SLOTS_AHEAD)  # one outside the pool does no harm
+            for i in range(0, 2 * head_dim, _CACHE_LINE):
+                _ask_for(ahead + i)
+                _ask_for(ahead + values + i)
         slot = _i32(slots, j)
         if slot < 0 or slot >= limit:
             _set_i64(args, _FAULT, 1)
             slot = 0
-        source = pool + 2 * slot_width * slot
-        for i in range(head_dim):
-            _set_f32(out, j * head_dim + i, _bf16(source, i))
+        source, target = pool + 2 * slot_width * slot, out + 4 * j * width
+        whole = head_dim // LANES
+        _widen_vectors(source, target, whole)
+        if head_dim % LANES != 0:
+            for i in range(whole * LANES, width):
+                _set_f32(target, i, _bf16(source, i) if i < head_dim else _ZERO)
 
 
 @njit(inline="always")
-def _begin(q, stride, rows, per_key, head, head_dim, scale, queries, sums):  # type: ignore[no-untyped-def]
+def _begin(q, stride, rows, per_key, head, head_dim, scale, queries, sums, width):  # type: ignore[no-untyped-def]
     """The scaled queries of a task in float32, and zero sums. A row is a token and one query head of the key head."""
     for row in range(rows):
         source = q + 2 * (row // per_key * stride + (head * per_key + row % per_key) * head_dim)
         for i in range(head_dim):
-            _set_f32(queries, row * head_dim + i, _bf16(source, i) * scale)
-            _set_f32(sums, row * head_dim + i, _ZERO)
+            _set_f32(queries, row * width + i, _bf16(source, i) * scale)
+        for i in range(head_dim, width):
+            _set_f32(queries, row * width + i, _ZERO)
+        for i in range(width):
+            _set_f32(sums, row * width + i, _ZERO)
 
 
 @njit(inline="always")
-def _finish(sums, totals, rows, per_key, head, head_dim, out, width):  # type: ignore[no-untyped-def]
+def _finish(sums, totals, rows, per_key, head, head_dim, out, out_width, width):  # type: ignore[no-untyped-def]
     """Write sums / totals, rounded, to the rows' places in out."""
     for row in range(rows):
-        target = out + 2 * (row // per_key * width + (head * per_key + row % per_key) * head_dim)
+        target = out + 2 * (row // per_key * out_width + (head * per_key + row % per_key) * head_dim)
         share = _ONE / _f32(totals, row)
         for i in range(head_dim):
-            _set_bf16(target, i, _f32(sums, row * head_dim + i) * share)
+            _set_bf16(target, i, _f32(sums, row * width + i) * share)
 
 
 # Of an attention task.
@@ -615,9 +740,10 @@ def _attend(args):  # type: ignore[no-untyped-def]
     longest, most, tail_width = _i64(args, 18), _i64(args, 19), _i64(args, 20)
     scratch, scratch_size = _i64(args, 21), _i64(args, 22)
     copies = scratch + 4 * scratch_size * _take(args, _THREAD, 1)
-    queries = copies + 4 * at_once * head_dim
-    sums = queries + 4 * most * head_dim
-    totals = sums + 4 * most * head_dim
+    wide = -(-head_dim // LANES) * LANES
+    queries = copies + 4 * at_once * wide
+    sums = queries + 4 * most * wide
+    totals = sums + 4 * most * wide
     scores = totals + 4 * most
     slot_width, width = 2 * key_heads * head_dim, key_heads * per_key * head_dim
     tasks = _i64(args, TASKS)
@@ -634,22 +760,22 @@ def _attend(args):  # type: ignore[no-untyped-def]
             more, keys = 0, seen
             for token in range(tokens):
                 keys = max(keys, seen + _i32(tails, token * tail_width))
-        _begin(q + 2 * first * q_stride, q_stride, rows, per_key, head, head_dim, scale, queries, sums)
+        _begin(q + 2 * first * q_stride, q_stride, rows, per_key, head, head_dim, scale, queries, sums, wide)
         source = pool + 2 * head * head_dim
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
             shared = count if tails == 0 else max(0, min(count, seen - start))
-            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies)
+            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies, wide, slot_width)
             for token in range(tokens):
                 tail = tails + 4 * token * tail_width
                 sees = seen + (more * token if tails == 0 else _i32(tail, 0))
                 visible = max(0, min(count, sees - start))
                 if visible > shared:  # where a token's own keys begin, after those that all of its request see
                     own = tail + 4 * (1 + start + shared - seen)
-                    place = copies + 4 * shared * head_dim
-                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place)
+                    place = copies + 4 * shared * wide
+                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place, wide, slot_width)
                 for row in range(token * per_key, (token + 1) * per_key):
-                    _dots(queries + 4 * row * head_dim, copies, scores + 4 * (row * longest + start), visible, head_dim)
+                    _dots(queries + 4 * row * wide, copies, scores + 4 * (row * longest + start), visible, wide)
         for row in range(rows):
             token = row // per_key
             sees = seen + (more * token if tails == 0 else _i32(tails, token * tail_width))
@@ -658,18 +784,20 @@ def _attend(args):  # type: ignore[no-untyped-def]
         for start in range(0, keys, at_once):
             count = min(at_once, keys - start)
             shared = count if tails == 0 else max(0, min(count, seen - start))
-            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies)
+            _gather(args, source, limit, slots + 4 * start, shared, slot_width, head_dim, copies, wide, 0)
             for token in range(tokens):
                 tail = tails + 4 * token * tail_width
                 sees = seen + (more * token if tails == 0 else _i32(tail, 0))
                 visible = max(0, min(count, sees - start))
                 if visible > shared:  # where a token's own keys begin, after those that all of its request see
                     own = tail + 4 * (1 + start + shared - seen)
-                    place = copies + 4 * shared * head_dim
-                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place)
-                for row in range(token * per_key, (token + 1) * per_key):
-                    _weigh(scores + 4 * (row * longest + start), copies, sums + 4 * row * head_dim, visible, head_dim)
-        _finish(sums, totals, rows, per_key, head, head_dim, out + 2 * first * width, width)
+                    place = copies + 4 * shared * wide
+                    _gather(args, source, limit, own, visible - shared, slot_width, head_dim, place, wide, 0)
+                last = (token + 1) * per_key
+                for row in range(token * per_key, last, _ROWS_TOGETHER):
+                    weights, some = scores + 4 * (row * longest + start), min(_ROWS_TOGETHER, last - row)
+                    _weigh(weights, 4 * longest, copies, sums + 4 * row * wide, some, visible, wide)
+        _finish(sums, totals, rows, per_key, head, head_dim, out + 2 * first * width, width, wide)
         unit = _take(args, _NEXT, 1)
 
 
@@ -785,7 +913,8 @@ def attention_plan(tasks: AttentionTasks, geometry: tuple[int, int, int]) -> tup
     units = len(tasks.table) * key_heads
     threads = min(units, threads_for(tasks.keys * per_key * key_heads * head_dim))
     most = tasks.queries * per_key
-    size = KEYS_AT_ONCE * head_dim + 2 * most * head_dim + most + most * tasks.longest
+    wide = -(-head_dim // LANES) * LANES
+    size = KEYS_AT_ONCE * wide + 2 * most * wide + most + most * tasks.longest
     table, tail_width = tasks.table.ctypes.data, tasks.own.shape[1]
     scratch = _SCRATCH.address(torch.get_num_threads() * size)  # in a list, any of the threads may come
     return units, threads, (*geometry, table, tasks.longest, most, tail_width, scratch, size)
@@ -958,30 +1087,6 @@ class _Bfloat(ir.Type):  # type: ignore[misc]
 
 
 _PAIRS = ir.VectorType(_Bfloat(), 2 * LANES)
-
-
-def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
-    """An instruction by LLVM's name for it."""
-    kind = ir.FunctionType(result, [value.type for value in values])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
-
-
-def _at(builder: Any, kind: Any, *addends: Any) -> Any:
-    """The place of an LLVM `kind` at the sum of an address and offsets."""
-    return builder.inttoptr(reduce(builder.add, addends), kind.as_pointer())
-
-
-def _fetch(builder: Any, place: Any) -> None:
-    """Have memory on its way to the second-level cache. An address beyond all memory does nothing."""
-    read, second_level, data = _WORD(0), _WORD(2), _WORD(1)
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _WORD, _WORD, _WORD])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [place, read, second_level, data])
-
-
-def _in_all_lanes(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, value, _WORD(0)), undefined, _alike(_WORDS, 0))
 
 
 class _Unit:
