@@ -250,7 +250,7 @@ def company(machine: Machine) -> list[Request]:
 
 
 @heads
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 @pytest.mark.parametrize("length", [20, 150, 300, 530, 700])
 def test_a_token_has_the_same_bits_however_it_is_computed(query: int, key: int, head_dim: int, length: int) -> None:
     """Prefill in one piece or in chunks, verify in blocks of any size, decode: alone and among others."""
@@ -444,7 +444,7 @@ PREFIXES = [0, 1, 2, 3, 4, 5, 51, 55, 58, 60, 61, 62, 63, 64, 65, 66, 68, 100, 1
 
 
 @heads
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("head_dim", [40, 64, 80])
 def test_each_row_of_a_tree_has_the_bits_of_decoding_its_path(query: int, key: int, head_dim: int) -> None:
     """Around the ends of a step's keys and of four keys; in trees of more rows than are computed at once."""
     machine = Machine(query, key, head_dim)

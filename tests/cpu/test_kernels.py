@@ -22,6 +22,7 @@ from sglang_auf.cpu import kernels
 from sglang_auf.cpu.kernels import (
     PRODUCTS,
     AttentionTasks,
+    add,
     attend,
     copy,
     largest,
@@ -318,6 +319,15 @@ def test_a_packed_weight_of_another_form_is_refused() -> None:
 # --- copies ---
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_bias_is_added_with_torchs_rounding(rows: int) -> None:
+    x, bias = normal(rows, 2 * 48, seed=1)[:, 48:], normal(1, 48, seed=2)[0]
+    assert torch.equal(add(x, bias), x + bias)
+    for wrong in (bias.float(), bias[:47], normal(1, 96, seed=3)[0, ::2]):
+        with pytest.raises(ValueError, match="a bf16 bias"):
+            add(x, wrong)
+
+
 def test_rows_are_copied_and_widened() -> None:
     x = normal(9, 40)[:, 7:]
     assert torch.equal(copied(x), x)
@@ -427,6 +437,7 @@ def results() -> list[torch.Tensor]:
         *largest(x, 8),
         *(product(x, pack(normal(96, 576, seed=6)), 96, method) for method in product_methods()),
         widen(x),
+        add(x, weight),
         copied(x, torch.arange(299, -1, -1)),
     ]
 
@@ -441,7 +452,7 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
         torch.set_num_threads(count)
         assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
         # "fma" widens its rows first.
-        assert calls == [count] * (11 + len(product_methods())), "every kernel is shared out"
+        assert calls == [count] * (12 + len(product_methods())), "every kernel is shared out"
         calls.clear()
     monkeypatch.setattr(kernels, "_parallel", lambda: None)  # a torch with another pool
     assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))

@@ -154,6 +154,37 @@ def test_torchs_own_linear_layers_are_row_invariant_too() -> None:
     assert linear.install(model) == 0
 
 
+class Attention(torch.nn.Module):
+    """What is read of the attention of SGLang's DFLASH drafters."""
+
+    def __init__(self, weight: torch.Tensor, v_scale: float | None = None) -> None:
+        super().__init__()
+        self.qkv_proj = torch.nn.Module()
+        self.qkv_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.q_size, self.kv_size, self.v_scale = 96, 32, v_scale
+
+    def kv_proj_only(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("upstream's own")
+
+
+def test_keys_and_values_of_accepted_tokens_have_a_product_of_their_own() -> None:
+    weight, x = weight_of(96 + 2 * 32, 64), rows_of(40, 64)
+    model = torch.nn.ModuleList([Attention(weight)])
+    linear.install(model)
+    whole = RowInvariantLinear(weight)(x)
+    for count in (1, 5, 40):
+        k, v = model[0].kv_proj_only(x[:count])
+        assert torch.equal(k, whole[:count, 96:128]) and torch.equal(v, whole[:count, 128:])
+
+
+def test_keys_and_values_that_are_scaled_or_quantised_stay_upstreams() -> None:
+    quantised = Attention(weight_of(160, 64).char())
+    for attention in (Attention(weight_of(160, 64), v_scale=0.5), quantised):
+        linear.install(torch.nn.ModuleList([attention]))
+        with pytest.raises(AssertionError, match="upstream's own"):
+            attention.kv_proj_only(rows_of(3, 64))
+
+
 def test_a_tied_head_is_replaced_once() -> None:
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -1,0 +1,96 @@
+"""The drafter's context is written as by upstream's method, which is asked for once up to each power of two of rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_auf.cpu import kernels, replay
+from sglang_auf.cpu.commit import Commit
+from sglang_auf.cpu.linear import RowInvariantLinear
+from sglang_auf.env import REPLAY
+
+HEADS, HEAD, FEATURES, SLOTS = 2, 32, 96, 60
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+class Worker:
+    """What is read of SGLang's worker, with a drafter of two layers. `bends`: its method does something else."""
+
+    def __init__(self, lilicorr: Any = None) -> None:
+        self.lilicorr, self.calls, self.bends = lilicorr, 0, False
+        self.products = [RowInvariantLinear(normal(2 * HEADS * HEAD, FEATURES, seed=i)) for i in range(2)]
+        self.pools = [torch.zeros(SLOTS, 2, HEADS, HEAD, dtype=torch.bfloat16) for _ in range(2)]
+        self.table = torch.rand(100, HEAD, generator=torch.Generator().manual_seed(5))
+        layers = [SimpleNamespace(self_attn=SimpleNamespace(attn=SimpleNamespace(layer_id=i))) for i in range(2)]
+        self.draft_model = SimpleNamespace(layers=layers)
+        pool = SimpleNamespace(interleaved=lambda layer: self.pools[layer])
+        self.draft_model_runner = SimpleNamespace(token_to_kv_pool=pool)
+
+    def _append_target_hidden_to_draft_kv_by_loc(
+        self, target_hidden: torch.Tensor, cache_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        self.calls += 1
+        for product, pool in zip(self.products, self.pools, strict=True):
+            k, v = product(target_hidden).split([HEADS * HEAD, HEADS * HEAD], dim=-1)
+            _, k = kernels.rotate(k, k, HEAD, self.table, positions)
+            kernels.store(v if self.bends else k, v, pool, cache_loc)
+
+
+def given(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return (
+        normal(rows, FEATURES, seed=seed),
+        torch.randint(100, (rows,), generator=draw),
+        torch.randperm(SLOTS, generator=draw)[:rows],
+    )
+
+
+@torch.inference_mode()
+def test_the_cache_is_as_upstreams_method_leaves_it() -> None:
+    mine, upstreams = Worker(), Worker()
+    commit = Commit(mine)
+    for seed, rows in enumerate([3, 1, 2, 5, 8, 7, 40, 4, 1, 6]):
+        commit(*given(rows, seed))
+        features, positions, slots = given(rows, seed)
+        upstreams._append_target_hidden_to_draft_kv_by_loc(features, slots, positions)
+        assert all(torch.equal(a, b) for a, b in zip(mine.pools, upstreams.pools, strict=True)), rows
+    assert mine.calls == 1 + 5, "to record, and to check 1, 2, 4, 8 and 64 rows"
+
+
+@torch.inference_mode()
+def test_a_method_that_has_become_another_one_is_noticed_and_wins(caplog: pytest.LogCaptureFixture) -> None:
+    worker, other = Worker(), Worker()
+    commit = Commit(worker)
+    commit(*given(3, seed=0))
+    worker.bends = other.bends = True
+    before = replay.CHECKS
+    commit(*given(8, seed=1))
+    features, positions, slots = given(8, seed=1)
+    other._append_target_hidden_to_draft_kv_by_loc(features, slots, positions)
+    for mine, its in zip(worker.pools, other.pools, strict=True):
+        assert torch.equal(mine[slots], its[slots])
+    assert before + 1 == replay.CHECKS
+    assert "the drafter's context is not replayed" in caplog.text
+
+
+@torch.inference_mode()
+def test_without_replay_and_with_a_publication_beside_the_write_upstreams_method_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publishes = Worker(lilicorr=object())
+    monkeypatch.setenv(REPLAY.name, "1")
+    asked = [(publishes, Commit(publishes))]
+    monkeypatch.setenv(REPLAY.name, "0")
+    off = Worker()
+    asked.append((off, Commit(off)))
+    for worker, commit in asked:
+        for seed in range(3):
+            commit(*given(4, seed))
+        assert worker.calls == 3
