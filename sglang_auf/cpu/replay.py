@@ -70,6 +70,15 @@ class Program:
             raise NotReplayable(f"attention of several shapes: {sorted(geometries)}")
         self._geometry: Any = next(iter(geometries), None)
         self._rows = 0
+        self._known_shares: dict[int, tuple[Any, Any]] = {}
+
+    def _shares(self, rows: int) -> tuple[Any, Any]:
+        """Of each call by rows: its tasks, and how many of them a thread takes at a time."""
+        if rows not in self._known_shares:
+            count = self._tasks * rows
+            threads = np.array([kernels.threads_for(elements * rows) for elements in self._elements], dtype=np.int64)
+            self._known_shares[rows] = count, -(-count // threads)
+        return self._known_shares[rows]
 
     def _places(self, kind: str) -> Any:
         return np.array([place for place, call in enumerate(self.calls) if call.kind == kind], dtype=np.int64)
@@ -87,9 +96,7 @@ class Program:
         arguments = self._arguments
         if rows != self._rows:
             self._rows = rows
-            count = self._tasks * rows
-            threads = np.array([kernels.threads_for(elements * rows) for elements in self._elements])
-            arguments[self._by_rows, TASKS], arguments[self._by_rows, GRAIN] = count, -(-count // threads)
+            arguments[self._by_rows, TASKS], arguments[self._by_rows, GRAIN] = self._shares(rows)
             arguments[self._products, OWN + COUNTED : OWN + COUNTED + 2] = kernels.rows_of_product(rows)
         if self.attends:
             assert tasks is not None

@@ -51,6 +51,9 @@ SELDOM = 0.05
 SURPRISE = 3.0
 """A step that took so many times what was expected was held up by something else, and counts as this many times."""
 
+LEARNS_QUICKLY, NOW_AND_THEN = 32, 4
+"""After so many steps, what was learnt and what it means for drafting are computed every few steps only."""
+
 Staircase = Callable[[int], float]
 """Seconds that the products of a model take for so many rows."""
 
@@ -98,6 +101,7 @@ class Costs:
         self._stairs = np.array([[of(rows) / self._unit for rows in range(MOST_ROWS + 1)] for of in (verify, draft)])
         self._normal, self._moment = np.zeros((6, 6)), np.zeros(6)
         self._weights = self._PRIOR
+        self._observed = 0
 
     def _facts(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
         """[len(rows), 6]."""
@@ -119,6 +123,9 @@ class Costs:
         row, took = row / expected, took / expected
         self._normal = FORGET * self._normal + np.outer(row, row)
         self._moment = FORGET * self._moment + row * took
+        self._observed += 1
+        if self._observed > LEARNS_QUICKLY and self._observed % NOW_AND_THEN:
+            return
         typical = self._TYPICAL / max(float(self._weights @ self._TYPICAL), 1.0)
         prior = np.diag(self._STRENGTH * typical**2)
         solved = np.linalg.solve(self._normal + prior, self._moment + prior @ self._PRIOR)
@@ -134,15 +141,18 @@ class Budget:
         self._gains: list[float] = []  # probability of the n-th node per request
         self._deep = np.ones(slots)  # how often a slot was used lately
         self._alike = 0  # steps since the last one that did the other thing
+        self._asked_for, self._answer = 0, (slots, 1.0)  # requests; slots to draft, and the advantage of drafting them
 
     def to_draft(self, requests: int) -> int:
         """Slots to draft for each request in the next step, 0 .. slots."""
         if self.fixed is not None:
             return self.slots
-        slots = self._useful()
         if not self._gains:
-            return slots
-        advantage = self._advantage(requests, slots)
+            return self._useful()
+        if requests != self._asked_for or self._alike % NOW_AND_THEN == 0:
+            slots = self._useful()
+            self._asked_for, self._answer = requests, (slots, self._advantage(requests, slots))
+        slots, advantage = self._answer
         clear = not 1 / CLEAR < advantage < CLEAR
         self._alike += 1
         explores = self._alike >= EXPLORE_EVERY * (RARELY if clear else 1)
