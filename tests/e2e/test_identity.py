@@ -14,6 +14,7 @@ import pytest
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
 from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES
 from tests.support.engines import run_engine
+from tests.support.tiny_models import write_target
 
 pytestmark = pytest.mark.e2e
 
@@ -94,6 +95,17 @@ def test_auf_equals_plain_decoding(
     for found in results:
         assert tokens(found) == tokens(plain[0])
         assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
+
+
+def test_a_target_with_biases_is_replayed_and_decoded_alike(tiny_drafter: Callable[..., Path], tmp_path: Path) -> None:
+    inputs, target = prompts(6), write_target(tmp_path / "target", bias=True)
+    engine = {"model_path": str(target), "context_length": 256}
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(4))}
+    (alone,) = run_engine(tmp_path / "plain", engine, [job(inputs, 1)])
+    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, [job(inputs, 6)])
+    assert tokens(drafted) == tokens(alone)
+    for name in ("plain", "auf"):
+        assert "is not replayed" not in (tmp_path / name / "log").read_text()
 
 
 DOMINO = dict(projector_type="domino", shift_label=True, pure_draft_prefix_len=1, gru_hidden_dim=32, emb_dim=16)

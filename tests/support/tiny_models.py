@@ -65,9 +65,9 @@ def drafter_config(block_size: int, head_dim: int = 16, vocabulary: int = VOCABU
     }
 
 
-def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULARY) -> Path:
-    """Random weights whose distributions are neither flat nor certain."""
-    config = target_config(head_dim, vocabulary)
+def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULARY, bias: bool = False) -> Path:
+    """Random weights whose distributions are neither flat nor certain. bias: also at q, k, v and o."""
+    config = target_config(head_dim, vocabulary) | {"attention_bias": bias}
     hidden, inner, kv = config["hidden_size"], config["intermediate_size"], 2 * head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, hidden),
@@ -87,6 +87,8 @@ def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULA
             f"{prefix}.mlp.up_proj.weight": (inner, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
+        if bias:
+            shapes |= {f"{prefix}.self_attn.{name}_proj.bias": (hidden if name in "qo" else kv,) for name in "qkvo"}
     return _write(directory, config, shapes, seed=1)
 
 
