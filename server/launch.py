@@ -6,8 +6,11 @@ import logging
 import os
 import secrets
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
 
 from server.arguments import build_server_args, check_server_args, sglang_arguments
 from server.middleware import add_all
@@ -123,12 +126,21 @@ class Start:
         self.api_key = api_key
         self.recorder = recorder
         self.failure: Exception | None = None
+        self._since = psutil.Process().create_time()
+        self._took: dict[str, float] = {}
+        self._lap("imports and checks")
+
+    def _lap(self, part: str) -> None:
+        """What passed since the last part, or since the process began, belongs to this one."""
+        now = time.time()
+        self._took[part], self._since = now - self._since, now
 
     def prove(self, server_args: ServerArgs) -> bool:
         """Replaces SGLang's warm-up, which does not notice plain decoding. False: the server stops."""
         from sglang.srt.entrypoints.http_server import get_global_state
         from sglang.srt.managers.tokenizer_manager import ServerStatus
 
+        self._lap("engine")
         try:
             Probe(self.url, self.token, self.api_key).run(needs_verify_steps=self.served.speculation is not None)
         except Exception as error:  # of any kind: a server without a passed probe must not stay up
@@ -149,6 +161,9 @@ class Start:
             self.recorder.start()
             capture.record_with(self.recorder)
             logger.info("RECORDING token ids of answers in %s", self.recorder.directory)
+        self._lap("first answers")
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._took.items())
+        logger.info("up after %.1f s: %s", sum(self._took.values()), parts)
         logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
         logger.info("live page: %s/auf", self.url)
 

@@ -20,6 +20,7 @@ import math
 import platform
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,12 +256,23 @@ class Kernel:
         Raises IndexError for a position or slot outside its table, which is not read or written.
         """
         arguments = (ctypes.c_int64 * (OWN + len(values)))(0, tasks, grain, 0, 0, 0, *values)
+        began = time.perf_counter()
         if threads > 1 and (parallel := _parallel()) is not None:
             parallel(self.address, arguments, threads, 0)
         else:
             self._call(arguments)
+        global _SPENT
+        _SPENT += time.perf_counter() - began
         if arguments[_FAULT]:
             raise IndexError(f"{self.function.__name__[1:]}: a position or slot outside its table")
+
+
+_SPENT = 0.0
+
+
+def seconds_spent() -> float:
+    """In kernels, by this process so far. Kernels that a list runs count once, as the list."""
+    return _SPENT
 
 
 @dataclass(frozen=True, slots=True)

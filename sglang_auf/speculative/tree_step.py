@@ -29,7 +29,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
-from sglang_auf.cpu import replay
+from sglang_auf.cpu import kernels, replay
 from sglang_auf.cpu.commit import Commit
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
@@ -71,7 +71,7 @@ class TreeStep:
         self._costs = Costs(verify, draft)
         self._blocks: dict[int, Any] = {}
         self._ended = 0.0
-        self._watch = Stopwatch(step_log())
+        self._watch = Stopwatch(step_log(), kernels.seconds_spent)
         self.forget_drafter()
 
     def forget_drafter(self) -> None:
