@@ -90,6 +90,7 @@ class Drafters:
         self._requests: deque[Acceptance] = deque(maxlen=LOOKS[-1])
         self._changing = False
         self._verdict: asyncio.Task[None] | None = None
+        self._swapping: asyncio.Task[Swap] | None = None
         metrics.LISTENERS.append(self.count)
 
     @property
@@ -107,7 +108,12 @@ class Drafters:
             raise BusyError("a swap while another one runs", "one swap at a time", "ask again when it has ended")
         self._changing = True
         # To its end, also when the client goes away: the scheduler may have swapped by then.
-        return await asyncio.shield(asyncio.ensure_future(self._replace(path)))
+        self._swapping = asyncio.get_running_loop().create_task(self._replace(path))
+        try:
+            return await asyncio.shield(self._swapping)
+        except asyncio.CancelledError:
+            self._swapping.add_done_callback(_say_why_not)
+            raise
 
     async def _replace(self, path: str) -> Swap:
         try:
@@ -214,3 +220,9 @@ class Drafters:
         if before is None:
             return f"kept without a comparison: fewer than {LOOKS[0]} requests were answered with the one before"
         return f"watched for {LOOKS[-1]} requests: tau was {before}"
+
+
+def _say_why_not(swap: asyncio.Task[Swap]) -> None:
+    """To the log, since the client is gone."""
+    if not swap.cancelled() and (error := swap.exception()) is not None:
+        logger.warning("DRAFTER: stays as it was: %s", error)

@@ -65,7 +65,7 @@ def test_rows_of_the_worker_wait_for_the_worker() -> None:
         "speculative.draft_head",
         "speculative.swap",
     }
-    assert {seam.used_by for seam in TREE_SEAMS} == {"speculative.tree_step"}
+    assert {seam.used_by for seam in TREE_SEAMS} == {"speculative.tree_step", "cpu.linear"}
 
 
 def test_every_hook_is_checked() -> None:

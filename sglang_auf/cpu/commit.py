@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_auf.cpu.replay import Recorded
-from sglang_auf.env import REPLAY
+from sglang_auf.env import REPLAY, ROW_INVARIANT
 
 
 class Commit(Recorded):
@@ -22,7 +22,7 @@ class Commit(Recorded):
         super().__init__("the drafter's context")
         self.worker = worker
         # A publication beside the write, which upstream's method makes for drafters of that kind, is no kernel.
-        self.refused = not REPLAY.is_on() or worker.lilicorr is not None
+        self.refused = not (REPLAY.is_on() and ROW_INVARIANT.is_on()) or worker.lilicorr is not None
 
     def compute(self, features: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         self.worker._append_target_hidden_to_draft_kv_by_loc(

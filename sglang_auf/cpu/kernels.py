@@ -59,6 +59,7 @@ def _place(builder: Any, kind: Any, address: Any, index: Any) -> Any:
 _BYTE, _HALF, _WORD, _LONG, _SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 # A vector register of float32 holds so many.
 LANES = 16
+assert KEYS_AT_ONCE % LANES == 0
 _WORDS, _HALVES, _SINGLES = (ir.VectorType(kind, LANES) for kind in (_WORD, _HALF, _SINGLE))
 
 
@@ -556,6 +557,8 @@ def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _across(builder: Any, sums: list[Any]) -> Any:
     """LANES vectors -> the sum of each one's lanes, in its place. All are added in the same order."""
+    # With a flag of their own, or numba would let them be added in another one (core/fastmathpass.py).
+    as_written = ("nsz",)
     if len(sums) == 1:
         return sums[0]
     half = len(sums) // 2
@@ -564,14 +567,17 @@ def _across(builder: Any, sums: list[Any]) -> Any:
     others = ir.Constant(_WORDS, [(lane ^ half) + (LANES if lane & half else 0) for lane in lanes])
     pairs = zip(sums[:half], sums[half:], strict=True)
     shuffle = builder.shuffle_vector
-    return _across(builder, [builder.fadd(shuffle(a, b, own), shuffle(a, b, others)) for a, b in pairs])
+    return _across(
+        builder, [builder.fadd(shuffle(a, b, own), shuffle(a, b, others), flags=as_written) for a, b in pairs]
+    )
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _dots(typing: Any, q: Any, keys: Any, scores: Any, count: Any, width: Any) -> Any:
     """scores[j] = q . keys[j], for `count` keys; all float32 [width], a multiple of LANES.
 
-    Lanes behind `count` are computed with whatever lies behind the keys, and not written.
+    Lanes behind `count` are computed with whatever lies behind the keys, and not written: there is room for a multiple
+    of LANES keys.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:

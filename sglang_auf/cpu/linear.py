@@ -83,6 +83,7 @@ def install(model: torch.nn.Module) -> int:
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from sglang.srt.models.dflash import DFlashAttention
 
     head = getattr(model, "lm_head", None)
     installed = 0
@@ -101,7 +102,7 @@ def install(model: torch.nn.Module) -> int:
             # DFlash drafters fuse the tapped features (models/dflash.py) with a plain torch layer.
             module.forward = partial(RowInvariantLinear(module.weight.data).apply, module)
             installed += 1
-        if hasattr(module, "kv_proj_only"):
+        if isinstance(module, DFlashAttention):
             _take_keys_and_values(module)
     return installed
 

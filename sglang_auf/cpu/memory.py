@@ -18,7 +18,8 @@ GIB = 1 << 30
 MOST_TOKENS = 131_072
 # For the operating system, the HTTP process, activations and torch's own allocations.
 RESERVED = 2 * GIB
-# A weight is held twice: as loaded (the drafter reads some directly) and packed for products.
+# A weight is held twice: as loaded (the drafter reads some directly) and packed for products. The third copy of a
+# drafter's keys and values is small beside what is reserved.
 WEIGHT_COPIES = 2
 
 

@@ -1,7 +1,7 @@
 """How many nodes a step verifies, over all its requests: as many as raise the emitted tokens per second.
 
 With one request a verify pass of many rows costs little more than one token. With many requests each further row takes
-time from all of them. Three estimates decide, and a worker updates them at every step:
+time from all of them. Three estimates decide, which a worker feeds at every step:
 
     chances     P(a node is accepted | its parent is): the drafter's probability times what was accepted lately of such
                 nodes, by slot, rank, whether the path has branched, and whether the request samples
@@ -52,7 +52,8 @@ SURPRISE = 3.0
 """A step that took so many times what was expected was held up by something else, and counts as this many times."""
 
 LEARNS_QUICKLY, NOW_AND_THEN = 32, 4
-"""After so many steps, what was learnt and what it means for drafting are computed every few steps only."""
+"""After so many steps, what a step costs is computed from what was observed every few steps only, since that takes time
+too. Whether drafting pays is asked every few steps from the beginning, and whenever the number of requests changes."""
 
 Staircase = Callable[[int], float]
 """Seconds that the products of a model take for so many rows."""

@@ -151,7 +151,12 @@ TREE_SEAMS = (
         f"{_SPEC}.dflash_worker_v2:make_draft_block_spec_info", "speculative.tree_step", ("draft_token_num", "device")
     ),
     Seam(f"{_SRT}.models.dflash:DFlashDraftModel.set_block_size", "speculative.tree_step", ("self", "block_size")),
-    Seam(f"{_SPEC}.dflash_info:DFlashVerifyInput.prepare_for_verify", "speculative.tree_step"),
+    Seam(f"{_SRT}.models.dflash:DFlashAttention.kv_proj_only", "cpu.linear", ("self", "hidden_states")),
+    Seam(
+        f"{_SPEC}.dflash_info:DFlashVerifyInput.prepare_for_verify",
+        "speculative.tree_step",
+        ("self", "batch", "target_worker", "defer_metadata_init"),
+    ),
     Seam(f"{_SPEC}.spec_utils:draft_tp_context", "speculative.tree_step", ("layout",)),
     Seam(f"{_SPEC}.spec_utils:GrammarTree.from_host", "speculative.tree_step"),
     Seam(

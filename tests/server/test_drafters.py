@@ -188,6 +188,21 @@ async def test_a_client_that_goes_away_leaves_no_swap_half_done(
     assert (drafters.swap.state, drafters.running.checked.path.parent.name) == ("watching", "second")
 
 
+async def test_why_a_swap_failed_is_logged_where_its_client_is_gone(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refuses = "swap"
+    asked = asyncio.ensure_future(drafters.replace(drafter("second")))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    while drafters._changing:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    assert "stays as it was: found: the engine did not" in caplog.text
+
+
 async def test_what_the_engine_does_not_load_changes_nothing(
     engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
 ) -> None:
