@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from sglang_auf.speculative.budget import (
     EXPLORE_EVERY,
     FLOOR,
+    LEARNS_QUICKLY,
     MOST_ROWS,
+    NOW_AND_THEN,
     PRIOR_NODES,
     RARELY,
     Budget,
@@ -256,7 +258,20 @@ def test_a_step_that_was_held_up_is_no_new_truth() -> None:
         costs.observe(2, rows, drafted, machine.seconds(2, rows, drafted))
     before = seconds(costs, 2, 20, 16)
     costs.observe(2, 20, 16, 60.0)
-    assert seconds(costs, 2, 20, 16) < 1.3 * before
+    for _ in range(NOW_AND_THEN - 1):
+        costs.observe(2, 20, 16, machine.seconds(2, 20, 16))
+    assert before < seconds(costs, 2, 20, 16) < 1.3 * before
+
+
+def test_costs_are_computed_at_every_first_step_and_then_every_few() -> None:
+    machine = MACHINES["small steps"]
+    costs, changes = Costs(machine.verify, machine.draft), []
+    for number in range(LEARNS_QUICKLY + 3 * NOW_AND_THEN):
+        before = seconds(costs, 2, 20, 16)
+        costs.observe(2, 20, 16, machine.seconds(2, 20, 16) * (1 + 0.2 * (number % 3)))
+        changes.append(seconds(costs, 2, 20, 16) != before)
+    assert all(changes[:LEARNS_QUICKLY])
+    assert changes[LEARNS_QUICKLY:] == [number % NOW_AND_THEN == 0 for number in range(1, 3 * NOW_AND_THEN + 1)]
 
 
 # --- the budget ---
