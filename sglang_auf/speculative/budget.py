@@ -33,6 +33,9 @@ EXPLORE_EVERY = 24
 CLEAR, RARELY = 1.2, 5
 """Where one of them is so many times better, only one in so many of those steps does the other."""
 
+WORTH = 1.05
+"""Drafting has to bring so much. Closer to 1, errors of the estimates decide, and steps that draft cost more to try."""
+
 FLOOR = 0.02
 """Nodes less likely than this are not considered."""
 
@@ -159,7 +162,7 @@ class Budget:
         explores = self._alike >= EXPLORE_EVERY * (RARELY if clear else 1)
         if explores:
             self._alike = 0
-        return slots if (advantage > 1) != explores else 0
+        return slots if (advantage > WORTH) != explores else 0
 
     def _useful(self) -> int:
         used = np.nonzero(self._deep > SELDOM)[0]
