@@ -1199,8 +1199,7 @@ def _add_pair(builder: Any, sums: Any, words: Any, x: Any) -> Any:
     even, odd = (_in_all_lanes(builder, builder.load(_at(builder, _SINGLE, x, _LONG(i)), align=4)) for i in (0, 4))
     low = builder.bitcast(builder.shl(words, _alike(_WORDS, 16)), _SINGLES)
     high = builder.bitcast(builder.and_(words, _alike(_WORDS, 0xFFFF0000)), _SINGLES)
-    fma = partial(_call, builder, f"llvm.fma.v{LANES}f32", _SINGLES)
-    return fma(low, even, fma(high, odd, sums))
+    return _fused(builder, low, even, _fused(builder, high, odd, sums))
 
 
 def _add_bf16_pair(builder: Any, sums: Any, words: Any, x: Any) -> Any:

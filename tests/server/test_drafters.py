@@ -173,17 +173,23 @@ async def test_one_swap_at_a_time(engine: Engine, drafters: Drafters, drafter: C
     await drafters.replace(paths[1])
 
 
-async def test_a_client_that_goes_away_leaves_no_swap_half_done(
-    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
-) -> None:
-    await finish(drafters, GOOD)
-    asked = asyncio.ensure_future(drafters.replace(drafter("second")))
+async def leave_while_it_swaps(drafters: Drafters, path: str) -> None:
+    """As a client that asks for a swap and goes away; returns when the swap has ended."""
+    asked = asyncio.ensure_future(drafters.replace(path))
     await asyncio.sleep(0)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
     while drafters._changing:
         await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+
+
+async def test_a_client_that_goes_away_leaves_no_swap_half_done(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    await finish(drafters, GOOD)
+    await leave_while_it_swaps(drafters, drafter("second"))
     assert engine.told == [("swap", "second")]
     assert (drafters.swap.state, drafters.running.checked.path.parent.name) == ("watching", "second")
 
@@ -192,14 +198,7 @@ async def test_why_a_swap_failed_is_logged_where_its_client_is_gone(
     engine: Engine, drafters: Drafters, drafter: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.refuses = "swap"
-    asked = asyncio.ensure_future(drafters.replace(drafter("second")))
-    await asyncio.sleep(0)
-    asked.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asked
-    while drafters._changing:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0)
+    await leave_while_it_swaps(drafters, drafter("second"))
     assert "stays as it was: found: the engine did not" in caplog.text
 
 
