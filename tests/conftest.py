@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running scripted_server.py. It holds 1 GB, so it does not outlive the file that needs it."""
+    """The address of a running scripted_server.py, one for all files: a start imports SGLang, which takes 10 s."""
     directory = tmp_path_factory.mktemp("scripted")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -51,6 +51,7 @@ def test_the_wheel_holds_every_module_and_recipe(built: Path) -> None:
     assert not [name for name in names if name.startswith(("server/", "benchmarks/", "tests/"))]
 
 
+@pytest.mark.e2e
 def test_sglangs_launcher_loads_the_plugin_of_an_installed_wheel(built: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     wheel = next(built.glob("*.whl"))

@@ -11,6 +11,7 @@ from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import StrictModel
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ServerError
+from sglang_auf.training.generation.client import tls
 
 FLUSH_S = 10.0
 
@@ -95,7 +96,9 @@ def flush_cache(base_url: str) -> None:
     """Forget cached prefixes, so that earlier prompts are prefilled again. Raises ServerError unless it is idle."""
     url = f"{base_url}/flush_cache"
     try:
-        response = httpx.post(url, params={"timeout": FLUSH_S}, headers=_authorization(), timeout=2 * FLUSH_S)
+        response = httpx.post(
+            url, params={"timeout": FLUSH_S}, headers=_authorization(), timeout=2 * FLUSH_S, verify=tls()
+        )
         response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerError(
@@ -110,7 +113,9 @@ def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s
     """
     url, headers = base_url + path, _authorization()
     try:
-        response = httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout_s)
+        response = httpx.request(
+            "GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout_s, verify=tls()
+        )
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:

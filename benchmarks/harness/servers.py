@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from sglang_auf.errors import ServerError
+from sglang_auf.training.generation.client import tls
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log_file:
         if process.poll() is not None:
             raise _failed(f"the server ended with exit code {process.returncode} before it was ready", log_file)
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{base_url}/health_generate", timeout=30.0).status_code == 200:
+            if httpx.get(f"{base_url}/health_generate", timeout=30.0, verify=tls()).status_code == 200:
                 return
         time.sleep(POLL_S)
     raise _failed(f"the server was not ready after {timeout_s:.0f} s", log_file)

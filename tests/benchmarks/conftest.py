@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.harness import servers
 from tests.support.http_servers import serving
 
 FAKE_FILE = Path(__file__).parents[1] / "support" / "fake_server.py"
@@ -55,7 +56,12 @@ def fake() -> Iterator[Callable[..., Fake]]:
 
 @pytest.fixture
 def fake_server_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m server` and `python -m sglang.launch_server`, started from this directory, are the fake one."""
+    """`python -m server` and `python -m sglang.launch_server`, started from this directory, are the fake one.
+
+    It has no engine that works on after its last answer, so nothing waits for one, and it is soon up.
+    """
+    monkeypatch.setattr(servers, "REST_S", 0.0)
+    monkeypatch.setattr(servers, "POLL_S", 0.05)
     for name, module in (("server", "__main__"), ("sglang", "launch_server")):
         package = tmp_path / name
         package.mkdir()

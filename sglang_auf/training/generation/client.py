@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -31,6 +33,12 @@ UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 FINISHED = ("stop", "length", "tool_calls")
 
 
+@cache
+def tls() -> ssl.SSLContext:
+    """One for all clients of the process: each would read the system's certificates again, even for an http:// URL."""
+    return httpx.create_ssl_context()
+
+
 def openai_client(
     base_url: str,
     *,
@@ -51,7 +59,7 @@ def openai_client(
         api_key=client_api_key(),
         max_retries=retries,
         timeout=httpx.Timeout(timeout_s, connect=min(30.0, timeout_s), pool=None),
-        http_client=openai.DefaultAsyncHttpxClient(limits=limits, event_hooks=hooks),
+        http_client=openai.DefaultAsyncHttpxClient(limits=limits, event_hooks=hooks, verify=tls()),
     )
 
 
