@@ -28,8 +28,12 @@ START_SECONDS = 300
 """Importing SGLang takes 10 s on two free cores; a busy machine may need many times that."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of engines first: they are the longest, and what is short fills the workers up at the end."""
+    """End-to-end tests first: they are the longest, and what is short fills the workers up at the end."""
+    for item in items:
+        if "scripted_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("e2e")
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 

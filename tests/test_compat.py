@@ -173,6 +173,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.e2e
 def test_checking_at_registration_does_not_import_the_worker() -> None:
     seen = run(
         "import sys\n"

@@ -134,6 +134,7 @@ def loaded(**environment: str) -> dict[str, object]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.e2e
 def test_sglang_loads_all_of_it() -> None:
     found = loaded(SGLANG_PLATFORM="auf_cpu")
     assert found == {
@@ -159,6 +160,7 @@ def test_importing_the_plugin_is_light() -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
+@pytest.mark.e2e
 def test_the_platform_can_be_imported_before_sglang() -> None:
     done = subprocess.run([sys.executable, "-c", "import sglang_auf.cpu.platform"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -500,6 +500,7 @@ caching.IndexDataCacheFile.save = full
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("before", "cached"), [("", True), (NO_PLACE, False), (NO_ROOM, False)])
 def test_kernels_compile_where_nothing_can_be_cached(before: str, cached: bool, tmp_path: Path) -> None:
     ran = compiled(tmp_path, before)
@@ -521,6 +522,7 @@ for _ in range(40):
 """
 
 
+@pytest.mark.e2e
 def test_a_process_that_compiles_and_one_that_reads_the_cache_give_the_same_bits(tmp_path: Path) -> None:
     """Otherwise the first server on a machine would give other answers than the second."""
     first, second = compiled(tmp_path, SUMS), compiled(tmp_path, SUMS)
@@ -528,6 +530,7 @@ def test_a_process_that_compiles_and_one_that_reads_the_cache_give_the_same_bits
     assert first.stdout == second.stdout
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_a_cache_that_a_crash_has_torn_is_not_used(kind: str, tmp_path: Path) -> None:
     assert right(compiled(tmp_path))

@@ -17,6 +17,8 @@ from sglang_auf.checkpoints.weights import expected_weights
 from tests.support import simulated_h100
 from tests.support.qwen3_8b import DRAFTER, TARGET
 
+pytestmark = pytest.mark.e2e
+
 CASES: dict[str, list[str]] = {
     "as shipped": [],
     "plain": ["plain"],

@@ -79,6 +79,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not linear.can_prepack(), reason="no bf16 products of oneDNN on this machine")
 def test_memory_of_products_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)

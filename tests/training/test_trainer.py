@@ -77,6 +77,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 # --- resume ---
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("kind", "kills", "saved"),
     [

@@ -28,6 +28,7 @@ def environment(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.e2e
 def test_own_steps_are_timed_and_a_package_that_cannot_run_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_own_steps_are_timed_and_a_package_that_cannot_run_is_reported(
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 def test_an_environment_whose_python_dies_is_reported(tmp_path: Path) -> None:
     broken = environment(tmp_path / "venv")
     (broken / "bin" / "python").write_text("#!/bin/sh\necho no such interpreter >&2\nexit 3\n")

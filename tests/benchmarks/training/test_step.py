@@ -74,6 +74,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.e2e
 def test_the_report_has_every_variant_and_right_ratios(written: Path) -> None:
     report: dict[str, Any] = json.loads((written / "step.json").read_text())
     (cell,), (row,) = report["cells"], report["table"]
@@ -95,6 +96,7 @@ def test_the_report_has_every_variant_and_right_ratios(written: Path) -> None:
         assert 0.15 < costs[AUF]["r_active"] < 0.5 < costs[DECAY]["r_active"]
 
 
+@pytest.mark.e2e
 def test_peak_memory_tells_all_logits_from_few() -> None:
     size = {"rows": 1, "length": 96, "anchors": 24, "r_active": 0.25, "device": "cpu", "precision": "fp32"}
     peaks = {name: measured_peak(MemoryJob(shape="smollm2-135m", variant=name, **size)) for name in (AUF, DENSE)}  # type: ignore[arg-type]
@@ -102,6 +104,7 @@ def test_peak_memory_tells_all_logits_from_few() -> None:
     assert peaks[DENSE] - peaks[AUF] > logits
 
 
+@pytest.mark.e2e
 def test_the_table_is_for_a_document(written: Path) -> None:
     text = (written / "step.md").read_text()
     assert "| tiny, 2 x 96, 48 anchors a row | decay-dense |" in text
@@ -132,6 +135,7 @@ def test_peak_memory_counts_what_is_freed_again_and_not_what_was_there() -> None
     assert len(kept) == 8 * 2**20
 
 
+@pytest.mark.e2e
 def test_without_the_dense_variant(tmp_path: Path) -> None:
     flags = ["--shapes", "tiny", "--rounds", "1", "--no-table", "--no-dense", "--out", str(tmp_path)]
     assert main(["step", *flags]) == 0

@@ -224,6 +224,7 @@ def test_two_budgets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps and --minutes are both given" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(
     models: tuple[Path, str, Path], recorded: Path, tmp_path: Path, in_fork: Forks
 ) -> None:
