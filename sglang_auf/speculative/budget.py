@@ -106,30 +106,38 @@ class Costs:
         self._normal, self._moment = np.zeros((6, 6)), np.zeros(6)
         self._weights = self._PRIOR
         self._observed = 0
+        self._to_learn: list[tuple[list[float], float]] = []  # facts of a step, and what it took in units
 
-    def _facts(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
-        """[len(rows), 6]."""
-        verify = self._stairs[0, np.minimum(rows, MOST_ROWS)]
-        draft = self._stairs[1, min(drafted, MOST_ROWS)]
-        one = np.ones(len(rows))
-        return np.stack([verify, draft * one, one, requests * one, rows, drafted * one], axis=1)
+    def _facts(self, requests: int, rows: int, drafted: int) -> list[float]:
+        verify, draft = self._stairs[0, min(rows, MOST_ROWS)], self._stairs[1, min(drafted, MOST_ROWS)]
+        return [verify, draft, 1.0, requests, rows, drafted]
 
     def seconds(self, requests: int, rows: np.ndarray, drafted: int) -> np.ndarray:
         """Of each of `rows`."""
-        found: np.ndarray = self._unit * (self._facts(requests, rows, drafted) @ self._weights)
+        of_products, *others = self._weights.tolist()
+        of_rows = others[3]
+        fixed = sum(weight * fact for weight, fact in zip(others, self._facts(requests, 0, drafted)[1:], strict=True))
+        verify = self._stairs[0, np.minimum(rows, MOST_ROWS)]
+        found: np.ndarray = self._unit * (of_products * verify + of_rows * rows + fixed)
         return found
 
     def observe(self, requests: int, rows: int, drafted: int, seconds: float) -> None:
-        row = self._facts(requests, np.array([rows]), drafted)[0]
-        expected = max(float(self._weights @ row), 1.0)
-        took = min(seconds / self._unit, SURPRISE * expected)
-        # What disturbs a step disturbs a long one more, so errors count as shares of what was expected.
-        row, took = row / expected, took / expected
-        self._normal = FORGET * self._normal + np.outer(row, row)
-        self._moment = FORGET * self._moment + row * took
+        """What such a step took."""
+        self._to_learn.append((self._facts(requests, rows, drafted), seconds / self._unit))
         self._observed += 1
-        if self._observed > LEARNS_QUICKLY and self._observed % NOW_AND_THEN:
-            return
+        if self._observed <= LEARNS_QUICKLY or self._observed % NOW_AND_THEN == 0:
+            self._learn()
+
+    def _learn(self) -> None:
+        facts = np.array([row for row, _ in self._to_learn])
+        expected = np.maximum(facts @ self._weights, 1.0)
+        took = np.minimum([seconds for _, seconds in self._to_learn], SURPRISE * expected)
+        self._to_learn.clear()
+        # What disturbs a step disturbs a long one more, so errors count as shares of what was expected.
+        facts, took = facts / expected[:, None], took / expected
+        kept = FORGET ** np.arange(len(took))[::-1]
+        self._normal = FORGET ** len(took) * self._normal + (kept[:, None] * facts).T @ facts
+        self._moment = FORGET ** len(took) * self._moment + (kept * took) @ facts
         typical = self._TYPICAL / max(float(self._weights @ self._TYPICAL), 1.0)
         prior = np.diag(self._STRENGTH * typical**2)
         solved = np.linalg.solve(self._normal + prior, self._moment + prior @ self._PRIOR)
@@ -142,7 +150,7 @@ class Budget:
     def __init__(self, slots: int, costs: Costs, fixed: int | None = None) -> None:
         """slots: what a full block drafts, B - 1. fixed: nodes of each request, whatever the load."""
         self.slots, self.costs, self.fixed = slots, costs, fixed
-        self._gains: list[float] = []  # probability of the n-th node per request
+        self._gains = np.zeros(0)  # probability of the n-th node per request
         self._deep = np.ones(slots)  # how often a slot was used lately
         self._alike = 0  # steps since the last one that did the other thing
         self._asked_for, self._answer = 0, (slots, 1.0)  # requests; slots to draft, and the advantage of drafting them
@@ -151,7 +159,7 @@ class Budget:
         """Slots to draft for each request in the next step, 0 .. slots."""
         if self.fixed is not None:
             return self.slots
-        if not self._gains:
+        if not len(self._gains):
             return self._useful()
         if requests != self._asked_for or self._alike % NOW_AND_THEN == 0:
             slots = self._useful()
@@ -194,12 +202,11 @@ class Budget:
         places = self.most(requests) // requests
         padded = np.zeros(max(places * requests, len(likely)))
         padded[: len(likely)] = likely
-        means = padded[: places * requests].reshape(places, requests).mean(axis=1).tolist()
-        for place, mean in enumerate(means):
-            if place < len(self._gains):
-                self._gains[place] += (1 - FORGET) * (mean - self._gains[place])
-            else:
-                self._gains.append(mean)
+        means = padded[: places * requests].reshape(places, requests).sum(axis=1) / requests
+        known = self._gains[:places]
+        known += (1 - FORGET) * (means[: len(known)] - known)
+        if places > len(self._gains):
+            self._gains = np.concatenate([known, means[len(known) :]])
         return self._best(requests, likely, drafted)[1]
 
     def used(self, nodes: Sequence[Node], slots: int) -> None:

@@ -30,7 +30,7 @@ from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCap
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_auf.cpu import kernels, replay
-from sglang_auf.cpu.commit import Commit
+from sglang_auf.cpu.commit import Context
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
@@ -81,7 +81,7 @@ class TreeStep:
         self.ranks = 1 if self.worker._is_domino else min(RANKS, listed)
         self.budget = Budget(self.slots, self._costs, tree_nodes())
         self.calibration = Calibration(self.slots, self.ranks)
-        self._commit = Commit(self.worker)
+        self.context = Context(self.worker)
 
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
@@ -91,6 +91,8 @@ class TreeStep:
         anchors = batch.spec_info.bonus_tokens
         requests = len(anchors)
         slots = self.budget.to_draft(requests)
+        left_over = self.context.write_if_due(batch.req_pool_indices, drafts=slots > 0)
+        self._watch.lap("commit")
         chances, tokens = self._draft(batch, anchors, slots) if slots else NO_DRAFTS
         drafted = requests * (slots + 1) if slots else 0
         self._watch.lap("draft")
@@ -102,7 +104,7 @@ class TreeStep:
             began = self._ended
         self._ended = time.perf_counter()
         if checks == replay.CHECKS:  # else it took what no other step will
-            self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began)
+            self.budget.costs.observe(requests, len(forest.parents), drafted, self._ended - began - left_over)
         if slots:
             self.budget.used(nodes, slots)
             self.calibration.observe(forest.tested(paths), chances, _samples(batch))
@@ -236,7 +238,8 @@ class TreeStep:
             on_publish(new_lengths)
 
         table[pool_rows, places] = slots.numpy()[forest.committed_first(paths)]
-        self._commit(output.hidden_states[kept], positions[kept], worker._draft_write_ids(plan)[kept])
+        committed_to = worker._draft_write_ids(plan)[kept]
+        self.context.add(batch.req_pool_indices, output.hidden_states[kept], positions[kept], committed_to)
         output.hidden_states = None
         self._watch.lap("commit")
         result = GenerationBatchResult(

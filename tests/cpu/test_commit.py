@@ -1,4 +1,7 @@
-"""The drafter's context is written as by upstream's method, which is asked for once up to each power of two of rows."""
+"""The drafter's context is written as by upstream's method, which is asked for once up to each power of two of rows.
+
+What is held back is written before anybody reads it, and before its slots may be another request's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import pytest
 import torch
 
 from sglang_auf.cpu import kernels, replay
-from sglang_auf.cpu.commit import Commit
+from sglang_auf.cpu.commit import Commit, Context
 from sglang_auf.cpu.linear import RowInvariantLinear
 from sglang_auf.env import REPLAY
 
-HEADS, HEAD, FEATURES, SLOTS = 2, 32, 96, 60
+HEADS, HEAD, FEATURES, SLOTS = 2, 32, 96, 700
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -100,3 +103,74 @@ def test_without_replay_and_with_a_publication_beside_the_write_upstreams_method
         for seed in range(3):
             commit(*given(4, seed))
         assert worker.calls == 3
+
+
+ALONE, TOGETHER = torch.tensor([4]), torch.tensor([4, 7])
+
+
+def steps(rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """So many rows each, no slot twice."""
+    order = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(9)).split([*rows, SLOTS - sum(rows)])
+    return [(*given(n, seed)[:2], slots) for seed, (n, slots) in enumerate(zip(rows, order[:-1], strict=True))]
+
+
+def written(worker: Worker, committed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[bool]:
+    """Of each step, whether the cache holds what upstream's method would have written."""
+    upstreams = Worker()
+    for features, positions, slots in committed:
+        upstreams._append_target_hidden_to_draft_kv_by_loc(features, slots, positions)
+    return [
+        all(torch.equal(mine[slots], its[slots]) for mine, its in zip(worker.pools, upstreams.pools, strict=True))
+        for *_, slots in committed
+    ]
+
+
+@torch.inference_mode()
+def test_what_is_committed_is_held_until_something_is_drafted() -> None:
+    worker, all_steps = Worker(), steps([1, 3, 1, 2])
+    context = Context(worker)
+    for committed in all_steps[:3]:
+        assert context.write_if_due(ALONE, drafts=False) == 0
+        context.add(ALONE, *committed)
+    assert written(worker, all_steps) == [False] * 4
+    assert context.write_if_due(ALONE, drafts=True) > 0, "earlier steps left it to this one"
+    assert written(worker, all_steps) == [True, True, True, False]
+    context.add(ALONE, *all_steps[3])
+    assert context.write_if_due(ALONE, drafts=True) == 0, "what the step before committed is a step's own work"
+    assert written(worker, all_steps) == [True] * 4
+    before = worker.calls
+    context.write()
+    assert worker.calls == before, "nothing is left"
+
+
+@pytest.mark.parametrize("others", [TOGETHER, torch.tensor([5])], ids=["one has come", "another one"])
+@torch.inference_mode()
+def test_it_is_written_when_other_requests_decode(others: torch.Tensor) -> None:
+    """Their slots may be those that a request of before has left."""
+    worker, (first, reused) = Worker(), steps([2, 2])
+    context = Context(worker)
+    context.add(ALONE, *first)
+    context.write_if_due(others, drafts=False)
+    assert written(worker, [first]) == [True]
+    context.add(others, *reused[:2], first[2])
+    context.write()
+    assert written(worker, [(*reused[:2], first[2])]) == [True]
+
+
+@torch.inference_mode()
+def test_no_more_is_held_than_a_recording_has_room_for() -> None:
+    worker, all_steps = Worker(), steps([100, 100, 100, 300])
+    context = Context(worker)
+    for committed, before in zip(all_steps, ([], [False], [True, True], [True, True, False]), strict=True):
+        context.write_if_due(ALONE, drafts=False)
+        assert written(worker, all_steps)[: len(before)] == before
+        context.add(ALONE, *committed)
+    context.write()
+    assert written(worker, all_steps) == [True] * 4
+
+
+@torch.inference_mode()
+def test_nothing_is_held_where_a_write_publishes() -> None:
+    worker, (committed,) = Worker(lilicorr=object()), steps([2])
+    Context(worker).add(ALONE, *committed)
+    assert written(worker, [committed]) == [True]
