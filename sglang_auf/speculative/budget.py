@@ -8,7 +8,7 @@ time from all of them. Three estimates decide, which a worker feeds at every ste
     gains       the probability of the n-th node per request, which says before drafting what drafting will bring
     seconds     of a step with n requests, r rows verified and b rows drafted: weighted least squares over recent steps
                 of the time that the products of r and of b rows take (a staircase, measured once when the model is
-                loaded), of r, of b and of n
+                loaded), of r, of b and of n, no factor below 0
 
 Since the time is a staircase, the best of all numbers of nodes is taken, not the first after which the next node does
 not pay. None at all is plain decoding: then nothing is drafted, and only the drafter's cache is kept up to date.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.optimize import nnls
 
 from sglang_auf.speculative.tree import Chances, Node
 
@@ -140,8 +141,9 @@ class Costs:
         self._moment = FORGET ** len(took) * self._moment + (kept * took) @ facts
         typical = self._TYPICAL / max(float(self._weights @ self._TYPICAL), 1.0)
         prior = np.diag(self._STRENGTH * typical**2)
-        solved = np.linalg.solve(self._normal + prior, self._moment + prior @ self._PRIOR)
-        self._weights = solved.clip(min=0.0)
+        # Nothing makes a step shorter. To set what a free solution has below 0 to 0 would leave the others too large.
+        root = np.linalg.cholesky(self._normal + prior)
+        self._weights, _ = nnls(root.T, np.linalg.solve(root, self._moment + prior @ self._PRIOR))
 
 
 class Budget:

@@ -250,6 +250,18 @@ def test_seconds_never_fall_with_rows(steps: list[tuple[int, int, int, float]]) 
     assert np.isfinite(found).all() and (np.diff(found) >= 0).all() and (found >= 0).all()
 
 
+@pytest.mark.parametrize("measured", [0.7, 1.0, 1.5])
+def test_steps_with_little_beside_their_products_are_not_overestimated(measured: float) -> None:
+    """Nothing but the products takes time here, and they were measured wrongly when the model was loaded."""
+    costs = Costs(lambda rows: measured * DEAR.verify(rows), lambda rows: measured * DEAR.draft(rows))
+    for step in range(400):
+        rows, drafted = (12, 32) if step % EXPLORE_EVERY == 0 else (4, 0)
+        costs.observe(4, rows, drafted, DEAR.verify(rows) + DEAR.draft(drafted))
+    for rows, drafted in ((4, 0), (12, 32)):
+        true = DEAR.verify(rows) + DEAR.draft(drafted)
+        assert costs.seconds(4, np.array([rows]), drafted)[0] == pytest.approx(true, rel=0.15)
+
+
 def test_a_step_that_was_held_up_is_no_new_truth() -> None:
     machine = MACHINES["small steps"]
     costs, chance = Costs(machine.verify, machine.draft), random.Random(0)

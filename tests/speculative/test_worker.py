@@ -357,10 +357,20 @@ def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
         return SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: decodes), is_extend_in_batch=extends)
 
     assert worker.forward_batch_generation(batch(True, False))[0] == "upstream", "without trees"
-    worker._trees = lambda *given: ("trees", given)
+    written: list[bool] = []
+
+    class Trees:
+        context = SimpleNamespace(write=lambda: written.append(True))
+
+        def __call__(self, *given: Any) -> Any:
+            return "trees", given
+
+    worker._trees = Trees()
     for decodes, extends, whose in ((True, False, "trees"), (True, True, "upstream"), (False, True, "upstream")):
+        written.clear()
         found, given = worker.forward_batch_generation(one := batch(decodes, extends), "publish", "barrier")
         assert (found, given[:3]) == (whose, (one, "publish", "barrier"))
+        assert written == ([] if whose == "trees" else [True]), "the drafter's context, before a prompt takes its slots"
 
 
 @pytest.mark.parametrize(
