@@ -227,19 +227,23 @@ class TreeStep:
 
         paths = forest.walk(chosen.tolist())
         self._watch.lap("accept")
-        lengths = torch.tensor([len(path) for path in paths])
-        kept = torch.tensor([row for path in paths for row in path])
+        counts = np.array([len(path) for path in paths])
+        lengths = torch.from_numpy(counts)
         # A chain's layout, [requests, B]: behind a path, its last row again, which nobody reads.
-        chain = torch.tensor([path + path[-1:] * (self.slots + 1 - len(path)) for path in paths])
-        emitted = chosen[chain]
-        self._report(batch, output, chain, emitted, lengths)
+        chain = np.array([path + path[-1:] * (self.slots + 1 - len(path)) for path in paths])
+        chosen_of = chosen.numpy()[chain]
+        emitted, bonus = torch.from_numpy(chosen_of), torch.from_numpy(chosen_of[np.arange(len(paths)), counts - 1])
+        self._report(batch, output, torch.from_numpy(chain), emitted, lengths)
         new_lengths = committed + lengths
         if on_publish is not None:
             on_publish(new_lengths)
 
-        table[pool_rows, places] = slots.numpy()[forest.committed_first(paths)]
-        committed_to = worker._draft_write_ids(plan)[kept]
-        self.context.add(batch.req_pool_indices, output.hidden_states[kept], positions[kept], committed_to)
+        features, places_of, written = output.hidden_states, positions, worker._draft_write_ids(plan)
+        if len(of_rows) > len(paths):  # something was drafted
+            table[pool_rows, places] = slots.numpy()[forest.committed_first(paths)]
+            kept = torch.tensor([row for path in paths for row in path])
+            features, places_of, written = features[kept], places_of[kept], written[kept]
+        self.context.add(batch.req_pool_indices, features, places_of, written)
         output.hidden_states = None
         self._watch.lap("commit")
         result = GenerationBatchResult(
@@ -247,9 +251,7 @@ class TreeStep:
             next_token_ids=emitted.flatten(),
             accept_lens=lengths.int(),
             can_run_cuda_graph=False,
-            next_draft_input=worker._make_next_draft_input_decode(
-                bonus_tokens=emitted.gather(1, lengths[:, None] - 1).squeeze(1), new_seq_lens=new_lengths
-            ),
+            next_draft_input=worker._make_next_draft_input_decode(bonus_tokens=bonus, new_seq_lens=new_lengths),
             speculative_num_draft_tokens=self.slots + 1,
             new_seq_lens=new_lengths,
             # SGLang carries this to the reply's counts, as it does for DSPARK (batch_result_processor.py).
