@@ -1,13 +1,15 @@
 """Put a server under mixed load for minutes. No answer may be wrong, no server error may occur, nothing may leak.
 
 A plain server answers the questions first. Then clients send the AUF server every kind of request (soak_requests.py),
-good and bad, finished and abandoned, while memory, open files and KV slots of the server are sampled.
+good and bad, finished and abandoned, while memory, open files and KV slots of the server are sampled. With --record and
+--swap it keeps its answers meanwhile, and its drafter is changed under load.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -51,6 +53,12 @@ class SoakConfig(CommandConfig):
         5.0, gt=0, validate_default=True, description="seconds between looks at the server, a tenth of the time at most"
     )
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+    record: bool = Field(False, description="the server records its answers, in OUT/recording, which is replaced")
+    swaps: tuple[Path, ...] = Field(
+        (),
+        alias="swap",
+        description="drafter to swap in under load, at even distances in time; may be repeated, also with the same one",
+    )
     out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
 
     @field_validator("sample_s")
@@ -76,8 +84,19 @@ class Sample(StrictModel):
     waiting: int
 
 
+class Swapped(StrictModel):
+    """A swap under load. seconds: since the load began. took: until the server's reply. generation: of that reply."""
+
+    seconds: float
+    took: float
+    generation: int
+
+
 class SoakReport(Measured, Report):
-    """soak.json. asked: requests by kind. faults: how many of each kind. named: the first faults, in words."""
+    """soak.json. asked: requests by kind. faults: how many of each kind. named: the first faults, in words.
+
+    recording: what the server says of its recording at the end; None where nothing was recorded.
+    """
 
     STEM: ClassVar[str] = "soak"
 
@@ -89,6 +108,8 @@ class SoakReport(Measured, Report):
     before: Sample
     after: Sample
     samples: list[Sample]
+    swapped: tuple[Swapped, ...] = ()
+    recording: dict[str, Any] | None = None
 
     @property
     def growth(self) -> float:
@@ -138,6 +159,11 @@ class SoakReport(Measured, Report):
             f"{total['requests']} answers with a verify step: {number(total['tau'])}.",
             *(f"- {fault}" for fault in self.named),
         ]
+        if self.swapped:
+            swaps = (f"{one.took:.2f} s at {one.seconds:.0f} s" for one in self.swapped)
+            notes.insert(2, f"Drafter swapped {len(self.swapped)} times: {', '.join(swaps)}.")
+        if self.recording is not None:
+            notes.insert(2, "Recorded: " + ", ".join(f"{name} {value}" for name, value in self.recording.items()) + ".")
         return markdown_document(self, asked, markdown_table(rows), "\n".join(notes))
 
 
@@ -161,7 +187,14 @@ def measure_soak(config: SoakConfig) -> SoakReport:
     with serve(config.profile, plain=True, settings=config.settings, log_file=config.out / "plain.log") as plain:
         known = asyncio.run(_references(plain.base_url, config))
     log_file = config.out / "server.log"
-    with serve(config.profile, plain=False, settings=config.settings, log_file=log_file) as server:
+    settings = list(config.settings)
+    if config.swaps:
+        settings.append("management=true")
+    if config.record:
+        directory = (config.out / "recording").resolve()
+        shutil.rmtree(directory, ignore_errors=True)
+        settings.append(f"record.directory={directory}")
+    with serve(config.profile, plain=False, settings=settings, log_file=log_file) as server:
         return asyncio.run(_soak(server, known, config))
 
 
@@ -181,10 +214,12 @@ async def _soak(server: Server, known: list[Question], config: SoakConfig) -> So
     before = await _idle(server)
     began = time.monotonic()
     clients = [asyncio.create_task(_client(sender, known, draws, tally, began, config)) for _ in range(config.clients)]
+    swapping = asyncio.create_task(_swap_in_turn(server, tally, began, config))
     while time.monotonic() - began < config.minutes * 60:
         await asyncio.sleep(config.sample_s)
         samples.append(await asyncio.to_thread(_sample, server, began))
     await asyncio.gather(*clients)
+    swapped = await swapping
     await sender.client.close()
     after = await _idle(server)
     return SoakReport(
@@ -196,7 +231,27 @@ async def _soak(server: Server, known: list[Question], config: SoakConfig) -> So
         before=before,
         after=after,
         samples=samples,
+        swapped=tuple(swapped),
+        recording=(await asyncio.to_thread(call, server.base_url, "/v1/auf/recording"))["recording"],
     )
+
+
+async def _swap_in_turn(server: Server, tally: Tally, began: float, config: SoakConfig) -> list[Swapped]:
+    """A swap that the server refuses is a fault."""
+    done: list[Swapped] = []
+    for place, drafter in enumerate(config.swaps, start=1):
+        at = config.minutes * 60 * place / (len(config.swaps) + 1)
+        await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+        asked = time.monotonic()
+        try:
+            reply = await asyncio.to_thread(
+                call, server.base_url, "/v1/auf/drafter", {"path": str(drafter.resolve())}, config.timeout_s
+            )
+        except ServerError as error:
+            tally.fault("swaps refused", str(drafter), error)
+            continue
+        done.append(Swapped(seconds=asked - began, took=time.monotonic() - asked, generation=reply["generation"]))
+    return done
 
 
 async def _client(

@@ -13,10 +13,13 @@ from benchmarks.serving.soak_requests import KINDS
 
 pytestmark = pytest.mark.e2e
 
+DRAFTER = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
+
 
 def test_a_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     """Whether memory is flat shows only in minutes (`make soak`); everything else must hold at once."""
-    main(["soak", "--minutes", "0.7", "--clients", "8", "--questions", "6", "--sample-s", "2", "--out", str(tmp_path)])
+    options = ["--minutes", "0.7", "--clients", "8", "--questions", "6", "--sample-s", "2", "--record"]
+    main(["soak", *options, "--swap", str(DRAFTER), "--swap", str(DRAFTER), "--out", str(tmp_path)])
     report = SoakReport.model_validate_json((tmp_path / "soak.json").read_text())
     assert report.faults == {}, report.named
     assert set(report.asked) <= {kind.__name__ for kind in KINDS}
@@ -25,6 +28,10 @@ def test_a_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     assert report.after.running == report.after.waiting == 0
     assert max(sample.running for sample in report.samples) > 1
     assert report.acceptance["total"]["verify_steps"] > 0
+    assert [swap.generation for swap in report.swapped] == [1, 2]
+    assert report.recording is not None
+    assert report.recording["rows"] > 0
+    assert report.recording["error"] is None
 
 
 def test_nothing_is_lost_with_a_server(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.serving.soak import Sample, SoakConfig, SoakReport, Tally, _send
+from benchmarks.serving.soak import Sample, SoakConfig, SoakReport, Swapped, Tally, _send, _swap_in_turn
 from benchmarks.serving.soak_requests import (
     BAD,
     KINDS,
@@ -26,6 +28,7 @@ from benchmarks.serving.soak_requests import (
     streamed,
     whole,
 )
+from sglang_auf.errors import ServerError
 
 QUESTION = Question("Why?", 8, 3, greedy="So.", seeded="Thus.", constrained='{"item": "x", "count": 1}')
 
@@ -79,6 +82,36 @@ def test_a_fault_fails_and_is_shown() -> None:
     assert not found.passed
     assert "2 wrong answers" in found.markdown()
     assert "what it was" in found.markdown()
+
+
+def test_swaps_and_what_was_recorded_are_shown() -> None:
+    swaps = (Swapped(seconds=61.0, took=0.25, generation=1), Swapped(seconds=120.2, took=1.0, generation=2))
+    found = report([1000.0] * 10, sample(0), sample(0)).model_copy(
+        update={"swapped": swaps, "recording": {"rows": 17, "error": None}}
+    )
+    text = found.markdown()
+    assert "Drafter swapped 2 times: 0.25 s at 61 s, 1.00 s at 120 s." in text
+    assert "Recorded: rows 17, error None." in text
+
+
+def test_swaps_come_at_even_distances_and_a_refused_one_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answers(base_url: str, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        asked.append(body["path"])
+        if "b" in Path(body["path"]).name:
+            raise ServerError("status 409: busy", "another", "wait")
+        return {"generation": len(asked)}
+
+    monkeypatch.setattr("benchmarks.serving.soak.call", answers)
+    config, tally = SoakConfig(minutes=0.01, sample_s=0.01, swap=("a", "b", "c")), Tally()  # type: ignore[arg-type]
+    began = time.monotonic()
+    swapped = asyncio.run(_swap_in_turn(SimpleNamespace(base_url=""), tally, began, config))  # type: ignore[arg-type]
+    assert asked == [str(Path(name).resolve()) for name in "abc"]
+    assert [one.generation for one in swapped] == [1, 3]
+    assert [one.seconds >= at for one, at in zip(swapped, (0.15, 0.45), strict=True)] == [True, True]
+    assert dict(tally.faults) == {"swaps refused": 1}
+    assert "busy" in tally.named[0]
 
 
 class Answering:
