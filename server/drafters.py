@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import psutil
+
 from server.preflight import Speculation
 from sglang_auf.acceptance import Acceptance, tau_error, total_acceptance
 from sglang_auf.checkpoints.card import check_replaces
@@ -27,6 +29,9 @@ LOOKS = (25, 50, 100)
 
 DEVIATIONS = 2.576
 """Standard errors of the difference by which tau must have fallen: 99 % of a normal distribution, at each look."""
+
+COPIES = 2
+"""Of a drafter's weights while it is loaded: as its files have them, and as its products want them."""
 
 State = Literal["started", "watching", "kept", "taken back"]
 
@@ -193,6 +198,7 @@ class Drafters:
         try:
             checked = self.running.check(path)
             check_replaces(checked.config, self.running.checked.config)
+            _check_memory(checked.path)
             check_finite(checked.path)
         except OSError as problem:
             raise CardError(f"{path} cannot be read ({problem})", "files that the server may read") from problem
@@ -220,6 +226,18 @@ class Drafters:
         if before is None:
             return f"kept without a comparison: fewer than {LOOKS[0]} requests were answered with the one before"
         return f"watched for {LOOKS[-1]} requests: tau was {before}"
+
+
+def _check_memory(drafter: Path) -> None:
+    """Raises CardError where it would not fit beside the running one: a system without memory ends processes."""
+    needed = COPIES * sum(file.stat().st_size for file in drafter.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise CardError(
+            f"{free / 2**20:.0f} MiB of free memory",
+            f"{needed / 2**20:.0f} MiB, to load {drafter} beside the running drafter",
+            "free some, or start a server with the new drafter and stop this one",
+        )
 
 
 def _say_why_not(swap: asyncio.Task[Swap]) -> None:

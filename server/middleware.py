@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from starlette._utils import get_route_path  # what routing itself asks: another rule would leave a way around it
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -102,7 +103,7 @@ class LivePage:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path as routing sees it and not as the Host header completes it: this decides who needs no key.
-        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        path = get_route_path(scope) if scope["type"] == "http" else None
         if path not in self.files:
             await self.app(scope, receive, send)
         elif scope["method"] in ("GET", "HEAD"):
@@ -152,7 +153,7 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_for_clients(scope["path"]):
+        if scope["type"] != "http" or is_for_clients(get_route_path(scope)):
             await self.app(scope, receive, send)
             return
         reason = f"no route for clients: {scope['path']} (management: true in the profile opens all of them)"
@@ -193,7 +194,7 @@ class Gate:
     def _reason_to_refuse(self, scope: Scope) -> str | None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
             return None
-        if not scope["path"].startswith(GENERATING):
+        if not get_route_path(scope).startswith(GENERATING):
             return None
         reason = self.closed_because()
         given = Headers(scope=scope).get(PROBE_HEADER, "")

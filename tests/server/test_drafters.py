@@ -247,6 +247,21 @@ async def test_another_shape_and_broken_weights_are_refused(
     assert engine.told == []
 
 
+async def test_a_drafter_that_memory_has_no_room_for_is_not_loaded(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two copies has nearly room, both together have not."""
+    second = drafter("second")
+    size = sum(file.stat().st_size for file in Path(second).glob("*.safetensors"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * size - 1))
+    with pytest.raises(CardError, match="free memory"):
+        await drafters.replace(second)
+    assert engine.told == []
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * size))
+    await drafters.replace(second)
+    assert drafters.running.checked.path == Path(second)
+
+
 async def test_the_check_of_the_start_is_asked(drafters: Drafters, drafter: Callable[[str], str]) -> None:
     def refuse(path: str) -> CheckedDrafter:
         raise CardError(path, "another target")

@@ -171,6 +171,34 @@ def test_management_routes_do_not_exist_for_clients() -> None:
         assert "management: true" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("root", ["", "/api", "/v1", "/models/small"])
+def test_a_path_that_the_server_is_served_under_opens_and_closes_nothing(root: str) -> None:
+    """uvicorn puts it in front of every path, and routing takes it away again."""
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    @app.post("/update_weights_from_disk")
+    async def answer() -> bool:
+        return True
+
+    open_gate, closed_gate = FastAPI(), FastAPI()
+    for outer, reason in ((open_gate, None), (closed_gate, "starting")):
+        outer.mount("/", app)
+        outer.add_middleware(Guard)
+        outer.add_middleware(Gate, closed_because=lambda reason=reason: reason, probe_token="t")
+    statuses = {
+        (gate is open_gate, path): TestClient(gate, root_path=root).post(root + path).status_code
+        for gate in (open_gate, closed_gate)
+        for path in ("/v1/chat/completions", "/update_weights_from_disk")
+    }
+    assert statuses == {
+        (True, "/v1/chat/completions"): 200,
+        (True, "/update_weights_from_disk"): 404,
+        (False, "/v1/chat/completions"): 503,
+        (False, "/update_weights_from_disk"): 404,
+    }
+
+
 def test_every_route_of_sglang_is_one_or_the_other() -> None:
     """A route that a new SGLang adds is closed until somebody has looked at it."""
     from sglang.srt.entrypoints.http_server import app
