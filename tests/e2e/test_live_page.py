@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sglang_auf.checkpoints.card import Adaptation
 from tests.support.streams import events, said, truth
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -288,8 +289,14 @@ def test_a_swap_of_the_drafter_is_told_and_brings_its_card(server: Server, page:
 
     def with_swap(route: Any) -> None:
         reply = route.fetch().json() | {"swap": swap}
-        route.fulfill(json=reply | ({"drafter": swap["path"]} if "drafter" in reply else {}))
+        if "card" in reply:
+            reply |= {"drafter": swap["path"], "card": reply["card"] | {"adapted": adapted[swap["path"]]}}
+        route.fulfill(json=reply)
 
+    learnt = Adaptation(
+        generation=3, parent="ab", recorded_rows=500, answers=64, old_tau=1.624, new_tau=1.75, low=0.05, high=0.2
+    )
+    adapted = {"/drafters/old": None, "/drafters/new": learnt.model_dump(mode="json")}
     for path in ("acceptance", "card"):
         page.route(f"**/v1/auf/{path}", with_swap)
     open_with_key(page, server)
@@ -299,6 +306,7 @@ def test_a_swap_of_the_drafter_is_told_and_brings_its_card(server: Server, page:
     swap |= {"generation": 1, "path": "/drafters/new", "state": "watching", "other": "/drafters/old", "watched": 7}
     swap["before"] = before
     expect(page.locator("#card-fields")).to_contain_text("/drafters/new")
+    expect(page.locator("#card-fields")).to_contain_text("generation 3: tau 1.62 before, 1.75 after")
     expect(page.locator("#swap")).to_have_text(
         "Generation 1, /drafters/new: watched for 7 of 100 requests, in place of /drafters/old: "
         "tau 2.50 before, \N{EN DASH} after."
@@ -308,6 +316,7 @@ def test_a_swap_of_the_drafter_is_told_and_brings_its_card(server: Server, page:
         "Generation 2, /drafters/old: the server went back to it from /drafters/new: tau 2.50 before, 1.25 after."
     )
     expect(page.locator("#card-fields")).to_contain_text("/drafters/old")
+    expect(page.locator("#card-fields")).not_to_contain_text("generation 3")
 
 
 def test_it_outlives_a_restart_of_the_server(server: Server, page: Page) -> None:
