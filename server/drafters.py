@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
-
 from server.preflight import Speculation
 from sglang_auf.acceptance import Acceptance, tau_error, total_acceptance
 from sglang_auf.checkpoints.card import check_replaces
@@ -29,9 +27,6 @@ LOOKS = (25, 50, 100)
 
 DEVIATIONS = 2.576
 """Standard errors of the difference by which tau must have fallen: 99 % of a normal distribution, at each look."""
-
-COPIES = 2
-"""Of a drafter's weights while it is loaded: as its files have them, and as its products want them."""
 
 State = Literal["started", "watching", "kept", "taken back"]
 
@@ -230,8 +225,10 @@ class Drafters:
 
 def _check_memory(drafter: Path) -> None:
     """Raises CardError where it would not fit beside the running one: a system without memory ends processes."""
-    needed = COPIES * sum(file.stat().st_size for file in drafter.glob("*.safetensors"))
-    free = psutil.virtual_memory().available
+    from sglang_auf.cpu.memory import WEIGHT_COPIES, free_memory  # imports SGLang
+
+    needed = WEIGHT_COPIES * sum(file.stat().st_size for file in drafter.glob("*.safetensors"))
+    free = free_memory()
     if free < needed:
         raise CardError(
             f"{free / 2**20:.0f} MiB of free memory",

@@ -39,7 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running scripted_server.py, one for all files: a start imports SGLang, which takes 10 s."""
+    """The address of a running scripted_server.py, one for all files: a start imports SGLang, which takes 10 s.
+
+    It records no second answer to a prompt that it has seen, whichever file it came from.
+    """
     directory = tmp_path_factory.mktemp("scripted")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -191,9 +191,9 @@ def measure_soak(config: SoakConfig) -> SoakReport:
     if config.swaps:
         settings.append("management=true")
     if config.record:
-        directory = (config.out / "recording").resolve()
+        directory = config.out / "recording"
         shutil.rmtree(directory, ignore_errors=True)
-        settings.append(f"record.directory={directory}")
+        settings.append(f"record.directory={directory.resolve()}")
     with serve(config.profile, plain=False, settings=settings, log_file=log_file) as server:
         return asyncio.run(_soak(server, known, config))
 

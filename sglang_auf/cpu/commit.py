@@ -57,18 +57,21 @@ class Context:
             self.write()
 
     def write_if_due(self, requests: torch.Tensor, drafts: bool) -> float:
-        """Before a step of these requests. Returns the seconds that it took, as far as earlier steps left them to it.
+        """Before a step of these requests. Returns the seconds that it took, where they are not this kind of step's.
+
+        What steps left that drafted nothing is not one's that drafts. That they were too many is in their mean.
 
         Slots are freed when a request ends or is retracted, so while the same requests decode none has another owner.
         """
         if not self._held:
             return 0.0
         held, latest = sum(len(slots) for *_, slots in self._held), len(self._held[-1][-1])
-        if not drafts and held + latest <= ROWS and torch.equal(requests, self._requests):
+        asked_for = drafts or not torch.equal(requests, self._requests)
+        if not asked_for and held + latest <= ROWS:
             return 0.0
         began, steps = time.perf_counter(), len(self._held)
         self.write()
-        return time.perf_counter() - began if steps > 1 else 0.0
+        return time.perf_counter() - began if asked_for and steps > 1 else 0.0
 
     def write(self) -> None:
         """All that is held."""

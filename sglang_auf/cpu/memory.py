@@ -21,6 +21,7 @@ RESERVED = 2 * GIB
 # A weight is held twice: as loaded (the drafter reads some directly) and packed for products. The third copy of a
 # drafter's keys and values is small beside what is reserved.
 WEIGHT_COPIES = 2
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
@@ -89,6 +90,21 @@ def _language_config(path: Path) -> dict[str, Any]:
     return config.get("text_config") or config
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its container (cgroup 2) where that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:  # no container, or an older kind
+        return free
+    if limit == "max":
+        return free
+    # What was read from files and not used lately counts as used, and is given up for the asking.
+    return min(free, int(limit) - used + int(parts["inactive_file"]))
+
+
 def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
     """Tokens of the KV pool with `available` free bytes. Raises TargetError if not even one context fits."""
     weights = WEIGHT_COPIES * size.weights
@@ -132,4 +148,4 @@ def plan_pool(server_args: Any) -> int | None:
         return None
     size = sum((ModelSize.of(path) for path in paths[1:]), ModelSize.of(paths[0]))
     context = server_args.context_length or _language_config(paths[0]).get("max_position_embeddings", 4096)
-    return pool_tokens(size, int(context), psutil.virtual_memory().available)
+    return pool_tokens(size, int(context), free_memory())

@@ -17,6 +17,7 @@ No answer depends on any of this, so it may depend on measured time. Arithmetic 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from sglang_auf.speculative.tree import Chances, Node
+
+logger = logging.getLogger(__name__)
 
 FORGET = 0.98
 """Factor on the weight of earlier steps, at every step. About the last 50 steps count."""
@@ -142,8 +145,11 @@ class Costs:
         typical = self._TYPICAL / max(float(self._weights @ self._TYPICAL), 1.0)
         prior = np.diag(self._STRENGTH * typical**2)
         # Nothing makes a step shorter. To set what a free solution has below 0 to 0 would leave the others too large.
-        root = np.linalg.cholesky(self._normal + prior)
-        self._weights, _ = nnls(root.T, np.linalg.solve(root, self._moment + prior @ self._PRIOR))
+        try:
+            root = np.linalg.cholesky(self._normal + prior)
+            self._weights, _ = nnls(root.T, np.linalg.solve(root, self._moment + prior @ self._PRIOR))
+        except (np.linalg.LinAlgError, RuntimeError):  # numbers that it cannot solve are not worth a server's life
+            logger.warning("BUDGET: what a step costs stays as it was", exc_info=True)
 
 
 class Budget:

@@ -83,6 +83,11 @@ class TreeStep:
         self.calibration = Calibration(self.slots, self.ranks)
         self.context = Context(self.worker)
 
+    def make_way(self) -> None:
+        """Before a step that is not a tree's: a prompt takes slots that may be another request's no more."""
+        self.context.write()
+        self._ended = 0.0  # what passes until the next step is not that one's
+
     def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
         began, checks = time.perf_counter(), replay.CHECKS

@@ -57,7 +57,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         """One step, as upstream; with trees, those that decode are tree_step.py's."""
         if self._trees is None or not batch.forward_mode.is_decode() or batch.is_extend_in_batch:
             if self._trees is not None:
-                self._trees.context.write()  # a prompt takes slots that may be another request's no more
+                self._trees.make_way()
             return super().forward_batch_generation(batch, on_publish, grammar_barrier, pp_proxy_tensors)
         return self._trees(batch, on_publish, grammar_barrier)
 

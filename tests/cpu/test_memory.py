@@ -129,6 +129,23 @@ def available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVED + GIB))
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("max", 900), ("1000", 1000 - 700 + 50), ("5000", 900), (None, 900)],
+    ids=["no limit", "a limit", "a limit above the machine's memory", "no container"],
+)
+def test_what_is_free_is_what_a_container_leaves(
+    limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=900))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("700\n")
+        (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 50\nactive_file 40\n")
+    assert memory.free_memory() == expected
+
+
 def planned(target: Path, drafter: Path | str | None = None, context: int | None = None) -> int | None:
     return plan_pool(
         SimpleNamespace(

@@ -28,7 +28,9 @@ def test_a_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     assert report.after.running == report.after.waiting == 0
     assert max(sample.running for sample in report.samples) > 1
     assert report.acceptance["total"]["verify_steps"] > 0
-    assert [swap.generation for swap in report.swapped] == [1, 2]
+    first, second = (swap.generation for swap in report.swapped)
+    assert first == 1
+    assert second > 1  # 3 where the server has gone back by itself in between
     assert report.recording is not None
     assert report.recording["rows"] > 0
     assert report.recording["error"] is None

@@ -253,11 +253,11 @@ async def test_a_drafter_that_memory_has_no_room_for_is_not_loaded(
     """Each of two copies has nearly room, both together have not."""
     second = drafter("second")
     size = sum(file.stat().st_size for file in Path(second).glob("*.safetensors"))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * size - 1))
+    monkeypatch.setattr("sglang_auf.cpu.memory.free_memory", lambda: 2 * size - 1)
     with pytest.raises(CardError, match="free memory"):
         await drafters.replace(second)
     assert engine.told == []
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * size))
+    monkeypatch.setattr("sglang_auf.cpu.memory.free_memory", lambda: 2 * size)
     await drafters.replace(second)
     assert drafters.running.checked.path == Path(second)
 

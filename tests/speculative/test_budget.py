@@ -262,6 +262,20 @@ def test_steps_with_little_beside_their_products_are_not_overestimated(measured:
         assert costs.seconds(4, np.array([rows]), drafted)[0] == pytest.approx(true, rel=0.15)
 
 
+def test_a_fit_that_fails_leaves_what_was_known(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    costs = Costs(SMALL, SMALL)
+    before = costs.seconds(4, np.array([4, 9]), 16)
+    monkeypatch.setattr("sglang_auf.speculative.budget.nnls", fails)
+    costs.observe(4, 9, 16, 1.0)
+    assert (costs.seconds(4, np.array([4, 9]), 16) == before).all()
+    assert "stays as it was" in caplog.text
+
+
 def test_a_step_that_was_held_up_is_no_new_truth() -> None:
     machine = MACHINES["small steps"]
     costs, chance = Costs(machine.verify, machine.draft), random.Random(0)

@@ -360,7 +360,8 @@ def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
     written: list[bool] = []
 
     class Trees:
-        context = SimpleNamespace(write=lambda: written.append(True))
+        def make_way(self) -> None:
+            written.append(True)
 
         def __call__(self, *given: Any) -> Any:
             return "trees", given
