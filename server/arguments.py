@@ -33,6 +33,9 @@ OWNED = {
     "api_key": "--api-key",
 }
 
+WITHOUT_KEY = ("/health", "/ready", "/metrics")
+"""Where SGLang asks for no API key; the path that the server is served under counts (sglang/srt/utils/auth.py)."""
+
 # Routes, totals and the gate live in one HTTP process on one machine.
 ONLY_ONE = ("tokenizer_worker_num", "nnodes")
 
@@ -80,6 +83,11 @@ def check_server_args(given: dict[str, Any]) -> None:
         _check_value(key, value, known[key])
         if key in ONLY_ONE and value != 1:
             raise ConfigError(f"server_args.{key} = {value}", "1, since this server is one HTTP process")
+        if key == "fastapi_root_path" and value.startswith(WITHOUT_KEY):
+            raise ConfigError(
+                f"server_args.{key} = {value!r}, under which SGLang would ask no request for its API key",
+                f"a path that does not begin with {', '.join(WITHOUT_KEY)}",
+            )
 
 
 def _check_value(key: str, value: object, annotation: Any) -> None:

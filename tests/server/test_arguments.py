@@ -90,6 +90,7 @@ def test_good_server_args_pass() -> None:
         ({"enable_metrics": "yes"}, "enable_metrics = 'yes'"),
         ({"schedule_policy": "random-walk"}, "schedule_policy = 'random-walk'"),
         ({"tokenizer_worker_num": 2}, "tokenizer_worker_num = 2"),
+        ({"fastapi_root_path": "/metrics-of/us"}, "API key"),
         ({"nnodes": 2}, "nnodes = 2"),
     ],
 )
