@@ -61,6 +61,14 @@ class SoakConfig(CommandConfig):
     )
     out: Path = Field(Path("runs/soak"), description="directory of soak.json, soak.md and the servers' logs")
 
+    @field_validator("swaps")
+    @classmethod
+    def _are_there(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        """Said at once, and not by the server after minutes of load."""
+        if missing := [str(drafter) for drafter in value if not drafter.is_dir()]:
+            raise ValueError(f"no directory: {', '.join(missing)}")
+        return value
+
     @field_validator("sample_s")
     @classmethod
     def _often_enough(cls, value: float, info: ValidationInfo) -> float:
@@ -95,7 +103,8 @@ class Swapped(StrictModel):
 class SoakReport(Measured, Report):
     """soak.json. asked: requests by kind. faults: how many of each kind. named: the first faults, in words.
 
-    recording: what the server says of its recording at the end; None where nothing was recorded.
+    swapped: the swaps that were not refused. recording: what the server says of its recording at the end; None where
+    nothing was recorded.
     """
 
     STEM: ClassVar[str] = "soak"
@@ -192,7 +201,8 @@ def measure_soak(config: SoakConfig) -> SoakReport:
         settings.append("management=true")
     if config.record:
         directory = config.out / "recording"
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(directory)
         settings.append(f"record.directory={directory.resolve()}")
     with serve(config.profile, plain=False, settings=settings, log_file=log_file) as server:
         return asyncio.run(_soak(server, known, config))

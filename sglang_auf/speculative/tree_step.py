@@ -243,12 +243,12 @@ class TreeStep:
         if on_publish is not None:
             on_publish(new_lengths)
 
-        features, places_of, written = output.hidden_states, positions, worker._draft_write_ids(plan)
-        if len(of_rows) > len(paths):  # something was drafted
+        committed_rows = [output.hidden_states, positions, worker._draft_write_ids(plan)]
+        if len(of_rows) > len(paths):  # there are nodes beside the anchors
             table[pool_rows, places] = slots.numpy()[forest.committed_first(paths)]
             kept = torch.tensor([row for path in paths for row in path])
-            features, places_of, written = features[kept], places_of[kept], written[kept]
-        self.context.add(batch.req_pool_indices, features, places_of, written)
+            committed_rows = [of_all[kept] for of_all in committed_rows]
+        self.context.add(batch.req_pool_indices, *committed_rows)
         output.hidden_states = None
         self._watch.lap("commit")
         result = GenerationBatchResult(

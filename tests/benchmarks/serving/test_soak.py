@@ -94,20 +94,30 @@ def test_swaps_and_what_was_recorded_are_shown() -> None:
     assert "Recorded: rows 17, error None." in text
 
 
-def test_swaps_come_at_even_distances_and_a_refused_one_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_that_is_not_there_is_refused_before_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"no directory: .*gone"):
+        SoakConfig(swap=(tmp_path, tmp_path / "gone"))  # type: ignore[call-arg]
+
+
+def test_swaps_come_at_even_distances_and_a_refused_one_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
+    drafters = tuple(tmp_path / name for name in "abc")
+    for drafter in drafters:
+        drafter.mkdir()
 
     def answers(base_url: str, path: str, body: dict[str, Any], timeout_s: float) -> Any:
         asked.append(body["path"])
-        if "b" in Path(body["path"]).name:
+        if Path(body["path"]).name == "b":
             raise ServerError("status 409: busy", "another", "wait")
         return {"generation": len(asked)}
 
     monkeypatch.setattr("benchmarks.serving.soak.call", answers)
-    config, tally = SoakConfig(minutes=0.01, sample_s=0.01, swap=("a", "b", "c")), Tally()  # type: ignore[arg-type]
+    config, tally = SoakConfig(minutes=0.01, sample_s=0.01, swap=drafters), Tally()  # type: ignore[call-arg]
     began = time.monotonic()
     swapped = asyncio.run(_swap_in_turn(SimpleNamespace(base_url=""), tally, began, config))  # type: ignore[arg-type]
-    assert asked == [str(Path(name).resolve()) for name in "abc"]
+    assert asked == [str(drafter.resolve()) for drafter in drafters]
     assert [one.generation for one in swapped] == [1, 3]
     assert [one.seconds >= at for one, at in zip(swapped, (0.15, 0.45), strict=True)] == [True, True]
     assert dict(tally.faults) == {"swaps refused": 1}
