@@ -57,7 +57,7 @@ class Answers(Settings):
 
 
 class Arm(Settings):
-    """One training configuration. answers: a key of Study.answers.
+    """One training configuration. answers: a key of Study.answers. budgets: those it is trained for; None: all.
 
     set: key=value, changes of the study's recipe, such as objective.name=vat; with objective.earlier another objective
     comes first: ["objective.name=auf", "objective.earlier=[{name: decay, until: 0.25}]"].
@@ -65,6 +65,7 @@ class Arm(Settings):
 
     set: tuple[str, ...] = ()
     answers: str | None = None
+    budgets: tuple[int, ...] | None = None
 
 
 class MeasuredPrompts(Settings):
@@ -116,8 +117,9 @@ class Study(Settings):
     profile, server_set: server profile of the target, and its changes. target: the same model, for the trainer. recipe,
     set: training recipe of all arms, and its changes. cache_features: compute the target's features of the answers once
     for all arms. seeds: every arm is trained with each. budgets: every arm is also trained for each of these numbers of
-    steps, with further changes of the recipe, such as {300: [evaluate_every=50], 2400: []}. Each is a run of its own:
-    the learning rate and curricula follow the share of training done, so that no run is the beginning of a longer one.
+    steps, with further changes of the recipe, such as {300: [evaluate_every=50], 2400: []}. A claim is tested at each
+    budget that has both of its arms. Each training is a run of its own: the learning rate and curricula follow the
+    share of training done, so that no run is the beginning of a longer one.
     """
 
     title: str
@@ -148,6 +150,11 @@ class Study(Settings):
             for name in (claim.arm, claim.against)
             if name not in self.arms
         ]
+        for name, arm in self.arms.items():
+            faults += [f"arm {name}: no budget {steps}" for steps in arm.budgets or () if steps not in self.budgets]
+        for steps in self.budgets:
+            if len(self._arms_of(steps)) < 2:
+                faults.append(f"budget {steps}: fewer than two arms")
         if self.served is not None:
             faults += [f"served: no arm {name!r}" for name in self.served.arms or () if name not in self.arms]
             faults += [f"served: no seed {seed}" for seed in self.served.seeds or () if seed not in self.seeds]
@@ -180,13 +187,20 @@ class Study(Settings):
         """A study of one budget for each budget; the study itself where it has none."""
         return {steps: self._of(steps) for steps in self.budgets} or {None: self}
 
+    def _arms_of(self, steps: int) -> dict[str, Arm]:
+        return {name: arm for name, arm in self.arms.items() if arm.budgets is None or steps in arm.budgets}
+
     def _of(self, steps: int) -> Study:
+        arms = self._arms_of(steps)
         served = self.served
         if served is not None:
             of_this = served.budgets is None or steps in served.budgets
-            served = served.model_copy(update={"budgets": None}) if of_this else None
+            its = None if served.arms is None else tuple(arm for arm in served.arms if arm in arms)
+            served = served.model_copy(update={"budgets": None, "arms": its}) if of_this else None
         changes = (*self.set, "schedule.epochs=null", f"schedule.max_steps={steps}", *self.budgets[steps])
-        return self.model_copy(update={"set": changes, "budgets": {}, "served": served})
+        claims = tuple(claim for claim in self.claims if claim.arm in arms and claim.against in arms)
+        update = {"set": changes, "budgets": {}, "arms": arms, "served": served, "claims": claims}
+        return self.model_copy(update=update)
 
     def answers_of(self, arm: str) -> str:
         """Name of the answers that an arm is trained on: its own, or the first of the study."""

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -72,39 +73,58 @@ class Finding:
 
 
 def read_results(records: Path, walk_only: bool = False) -> dict[Budget, Results]:
-    """The results of each budget that is done. walk_only: without what was served.
+    """The results of each budget, of those seeds that are done for all of its arms. walk_only: without what was served.
 
-    Raises ConfigError where there is no study, where nothing is done yet, or where its arms do not compare.
+    Raises ConfigError where there is no study, where no seed is done yet, or where its arms do not compare.
     """
     found: dict[Budget, Results] = {}
-    missing: FileNotFoundError | None = None
+    missing: list[Path] = []
     for budget, study in load_study(records / STUDY).parts.items():
-        try:
-            found[budget] = _read(records, budget, study, walk_only)
-        except FileNotFoundError as error:
-            missing = error
-            if budget is not None:
-                logger.warning("no %s: the budget of %d steps is not done yet", error.filename, budget)
+        lacking = {seed: _missing(records, budget, study, seed, walk_only) for seed in study.seeds}
+        done = tuple(seed for seed, file in lacking.items() if file is None)
+        for seed, file in lacking.items():
+            if file is not None:
+                missing.append(file)
+                of_budget_text = "" if budget is None else f" with {budget:,} steps"
+                logger.warning("no %s: seed %d%s is not done yet, and left out", file, seed, of_budget_text)
+        if done:
+            found[budget] = _read(records, budget, study.model_copy(update={"seeds": done}), walk_only)
     if not found:
-        assert missing is not None
         raise ConfigError(
-            f"no {missing.filename}: the study is not done yet", "the records of every arm", "run it to its end"
-        ) from missing
+            f"no {missing[0]}: the study is not done yet", "the records of every arm with one seed", "run it to its end"
+        )
     for results in found.values():
         _require_comparable(results)
     return found
 
 
+def _missing(records: Path, budget: Budget, study: Study, seed: int, walk_only: bool) -> Path | None:
+    """The first record that a seed of a budget lacks."""
+    own = of_budget(records, budget)
+    files = [records / PLAIN]
+    for arm in study.arms:
+        files.append(own / training_name(arm, seed))
+        files += [own / walked_name(arm, seed, nodes) for nodes in study.walked_figures.values()]
+    files += [own / _served_file(*run) for run in _served(study, walk_only) if run[1] == seed]
+    return next((file for file in files if not file.is_file()), None)
+
+
+def _served(study: Study, walk_only: bool) -> list[tuple[str, int, float]]:
+    """(arm, seed, temperature) of the served drafters that are read."""
+    served = study.served
+    if served is None or walk_only:
+        return []
+    seeds = [seed for seed in served.seeds or study.seeds if seed in study.seeds]
+    return list(product(served.arms or tuple(study.arms), seeds, served.temperatures))
+
+
+def _served_file(arm: str, seed: int, temperature: float) -> str:
+    return f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
+
+
 def _read(records: Path, budget: Budget, study: Study, walk_only: bool) -> Results:
     own = of_budget(records, budget)
     runs = [(arm, seed) for arm in study.arms for seed in study.seeds]
-    served = {}
-    if study.served is not None and not walk_only:
-        for arm in study.served.arms or tuple(study.arms):
-            for seed in study.served.seeds or study.seeds:
-                for temperature in study.served.temperatures:
-                    name = f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
-                    served[arm, seed, temperature] = read_kept(own / name)
     return Results(
         study=study,
         walked={
@@ -112,7 +132,7 @@ def _read(records: Path, budget: Budget, study: Study, walk_only: bool) -> Resul
             for figure, nodes in study.walked_figures.items()
         },
         training={run: read_training(own / training_name(*run)) for run in runs},
-        served=served,
+        served={run: read_kept(own / _served_file(*run)) for run in _served(study, walk_only)},
         plain=json.loads((records / PLAIN).read_text(encoding="utf-8")),
     )
 

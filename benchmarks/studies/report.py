@@ -218,15 +218,15 @@ def _sets_table(results: Results) -> Table:
 
 
 def _verdicts_table(by_budget: Mapping[Budget, Results]) -> Table:
-    by_claim = zip(*(findings(results) for results in by_budget.values()), strict=True)
     rows = [["claim", *(f"{budget:,} steps" for budget in by_budget)]]
-    for found in by_claim:
-        digits, cells = _digits(found[0].claim), []
-        for each in found:
-            over_seeds = interval_text(each.over_seeds, digits, of_difference=True)
-            cells.append(f"{each.verdict}: {each.difference:+.{digits}f} {over_seeds}")
-        rows.append([f"({found[0].claim.id}) {found[0].claim.text}", *cells])
-    return rows
+    by_claim: dict[str, list[str]] = {}
+    for column, results in enumerate(by_budget.values()):
+        for finding in findings(results):
+            claim, digits = finding.claim, _digits(finding.claim)
+            cells = by_claim.setdefault(f"({claim.id}) {claim.text}", ["-"] * len(by_budget))
+            over_seeds = interval_text(finding.over_seeds, digits, of_difference=True)
+            cells[column] = f"{finding.verdict}: {finding.difference:+.{digits}f} {over_seeds}"
+    return rows + [[claim, *cells] for claim, cells in by_claim.items()]
 
 
 def _curves(by_budget: Mapping[Budget, Results]) -> dict[str, dict[int, list[tuple[int, float]]]]:
@@ -294,9 +294,9 @@ def _origin_table(by_budget: Mapping[Budget, Results]) -> Table:
         ),
         *(
             [f"arm {name}", ", ".join([*arm.set, f"answers {study.answers_of(name)}"])]
-            for name, arm in study.arms.items()
+            for name, arm in {name: arm for each in by_budget.values() for name, arm in each.study.arms.items()}.items()
         ),
-        ["seeds", ", ".join(map(str, study.seeds))],
+        ["seeds", "; ".join(", ".join(map(str, each.study.seeds)) for each in by_budget.values())],
         ["data", f"{data['train']} conversations and {data['held_out']} held out, {data['answer_tokens']:,} tokens"],
         ["steps", ", ".join(str(next(iter(each.training.values()))["run"]["steps"]) for each in by_budget.values())],
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],

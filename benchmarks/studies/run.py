@@ -19,8 +19,10 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,30 +113,35 @@ def run_study(config: StudyConfig) -> None:
             load_recipe(part.recipe, [*part.set, *arm.set])
     require_same(config.study, places.records)
     _target_part(study, places)
-    walker: Walker | None = None
+    walks = Walks(study, places)
     for budget, part in study.parts.items():
         of_part = replace(places, budget=budget)
         of_part.kept.mkdir(exist_ok=True)
-        _train_all(part, of_part, config.jobs)
-        walker = _walk_all(part, of_part, walker)
+        _train_all(part, of_part, config.jobs, partial(walks.walk, of_part))
         if not config.walk_only:
             _served_part(part, of_part)
 
 
-def _walk_all(study: Study, places: Places, walker: Walker | None) -> Walker | None:
-    """walker: one that has the answers' features already, if there is one. Returns the one that was used."""
-    for seed in study.seeds:
-        for arm in study.arms:
-            files = [places.kept / walked_name(arm, seed, nodes) for nodes in study.walked_figures.values()]
-            if all(file.is_file() for file in files):
-                continue
-            if walker is None:
-                answers = latest(read_records(places.plain / RECORDS))
-                walker = Walker(study.target, answers, study.measured.trees)
-            for file, walked in zip(files, walker.walk(places.drafter(arm, seed)), strict=True):
+class Walks:
+    """Walks over the measured answers, one drafter at a time. Features are computed once, when first needed."""
+
+    def __init__(self, study: Study, places: Places) -> None:
+        self._study, self._plain = study, places.plain
+        self._lock = threading.Lock()
+        self._walker: Walker | None = None
+
+    def walk(self, places: Places, arm: str, seed: int) -> None:
+        """Walk a drafter and keep the records, unless they are there already."""
+        files = [places.kept / walked_name(arm, seed, nodes) for nodes in self._study.walked_figures.values()]
+        if all(file.is_file() for file in files):
+            return
+        with self._lock:
+            if self._walker is None:
+                answers = latest(read_records(self._plain / RECORDS))
+                self._walker = Walker(self._study.target, answers, self._study.measured.trees)
+            for file, walked in zip(files, self._walker.walk(places.drafter(arm, seed)), strict=True):
                 keep(file, walked)
-            logger.info("walked %s, seed %d", arm, seed)
-    return walker
+        logger.info("walked %s, seed %d", arm, seed)
 
 
 # --- the target's part ---
@@ -185,8 +192,12 @@ def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
 # --- drafters ---
 
 
-def _train_all(study: Study, places: Places, jobs: int) -> None:
-    """Train `jobs` arms at a time, each with its share of the cores. On a CPU that is faster than one at a time."""
+def _train_all(study: Study, places: Places, jobs: int, walk: Callable[[str, int], None]) -> None:
+    """Train `jobs` arms at a time, each with its share of the cores. On a CPU that is faster than one at a time.
+
+    walk: called with arm and seed of each drafter when it is trained, so that a study that is stopped has figures of
+    what it has done.
+    """
     for name in sorted({study.answers_of(arm) for arm in study.arms}) if study.cache_features else ():
         _cached_features(study, places, name)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
@@ -196,6 +207,7 @@ def _train_all(study: Study, places: Places, jobs: int) -> None:
         try:
             if not stopped.is_set():
                 _train(study, places, arm, seed, threads)
+                walk(arm, seed)
         except BaseException:
             stopped.set()  # trainings that run are waited for; no other training begins
             raise

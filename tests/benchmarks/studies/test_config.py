@@ -46,6 +46,8 @@ def test_an_arm_without_answers_of_its_own_has_the_first_ones(tmp_path: Path) ->
         ({"served": {"seeds": [3]}}, "no seed 3"),
         ({"served": {"budgets": [300]}}, "no budget 300"),
         ({"budgets": {0: []}}, "budgets"),
+        ({"arms": {"decay": {}, "auf": {"budgets": [30]}}}, "arm auf: no budget 30"),
+        ({"budgets": {30: [], 60: []}, "arms": {"decay": {}, "auf": {"budgets": [60]}}}, "budget 30: fewer than two"),
         ({"measured": {"trees": [0]}}, "trees"),
         (
             {"claims": [{"id": "a", "text": "", "arm": "auf", "against": "decay", "figure": "tau_tree_8"}]},
@@ -91,6 +93,21 @@ def test_a_budget_is_a_study_with_changes_of_its_own(tmp_path: Path) -> None:
     assert long.parts == {None: long}
     without = load_study(written(tmp_path))
     assert without.parts == {None: without}
+
+
+def test_an_arm_of_some_budgets_is_left_out_of_the_others(tmp_path: Path) -> None:
+    arms = {"decay": {}, "auf": {}, "vat": {"budgets": [60]}}
+    claims = [
+        {"id": "a", "text": "a", "arm": "auf", "against": "decay"},
+        {"id": "v", "text": "v", "arm": "vat", "against": "auf"},
+    ]
+    changes = {"budgets": {30: [], 60: []}, "served": {"arms": ["auf", "vat"]}}
+    study = load_study(written(tmp_path, arms=arms, claims=claims, **changes))
+    short, long = study.parts.values()
+    assert (list(short.arms), list(long.arms)) == (["decay", "auf"], ["decay", "auf", "vat"])
+    assert ([claim.id for claim in short.claims], [claim.id for claim in long.claims]) == (["a"], ["a", "v"])
+    assert short.served is not None and long.served is not None
+    assert (short.served.arms, long.served.arms) == (("auf",), ("auf", "vat"))
 
 
 def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +151,18 @@ def test_a_claim_may_be_about_trees() -> None:
     assert finding.difference == 0, "which the chain's is not"
 
 
-def write(records: Path, study: dict[str, Any], budgets: Sequence[int]) -> None:
-    """Records of a study of two arms and one seed, done for these budgets."""
+def write(records: Path, study: dict[str, Any], budgets: Sequence[int], seeds: Sequence[int] = (1,)) -> None:
+    """Records of a study of two arms, done for these budgets and seeds."""
     records.mkdir()
     (records / STUDY).write_text(yaml.safe_dump(study))
     (records / PLAIN).write_text("{}")
     for budget in budgets:
         (records / str(budget)).mkdir()
-        for arm in ("decay", "auf"):
+        for arm, seed in product(("decay", "auf"), seeds):
             run = {"target": {"name": "t"}, "data": {"sha256": "d"}}
-            write_gz(records / str(budget) / training_name(arm, 1), json.dumps({"run": run, "budget": budget}))
+            write_gz(records / str(budget) / training_name(arm, seed), json.dumps({"run": run, "budget": budget}))
             for nodes in (None, 8):
-                keep(records / str(budget) / walked_name(arm, 1, nodes), answers(nodes or 3, seed=budget))
+                keep(records / str(budget) / walked_name(arm, seed, nodes), answers(nodes or 3, seed=budget))
 
 
 def test_budgets_that_are_done_are_read_and_the_others_are_named(
@@ -179,7 +180,7 @@ def test_budgets_that_are_done_are_read_and_the_others_are_named(
     write(tmp_path / "half", study, [30])
     (budget,) = read_results(tmp_path / "half", walk_only=True)
     assert budget == 30
-    assert "the budget of 60 steps is not done yet" in caplog.text
+    assert "seed 1 with 60 steps is not done yet" in caplog.text
     with pytest.raises(ConfigError, match="served-auf-1-T0"):
         read_results(tmp_path / "half")
 
@@ -188,3 +189,26 @@ def test_budgets_that_are_done_are_read_and_the_others_are_named(
     assert (short.training["auf", 1]["budget"], long.training["auf", 1]["budget"]) == (30, 60)
     assert [len(long.answers(("auf", 1), figure)) for figure in ("tau", "tau_tree_8")] == [3, 8]
     assert long.answers(("auf", 1)) != short.answers(("auf", 1))
+
+
+def test_a_seed_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1, 2, 3]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}}},
+        **{"budgets": {30: []}, "measured": {"trees": [8]}, "served": {"arms": ["auf"], "seeds": [2, 3]}},
+    }
+    records = tmp_path / "records"
+    write(records, study, [30], seeds=[1, 2, 3])
+    (records / "30" / walked_name("auf", 2, 8)).unlink()
+    (results,) = read_results(records, walk_only=True).values()
+    assert set(results.training) == {(arm, seed) for arm in ("decay", "auf") for seed in (1, 3)}
+    assert set(results.walked["tau_tree_8"]) == set(results.training)
+    assert "walked-auf-2-tree-8.jsonl.gz: seed 2 with 30 steps is not done yet" in caplog.text
+
+    (results,) = read_results(records).values()
+    assert {seed for _, seed in results.training} == {1}, "seed 3 was to be served"
+    assert not results.served
+    keep(records / "30" / "served-auf-3-T0.jsonl.gz", answers(3, seed=30))
+    (results,) = read_results(records).values()
+    assert {seed for _, seed in results.training} == {1, 3}
+    assert set(results.served) == {("auf", 3, 0.0)}

@@ -44,6 +44,17 @@ def test_budgets_have_a_table_of_verdicts_and_a_curve(tmp_path: Path) -> None:
     assert report.summary.count("(a) higher tau") == 2
 
 
+def test_a_claim_that_a_budget_cannot_test_has_no_verdict_there(tmp_path: Path) -> None:
+    short, long = results(0.0, EQUAL), results(0.15, EQUAL)
+    short.study.__dict__["claims"] = short.study.claims[:1]  # as config.Study.parts leaves one out
+    study_report({300: short, 2400: long}).write(tmp_path)
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    first, second = long.study.claims
+    rows = {row.split(" | ")[0][2:]: row for row in text.split("## ")[1].splitlines() if row.startswith("| (")}
+    assert list(rows) == [f"({claim.id}) {claim.text}" for claim in (first, second)]
+    assert " | - | " in rows[f"({second.id}) {second.text}"] and " | - | " not in rows[f"({first.id}) {first.text}"]
+
+
 def test_the_taus_of_trees_and_sets_are_those_of_their_records(tmp_path: Path) -> None:
     made = results(0.15, EQUAL, measured={"trees": [8], "sets": ["letters.jsonl"]})
     made.walked["tau_tree_8"] = {run: made.walked["tau"]["decay", 1] for run in made.training}

@@ -18,6 +18,10 @@ from sglang_auf.errors import ConfigError, TrainingError
 STUDY = Path(__file__).parents[3] / "benchmarks" / "studies" / "smoke.yaml"
 
 
+def no_walk(arm: str, seed: int) -> None:
+    pass
+
+
 @pytest.fixture
 def study() -> Study:
     """decay and auf, seeds 1 and 2."""
@@ -32,14 +36,16 @@ def test_every_arm_and_seed_is_trained_once_with_its_share_of_the_cores(
     monkeypatch.setattr(
         study_module, "_train", lambda study, places, arm, seed, threads: done.append((arm, seed, threads))
     )
-    _train_all(study, Places(tmp_path), jobs)
+    walked: list[tuple[str, int]] = []
+    _train_all(study, Places(tmp_path), jobs, lambda arm, seed: walked.append((arm, seed)))
     assert sorted(done) == sorted((arm, seed, threads) for arm in ("decay", "auf") for seed in (1, 2))
+    assert sorted(walked) == sorted((arm, seed) for arm in ("decay", "auf") for seed in (1, 2))
 
 
 def test_jobs_run_beside_each_other(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=30)  # breaks where one waits for the other to end
     monkeypatch.setattr(study_module, "_train", lambda *arguments: both.wait())
-    _train_all(study, Places(tmp_path), 2)
+    _train_all(study, Places(tmp_path), 2, no_walk)
 
 
 @pytest.mark.parametrize("failure", [TrainingError("a", "b", "c"), KeyboardInterrupt()])
@@ -60,7 +66,7 @@ def test_after_a_failure_what_runs_is_waited_for_and_nothing_begins(
 
     monkeypatch.setattr(study_module, "_train", train)
     with pytest.raises(type(failure)):
-        _train_all(study, Places(tmp_path), 2)
+        _train_all(study, Places(tmp_path), 2, no_walk)
     assert ("auf", 2) not in begun
     assert len(ended) == len(begun) - 1 <= 1
 
