@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.config import CommandConfig, Counts
+from sglang_auf.errors import ConfigError
 from sglang_auf.settings import Settings, checked, read_yaml
 
 Budget: TypeAlias = int | None
@@ -26,6 +28,11 @@ class StudyConfig(CommandConfig):
         None, description="read <task>.jsonl of the measured tasks, and files the study names, from here"
     )
     out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
+    seeds: Counts = Field((), description="only these of the study's seeds; another machine may do the others")
+    budgets: Counts = Field((), description="only these of the study's budgets")
+    join: tuple[Path, ...] = Field(
+        (), description="an OUT of the same study with other seeds, of another machine, to report with; may be repeated"
+    )
     jobs: int = Field(1, ge=1, description="trainings at a time, sharing the cores of one CPU")
     settings: tuple[str, ...] = Field(
         (), alias="set", description="key=value for the servers, over the study's server_set; may be repeated"
@@ -187,16 +194,32 @@ class Study(Settings):
         """A study of one budget for each budget; the study itself where it has none."""
         return {steps: self._of(steps) for steps in self.budgets} or {None: self}
 
+    @property
+    def served_runs(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The arms and the seeds that are served."""
+        if self.served is None:
+            return (), ()
+        arms, seeds = self.served.arms, self.served.seeds
+        return (
+            tuple(arm for arm in self.arms if arms is None or arm in arms),
+            tuple(seed for seed in self.seeds if seeds is None or seed in seeds),
+        )
+
+    def only(self, seeds: Sequence[int] = (), budgets: Sequence[int] = ()) -> Study:
+        """The study with some of its seeds and budgets, or all. Raises ConfigError for one that it does not have."""
+        for name, wanted, known in (("seed", seeds, self.seeds), ("budget", budgets, self.budgets)):
+            if others := [each for each in wanted if each not in known]:
+                raise ConfigError(f"{name} {others[0]}", f"one of the study's: {', '.join(map(str, known)) or 'none'}")
+        chosen = {steps: changes for steps, changes in self.budgets.items() if not budgets or steps in budgets}
+        return self.model_copy(update={"seeds": tuple(seeds) or self.seeds, "budgets": chosen})
+
     def _arms_of(self, steps: int) -> dict[str, Arm]:
         return {name: arm for name, arm in self.arms.items() if arm.budgets is None or steps in arm.budgets}
 
     def _of(self, steps: int) -> Study:
-        arms = self._arms_of(steps)
-        served = self.served
-        if served is not None:
-            of_this = served.budgets is None or steps in served.budgets
-            its = None if served.arms is None else tuple(arm for arm in served.arms if arm in arms)
-            served = served.model_copy(update={"budgets": None, "arms": its}) if of_this else None
+        arms, served = self._arms_of(steps), self.served
+        if served is not None and served.budgets is not None and steps not in served.budgets:
+            served = None
         changes = (*self.set, "schedule.epochs=null", f"schedule.max_steps={steps}", *self.budgets[steps])
         claims = tuple(claim for claim in self.claims if claim.arm in arms and claim.against in arms)
         update = {"set": changes, "budgets": {}, "arms": arms, "served": served, "claims": claims}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -42,14 +42,14 @@ class Results:
     """All records of a study with one budget.
 
     walked: figure (Study.walked_figures) -> arm and seed -> records. served: (arm, seed, temperature) -> records.
-    plain: origin of the plain answers.
+    plain: seed -> origin of the plain answers that its drafters walked over, which are others on another machine.
     """
 
     study: Study
     walked: dict[str, dict[ArmSeed, list[Record]]]
     training: dict[ArmSeed, dict[str, Any]]
     served: dict[tuple[str, int, float], list[Record]]
-    plain: dict[str, Any]
+    plain: dict[int, dict[str, Any]]
 
     def answers(self, run: ArmSeed, figure: str = "tau", of: str | None = None) -> list[Record]:
         """Walked answers of one of the study's sets of other kinds, or with None, of its tasks."""
@@ -72,23 +72,31 @@ class Finding:
     verdict: Verdict
 
 
-def read_results(records: Path, walk_only: bool = False) -> dict[Budget, Results]:
+def read_results(records: Path, walk_only: bool = False, others: Sequence[Path] = ()) -> dict[Budget, Results]:
     """The results of each budget, of those seeds that are done for all of its arms. walk_only: without what was served.
 
-    Raises ConfigError where there is no study, where no seed is done yet, or where its arms do not compare.
+    others: records of the same study with other seeds, of other machines. Raises ConfigError where there is no study,
+    where one is another study, where no seed is done yet, or where the arms of a seed do not compare.
     """
+    whole = load_study(records / STUDY)
+    for other in others:
+        if load_study(other / STUDY) != whole:
+            raise ConfigError(f"{other} are records of another study", f"records of the same study as {records}")
     found: dict[Budget, Results] = {}
     missing: list[Path] = []
-    for budget, study in load_study(records / STUDY).parts.items():
-        lacking = {seed: _missing(records, budget, study, seed, walk_only) for seed in study.seeds}
-        done = tuple(seed for seed, file in lacking.items() if file is None)
-        for seed, file in lacking.items():
-            if file is not None:
-                missing.append(file)
-                of_budget_text = "" if budget is None else f" with {budget:,} steps"
-                logger.warning("no %s: seed %d%s is not done yet, and left out", file, seed, of_budget_text)
-        if done:
-            found[budget] = _read(records, budget, study.model_copy(update={"seeds": done}), walk_only)
+    for budget, study in whole.parts.items():
+        places: dict[int, Path] = {}
+        for seed in study.seeds:
+            lacking = {place: _missing(place, budget, study, seed, walk_only) for place in (records, *others)}
+            done = [place for place, file in lacking.items() if file is None]
+            if done:
+                places[seed] = done[0]
+                continue
+            missing += [file for file in lacking.values() if file is not None][:1]
+            of_steps = "" if budget is None else f" with {budget:,} steps"
+            logger.warning("no %s: seed %d%s is not done yet, and left out", missing[-1], seed, of_steps)
+        if places:
+            found[budget] = _read(places, budget, study.only(tuple(places)), walk_only)
     if not found:
         raise ConfigError(
             f"no {missing[0]}: the study is not done yet", "the records of every arm with one seed", "run it to its end"
@@ -105,48 +113,47 @@ def _missing(records: Path, budget: Budget, study: Study, seed: int, walk_only: 
     for arm in study.arms:
         files.append(own / training_name(arm, seed))
         files += [own / walked_name(arm, seed, nodes) for nodes in study.walked_figures.values()]
-    files += [own / _served_file(*run) for run in _served(study, walk_only) if run[1] == seed]
+    files += [own / _served_file(run) for run in _served(study, walk_only) if run[1] == seed]
     return next((file for file in files if not file.is_file()), None)
 
 
 def _served(study: Study, walk_only: bool) -> list[tuple[str, int, float]]:
     """(arm, seed, temperature) of the served drafters that are read."""
     served = study.served
-    if served is None or walk_only:
-        return []
-    seeds = [seed for seed in served.seeds or study.seeds if seed in study.seeds]
-    return list(product(served.arms or tuple(study.arms), seeds, served.temperatures))
+    return [] if served is None or walk_only else list(product(*study.served_runs, served.temperatures))
 
 
-def _served_file(arm: str, seed: int, temperature: float) -> str:
-    return f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
+def _served_file(run: tuple[str, int, float]) -> str:
+    return f"served-{served_name(*run)}.jsonl.gz"
 
 
-def _read(records: Path, budget: Budget, study: Study, walk_only: bool) -> Results:
-    own = of_budget(records, budget)
+def _read(places: Mapping[int, Path], budget: Budget, study: Study, walk_only: bool) -> Results:
+    """places: seed -> directory of its records."""
+    own = {seed: of_budget(place, budget) for seed, place in places.items()}
     runs = [(arm, seed) for arm in study.arms for seed in study.seeds]
     return Results(
         study=study,
         walked={
-            figure: {run: read_kept(own / walked_name(*run, nodes)) for run in runs}
+            figure: {run: read_kept(own[run[1]] / walked_name(*run, nodes)) for run in runs}
             for figure, nodes in study.walked_figures.items()
         },
-        training={run: read_training(own / training_name(*run)) for run in runs},
-        served={run: read_kept(own / _served_file(*run)) for run in _served(study, walk_only)},
-        plain=json.loads((records / PLAIN).read_text(encoding="utf-8")),
+        training={run: read_training(own[run[1]] / training_name(*run)) for run in runs},
+        served={run: read_kept(own[run[1]] / _served_file(run)) for run in _served(study, walk_only)},
+        plain={seed: json.loads((place / PLAIN).read_text(encoding="utf-8")) for seed, place in places.items()},
     )
 
 
 def _require_comparable(results: Results) -> None:
-    """All arms must have the same target, and those with the same answers the same data."""
+    """All arms must have the same target, and those with the same answers and the same seed the same data."""
     study = results.study
     for arm, seed in results.training:
         first = next(other for other in study.arms if study.answers_of(other) == study.answers_of(arm))
-        mine, its = results.training[arm, seed]["run"], results.training[first, study.seeds[0]]["run"]
+        mine, its = results.training[arm, seed]["run"], results.training[first, seed]["run"]
+        any_run = results.training[first, study.seeds[0]]["run"]
         different = [
             name
             for name, ours, theirs in (
-                ("target", mine["target"], its["target"]),
+                ("target", mine["target"], any_run["target"]),
                 ("data", mine["data"]["sha256"], its["data"]["sha256"]),
             )
             if ours != theirs

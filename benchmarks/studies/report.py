@@ -32,7 +32,8 @@ def measure_study(config: StudyConfig) -> StudyReport:
         from benchmarks.studies.run import run_study  # imports torch
 
         run_study(config)
-    return study_report(read_results(config.out / "records", config.walk_only))
+    others = [other / "records" for other in config.join]
+    return study_report(read_results(config.out / "records", config.walk_only, others))
 
 
 def study_report(by_budget: Mapping[Budget, Results]) -> StudyReport:
@@ -138,7 +139,8 @@ SERVED_TEXT = (
 
 
 def _tau_text(results: Results) -> str:
-    tasks = [task for name, task in results.plain["tasks"].items() if name not in results.study.sets]
+    origin = next(iter(results.plain.values()))
+    tasks = [task for name, task in origin["tasks"].items() if name not in results.study.sets]
     prompts, limit = sum(task["prompts"] for task in tasks), results.study.measured.max_tokens
     return (
         f"Walked over plain decoding's greedy answers to {prompts} prompts of {len(tasks)} tasks, of up to {limit} "
@@ -260,7 +262,8 @@ def _training_table(results: Results) -> Table:
 
 def _served_table(results: Results) -> Table:
     rows = [["drafter", "temperature", "requests", "served tau", "walked tau", "served / walked", "same steps"]]
-    for (arm, seed, temperature), records in results.served.items():
+    for (arm, seed, temperature), asked in results.served.items():
+        records = [record for record in asked if record.task not in results.study.sets]
         served = macro(summarize_tasks(records).values()).tau
         row = [f"{arm}, seed {seed}", f"{temperature:g}", str(len(records)), number(served, 3)]
         if temperature == 0:
@@ -277,33 +280,58 @@ def _served_table(results: Results) -> Table:
 
 
 def _origin_table(by_budget: Mapping[Budget, Results]) -> Table:
-    results = next(iter(by_budget.values()))
-    study = results.study
-    (first, *_), server, session = results.training.values(), results.plain["server"], results.plain["sessions"][-1]
-    start, machine = first["run"]["starts"][-1], session["machine"]
-    versions = {**session["versions"], **start["versions"]}
-    trainings = [run for each in by_budget.values() for run in each.training.values()]
-    revisions = {str(run["run"]["starts"][-1].get("git_revision")) for run in trainings}
-    data = first["run"]["data"]
-    return [
+    everything = list(by_budget.values())
+    study = everything[0].study
+    arms = {name: arm for each in everything for name, arm in each.study.arms.items()}
+    target = next(iter(everything[0].plain.values()))["server"]
+    rows = [
         ["what", "how"],
-        ["target", f"{server['model']} ({server['device']}, {server['dtype']})"],
+        ["target", f"{target['model']} ({target['device']}, {target['dtype']})"],
         *(
             ["recipe", f"{each.study.recipe}, with {', '.join(each.study.set) or 'nothing changed'}"]
-            for each in by_budget.values()
+            for each in everything
         ),
-        *(
-            [f"arm {name}", ", ".join([*arm.set, f"answers {study.answers_of(name)}"])]
-            for name, arm in {name: arm for each in by_budget.values() for name, arm in each.study.arms.items()}.items()
-        ),
-        ["seeds", "; ".join(", ".join(map(str, each.study.seeds)) for each in by_budget.values())],
-        ["data", f"{data['train']} conversations and {data['held_out']} held out, {data['answer_tokens']:,} tokens"],
-        ["steps", ", ".join(str(next(iter(each.training.values()))["run"]["steps"]) for each in by_budget.values())],
-        ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],
-        ["revisions", ", ".join(sorted(revisions))],
-        ["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)],
-        ["command", "python -m benchmarks study STUDY --out DIR (the report alone: --report-only)"],
+        *([f"arm {name}", ", ".join([*arm.set, f"answers {study.answers_of(name)}"])] for name, arm in arms.items()),
+        *(["steps and seeds", _steps_and_seeds(each)] for each in everything),
     ]
+    for name, of_run in ORIGINS.items():
+        told: dict[str, list[str]] = defaultdict(list)
+        for budget, results in by_budget.items():
+            for (_, seed), training in results.training.items():
+                run = f"seed {seed}" if budget is None else f"{budget:,} steps with seed {seed}"
+                told[of_run(training["run"], results.plain[seed])].append(run)
+        for text, runs in told.items():
+            rows.append([name, text if len(told) == 1 else f"{text}: {', '.join(dict.fromkeys(runs))}"])
+    rows.append(["command", "python -m benchmarks study STUDY --out DIR (the report alone: --report-only)"])
+    return rows
+
+
+def _steps_and_seeds(results: Results) -> str:
+    steps = next(iter(results.training.values()))["run"]["steps"]
+    return f"{steps:,} steps, seeds {', '.join(map(str, results.study.seeds))}"
+
+
+def _data(run: dict[str, Any], plain: dict[str, Any]) -> str:
+    data = run["data"]
+    return f"{data['train']} conversations and {data['held_out']} held out, {data['answer_tokens']:,} tokens"
+
+
+def _machine(run: dict[str, Any], plain: dict[str, Any]) -> str:
+    machine = plain["sessions"][-1]["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+
+
+def _revision(run: dict[str, Any], plain: dict[str, Any]) -> str:
+    return str(run["starts"][-1].get("git_revision"))
+
+
+def _versions(run: dict[str, Any], plain: dict[str, Any]) -> str:
+    versions = {**plain["sessions"][-1]["versions"], **run["starts"][-1]["versions"]}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+ORIGINS = {"data": _data, "machine": _machine, "revision": _revision, "versions": _versions}
+"""What may differ between the parts of a study: name -> how a training and its plain answers tell it."""
 
 
 def _spread(values: Sequence[float | None], digits: int = 2) -> str:

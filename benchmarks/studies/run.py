@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def run_study(config: StudyConfig) -> None:
     Raises ConfigError for an arm whose recipe is refused, and where config.out belongs to another study.
     """
     study = load_study(config.study)
+    study.only(config.seeds, config.budgets)
     places = Places(config.out, config.data_dir, settings=config.settings)
     for part in study.parts.values():  # before hours are spent on the arms in front of a wrong one
         for arm in part.arms.values():
@@ -267,28 +269,26 @@ def _cached_features(study: Study, places: Places, name: str) -> Path:
 
 
 def _served_part(study: Study, places: Places) -> None:
-    served = study.served
-    if served is None:
+    if study.served is None:
         return
-    for seed in served.seeds or study.seeds:
-        for arm in served.arms or tuple(study.arms):
-            due = [t for t in served.temperatures if not _kept_served(places, arm, seed, t).is_file()]
-            if not due:
-                continue
-            with serve(
-                study.profile,
-                plain=False,
-                # A chain, as it is walked, unless the study says otherwise.
-                settings=[
-                    "tree=false",
-                    *study.server_set,
-                    *places.settings,
-                    f"drafter={places.drafter(arm, seed).resolve()}",
-                ],
-                log_file=of_budget(places.out / "served", places.budget) / f"{arm}-{seed}.log",
-            ) as server:
-                for temperature in due:
-                    _serve_one(study, places, arm, seed, temperature, server.base_url)
+    for arm, seed in product(*study.served_runs):
+        due = [t for t in study.served.temperatures if not _kept_served(places, arm, seed, t).is_file()]
+        if not due:
+            continue
+        with serve(
+            study.profile,
+            plain=False,
+            # A chain, as it is walked, unless the study says otherwise.
+            settings=[
+                "tree=false",
+                *study.server_set,
+                *places.settings,
+                f"drafter={places.drafter(arm, seed).resolve()}",
+            ],
+            log_file=of_budget(places.out / "served", places.budget) / f"{arm}-{seed}.log",
+        ) as server:
+            for temperature in due:
+                _serve_one(study, places, arm, seed, temperature, server.base_url)
 
 
 def _serve_one(study: Study, places: Places, arm: str, seed: int, temperature: float, base_url: str) -> None:

@@ -106,8 +106,29 @@ def test_an_arm_of_some_budgets_is_left_out_of_the_others(tmp_path: Path) -> Non
     short, long = study.parts.values()
     assert (list(short.arms), list(long.arms)) == (["decay", "auf"], ["decay", "auf", "vat"])
     assert ([claim.id for claim in short.claims], [claim.id for claim in long.claims]) == (["a"], ["a", "v"])
-    assert short.served is not None and long.served is not None
-    assert (short.served.arms, long.served.arms) == (("auf",), ("auf", "vat"))
+    assert (short.served_runs, long.served_runs) == ((("auf",), (1, 2)), (("auf", "vat"), (1, 2)))
+
+
+def test_a_budget_that_none_of_the_served_arms_is_of_serves_none(tmp_path: Path) -> None:
+    arms = {"decay": {}, "auf": {}, "vat": {"budgets": [60]}}
+    study = load_study(written(tmp_path, arms=arms, budgets={30: [], 60: []}, served={"arms": ["vat"], "seeds": [2]}))
+    assert [part.served_runs for part in study.parts.values()] == [((), (2,)), (("vat",), (2,))]
+    assert load_study(written(tmp_path, served={})).served_runs == (("decay", "auf"), (1, 2))
+    assert load_study(written(tmp_path)).served_runs == ((), ())
+
+
+def test_a_part_of_a_study_has_some_of_its_seeds_and_budgets(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, budgets={30: [], 60: []}, served={}))
+    part = study.only(seeds=[2], budgets=[60])
+    assert (part.seeds, list(part.parts)) == ((2,), [60])
+    assert part.parts[60].served_runs == (("decay", "auf"), (2,))
+    assert study.only() == study
+    with pytest.raises(ConfigError, match="seed 7; expected: one of the study's: 1, 2"):
+        study.only(seeds=[2, 7])
+    with pytest.raises(ConfigError, match="budget 90"):
+        study.only(budgets=[90])
+    with pytest.raises(ConfigError, match="budget 30; expected: one of the study's: none"):
+        load_study(written(tmp_path)).only(budgets=[30])
 
 
 def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -107,7 +108,8 @@ def results(lift: float, accuracies: dict[str, list[float]], **changes: Any) -> 
         "sessions": [{"versions": {"sglang": "y"}, "machine": machine}],
     }
     served = {("auf", 1, 0.0): walked["auf", 1]}
-    return Results(study, dict.fromkeys(study.walked_figures, walked), training, served, plain)
+    origins = {seed: copy.deepcopy(plain) for seed in study.seeds}
+    return Results(study, dict.fromkeys(study.walked_figures, walked), training, served, origins)
 
 
 EQUAL = {"decay": [0.3, 0.3, 0.3], "auf": [0.3, 0.3, 0.3]}
@@ -151,15 +153,17 @@ def test_a_claim_may_be_about_trees() -> None:
     assert finding.difference == 0, "which the chain's is not"
 
 
-def write(records: Path, study: dict[str, Any], budgets: Sequence[int], seeds: Sequence[int] = (1,)) -> None:
-    """Records of a study of two arms, done for these budgets and seeds."""
+def write(
+    records: Path, study: dict[str, Any], budgets: Sequence[int], seeds: Sequence[int] = (1,), data: str = "d"
+) -> None:
+    """Records of a study of two arms, done for these budgets and seeds, with plain answers that are named as `data`."""
     records.mkdir()
     (records / STUDY).write_text(yaml.safe_dump(study))
-    (records / PLAIN).write_text("{}")
+    (records / PLAIN).write_text(json.dumps({"of": data}))
     for budget in budgets:
         (records / str(budget)).mkdir()
         for arm, seed in product(("decay", "auf"), seeds):
-            run = {"target": {"name": "t"}, "data": {"sha256": "d"}}
+            run = {"target": {"name": "t"}, "data": {"sha256": data}}
             write_gz(records / str(budget) / training_name(arm, seed), json.dumps({"run": run, "budget": budget}))
             for nodes in (None, 8):
                 keep(records / str(budget) / walked_name(arm, seed, nodes), answers(nodes or 3, seed=budget))
@@ -212,3 +216,40 @@ def test_a_seed_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path, caplog: 
     (results,) = read_results(records).values()
     assert {seed for _, seed in results.training} == {1, 3}
     assert set(results.served) == {("auf", 3, 0.0)}
+
+
+def test_parts_of_a_study_are_joined_by_seed_and_budget(tmp_path: Path) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1, 2, 3]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}}},
+        **{"budgets": {30: [], 60: []}, "measured": {"trees": [8]}},
+    }
+    write(tmp_path / "one", study, [30], seeds=[1, 2, 3], data="one")
+    write(tmp_path / "two", study, [60], seeds=[2], data="two")
+    write(tmp_path / "three", study, [60], seeds=[1, 3], data="three")
+    joined = read_results(tmp_path / "one", others=[tmp_path / "two", tmp_path / "three"])
+    assert {budget: each.study.seeds for budget, each in joined.items()} == {30: (1, 2, 3), 60: (1, 2, 3)}
+    origins = {seed: plain["of"] for seed, plain in joined[60].plain.items()}
+    assert origins == {1: "three", 2: "two", 3: "three"}
+    data = {seed: joined[60].training["auf", seed]["run"]["data"]["sha256"] for seed in (1, 2, 3)}
+    assert data == origins
+    assert set(joined[30].plain) == {1, 2, 3}
+
+    write(tmp_path / "other", {**study, "title": "another"}, [60])
+    with pytest.raises(ConfigError, match="another study"):
+        read_results(tmp_path / "one", others=[tmp_path / "other"])
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_results(tmp_path / "one", others=[tmp_path / "nowhere"])
+
+
+def test_arms_of_one_seed_with_different_data_are_refused(tmp_path: Path) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}}},
+        **{"budgets": {30: []}, "measured": {"trees": [8]}},
+    }
+    write(tmp_path / "records", study, [30])
+    run = {"target": {"name": "t"}, "data": {"sha256": "else"}}
+    write_gz(tmp_path / "records" / "30" / training_name("auf", 1), json.dumps({"run": run}))
+    with pytest.raises(ConfigError, match="decay with seed 1 was trained with another data than auf"):
+        read_results(tmp_path / "records")

@@ -55,6 +55,29 @@ def test_a_claim_that_a_budget_cannot_test_has_no_verdict_there(tmp_path: Path) 
     assert " | - | " in rows[f"({second.id}) {second.text}"] and " | - | " not in rows[f"({first.id}) {first.text}"]
 
 
+def test_the_page_says_which_seeds_come_from_which_machine(tmp_path: Path) -> None:
+    made = results(0.15, EQUAL)
+    study_report({None: made}).write(tmp_path)
+    of_one = [row for row in (tmp_path / "study.md").read_text().splitlines() if row.startswith("| machine ")]
+    assert of_one == ["| machine | c, 2 cores, 1 GiB |"]
+    made.plain[2]["sessions"][-1]["machine"]["cpu"] = "another"
+    study_report({None: made}).write(tmp_path)
+    of_two = [row for row in (tmp_path / "study.md").read_text().splitlines() if row.startswith("| machine ")]
+    assert of_two == [
+        "| machine | c, 2 cores, 1 GiB: seed 1, seed 3 |",
+        "| machine | another, 2 cores, 1 GiB: seed 2 |",
+    ]
+
+
+def test_served_taus_are_over_the_tasks_alone(tmp_path: Path) -> None:
+    made = results(0.15, EQUAL, measured={"sets": ["letters.jsonl"]})
+    assert any(record.task == "letters.jsonl" for record in made.served["auf", 1, 0.0])
+    study_report({None: made}).write(tmp_path)
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    tau = macro(summarize_tasks(made.answers(("auf", 1))).values()).tau
+    assert f"| auf, seed 1 | 0 | 120 | {tau:.3f} | {tau:.3f} | 1.0000 | 120 of 120 |" in text
+
+
 def test_the_taus_of_trees_and_sets_are_those_of_their_records(tmp_path: Path) -> None:
     made = results(0.15, EQUAL, measured={"trees": [8], "sets": ["letters.jsonl"]})
     made.walked["tau_tree_8"] = {run: made.walked["tau"]["decay", 1] for run in made.training}
