@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from benchmarks.harness.config import RunConfig
+from benchmarks.harness.records import Record
 from benchmarks.harness.results import Measured, StrictModel
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.tasks import PromptFile, Selection
@@ -21,7 +23,8 @@ INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 
 
 class TaskOrigin(StrictModel):
-    """Where a task's prompts come from. version: the task's. prompts: how many were asked. sha256: their digest.
+    """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many requests as they have
+    turns. sha256: their digest.
 
     file: the user's own file that they were read from.
     """
@@ -29,6 +32,7 @@ class TaskOrigin(StrictModel):
     version: int
     origin: str
     prompts: int
+    requests: int
     sha256: str
     file: PromptFile | None = None
 
@@ -55,6 +59,7 @@ class RunManifest(StrictModel):
                 version=chosen.task.version,
                 origin=chosen.origin,
                 prompts=len(chosen.prompts),
+                requests=sum(len(prompt.turns) for prompt in chosen.prompts),
                 sha256=chosen.sha256,
                 file=chosen.file,
             )
@@ -66,6 +71,13 @@ class RunManifest(StrictModel):
     def broken_rows(self) -> list[str]:
         """Of all files of prompts: "FILE:LINE: fault" of the rows that were not asked."""
         return [row for origin in self.tasks.values() if origin.file for row in origin.file.broken]
+
+    def require_finished(self, directory: Path, records: Sequence[Record]) -> None:
+        """records: the latest of each request. Raises DataError where some requests have none."""
+        due = sum(task.requests for task in self.tasks.values())
+        if len(records) < due:
+            found = f"{directory} with {len(records)} of {due} requests"
+            raise DataError(found, "a finished run", "finish it with run --resume")
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -238,9 +238,7 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
 def _measured(directory: Path, name: str) -> MeasuredRun:
     manifest = RunManifest.read(directory / MANIFEST)
     records = latest(read_records(directory / RECORDS))
-    asked, due = len({record.key[:2] for record in records}), sum(task.prompts for task in manifest.tasks.values())
-    if asked < due:
-        raise DataError(f"{directory} with {asked} of {due} prompts", "a finished run", "finish it with run --resume")
+    manifest.require_finished(directory, records)
     summary = summarize_run(manifest, records)
     if not manifest.config.plain and summary.macro.tau is None:
         raise DataError(f"{directory} without a verify step", "a run of a speculating server", "leave it out")

@@ -99,7 +99,8 @@ class Losslessness(StrictModel):
 
     @property
     def passed(self) -> bool:
-        return not (self.fault or self.missing or (self.exact and self.near_tie))
+        compared = self.identical + self.near_tie
+        return bool(compared) and not (self.fault or self.missing or (self.exact and self.near_tie))
 
     def text(self) -> str:
         """For the terminal: the counts, and a line for each difference."""

@@ -44,14 +44,20 @@ class LosslessReport(Losslessness, Report):
 
 
 def check_runs(config: LosslessConfig) -> LosslessReport:
-    """Compare two run directories. Tasks that only one of them has count as missing."""
+    """Compare two run directories of finished runs. Tasks that only one of them has count as missing."""
     ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:
         _require_baseline(config.base_url, theirs)
+    speculating, plain = (
+        latest(read_records(config.speculating / RECORDS)),
+        latest(read_records(config.plain / RECORDS)),
+    )
+    ours.require_finished(config.speculating, speculating)
+    theirs.require_finished(config.plain, plain)
     found = check_records(
-        read_records(config.speculating / RECORDS),
-        read_records(config.plain / RECORDS),
+        speculating,
+        plain,
         theirs.server,
         config.base_url,
         config.logit_scale,

@@ -110,7 +110,7 @@ def measure_overlap(config: OverlapConfig) -> OverlapReport:
 
 
 def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
-    """Words of all the user's turns in a row -> name of the row. Faulty rows are logged and left out."""
+    """Words of all the user's turns in a row, and of each of them -> name of the row. Faulty rows are logged."""
     found: dict[Words, str] = {}
     faults: list[tuple[str, str]] = []
     for row in read_rows(list(sources), hashlib.sha256()):
@@ -118,11 +118,11 @@ def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
             if row.fault is not None:
                 raise BadRow(row.fault)
             users = [message for message in chat_of(row.fields).messages if message["role"] == "user"]
-            said = " ".join(text for message in users for text in texts(message))
+            turns = [" ".join(texts(message)) for message in users]
         except BadRow as fault:
             faults.append((str(fault), row.name))
         else:
-            found[_words(said)] = row.name
+            found |= {_words(said): row.name for said in [" ".join(turns), *turns]}
     for reason, rows in grouped(faults).items():
         logger.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
     found.pop((), None)
@@ -136,7 +136,8 @@ def holders_of_runs(training: Mapping[Words, str], length: int) -> dict[Words, l
     holders: defaultdict[Words, list[str]] = defaultdict(list)
     for words, row in training.items():
         for run in _runs(words, length):
-            holders[run].append(row)
+            if holders[run][-1:] != [row]:  # of its turns together, and of one of them
+                holders[run].append(row)
     return holders
 
 

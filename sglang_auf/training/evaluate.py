@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,23 @@ from torch import Tensor
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.checkpoints.card import check_drafter
+from sglang_auf.checkpoints.card import CheckedDrafter, check_drafter
+from sglang_auf.checkpoints.writing import RECIPE
+from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.recording.manifest import require_target
-from sglang_auf.settings import enable_thinking
+from sglang_auf.settings import enable_thinking, read_yaml
 from sglang_auf.speculative.tree import RANKS, accepted_along
 from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
 from sglang_auf.training.losses.cross_entropy import leading_matches, likeliest
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import Terms, TrainingStep
+from sglang_auf.training.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from sglang_auf.training.data.loader import BatchMaker
-    from sglang_auf.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -255,10 +257,9 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     conversations = load_conversations(
         data,
         AutoTokenizer.from_pretrained(directory),
-        max_length=checked.card.max_length or model.config.max_position_embeddings,
-        min_answer_tokens=2,
         thinking=enable_thinking(checked.card.thinking),
         vocab_size=model.config.vocab_size,
+        **_read_as(checked, model.config, limit),
     ).conversations
     if limit is not None and limit < len(conversations):
         conversations = split_held_out(conversations, count=limit)[1]
@@ -277,6 +278,24 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     listed = draft_vocabulary.in_use(checked.path)
     vocabulary = None if listed is None else torch.tensor(listed.tokens, device=device)
     return heldout_tau(step, batches(), vocabulary=vocabulary, trees=TREES)
+
+
+def _read_as(checked: CheckedDrafter, config: DrafterConfig, limit: int | None) -> dict[str, Any]:
+    """How rows are read: whole, or where a limit asks for what training held out, as training read them, since which
+    rows those are depends on which it could use."""
+    read: dict[str, Any] = {
+        "max_length": checked.card.max_length or config.max_position_embeddings,
+        "min_answer_tokens": 2,
+    }
+    if limit is not None and (checked.path / RECIPE).is_file():
+        recipe = parse_recipe(read_yaml(checked.path / RECIPE), f"of {checked.path}")
+        read = {
+            "max_length": recipe.data.max_length,
+            "min_answer_tokens": recipe.min_answer_tokens,
+            "overlong": recipe.data.overlong,
+            "split": recipe.data.split,
+        }
+    return read
 
 
 class HeldOutAnswers:

@@ -47,7 +47,7 @@ LOCK = ".lock"
 TIMED_STEPS = 6
 NOT_BETTER = 3
 """Exit code where the new drafter is not better."""
-DECIDING = {"data", "old_share", "held_out", "min_rows", "steps", "minutes", "target", "overrides"}
+DECIDING = {"recorded", "data", "old_share", "held_out", "min_rows", "steps", "minutes", "target", "overrides"}
 """Settings that must not change between two starts of one run."""
 
 
@@ -178,6 +178,7 @@ class _Adaptation:
     def _plan(self) -> Plan:
         """What was begun here, or a new plan with its rows. Raises TrainingError where another run was begun."""
         settings = self.settings.model_dump(mode="json", include=DECIDING)
+        settings["recorded"] = str(self.settings.recorded.resolve())
         file = self.directory / PLAN
         if file.is_file():
             plan = checked(Plan, file.read_bytes(), str(file), "the plan of an adaptation", "", TrainingError)
@@ -190,6 +191,7 @@ class _Adaptation:
                     "the settings that it was begun with",
                     "give those, or another --run",
                 )
+            logger.info("%s goes on with the rows that it began with: later ones are not read", self.directory)
             return plan
         for name in (PLAN, TRAINED, OLD, HELD_OUT, OLD_HELD_OUT):
             remove_unfinished(self.directory / name)

@@ -12,6 +12,7 @@ named with the reason.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
@@ -42,13 +43,18 @@ class Conversation:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def prompt(self) -> list[int]:
+        """What comes before the first label."""
+        return self.input_ids[: self.loss_mask.index(True)]
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedConversations:
     """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit.
 
-    sha256: of all that was read, and of the tokens and labels it became: a version that renders or labels otherwise
-    gives another one, and does not continue a run.
+    sha256: of all that was read, and of the ids, tokens and labels it became: a version that names, renders or labels
+    otherwise gives another one, and does not continue a run.
     """
 
     conversations: list[Conversation]
@@ -96,7 +102,9 @@ def load_conversations(
             faults.append((str(fault), row.name))
         else:
             kept.append(conversation)
-            digest.update(array("q", conversation.input_ids).tobytes() + bytes(conversation.loss_mask))
+            # The id decides whether a row is held out, and where its anchors are.
+            digest.update(json.dumps(conversation.id).encode() + array("q", conversation.input_ids).tobytes())
+            digest.update(bytes(conversation.loss_mask))
     rejected = grouped(faults)
     _report(source, len(kept), rejected, truncated, max_length)
     return LoadedConversations(kept, rejected, truncated, digest.hexdigest())
@@ -107,7 +115,8 @@ def split_held_out(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, held out). The `count` rows whose ids have the smallest hashes are held out, in any order of rows.
 
-    Raises ConfigError for a count below 1, DataError where no row is left on one side.
+    A row with the tokens of a held-out row, which a greedy target gives to the same question, is neither. Raises
+    ConfigError for a count below 1, DataError where no row is left on one side.
     """
     if count < 1:
         raise ConfigError(f"{count} conversations held out", "1 or more")
@@ -116,8 +125,12 @@ def split_held_out(
         return int.from_bytes(hashlib.sha256(f"{seed}/{conversation.id}".encode()).digest())
 
     border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
-    train = [conversation for conversation in conversations if place(conversation) >= border]
     held_out = [conversation for conversation in conversations if place(conversation) < border]
+    known = {tuple(conversation.input_ids) for conversation in held_out}
+    others = [conversation for conversation in conversations if place(conversation) >= border]
+    train = [conversation for conversation in others if tuple(conversation.input_ids) not in known]
+    if repeated := len(others) - len(train):
+        logger.warning("%d rows are the same as one that is held out, and are not trained on", repeated)
     if not train or not held_out:
         raise DataError(
             f"{len(train)} rows to train on and {len(held_out)} held out",
@@ -132,6 +145,7 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None, vocab_size: int) -> None:
         self._template = ChatTemplate(tokenizer, thinking) if tokenizer.chat_template else None
+        self._thinking = thinking
         self._ends = self._template.ends if self._template else end_of_text(tokenizer)
         # Rows share one int object for each token: a list then takes 8 bytes a token, not 36.
         self._ids = list(range(vocab_size))
@@ -170,6 +184,7 @@ class _Reader:
         if not has_messages(fields):
             return []
         chat = chat_of(fields)
+        chat.require_thinking(self._thinking)
         if chat.answers[-1:] and chat.answers[-1] in chat.untrained:
             raise BadRow("response_ids of an answer with weight 0")
         if len(chat.answers) < 2:

@@ -8,7 +8,9 @@ with a fault.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 Source: TypeAlias = str | Path
+ID_LENGTH = 16
+"""Hexadecimal digits of the id of a row that has none."""
 NAMED = 10
 """Rows that a message names; the others are counted."""
 
@@ -54,14 +58,20 @@ class ChatRow:
 def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str = "train") -> Iterator[ChatRow]:
     """Every row of the sources, in order. digest: updated with all that is read. split: of a folder or hub data set.
 
-    A row without an id gets one from its place. The second row of an id has a fault. Raises DataError when a source
-    cannot be read at all.
+    A row without an id gets one from what it says, so that it is the same in a file that is renamed or moved; where
+    rows say the same, the later ones are numbered. The second row with an id of its own has a fault. Raises DataError
+    when a source cannot be read at all.
     """
     seen: set[str] = set()
+    same: Counter[str] = Counter()
     for source in [sources] if isinstance(sources, str | Path) else sources:
-        for position, (number, place, value) in enumerate(_values(source, digest, split)):
-            row = _row(place, f"{Path(source).stem}/{number}", value)
-            if row.fault is None and row.id in seen:
+        for position, (place, value) in enumerate(_values(source, digest, split)):
+            row = _row(place, value)
+            if row.fault is None and not row.id:
+                id = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:ID_LENGTH]
+                same[id] += 1
+                row = replace(row, id=id if same[id] == 1 else f"{id}-{same[id]}")
+            elif row.fault is None and row.id in seen:
                 row = ChatRow(place, row.id, fault="an id for the second time")
             seen.add(row.id)
             yield replace(row, position=position)
@@ -81,14 +91,15 @@ def named(rows: Sequence[str]) -> str:
     return ", ".join(rows[:NAMED]) + more
 
 
-def _row(place: str, default_id: str, value: Any) -> ChatRow:
+def _row(place: str, value: Any) -> ChatRow:
+    """Its id is empty where the row has none."""
     if isinstance(value, BadRow):
         return ChatRow(place, "", fault=str(value))
     if not isinstance(value, dict):
         return ChatRow(place, "", fault="no JSON object")
     found = value.get("id")
     if found is None:
-        return ChatRow(place, default_id, value)
+        return ChatRow(place, "", value)
     if isinstance(found, bool) or not isinstance(found, str | int) or not _is_unicode(str(found)) or found == "":
         return ChatRow(place, "", fault="an id that is neither text nor a number")
     return ChatRow(place, str(found), value)
@@ -102,8 +113,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, str, Any]]:
-    """(number, place, decoded JSON or BadRow) of one source. Numbers are lines from 1, or entries from 0."""
+def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[str, Any]]:
+    """(place, decoded JSON or BadRow) of one source. Places name lines from 1, or entries from 0."""
     path = Path(source).expanduser()
     try:
         if is_recording(path):
@@ -128,15 +139,15 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[int, st
         raise DataError(f"{source}: {error}", "data that can be read") from error
 
 
-def _lines(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+def _lines(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             digest.update(line)
             if line.strip():
-                yield number, f"{path.name}:{number}", _decoded(line)
+                yield f"{path.name}:{number}", _decoded(line)
 
 
-def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
     content = path.read_bytes()
     digest.update(content)
     rows = _decoded(content)
@@ -149,7 +160,7 @@ def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
             "name it .jsonl if it has one row on each line",
         )
     for number, row in enumerate(rows):
-        yield number, f"{path.name}[{number}]", row
+        yield f"{path.name}[{number}]", row
 
 
 def _decoded(text: bytes) -> Any:
@@ -159,7 +170,7 @@ def _decoded(text: bytes) -> Any:
         return BadRow("broken JSON")
 
 
-def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Iterator[tuple[int, str, Any]]:
+def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -172,4 +183,4 @@ def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Ite
         ) from error
     for number, row in enumerate(rows):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        yield number, f"{name}[{number}]", row
+        yield f"{name}[{number}]", row

@@ -137,7 +137,7 @@ async def _regenerate(settings: RegenerateSettings, prompts: Prompts) -> int:
         with OutputFile(settings.out, manifest) as file:
             todo = [prompt for prompt in prompts.prompts if prompt.id not in file.done]
             with Progress(len(prompts.prompts), len(prompts.prompts) - len(todo)) as progress:
-                workers = _Workers(client, model, settings.seed, file, progress)
+                workers = _Workers(client, model, settings.seed, enable_thinking(settings.thinking), file, progress)
                 await workers.ask(todo, settings.concurrency)
             _require_all(workers.failed, prompts.unusable, settings.out)
             return len(file.done)
@@ -146,11 +146,14 @@ async def _regenerate(settings: RegenerateSettings, prompts: Prompts) -> int:
 class _Workers:
     """They share the prompts still to ask and the count of server faults in a row. failed: row id -> reason."""
 
-    def __init__(self, client: TargetClient, model: str, seed: int, file: OutputFile, progress: Progress) -> None:
+    def __init__(
+        self, client: TargetClient, model: str, seed: int, thinking: bool | None, file: OutputFile, progress: Progress
+    ) -> None:
         self.failed: dict[str, str] = {}
         self._client = client
         self._model = model
         self._seed = seed
+        self._mode = {} if thinking is None else {"enable_thinking": thinking}
         self._file = file
         self._progress = progress
         self._faults_in_a_row = 0
@@ -200,8 +203,8 @@ class _Workers:
         row: dict[str, Any] = {"id": prompt.id, "messages": messages, "finish_reason": last.finish_reason}
         if prompt.chat.tools:
             row["tools"] = prompt.chat.tools
-        if prompt.chat.template_kwargs:
-            row["chat_template_kwargs"] = prompt.chat.template_kwargs
+        if kwargs := {**prompt.chat.template_kwargs, **self._mode}:
+            row["chat_template_kwargs"] = kwargs
         if len(answers) > 1:
             row["finish_reasons"] = [answer.finish_reason for answer in answers]
         if last.prompt_ids and last.response_ids:

@@ -101,7 +101,7 @@ def test_a_run_that_is_not_finished_is_refused(runs: Path, tmp_path: Path, capsy
     records = runs / "auf-c1" / "records.jsonl"
     records.write_text("".join(line + "\n" for line in records.read_text().splitlines()[:4]))
     assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 2
-    assert "of 12 prompts" in capsys.readouterr().err
+    assert "4 of 18 requests" in capsys.readouterr().err
 
 
 def test_a_directory_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,3 +139,7 @@ def test_the_same_tokens_that_end_for_another_reason_are_a_fault() -> None:
     assert (result.identical, result.fault, result.passed) == (0, 1, False)
     assert "finished by 'length' and not 'stop'" in result.text()
     assert compare(keyed(plain), keyed(plain), never, BAR, exact=True).passed
+
+
+def test_nothing_that_was_compared_does_not_pass() -> None:
+    assert not compare({}, {}, never, BAR, exact=True).passed

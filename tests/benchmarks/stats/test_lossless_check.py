@@ -35,6 +35,27 @@ def test_equal_runs_pass_without_a_server(fake: Start, record_run: Callable[...,
     assert counts(auf) == {"identical": 18, "near_tie": 0, "fault": 0, "follow_up": 0, "missing": 0}
 
 
+def cut_short(run: str) -> None:
+    """As a kill leaves it: every conversation has its first turn, and the second ones are missing."""
+    path = Path(run) / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["turn"] == 0))
+
+
+def test_runs_that_were_killed_do_not_pass(
+    fake: Start, record_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    auf = record_run(fake(), "auf")
+    plain = record_run(fake(speculative=False), "plain", "--plain")
+    cut_short(auf)
+    assert main(["lossless", auf, plain]) == 2
+    assert f"{auf} with 12 of 18 requests" in capsys.readouterr().err
+    cut_short(plain)
+    assert main(["lossless", auf, plain]) == 2
+    assert main(["report", auf]) == 2
+    assert capsys.readouterr().err.count("12 of 18 requests") == 2
+
+
 @pytest.mark.parametrize(
     ("device", "gap", "code", "near_tie", "fault"),
     [("cuda", 0.125, 0, 1, 0), ("cuda", 0.5, 1, 0, 1), ("cpu", 0.125, 1, 1, 0)],

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.harness.tasks import SAMPLE_FILE, Prompt
-from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap
+from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap, training_prompts
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
 
@@ -50,6 +50,25 @@ def test_two_training_prompts_do_not_add_up() -> None:
     config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
     result = task_overlap("toy", [Prompt("toy", "toy/0", (ASKED,))], training, holders_of_runs(training, 4), config)
     assert result.nearest.overlap == pytest.approx(4 / 11)  # type: ignore[union-attr]
+
+
+def test_a_short_prompt_that_is_one_turn_of_a_conversation_is_found(tmp_path: Path) -> None:
+    said = ["Hello there!", "Name a prime number.", ASKED]
+    messages = [
+        each for text in said for each in ({"role": "user", "content": text}, {"role": "assistant", "content": "Yes."})
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"id": "chat", "messages": messages}) + "\n")
+    known = training_prompts([str(path)])
+    config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
+    asked = [Prompt("toy", "toy/short", ("Name a prime number",)), Prompt("toy", "toy/near", (f"{ASKED} or so",))]
+    result = task_overlap("toy", asked, known, holders_of_runs(known, 4), config)
+    assert result.identical == 1
+    assert result.nearest is not None and (result.nearest.prompt, result.nearest.training_row) == (
+        "toy/short",
+        "chat (chats.jsonl:1)",
+    )
+    assert [near.overlap for near in result.near] == [1.0, pytest.approx(11 / 13)]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

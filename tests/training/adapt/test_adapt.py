@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import stat
 from array import array
@@ -202,6 +203,10 @@ def test_what_exists_and_what_was_begun_otherwise_is_refused(
     adapt(settings(models, recorded, out, steps=2))
     with pytest.raises(TrainingError, match=r"was begun with another steps"):
         adapt(settings(models, recorded, out, steps=3))
+    elsewhere = tmp_path / "another"
+    shutil.copytree(recorded, elsewhere)
+    with pytest.raises(TrainingError, match=r"was begun with another recorded"):
+        adapt(settings(models, elsewhere, out, steps=2))
 
 
 def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_behind_it(

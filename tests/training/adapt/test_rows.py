@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ import pytest
 from sglang_auf.errors import DataError
 from sglang_auf.training.adapt.rows import HELD_OUT, OLD, OLD_HELD_OUT, TRAINED, write_rows
 from sglang_auf.training.adapt.settings import AdaptSettings
+from sglang_auf.training.recipe import Recipe
 from tests.support.toy_tokenizer import toy_tokenizer
 from tests.support.training_runs import tiny_recipe
 
 TINY = tiny_recipe("target", "none")
 RECIPE = TINY.model_copy(update={"data": TINY.data.model_copy(update={"overlong": "truncate"})})
+OF_TEXT = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"max_length": 200})})
 
 
-def written(directory: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, list[dict[str, Any]]]:
+def written(
+    directory: Path, rows: list[dict[str, Any]], recipe: Recipe = RECIPE, **changes: Any
+) -> dict[str, list[dict[str, Any]]]:
     source = directory / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"drafter": "d", "recorded": source, "out": directory / "out", "min_rows": 20, **changes}
-    counts = write_rows(AdaptSettings.model_validate(given), RECIPE, toy_tokenizer(), directory)
+    counts = write_rows(AdaptSettings.model_validate(given), recipe, toy_tokenizer(), directory)
     files = {name: [json.loads(line) for line in (directory / name).read_text().splitlines()] for name in counts}
     assert counts == {name: len(rows) for name, rows in files.items()}
     return files
@@ -55,16 +60,21 @@ def test_rows_that_the_trainer_would_not_use_do_not_count(tmp_path: Path) -> Non
         written(tmp_path, rows, min_rows=22)
 
 
+def turns(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Say {number}."}, {"role": "assistant", "content": "Hi there."}]
+
+
 def test_old_rows_of_any_form_have_their_share(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
-    old = [{"id": f"old-{number}", "messages": turns, "note": number} for number in range(100)]
+    old = [{"id": f"old-{number}", "messages": turns(number), "note": number} for number in range(100)]
     source = tmp_path / "old.json"
     source.write_text(json.dumps([*old, "broken"]))
-    files = written(tmp_path, [row(number) for number in range(50)], data=(str(source),), old_share=0.2)
+    files = written(tmp_path, [row(number) for number in range(50)], OF_TEXT, data=(str(source),), old_share=0.2)
     assert {name: len(rows) for name, rows in files.items()} == {TRAINED: 40, HELD_OUT: 10, OLD: 10, OLD_HELD_OUT: 10}
-    assert all(each["messages"] == turns and each["id"] == f"old/old-{each['note']}" for each in files[OLD])
+    assert all(
+        each["messages"] == turns(each["note"]) and each["id"] == f"old/old-{each['note']}" for each in files[OLD]
+    )
     source.write_text(json.dumps(old[::-1]))
-    again = written(tmp_path, [row(number) for number in range(50)], data=(str(source),), old_share=0.2)
+    again = written(tmp_path, [row(number) for number in range(50)], OF_TEXT, data=(str(source),), old_share=0.2)
     assert again == files, "in any order of the rows"
 
 
@@ -74,3 +84,27 @@ def test_too_few_old_rows_are_all_used_and_said(tmp_path: Path, caplog: pytest.L
     files = written(tmp_path, [row(number) for number in range(50)], data=(str(source),))
     assert (len(files[OLD]), len(files[OLD_HELD_OUT])) == (8, 2)
     assert "--data has 8 rows to train on, where 40 were wanted" in caplog.text
+
+
+def test_old_rows_that_give_held_out_answers_away_or_cannot_be_used_are_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "old.jsonl.in"
+    usable = [{**row(number), "id": f"o{number}", "prompt_ids": [8, number]} for number in range(30)]
+    asked = [{**row(number), "id": f"asked-{number}"} for number in range(40, 50)]  # those that decide
+    questions = [{"id": f"q{number}", "messages": [{"role": "user", "content": "Hi?"}]} for number in range(30)]
+    source.write_text("".join(json.dumps(each) + "\n" for each in [*asked, *questions, *usable]))
+    files = written(tmp_path, [row(number) for number in range(50)], data=(str(source),))
+    assert [each["id"] for each in files[HELD_OUT]] == [f"row-{number}" for number in range(40, 50)]
+    old = {each["id"] for name in (OLD, OLD_HELD_OUT) for each in files[name]}
+    assert old == {f"old/o{number}" for number in range(30)}
+
+    source.write_text("".join(json.dumps(each) + "\n" for each in questions))
+    with pytest.raises(DataError, match=r"can be trained on \(no answer"):
+        written(tmp_path, [row(number) for number in range(50)], data=(str(source),))
+
+
+def test_old_rows_with_dates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": str(number), "messages": turns(number), "timestamp": datetime(2026, 1, 1)} for number in range(60)]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split, revision: rows)
+    files = written(tmp_path, [row(number) for number in range(50)], OF_TEXT, data=("someone/dates",))
+    assert len(files[OLD]) == 40
+    assert files[OLD][0]["timestamp"].startswith("2026-01-01")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,22 @@ def test_forms_of_a_row(load: Load, row: dict[str, Any]) -> None:
     assert load([row]).conversations == load([chat(QUESTION, ANSWER)]).conversations
 
 
-def test_rows_without_an_id_are_called_by_their_place(load: Load) -> None:
-    loaded = load([{"messages": TWO_TURNS}, {"id": 7, "messages": TWO_TURNS}])
-    assert [conversation.id for conversation in loaded.conversations] == ["rows/1", "7"]
+def test_a_row_without_an_id_has_the_same_one_in_another_file_and_place(tmp_path: Path) -> None:
+    row, other = {"messages": TWO_TURNS}, {"messages": TWO_TURNS[:2]}
+
+    def ids(name: str, *rows: dict[str, Any]) -> list[str]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return [row.id for row in reader.read_rows(path, hashlib.sha256())]
+
+    first, second, own = ids("a/rows.jsonl", row, other, {"id": 7, **row})
+    assert (len({first, second}), own) == (2, "7")
+    assert ids("b/renamed.jsonl", other, {"messages": TWO_TURNS}) == [second, first]
+    assert ids("c/rows.jsonl", row, row, other, row) == [first, f"{first}-2", second, f"{first}-3"]
+    both = [tmp_path / "a/rows.jsonl", tmp_path / "b/renamed.jsonl"]
+    together = [row.id for row in reader.read_rows(both, hashlib.sha256())]
+    assert together == [first, second, "7", f"{second}-2", f"{first}-2"]
 
 
 def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None:
@@ -400,7 +415,7 @@ def test_hub_data_set_at_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def conversations(count: int) -> list[Conversation]:
-    return [Conversation(f"row/{i}", [1, 2], [False, True]) for i in range(count)]
+    return [Conversation(f"row/{i}", [i, 2], [False, True]) for i in range(count)]
 
 
 def test_held_out_count() -> None:
@@ -413,9 +428,35 @@ def test_held_out_count() -> None:
     assert split_held_out(rows, count=8, seed=1)[1] != held_out
 
 
+def test_a_row_that_is_the_same_as_a_held_out_one_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    rows = conversations(50)
+    _, held_out = split_held_out(rows, count=8)
+    asked = held_out[0].prompt
+    another = Conversation("another", [*asked, 3], [False] * len(asked) + [True])  # another answer
+    train, same = split_held_out([*rows, another], count=8)
+    assert another in train and not caplog.records
+    again = replace(held_out[0], id="again")
+    assert split_held_out([*rows, another, again], count=8) == (train, same)
+    assert "1 rows are the same as one that is held out" in caplog.text
+
+
 def test_held_out_rows_do_not_change_between_versions() -> None:
     """A run that is resumed by a later version must not train on what it held out."""
     assert [c.id for c in split_held_out(conversations(50), count=3)[1]] == ["row/9", "row/18", "row/19"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_row_of_the_other_mode_of_thinking_is_refused(exact: bool, load: Load) -> None:
+    ids = {"prompt_ids": [1, 2], "response_ids": [3, 4]} if exact else {}
+    asked = [
+        chat(*TWO_TURNS[:2], id=str(mode), chat_template_kwargs={"enable_thinking": mode}, **ids)
+        for mode in (False, True)
+    ]
+    loaded = load(asked, thinking=False)
+    assert [conversation.id for conversation in loaded.conversations] == ["False"]
+    ((reason, rows),) = loaded.rejected.items()
+    assert "enable_thinking True, and the command says False" in reason
+    assert len(rows) == 1
 
 
 @pytest.mark.parametrize("count", [0, -1])

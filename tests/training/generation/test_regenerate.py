@@ -155,6 +155,7 @@ def test_single_turn_with_exact_ids(serve: Serve, prompts: Prompts) -> None:
             "id": "p/0",
             "messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "to one"}],
             "finish_reason": "stop",
+            "chat_template_kwargs": {"enable_thinking": False},
             "prompt_ids": [1, 1],
             "response_ids": [7, 8, 9],
         },
@@ -162,6 +163,7 @@ def test_single_turn_with_exact_ids(serve: Serve, prompts: Prompts) -> None:
             "id": "p/1",
             "messages": [{"role": "user", "content": "two CUT"}, {"role": "assistant", "content": "to two CUT"}],
             "finish_reason": "length",
+            "chat_template_kwargs": {"enable_thinking": False},
             "prompt_ids": [1, 1],
             "response_ids": [7, 8, 9],
         },
@@ -427,7 +429,9 @@ def test_server_that_refuses_unknown_fields(serve: Serve, prompts: Prompts, capl
     run = settings(server, prompts("one", "two", "three REFUSE"), thinking="on", concurrency=1)
     with pytest.raises(ServerError, match=r"refused with status 400.*: p/2"):
         regenerate(run)
-    assert [set(row) for row in rows_of(run.out).values()] == [{"id", "messages", "finish_reason"}] * 2
+    assert [set(row) for row in rows_of(run.out).values()] == [
+        {"id", "messages", "finish_reason", "chat_template_kwargs"}
+    ] * 2
     assert server.asked() == {"one": 2, "two": 1, "three REFUSE": 1}
     assert all(request["chat_template_kwargs"] == {"enable_thinking": True} for request in server.requests)
     assert [record.message[:33] for record in caplog.records if record.levelname == "WARNING"] == [

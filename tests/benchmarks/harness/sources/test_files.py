@@ -176,7 +176,7 @@ def test_equal_prompts_are_asked_as_often_as_they_come(tmp_path: Path) -> None:
 
 
 def test_a_limit_takes_the_head_of_a_fixed_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", *({"prompt": str(number)} for number in range(30)))
+    path = write(tmp_path / "mine.jsonl", *({"id": f"m/{number}", "prompt": str(number)} for number in range(30)))
     whole, part = list(read(path)), list(read(path, limit=7))
     assert part == whole[:7]
     assert whole != sorted(whole, key=lambda id: int(id.split("/")[1]))
