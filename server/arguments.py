@@ -83,6 +83,12 @@ def check_server_args(given: dict[str, Any]) -> None:
         _check_value(key, value, known[key])
         if key in ONLY_ONE and value != 1:
             raise ConfigError(f"server_args.{key} = {value}", "1, since this server is one HTTP process")
+        if key == "skip_server_warmup" and value:
+            raise ConfigError(
+                f"server_args.{key} = {value}",
+                "the first request, which proves that the server drafts before it is announced",
+                "leave it out",
+            )
         if key == "fastapi_root_path" and value.startswith(WITHOUT_KEY):
             raise ConfigError(
                 f"server_args.{key} = {value!r}, under which SGLang would ask no request for its API key",

@@ -4,8 +4,9 @@ One verify step drafts B-1 tokens; the target accepts the first A of them (0 <= 
 All figures follow from counts:
 
     histogram[a]      verify steps that accepted exactly a drafted tokens; length B
-    emitted           tokens of the answer that came from verify steps = completion_tokens - 1, since the first one
-                      is prefill's; tokens that a stop cut off do not count
+    emitted           tokens of the answer that came from verify steps: all but the first one, which is prefill's, and
+                      no more than the steps gave (accepted + verify_steps), since a request that is prefilled again
+                      or beside a prefill has more tokens without a step; tokens that a stop cut off do not count
     tau               emitted / verify_steps                      (headline)
     tau_verify        1 + accepted / verify_steps                 (what verification accepted, before any cut)
     alpha_k           P(A >= k | A >= k-1), k = 1..B-1            (Spec-AUF, arXiv 2607.01893, section on alpha_k)
@@ -47,7 +48,8 @@ class Acceptance:
             return cls()
         if proposed is None:
             proposed = sum(histogram) * (len(histogram) - 1)
-        return cls(tuple(histogram), max(completion_tokens - 1, 0), 1, proposed)
+        given = sum((a + 1) * count for a, count in enumerate(histogram))
+        return cls(tuple(histogram), min(max(completion_tokens - 1, 0), given), 1, proposed)
 
     @classmethod
     def from_meta_info(cls, meta_info: Mapping[str, Any]) -> Acceptance:

@@ -255,3 +255,13 @@ def test_fewer_than_two_requests_have_no_error() -> None:
     one = Acceptance.of_request([1, 2], 6)
     assert [tau_error(some) for some in ([], [one], [one, Acceptance()])] == [None] * 3
     assert tau_error([one, one]) == 0.0
+
+
+@given(played(), st.integers(1, 50))
+def test_tokens_of_a_second_prefill_belong_to_no_step(request: Played, prefilled: int) -> None:
+    """A retracted request is prefilled again, and a prefill beside a decode step may bring a token to all."""
+    once = request.acceptance
+    again = Acceptance.of_request(request.histogram, request.completion_tokens + prefilled)
+    if once.verify_steps:
+        assert once.emitted <= again.emitted <= once.accepted + once.verify_steps
+        assert again.tau is not None and again.tau_verify is not None and again.tau <= again.tau_verify

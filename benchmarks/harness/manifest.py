@@ -23,8 +23,8 @@ INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 
 
 class TaskOrigin(StrictModel):
-    """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many requests as they have
-    turns. sha256: their digest.
+    """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many `requests` as they
+    have turns. sha256: their digest.
 
     file: the user's own file that they were read from.
     """

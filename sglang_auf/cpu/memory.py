@@ -16,6 +16,8 @@ from sglang_auf.files import CONFIG, read_json
 GIB = 1 << 30
 # Most tokens of a pool, unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
 MOST_TOKENS = 131_072
+# Slots behind a whole context for the verify steps at its end: two blocks of 32 (hooks/aborts.py).
+ROOM = 64
 # For the operating system, the HTTP process, activations and torch's own allocations.
 RESERVED = 2 * GIB
 # A weight is held twice: as loaded (the drafter reads some directly) and packed for products. The third copy of a
@@ -109,7 +111,7 @@ def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
     """Tokens of the KV pool with `available` free bytes. Raises TargetError if not even one context fits."""
     weights = WEIGHT_COPIES * size.weights
     free = available - RESERVED - weights
-    tokens = min(max(MOST_TOKENS, context_length), free // size.kv_per_token)
+    tokens = min(max(MOST_TOKENS, context_length + ROOM), free // size.kv_per_token)
     if tokens < context_length:
         need = RESERVED + weights + context_length * size.kv_per_token
         raise TargetError(

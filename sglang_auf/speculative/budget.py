@@ -37,6 +37,9 @@ EXPLORE_EVERY = 24
 CLEAR, RARELY = 1.2, 5
 """Where one of them is so many times better, only one in so many of those steps does the other."""
 
+NEWS = 0.2
+"""Most weight of what one step drafts in what drafting is taken to bring: it counts for the plain steps before it."""
+
 WORTH = 1.05
 """Drafting has to bring so much. Closer to 1, errors of the estimates decide, and steps that draft cost more to try."""
 
@@ -161,6 +164,8 @@ class Budget:
         self._gains = np.zeros(0)  # probability of the n-th node per request
         self._deep = np.ones(slots)  # how often a slot was used lately
         self._alike = 0  # steps since the last one that did the other thing
+        self._tries = False  # whether this step drafts although that does not seem to pay
+        self._plain = 0  # steps since the last one that drafted
         self._asked_for, self._answer = 0, (slots, 1.0)  # requests; slots to draft, and the advantage of drafting them
 
     def to_draft(self, requests: int) -> int:
@@ -178,7 +183,10 @@ class Budget:
         explores = self._alike >= EXPLORE_EVERY * (RARELY if clear else 1)
         if explores:
             self._alike = 0
-        return slots if (advantage > WORTH) != explores else 0
+        drafts = (advantage > WORTH) != explores
+        self._tries = drafts and explores
+        self._plain += not drafts
+        return slots if drafts else 0
 
     def _useful(self) -> int:
         used = np.nonzero(self._deep > SELDOM)[0]
@@ -212,10 +220,13 @@ class Budget:
         padded[: len(likely)] = likely
         means = padded[: places * requests].reshape(places, requests).sum(axis=1) / requests
         known = self._gains[:places]
-        known += (1 - FORGET) * (means[: len(known)] - known)
+        known += min(1 - FORGET ** (1 + self._plain), NEWS) * (means[: len(known)] - known)
+        self._plain = 0
         if places > len(self._gains):
             self._gains = np.concatenate([known, means[len(known) :]])
-        return self._best(requests, likely, drafted)[1]
+        best = self._best(requests, likely, drafted)[1]
+        # A step that only tries must verify something, or a drafter that was wrong for a while is never believed again.
+        return max(best, min(requests, len(nodes))) if self._tries else best
 
     def used(self, nodes: Sequence[Node], slots: int) -> None:
         """Note which of the drafted slots the chosen nodes are at."""

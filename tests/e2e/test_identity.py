@@ -97,6 +97,39 @@ def test_auf_equals_plain_decoding(
         assert all(result["meta"]["spec_verify_ct"] > 0 for result in found)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_long_blocks_end_with_the_context_as_plain_decoding_does(
+    overlap: bool, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A verify step takes slots for two blocks ahead, here 32, also where the context has fewer left.
+
+    The second job finds out whether the engine is alive: when it idles, SGLang looks for slots that were lost.
+    """
+    inputs, engine = [prompt[:40] for prompt in prompts(12)], {"model_path": str(tiny_target), "context_length": 96}
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(16))}
+    whole = [job(inputs, 8, max_new_tokens=None), job(inputs, 1, max_new_tokens=None)]
+    alone, _ = run_engine(tmp_path / "plain", engine, whole)
+    drafted, again = run_engine(tmp_path / "auf", engine | drafts, whole, **{CPU_OVERLAP.name: str(int(overlap))})
+    assert tokens(drafted) == tokens(again) == tokens(alone)
+    assert all(len(prompt) + len(answer) >= 94 for prompt, answer in zip(inputs, tokens(alone), strict=True))
+
+
+def test_an_answer_that_fills_the_pool_ends_by_length(
+    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SGLang counts on a slot for each token, and would abort a request that is alone when its last steps need more."""
+    engine = {"model_path": str(tiny_target), "context_length": 256, "max_total_tokens": 256}
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(16))}
+    short, long = [5] * 20, [5] * 235
+    jobs = [job([short, long], 1, max_new_tokens=None)]
+    (alone,) = run_engine(tmp_path / "plain", engine, jobs)
+    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, jobs)
+    for plain, auf in zip(alone, drafted, strict=True):
+        assert auf["meta"]["finish_reason"]["type"] == plain["meta"]["finish_reason"]["type"] == "length"
+        assert auf["ids"] == plain["ids"][: len(auf["ids"])]
+    assert [len(auf["ids"]) for auf in drafted] == [256 - 20 - 32, 1]
+
+
 def test_a_target_with_biases_is_replayed_and_decoded_alike(tiny_drafter: Callable[..., Path], tmp_path: Path) -> None:
     inputs, target = prompts(6), write_target(tmp_path / "target", bias=True)
     engine = {"model_path": str(target), "context_length": 256}

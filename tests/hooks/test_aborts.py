@@ -1,4 +1,4 @@
-"""Aborting one request reaches no request whose id merely begins alike."""
+"""Aborting one request reaches no request whose id merely begins alike, and answers end where their room does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_auf.hooks.aborts import abort_one
+from sglang_auf.hooks import aborts
+from sglang_auf.hooks.aborts import abort_one, end_with_the_pool, room_behind_a_context
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,41 @@ def test_an_id_that_begins_others_is_not_sent(rid: str, abort_all: bool, reaches
     manager, sent = SimpleNamespace(rid_to_state={"a": 1, "a1": 2, "b": 3}), []
     abort_one(lambda *arguments: sent.append(arguments), manager, rid, abort_all)
     assert sent == ([(manager, rid, abort_all)] if reaches else [])
+
+
+@pytest.fixture
+def speculating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with AUF whose steps take 32 slots."""
+    monkeypatch.setattr(aborts, "serves_auf", lambda: True)
+    monkeypatch.setattr(aborts, "_room_of_a_step", lambda: 32)
+
+
+def test_the_slot_table_has_columns_for_a_step_at_the_end_of_a_context(
+    speculating: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [room_behind_a_context(columns) for columns in (20, 40)] == [32, 40]
+    monkeypatch.setattr(aborts, "serves_auf", lambda: False)
+    assert room_behind_a_context(20) == 20
+
+
+def limits(pool: int, prompt: int, most: int, least: int = 0) -> tuple[int, int]:
+    """max_new_tokens and min_new_tokens of a request of `prompt` tokens that SGLang lets have `most`."""
+    settings = SimpleNamespace(max_new_tokens=None, min_new_tokens=least)
+    request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=settings)
+
+    def original(scheduler: object, request: SimpleNamespace) -> None:
+        request.sampling_params.max_new_tokens = most
+
+    end_with_the_pool(original, SimpleNamespace(max_total_num_tokens=pool), request)
+    return settings.max_new_tokens, settings.min_new_tokens
+
+
+def test_an_answer_ends_where_the_pool_has_no_room_for_a_step(
+    speculating: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert limits(1000, 100, 867) == (867, 0)
+    assert limits(1000, 100, 898) == (868, 0)
+    assert limits(1000, 980, 18, least=5) == (1, 1), "its first token needs no step"
+    assert limits(1000, 100, 0) == (0, 0)
+    monkeypatch.setattr(aborts, "serves_auf", lambda: False)
+    assert limits(1000, 100, 898) == (898, 0)

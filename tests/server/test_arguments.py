@@ -91,6 +91,7 @@ def test_good_server_args_pass() -> None:
         ({"schedule_policy": "random-walk"}, "schedule_policy = 'random-walk'"),
         ({"tokenizer_worker_num": 2}, "tokenizer_worker_num = 2"),
         ({"fastapi_root_path": "/metrics-of/us"}, "API key"),
+        ({"skip_server_warmup": True}, "skip_server_warmup"),
         ({"nnodes": 2}, "nnodes = 2"),
     ],
 )

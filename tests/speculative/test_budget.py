@@ -437,10 +437,10 @@ def test_where_rows_are_dear_and_little_is_accepted_nothing_is_drafted_but_now_a
 
 
 def test_a_drafter_that_proposes_nothing_likely_is_not_asked_for_ever() -> None:
-    """No node reaches the floor, so no node says how poor it is."""
+    """Hardly a node reaches the floor, so no node says how poor it is."""
     world = World(MACHINES["small steps"], said=0.015, spread=0.01)
     world.run(lambda _: 2, 200)
-    assert sum(world.nodes) == 0
+    assert sum(world.nodes) <= 2
     assert sum(slots > 0 for slots in world.slots) <= 1 + 200 / EXPLORE_EVERY
 
 
@@ -461,6 +461,32 @@ def test_a_drafter_that_gets_better_is_found_again_from_plain_decoding() -> None
     world.run(lambda _: 8, 1500)
     assert np.mean(np.array(world.slots[-100:]) > 0) > 0.9
     assert np.mean(world.nodes[-100:]) > 8
+
+
+def between(points: dict[int, float]) -> Callable[[int], float]:
+    """rows -> seconds on the line between the two nearest of `points`, and behind the last in proportion."""
+    most = max(points)
+    return lambda rows: float(np.interp(rows, list(points), list(points.values()))) * max(rows / most, 1)
+
+
+def test_a_drafter_that_was_wrong_for_a_while_is_believed_again() -> None:
+    """It says the same all the time. While it is wrong no node seems worth a row, and none would be tested again."""
+    measured = {0: 0.0, 1: 0.0136, 8: 0.0186, 16: 0.0315, 64: 0.1057}
+    draft = between({rows: 0.14 * seconds for rows, seconds in measured.items()})
+    world = World(Machine(between(measured), draft, step=0.001, per_request=0.0002), said=0.7, true=0.04, spread=0.01)
+    world.run(lambda _: 4, 300)
+    assert np.mean(world.nodes[-100:]) < 1
+    world.true = 0.93
+    world.run(lambda _: 4, 2000)
+    assert np.mean(np.array(world.nodes[-200:]) > 0) > 0.8
+
+
+def test_a_step_that_only_tries_verifies_a_node_for_each_request() -> None:
+    world = World(DEAR, said=0.7, true=0.02, spread=0.01)
+    world.run(lambda _: 4, 400)
+    tried = [(slots, nodes) for slots, nodes in zip(world.slots[100:], world.nodes[100:], strict=True) if slots]
+    assert len(tried) >= 2
+    assert all(nodes >= 4 for _, nodes in tried)
 
 
 def test_it_follows_the_load() -> None:
