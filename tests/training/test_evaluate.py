@@ -11,20 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from sglang_auf import cli
 from sglang_auf.acceptance import macro_tau, total_acceptance
+from sglang_auf.checkpoints.writing import RECIPE
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training import evaluate
 from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.data.conversations import Conversation
-from sglang_auf.training.data.loader import BatchMaker
+from sglang_auf.training.data.loader import BatchMaker, load_data
 from sglang_auf.training.evaluate import HeldOut, HeldOutAnswers, heldout_tau, walks
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
+from tests.support import tiny_models
 from tests.support.tiny_models import write_drafter, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
 from tests.support.training_runs import tiny_recipe, write_models
@@ -366,6 +369,26 @@ def test_command_prints_the_figures(models: dict[str, Path], capsys: pytest.Capt
     assert float(table["tau"][0]) >= 1
     assert float(table["tau_tree_16"][0]) >= float(table["tau_tree_8"][0]) >= 1
     assert float(table["0"][1]) == pytest.approx(steps[0] / sum(steps), abs=1e-4)
+
+
+@pytest.mark.parametrize("overlong", ["reject", "truncate"])
+def test_a_limit_walks_what_training_held_out(overlong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rows training could use: many are longer than its limit, and some shorter than a block."""
+    target, data = write_models(tmp_path)
+    recipe = tiny_recipe(target, data)
+    settings = recipe.data.model_copy(update={"max_length": 20, "overlong": overlong, "min_answer_tokens": 12})
+    recipe = recipe.model_copy(update={"data": settings})
+    held_out = load_data(recipe, Path(target), tiny_models.VOCABULARY).held_out
+    drafter = write_drafter(tmp_path / "drafter")
+    (drafter / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    walked: list[str] = []
+
+    def heldout_tau(step: TrainingStep, batches: Any, **_: Any) -> None:
+        walked.extend(id for batch in batches for id in batch.ids)
+
+    monkeypatch.setattr(evaluate, "heldout_tau", heldout_tau)
+    evaluate.evaluate_drafter(str(drafter), target, data, limit=recipe.data.held_out)
+    assert sorted(walked) == sorted(conversation.id for conversation in held_out)
 
 
 def test_command_names_a_missing_file(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
