@@ -86,7 +86,7 @@ def check_server_args(given: dict[str, Any]) -> None:
         if key == "skip_server_warmup" and value:
             raise ConfigError(
                 f"server_args.{key} = {value}",
-                "the first request, which proves that the server drafts before it is announced",
+                "the first request, which proves that the server answers, and drafts, before it is announced",
                 "leave it out",
             )
         if key == "fastapi_root_path" and value.startswith(WITHOUT_KEY):

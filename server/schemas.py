@@ -25,7 +25,7 @@ class Figures(Reply):
     accepted: int = Field(description="drafted tokens the target confirmed")
     proposed: int = Field(description="drafted tokens that were verified: B-1 per step of a chain, or a tree's nodes")
     nodes_per_step: float | None = Field(description="proposed / verify_steps")
-    emitted: int = Field(description="tokens of answers that came from verify steps: all but each answer's first")
+    emitted: int = Field(description="tokens of answers that came from verify steps, not from a prefill")
     requests: int = Field(description="finished requests with at least one verify step")
     requests_without_verify: int
     accepted_histogram: list[int] = Field(description="[a]: verify steps that accepted exactly a drafted tokens")

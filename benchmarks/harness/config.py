@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from sglang_auf.settings import Settings
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     parts = [value] if isinstance(value, str) else value
     return [name.strip() for part in parts for name in str(part).split(",") if name.strip()]
 
@@ -32,8 +32,8 @@ def _dated_run() -> Path:
     return Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split_commas), Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(split_commas), Field(min_length=1)]
 ServerSettings = Annotated[
     tuple[Annotated[str, Field(pattern=r"^[^=]+=")], ...], BeforeValidator(_split_words), Field(min_length=1)
 ]
@@ -66,7 +66,7 @@ class PromptSources(CommandConfig):
 class AskedTasks(PromptSources):
     """Which tasks are asked, beside a user's own."""
 
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
         default_factory=lambda given: () if given.get("prompts") else ("paper",),
         description="comma-separated tasks or groups: paper, more, sample (default: paper, or none with --prompts)",
     )

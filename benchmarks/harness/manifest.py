@@ -24,7 +24,7 @@ INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 
 class TaskOrigin(StrictModel):
     """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many `requests` as they
-    have turns. sha256: their digest.
+    have turns (None: written by a version that did not count them). sha256: their digest.
 
     file: the user's own file that they were read from.
     """
@@ -32,7 +32,7 @@ class TaskOrigin(StrictModel):
     version: int
     origin: str
     prompts: int
-    requests: int
+    requests: int | None = None
     sha256: str
     file: PromptFile | None = None
 
@@ -74,7 +74,7 @@ class RunManifest(StrictModel):
 
     def require_finished(self, directory: Path, records: Sequence[Record]) -> None:
         """records: the latest of each request. Raises DataError where some requests have none."""
-        due = sum(task.requests for task in self.tasks.values())
+        due = sum(task.prompts if task.requests is None else task.requests for task in self.tasks.values())
         if len(records) < due:
             found = f"{directory} with {len(records)} of {due} requests"
             raise DataError(found, "a finished run", "finish it with run --resume")

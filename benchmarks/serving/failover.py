@@ -23,6 +23,7 @@ from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, launch, serve
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.markdown import markdown_document, markdown_table
+from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import ConfigError, ServerError
 from sglang_auf.training.generation.client import SglExt, openai_client
 
@@ -194,7 +195,8 @@ class _Clients:
                 load.named.append(f"{text!r} for {references[prompt]!r}")
             details = SglExt.of(reply).spec_tokens_details or {}
             load.verify_steps += details["verify_steps"]
-            load.emitted += reply.usage.completion_tokens - 1
+            of_reply = Acceptance.of_request(details["accepted_histogram"], reply.usage.completion_tokens)
+            load.emitted += of_reply.emitted
         return load
 
     async def _count(self, request: httpx.Request) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from benchmarks.harness.config import CommandConfig, Counts
+from benchmarks.harness.config import CommandConfig, Counts, split_commas
 from sglang_auf.errors import ConfigError
 from sglang_auf.settings import Settings, checked, read_yaml
 
@@ -28,7 +28,9 @@ class StudyConfig(CommandConfig):
         None, description="read <task>.jsonl of the measured tasks, and files the study names, from here"
     )
     out: Path = Field(Path("runs/study"), description="directory of the study; what is finished in it is not redone")
-    seeds: Counts = Field((), description="only these of the study's seeds; another machine may do the others")
+    seeds: Annotated[tuple[int, ...], BeforeValidator(split_commas)] = Field(
+        (), description="only these of the study's seeds; another machine may do the others"
+    )
     budgets: Counts = Field((), description="only these of the study's budgets")
     join: tuple[Path, ...] = Field(
         (), description="an OUT of the same study with other seeds, of another machine, to report with; may be repeated"
@@ -211,7 +213,8 @@ class Study(Settings):
             if others := [each for each in wanted if each not in known]:
                 raise ConfigError(f"{name} {others[0]}", f"one of the study's: {', '.join(map(str, known)) or 'none'}")
         chosen = {steps: changes for steps, changes in self.budgets.items() if not budgets or steps in budgets}
-        return self.model_copy(update={"seeds": tuple(seeds) or self.seeds, "budgets": chosen})
+        of_these = tuple(seed for seed in self.seeds if not seeds or seed in seeds)
+        return self.model_copy(update={"seeds": of_these, "budgets": chosen})
 
     def _arms_of(self, steps: int) -> dict[str, Arm]:
         return {name: arm for name, arm in self.arms.items() if arm.budgets is None or steps in arm.budgets}

@@ -87,7 +87,7 @@ def read_results(records: Path, walk_only: bool = False, others: Sequence[Path] 
     for budget, study in whole.parts.items():
         places: dict[int, Path] = {}
         for seed in study.seeds:
-            lacking = {place: _missing(place, budget, study, seed, walk_only) for place in (records, *others)}
+            lacking = {place: _missing(place, budget, study, seed) for place in (records, *others)}
             done = [place for place, file in lacking.items() if file is None]
             if done:
                 places[seed] = done[0]
@@ -97,40 +97,36 @@ def read_results(records: Path, walk_only: bool = False, others: Sequence[Path] 
             logger.warning("no %s: seed %d%s is not done yet, and left out", missing[-1], seed, of_steps)
         if places:
             found[budget] = _read(places, budget, study.only(tuple(places)), walk_only)
+            _require_comparable(found[budget], places)
     if not found:
         raise ConfigError(
             f"no {missing[0]}: the study is not done yet", "the records of every arm with one seed", "run it to its end"
         )
-    for results in found.values():
-        _require_comparable(results)
     return found
 
 
-def _missing(records: Path, budget: Budget, study: Study, seed: int, walk_only: bool) -> Path | None:
-    """The first record that a seed of a budget lacks."""
+def _missing(records: Path, budget: Budget, study: Study, seed: int) -> Path | None:
+    """The first record that a seed of a budget lacks, of trainings and walks."""
     own = of_budget(records, budget)
     files = [records / PLAIN]
     for arm in study.arms:
         files.append(own / training_name(arm, seed))
         files += [own / walked_name(arm, seed, nodes) for nodes in study.walked_figures.values()]
-    files += [own / _served_file(run) for run in _served(study, walk_only) if run[1] == seed]
     return next((file for file in files if not file.is_file()), None)
-
-
-def _served(study: Study, walk_only: bool) -> list[tuple[str, int, float]]:
-    """(arm, seed, temperature) of the served drafters that are read."""
-    served = study.served
-    return [] if served is None or walk_only else list(product(*study.served_runs, served.temperatures))
-
-
-def _served_file(run: tuple[str, int, float]) -> str:
-    return f"served-{served_name(*run)}.jsonl.gz"
 
 
 def _read(places: Mapping[int, Path], budget: Budget, study: Study, walk_only: bool) -> Results:
     """places: seed -> directory of its records."""
     own = {seed: of_budget(place, budget) for seed, place in places.items()}
     runs = [(arm, seed) for arm in study.arms for seed in study.seeds]
+    served: dict[tuple[str, int, float], list[Record]] = {}
+    if study.served is not None and not walk_only:
+        for arm, seed, temperature in product(*study.served_runs, study.served.temperatures):
+            file = own[seed] / f"served-{served_name(arm, seed, temperature)}.jsonl.gz"
+            if file.is_file():
+                served[arm, seed, temperature] = read_kept(file)
+            else:
+                logger.warning("no %s: it was not served yet, and is left out", file)
     return Results(
         study=study,
         walked={
@@ -138,17 +134,19 @@ def _read(places: Mapping[int, Path], budget: Budget, study: Study, walk_only: b
             for figure, nodes in study.walked_figures.items()
         },
         training={run: read_training(own[run[1]] / training_name(*run)) for run in runs},
-        served={run: read_kept(own[run[1]] / _served_file(run)) for run in _served(study, walk_only)},
+        served=served,
         plain={seed: json.loads((place / PLAIN).read_text(encoding="utf-8")) for seed, place in places.items()},
     )
 
 
-def _require_comparable(results: Results) -> None:
-    """All arms must have the same target, and those with the same answers and the same seed the same data."""
+def _require_comparable(results: Results, places: Mapping[int, Path]) -> None:
+    """All arms must have the same target, and those with the same answers the same data, but for seeds of another
+    machine, whose target answered for itself. places: seed -> directory of its records."""
     study = results.study
     for arm, seed in results.training:
         first = next(other for other in study.arms if study.answers_of(other) == study.answers_of(arm))
-        mine, its = results.training[arm, seed]["run"], results.training[first, seed]["run"]
+        beside = next(other for other in study.seeds if places[other] == places[seed])
+        mine, its = results.training[arm, seed]["run"], results.training[first, beside]["run"]
         any_run = results.training[first, study.seeds[0]]["run"]
         different = [
             name

@@ -27,6 +27,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness.commands import sglang_auf
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.records import latest, read_records
@@ -107,8 +109,7 @@ def run_study(config: StudyConfig) -> None:
 
     Raises ConfigError for an arm whose recipe is refused, and where config.out belongs to another study.
     """
-    study = load_study(config.study)
-    study.only(config.seeds, config.budgets)
+    study = load_study(config.study).only(config.seeds, config.budgets)
     places = Places(config.out, config.data_dir, settings=config.settings)
     for part in study.parts.values():  # before hours are spent on the arms in front of a wrong one
         for arm in part.arms.values():
@@ -119,7 +120,8 @@ def run_study(config: StudyConfig) -> None:
     for budget, part in study.parts.items():
         of_part = replace(places, budget=budget)
         of_part.kept.mkdir(exist_ok=True)
-        _train_all(part, of_part, config.jobs, partial(walks.walk, of_part))
+        threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
+        _train_all(part, of_part, config.jobs, threads, partial(walks.walk, of_part, threads))
         if not config.walk_only:
             _served_part(part, of_part)
 
@@ -132,11 +134,13 @@ class Walks:
         self._lock = threading.Lock()
         self._walker: Walker | None = None
 
-    def walk(self, places: Places, arm: str, seed: int) -> None:
-        """Walk a drafter and keep the records, unless they are there already."""
+    def walk(self, places: Places, threads: int | None, arm: str, seed: int) -> None:
+        """Walk a drafter and keep the records, unless they are there already. threads: to compute with; None: all."""
         files = [places.kept / walked_name(arm, seed, nodes) for nodes in self._study.walked_figures.values()]
         if all(file.is_file() for file in files):
             return
+        if threads is not None:
+            torch.set_num_threads(threads)
         with self._lock:
             if self._walker is None:
                 answers = latest(read_records(self._plain / RECORDS))
@@ -194,15 +198,14 @@ def _regenerate(study: Study, places: Places, name: str, base_url: str) -> None:
 # --- drafters ---
 
 
-def _train_all(study: Study, places: Places, jobs: int, walk: Callable[[str, int], None]) -> None:
+def _train_all(study: Study, places: Places, jobs: int, threads: int | None, walk: Callable[[str, int], None]) -> None:
     """Train `jobs` arms at a time, each with its share of the cores. On a CPU that is faster than one at a time.
 
-    walk: called with arm and seed of each drafter when it is trained, so that a study that is stopped has figures of
-    what it has done.
+    threads: of each; None: all. walk: called with arm and seed of each drafter when it is trained, so that a study that
+    is stopped has figures of what it has done.
     """
     for name in sorted({study.answers_of(arm) for arm in study.arms}) if study.cache_features else ():
         _cached_features(study, places, name)
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     stopped = threading.Event()
 
     def train(arm: str, seed: int) -> None:

@@ -122,7 +122,8 @@ def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
         except BadRow as fault:
             faults.append((str(fault), row.name))
         else:
-            found |= {_words(said): row.name for said in [" ".join(turns), *turns]}
+            for said in (" ".join(turns), *turns):
+                found.setdefault(_words(said), row.name)  # so that what a row says stands together
     for reason, rows in grouped(faults).items():
         logger.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
     found.pop((), None)

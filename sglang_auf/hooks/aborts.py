@@ -52,8 +52,10 @@ def end_with_the_pool(original: Any, scheduler: Any, request: Any) -> None:
     token needs no step.
     """
     original(scheduler, request)
-    if serves_auf() and scheduler.max_total_num_tokens:
-        room = scheduler.max_total_num_tokens - len(request.origin_input_ids) - _room_of_a_step()
+    if serves_auf():
+        shards = scheduler.kv_shard_widening
+        pool = scheduler.max_total_num_tokens * shards - scheduler.page_size * (shards - 1)  # as SGLang counts it
+        room = pool - len(request.origin_input_ids) - _room_of_a_step()
         settings = request.sampling_params
         settings.max_new_tokens = min(settings.max_new_tokens, max(room, 1))
         settings.min_new_tokens = min(settings.min_new_tokens, settings.max_new_tokens)

@@ -32,7 +32,7 @@ COUNTERS = {
     "auf_requests_total": "Finished requests with at least one verify step.",
     "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one).",
     "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
-    "auf_emitted_tokens_total": "Tokens of answers that came from verify steps: all but the first of each answer.",
+    "auf_emitted_tokens_total": "Tokens of answers that came from verify steps, not from a prefill.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
     "auf_proposed_tokens_total": "Drafted tokens that were verified: B-1 per step of a chain, or the nodes of a tree.",
     "auf_drafter_swaps_total": "Times that another drafter was put in the place of the running one.",

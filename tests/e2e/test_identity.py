@@ -114,8 +114,9 @@ def test_long_blocks_end_with_the_context_as_plain_decoding_does(
     assert all(len(prompt) + len(answer) >= 94 for prompt, answer in zip(inputs, tokens(alone), strict=True))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_an_answer_that_fills_the_pool_ends_by_length(
-    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+    overlap: bool, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """SGLang counts on a slot for each token, and would abort a request that is alone when its last steps need more."""
     engine = {"model_path": str(tiny_target), "context_length": 256, "max_total_tokens": 256}
@@ -123,7 +124,7 @@ def test_an_answer_that_fills_the_pool_ends_by_length(
     short, long = [5] * 20, [5] * 235
     jobs = [job([short, long], 1, max_new_tokens=None)]
     (alone,) = run_engine(tmp_path / "plain", engine, jobs)
-    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, jobs)
+    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, jobs, **{CPU_OVERLAP.name: str(int(overlap))})
     for plain, auf in zip(alone, drafted, strict=True):
         assert auf["meta"]["finish_reason"]["type"] == plain["meta"]["finish_reason"]["type"] == "length"
         assert auf["ids"] == plain["ids"][: len(auf["ids"])]

@@ -43,7 +43,7 @@ def limits(pool: int, prompt: int, most: int, least: int = 0) -> tuple[int, int]
     def original(scheduler: object, request: SimpleNamespace) -> None:
         request.sampling_params.max_new_tokens = most
 
-    end_with_the_pool(original, SimpleNamespace(max_total_num_tokens=pool), request)
+    end_with_the_pool(original, SimpleNamespace(max_total_num_tokens=pool, kv_shard_widening=1, page_size=1), request)
     return settings.max_new_tokens, settings.min_new_tokens
 
 

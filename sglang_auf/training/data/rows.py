@@ -70,7 +70,9 @@ def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str =
             if row.fault is None and not row.id:
                 id = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:ID_LENGTH]
                 same[id] += 1
-                row = replace(row, id=id if same[id] == 1 else f"{id}-{same[id]}")
+                while (named_so := id if same[id] == 1 else f"{id}-{same[id]}") in seen:
+                    same[id] += 1  # `regenerate` has given it to the row's answer
+                row = replace(row, id=named_so)
             elif row.fault is None and row.id in seen:
                 row = ChatRow(place, row.id, fault="an id for the second time")
             seen.add(row.id)

@@ -113,7 +113,7 @@ def read_prompts(
 
 
 def _asked(prompt: Prompt) -> bytes:
-    return json.dumps([prompt.turns, prompt.chat.tools, prompt.chat.template_kwargs], default=str).encode()
+    return json.dumps([prompt.id, prompt.turns, prompt.chat.tools, prompt.chat.template_kwargs], default=str).encode()
 
 
 def regenerate(settings: RegenerateSettings) -> int:

@@ -152,7 +152,7 @@ def test_the_mean_of_runs_has_the_interval_of_one_run_with_its_means() -> None:
 def test_a_difference_is_paired_by_prompt() -> None:
     """The same prompts, each better by the same amount: no doubt is left, however much the prompts differ."""
     theirs = [record(f"p{i}", [10, i, 0, 0]) for i in range(12)]
-    ours = [r.model_copy(update={"completion_tokens": r.completion_tokens + sum(r.accepted_histogram)}) for r in theirs]
+    ours = [record(f"p{i}", [0, 10, i, 0]) for i in range(12)]  # one more of each step
     difference, interval = paired_difference([(ours, theirs)])["gsm8k"]
     assert difference == pytest.approx(1.0)
     assert interval is not None

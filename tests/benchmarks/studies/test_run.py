@@ -28,8 +28,8 @@ def study() -> Study:
     return load_study(STUDY)
 
 
-@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, max(1, (os.cpu_count() or 1) // 2)), (1000, 1)])
-def test_every_arm_and_seed_is_trained_once_with_its_share_of_the_cores(
+@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, 1), (1000, 1)])
+def test_every_arm_and_seed_is_trained_once_and_walked(
     jobs: int, threads: int | None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[tuple[str, int, int | None]] = []
@@ -37,7 +37,7 @@ def test_every_arm_and_seed_is_trained_once_with_its_share_of_the_cores(
         study_module, "_train", lambda study, places, arm, seed, threads: done.append((arm, seed, threads))
     )
     walked: list[tuple[str, int]] = []
-    _train_all(study, Places(tmp_path), jobs, lambda arm, seed: walked.append((arm, seed)))
+    _train_all(study, Places(tmp_path), jobs, threads, lambda arm, seed: walked.append((arm, seed)))
     assert sorted(done) == sorted((arm, seed, threads) for arm in ("decay", "auf") for seed in (1, 2))
     assert sorted(walked) == sorted((arm, seed) for arm in ("decay", "auf") for seed in (1, 2))
 
@@ -45,7 +45,7 @@ def test_every_arm_and_seed_is_trained_once_with_its_share_of_the_cores(
 def test_jobs_run_beside_each_other(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=30)  # breaks where one waits for the other to end
     monkeypatch.setattr(study_module, "_train", lambda *arguments: both.wait())
-    _train_all(study, Places(tmp_path), 2, no_walk)
+    _train_all(study, Places(tmp_path), 2, 1, no_walk)
 
 
 @pytest.mark.parametrize("failure", [TrainingError("a", "b", "c"), KeyboardInterrupt()])
@@ -66,7 +66,7 @@ def test_after_a_failure_what_runs_is_waited_for_and_nothing_begins(
 
     monkeypatch.setattr(study_module, "_train", train)
     with pytest.raises(type(failure)):
-        _train_all(study, Places(tmp_path), 2, no_walk)
+        _train_all(study, Places(tmp_path), 2, 1, no_walk)
     assert ("auf", 2) not in begun
     assert len(ended) == len(begun) - 1 <= 1
 
@@ -127,6 +127,30 @@ def test_a_kill_repeats_nothing_that_is_finished(
     done = list(begun)
     run_study(config)
     assert begun == done
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, max(1, (os.cpu_count() or 1) // 2)), (1000, 1)])
+def test_a_part_of_a_study_does_no_more_with_its_share_of_the_cores(
+    jobs: int, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.read_text() + "budgets: {30: [], 60: []}\n")
+    done: list[tuple[str, int | None, str, int, int | None]] = []
+
+    def train(study: Study, places: Places, arm: str, seed: int, threads: int | None) -> None:
+        done.append(("train", places.budget, arm, seed, threads))
+
+    def walk(walks: object, places: Places, threads: int | None, arm: str, seed: int) -> None:
+        done.append(("walk", places.budget, arm, seed, threads))
+
+    monkeypatch.setattr(study_module, "_target_part", lambda *arguments: None)
+    monkeypatch.setattr(study_module, "_train", train)
+    monkeypatch.setattr(study_module.Walks, "walk", walk)
+    given = {"study": file, "out": tmp_path / "out", "walk_only": True, "jobs": jobs}
+    run_study(StudyConfig.model_validate({**given, "seeds": "2,2", "budgets": "60"}))
+    assert sorted(done) == [(what, 60, arm, 2, threads) for what in ("train", "walk") for arm in ("auf", "decay")]
+    with pytest.raises(ConfigError, match="seed 3"):
+        run_study(StudyConfig.model_validate({**given, "seeds": "3"}))
 
 
 def test_a_file_of_a_study_is_in_its_data_directory_or_where_it_is_run(

@@ -71,6 +71,25 @@ def test_a_short_prompt_that_is_one_turn_of_a_conversation_is_found(tmp_path: Pa
     assert [near.overlap for near in result.near] == [1.0, pytest.approx(11 / 13)]
 
 
+def test_a_row_is_counted_once_whatever_other_rows_say(tmp_path: Path) -> None:
+    """Rows share a turn, and one of them says it in two places."""
+    shared = "please list all the rivers of the north by length"
+
+    def chat(name: str, *said: str) -> str:
+        turns = [
+            each for text in said for each in ({"role": "user", "content": text}, {"role": "assistant", "content": "a"})
+        ]
+        return json.dumps({"id": name, "messages": turns}) + "\n"
+
+    path = tmp_path / "chats.jsonl"
+    rows = [chat("a", "hello one", shared), chat("c", f"{shared} today"), chat("b", "other two", shared)]
+    path.write_text("".join(rows))
+    known = training_prompts([str(path)])
+    config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
+    result = task_overlap("toy", [Prompt("toy", "toy/0", (f"{shared} now",))], known, holders_of_runs(known, 4), config)
+    assert result.nearest is not None and result.nearest.overlap == pytest.approx(7 / 8)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     """Exit code 1 where a prompt was trained on; rows that are no conversations do not hide the others."""
     text = json.loads(SAMPLE_FILE.read_text().splitlines()[0])["turns"][0]

@@ -107,6 +107,7 @@ def test_a_row_without_an_id_has_the_same_one_in_another_file_and_place(tmp_path
     both = [tmp_path / "a/rows.jsonl", tmp_path / "b/renamed.jsonl"]
     together = [row.id for row in reader.read_rows(both, hashlib.sha256())]
     assert together == [first, second, "7", f"{second}-2", f"{first}-2"]
+    assert ids("d/answers.jsonl", {"id": first, "messages": TWO_TURNS}, row, row) == [first, f"{first}-2", f"{first}-3"]
 
 
 def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None:

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang_auf import cli
 from sglang_auf.errors import ConfigError, DataError, ServerError
+from sglang_auf.training.data import rows
 from sglang_auf.training.data.chats import chat_of
 from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.generation import output_file
@@ -345,6 +346,19 @@ def test_file_of_other_prompts_or_of_unknown_origin_is_not_continued(serve: Serv
         regenerate(run)
     manifest_path(run.out).unlink()
     with pytest.raises(DataError, match=r"no answers.jsonl.manifest.json says what made them"):
+        regenerate(run)
+
+
+def test_a_version_that_names_rows_otherwise_does_not_continue_the_file(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would ask all of them again."""
+    file = tmp_path / "nameless.jsonl"
+    file.write_text(json.dumps({"turns": ["one"]}))
+    run = settings(serve(), file)
+    regenerate(run)
+    monkeypatch.setattr(rows, "ID_LENGTH", rows.ID_LENGTH - 1)
+    with pytest.raises(DataError, match="input_sha256"):
         regenerate(run)
 
 
