@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 
-_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _SIZING = "sglang.srt.mem_cache.allocation_sizing"
 
 SEAMS = (
@@ -45,20 +44,18 @@ def room_behind_a_context(columns: int) -> int:
     return max(columns, _room_of_a_step()) if serves_auf() else columns
 
 
-def end_with_the_pool(original: Any, scheduler: Any, request: Any) -> None:
-    """Around `Scheduler.init_req_max_new_tokens`: an answer ends (`length`) where the pool has no room for a step.
+def end_with_the_pool(
+    original: Any, allocator: Any, input_tokens: int, max_new_tokens: int, *, token_capacity: int, **more: Any
+) -> int | None:
+    """Around `BaseTokenToKVPoolAllocator.max_new_tokens_for_memory`, which says how many tokens the pool has room for.
 
-    Otherwise a request that is alone in a pool of hardly more than one context fails behind thousands of tokens. One
-    token needs no step.
+    An answer ends (`length`) where the pool has no room for a step. Otherwise a request that is alone in a pool of
+    hardly more than one context fails behind thousands of tokens. One token needs no step.
     """
-    original(scheduler, request)
-    if serves_auf():
-        shards = scheduler.kv_shard_widening
-        pool = scheduler.max_total_num_tokens * shards - scheduler.page_size * (shards - 1)  # as SGLang counts it
-        room = pool - len(request.origin_input_ids) - _room_of_a_step()
-        settings = request.sampling_params
-        settings.max_new_tokens = min(settings.max_new_tokens, max(room, 1))
-        settings.min_new_tokens = min(settings.min_new_tokens, settings.max_new_tokens)
+    most: int | None = original(allocator, input_tokens, max_new_tokens, token_capacity=token_capacity, **more)
+    if most is None or not serves_auf():
+        return most
+    return min(most, max(token_capacity - input_tokens - _room_of_a_step(), 1))
 
 
 def _room_of_a_step() -> int:
@@ -71,5 +68,10 @@ def _room_of_a_step() -> int:
 HOOKS = (
     Hook(f"{_MANAGER}.abort_request", "AROUND", abort_one, ("self", "rid", "abort_all")),
     Hook(f"{_SIZING}:get_req_to_token_extra_context_len", "AFTER", room_behind_a_context, ()),
-    Hook(f"{_SCHEDULER}.init_req_max_new_tokens", "AROUND", end_with_the_pool, ("self", "req")),
+    Hook(
+        "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.max_new_tokens_for_memory",
+        "AROUND",
+        end_with_the_pool,
+        ("self", "input_tokens", "max_new_tokens", "token_capacity", "sliding_window_size", "chunk_size"),
+    ),
 )

@@ -185,20 +185,30 @@ def test_another_study_does_not_continue_this_one(
 
 
 def test_a_report_of_a_study_that_is_not_done_says_so(
-    finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     part = folder / "part"
     shutil.copytree(finished / "records", part / "records")
     (part / "records/12/walked-auf-2-tree-4.jsonl.gz").unlink()
-    assert main(["study", str(folder / "study.yaml"), "--out", str(part), "--report-only"]) == 2
+    command = ["study", str(folder / "study.yaml"), "--out", str(part), "--report-only"]
+    assert main(command) == 0
+    assert "seed 2 with 12 steps is not done yet" in caplog.text
+    assert "| steps and seeds | 12 steps, seeds 1 |" in (part / "study.md").read_text()
+    for file in (part / "records").glob("*/walked-*.gz"):
+        file.unlink()
+    assert main(command) == 2
     assert "not done yet" in capsys.readouterr().err
 
 
-def test_a_report_of_the_walk_alone_needs_nothing_served(finished: Path, folder: Path) -> None:
+def test_a_report_leaves_out_what_was_not_served(
+    finished: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     walked = folder / "walked"
     shutil.copytree(finished / "records", walked / "records", ignore=shutil.ignore_patterns("served-*"))
     command = ["study", str(folder / "study.yaml"), "--out", str(walked), "--report-only"]
-    assert main(command) == 2
     assert main([*command, "--walk-only"]) == 0
+    assert "not served yet" not in caplog.text
+    assert main(command) == 0
+    assert "not served yet" in caplog.text
     assert "## Served" in (finished / "study.md").read_text()
     assert "## Served" not in (walked / "study.md").read_text()

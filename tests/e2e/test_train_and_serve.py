@@ -81,8 +81,12 @@ def trained(target: Path, answers: list[dict[str, Any]], directory: Path, **draf
     from sglang_auf.training.recipe import parse_recipe
     from sglang_auf.training.trainer import train
 
-    # The held-out row is a copy, because the question is whether the answers were learnt.
-    copies = [{**row, "id": f"{row['id']}/{copy}"} for row in answers for copy in range(2)]
+    # A held-out row is a copy but for its last token, because the question is whether the answers were learnt.
+    copies = [
+        {**row, "id": f"{row['id']}/{copy}", "response_ids": row["response_ids"][: len(row["response_ids"]) - copy]}
+        for row in answers
+        for copy in range(2)
+    ]
     data = directory / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in copies))
     objective = "b-auf" if drafter.get("head") == "domino" else "auf"

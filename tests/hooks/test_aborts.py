@@ -35,24 +35,23 @@ def test_the_slot_table_has_columns_for_a_step_at_the_end_of_a_context(
     assert room_behind_a_context(20) == 20
 
 
-def limits(pool: int, prompt: int, most: int, least: int = 0) -> tuple[int, int]:
-    """max_new_tokens and min_new_tokens of a request of `prompt` tokens that SGLang lets have `most`."""
-    settings = SimpleNamespace(max_new_tokens=None, min_new_tokens=least)
-    request = SimpleNamespace(origin_input_ids=[0] * prompt, sampling_params=settings)
+def limit(pool: int, prompt: int, most: int | None) -> int | None:
+    """Tokens of an answer to a prompt of `prompt` tokens that SGLang lets have `most`."""
 
-    def original(scheduler: object, request: SimpleNamespace) -> None:
-        request.sampling_params.max_new_tokens = most
+    def original(*arguments: object, **more: object) -> int | None:
+        assert (arguments, more) == (("allocator", prompt, 5000), {"token_capacity": pool, "chunk_size": 7})
+        return most
 
-    end_with_the_pool(original, SimpleNamespace(max_total_num_tokens=pool, kv_shard_widening=1, page_size=1), request)
-    return settings.max_new_tokens, settings.min_new_tokens
+    return end_with_the_pool(original, "allocator", prompt, 5000, token_capacity=pool, chunk_size=7)
 
 
 def test_an_answer_ends_where_the_pool_has_no_room_for_a_step(
     speculating: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert limits(1000, 100, 867) == (867, 0)
-    assert limits(1000, 100, 898) == (868, 0)
-    assert limits(1000, 980, 18, least=5) == (1, 1), "its first token needs no step"
-    assert limits(1000, 100, 0) == (0, 0)
+    assert limit(1000, 100, 867) == 867
+    assert limit(1000, 100, 898) == 868
+    assert limit(1000, 980, 18) == 1, "its first token needs no step"
+    assert limit(1000, 100, 0) == 0
+    assert limit(1000, 1001, None) is None, "the prompt does not fit"
     monkeypatch.setattr(aborts, "serves_auf", lambda: False)
-    assert limits(1000, 100, 898) == (898, 0)
+    assert limit(1000, 100, 898) == 898
