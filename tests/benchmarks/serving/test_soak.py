@@ -30,6 +30,9 @@ from benchmarks.serving.soak_requests import (
 )
 from sglang_auf.errors import ServerError
 
+EARLY = 0.01
+"""Seconds that asyncio may wake up too early."""
+
 QUESTION = Question("Why?", 8, 3, greedy="So.", seeded="Thus.", constrained='{"item": "x", "count": 1}')
 
 
@@ -119,7 +122,8 @@ def test_swaps_come_at_even_distances_and_a_refused_one_is_a_fault(
     swapped = asyncio.run(_swap_in_turn(SimpleNamespace(base_url=""), tally, began, config))  # type: ignore[arg-type]
     assert asked == [str(drafter.resolve()) for drafter in drafters]
     assert [one.generation for one in swapped] == [1, 3]
-    assert [one.seconds >= at for one, at in zip(swapped, (0.15, 0.45), strict=True)] == [True, True]
+    first, last = (one.seconds for one in swapped)
+    assert 0.15 - EARLY <= first and 0.45 - EARLY <= last
     assert dict(tally.faults) == {"swaps refused": 1}
     assert "busy" in tally.named[0]
 
