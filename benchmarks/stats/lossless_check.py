@@ -49,10 +49,8 @@ def check_runs(config: LosslessConfig) -> LosslessReport:
     _require_comparable(ours, theirs)
     if config.base_url is not None:
         _require_baseline(config.base_url, theirs)
-    speculating, plain = (
-        latest(read_records(config.speculating / RECORDS)),
-        latest(read_records(config.plain / RECORDS)),
-    )
+    speculating = latest(read_records(config.speculating / RECORDS))
+    plain = latest(read_records(config.plain / RECORDS))
     ours.require_finished(config.speculating, speculating)
     theirs.require_finished(config.plain, plain)
     found = check_records(

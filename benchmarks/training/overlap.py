@@ -65,7 +65,7 @@ class TaskOverlap(StrictModel):
 
 
 class OverlapReport(Measured, Report):
-    """overlap.json. training_prompts: how many different ones were read."""
+    """overlap.json. training_prompts: how many rows say what no row before them says."""
 
     STEM: ClassVar[str] = "overlap"
 
@@ -101,7 +101,7 @@ def measure_overlap(config: OverlapConfig) -> OverlapReport:
     holders = holders_of_runs(training, config.words)
     return OverlapReport(
         config=config,
-        training_prompts=len(training),
+        training_prompts=len(set(training.values())),
         tasks=[
             task_overlap(task.name, select(task, config.data_dir, config.limit).prompts, training, holders, config)
             for task in resolve(config.tasks)

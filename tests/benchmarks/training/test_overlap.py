@@ -85,6 +85,7 @@ def test_a_row_is_counted_once_whatever_other_rows_say(tmp_path: Path) -> None:
     rows = [chat("a", "hello one", shared), chat("c", f"{shared} today"), chat("b", "other two", shared)]
     path.write_text("".join(rows))
     known = training_prompts([str(path)])
+    assert len(set(known.values())) == 3
     config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
     result = task_overlap("toy", [Prompt("toy", "toy/0", (f"{shared} now",))], known, holders_of_runs(known, 4), config)
     assert result.nearest is not None and result.nearest.overlap == pytest.approx(7 / 8)
