@@ -35,6 +35,10 @@ SEAMS = (
         Seam(f"{_TOKENIZED}.{name}", "recording.capture")
         for name in ("input_ids", "sampling_params", "mm_inputs", "session_id", "session_params", "lora_id", "no_logs")
     ),
+    *(
+        Seam(f"sglang.srt.managers.io_struct:GenerateReqInput.{name}", "recording.capture")
+        for name in ("log_metrics", "no_logs")
+    ),
     Seam("sglang.srt.managers.io_struct:BatchStrOutput.finished_reasons", "recording.capture"),
 )
 
@@ -69,7 +73,7 @@ def _note_prompt(recorder: Recorder, manager: Any, tokenized: Any) -> None:
     settings = tokenized.sampling_params
     if state is None or not state.obj.log_metrics or settings.max_new_tokens == 0:  # a health check, or a prefill
         return
-    if not allowed.get() or tokenized.no_logs:
+    if not allowed.get() or state.obj.no_logs:  # which SGLang does not copy into what it tokenizes
         recorder.drop("refused")
     elif settings.ignore_eos or any(
         value is not None

@@ -106,7 +106,8 @@ def test_a_request_refuses(served: Served) -> None:
     served.post("/v1/chat/completions", OFF, model="scripted", messages=chat, stream=True)
     served.post("/v1/completions", OFF, model="scripted", prompt=[ids("2 3"), ids("3 2")], n=2)
     served.post("/generate", {"X-SGLang-AUF-Record": "no"}, text="2 3")
-    assert (served.rows(), served.dropped()) == ([], {"refused": 1 + 1 + 4 + 1})
+    served.post("/generate", text=["2 3", "3 2"], no_logs=True)
+    assert (served.rows(), served.dropped()) == ([], {"refused": 1 + 1 + 4 + 1 + 2})
     served.post("/generate", {"X-SGLang-AUF-Record": "On"}, text="2 3")
     assert served.rows() == [(ids("2 3"), 1 + 3 + 4)]
 
@@ -151,7 +152,8 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         RecordSettings(directory=str(tmp_path / "rows"), share=0.3), write_target(tmp_path / "target")
     )
     monkeypatch.setattr(capture, "_recorder", recorder)
-    states = {str(rid): SimpleNamespace(obj=SimpleNamespace(log_metrics=True), output_ids=[3]) for rid in range(200)}
+    asked = SimpleNamespace(log_metrics=True, no_logs=False)
+    states = {str(rid): SimpleNamespace(obj=asked, output_ids=[3]) for rid in range(200)}
     return SimpleNamespace(rid_to_state=states, recorder=recorder)
 
 
@@ -174,7 +176,6 @@ def test_the_share_is_drawn(manager: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"no_logs": True}, "refused"),
         ({"mm_inputs": object()}, "unusable"),
         ({"session_id": "a"}, "unusable"),
         ({"session_params": object()}, "unusable"),
