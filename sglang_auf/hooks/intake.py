@@ -22,7 +22,15 @@ _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 OPAQUE = ("mm_inputs", "positional_embed_overrides", "time_stats")
 """Fields of a tokenized request that hold objects without a fixed type."""
 
+HEALTH_ROUTES = ("/health", "/health_generate")
+
+SKEW_S = 3600.0
+"""How far from now a request may say that it came, in seconds: a router in front says it."""
+
 SEAMS = (
+    *(Seam(f"{_IO}:GenerateReqInput.{name}", "hooks.intake") for name in ("rid", "received_time")),
+    Seam("sglang.srt.constants:HEALTH_CHECK_RID_PREFIX", "hooks.intake"),
+    Seam("sglang.srt.observability.req_time_stats:monotonic_time", "hooks.intake"),
     Seam(f"{_IO}:msgpack_encode", "hooks.intake", ("obj",)),
     Seam(f"{_IO}:msgpack_decode", "hooks.intake", ("data",)),
     Seam("sglang.srt.managers.embed_types:PositionalEmbeds", "hooks.intake"),
@@ -58,6 +66,34 @@ async def _awaited(prepared: Awaitable[Any]) -> Any:
 
 def _refusal(error: BaseException) -> ValueError:
     return ValueError(f"The request cannot be prepared, a field has a wrong form ({type(error).__name__}: {error}).")
+
+
+def admit(original: Any, manager: Any, request: Any, http: Any = None) -> None:
+    """Around `TokenizerManager._init_req_state`. http: the HTTP request, None within a server. Raises ValueError."""
+
+    def checked() -> None:
+        check_origin(request, http)
+        original(manager, request, http)
+
+    refuse_faults(checked)
+
+
+def check_origin(request: Any, http: Any = None) -> None:
+    """Raises ValueError for what a request says about itself and only SGLang may say.
+
+    A busy scheduler drops a request with the id of a health check without a word: the client would wait for ever, and
+    so would a server that is told to stop. And the metrics of all clients would hold a time that is no time.
+    """
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+    from sglang.srt.observability.req_time_stats import monotonic_time
+
+    ids = request.rid if isinstance(request.rid, list) else [request.rid]
+    reserved = [rid for rid in ids if isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)]
+    if reserved and (http is None or not http.url.path.endswith(HEALTH_ROUTES)):
+        raise ValueError(f"rid must not begin with {HEALTH_CHECK_RID_PREFIX}, got {reserved[0]!r}.")
+    came = request.received_time
+    if came is not None and not abs(came - monotonic_time()) < SKEW_S:  # `not <` refuses NaN too
+        raise ValueError(f"received_time must be within an hour of the server's clock, got {came!r}.")
 
 
 def check_types(tokenized: Any, *_: Any, **__: Any) -> None:
@@ -97,7 +133,7 @@ HOOKS = (
         for kind in ("GenerateReqInput", "EmbeddingReqInput")
         for method, parameters in (("normalize_batch_and_arguments", ("self",)), ("__getitem__", ("self", "i")))
     ),
-    Hook(f"{_MANAGER}._init_req_state", "AROUND", refuse_faults, ("self", "obj", "request")),
+    Hook(f"{_MANAGER}._init_req_state", "AROUND", admit, ("self", "obj", "request")),
     Hook(f"{_MANAGER}._tokenize_one_request", "AROUND", refuse_faults, ("self", "obj")),
     Hook(f"{_MANAGER}._batch_tokenize_and_process", "AROUND", refuse_faults, ("self", "batch_size", "obj")),
 )

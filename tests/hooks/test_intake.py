@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.observability.req_time_stats import monotonic_time
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_auf.hooks.intake import check_types, refuse_faults
+from sglang_auf.hooks.intake import admit, check_origin, check_types, refuse_faults
 
 
 def tokenized(**changes: Any) -> TokenizedGenerateReqInput:
@@ -71,6 +73,32 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_an_integer_that_fits_no_64_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="wrong type"):
         check_types(tokenized(priority=2**64))
+
+
+@pytest.mark.parametrize("route", ["/health", "/health_generate", "/under/root/health"])
+def test_health_checks_have_ids_of_their_own(route: str) -> None:
+    check_origin(GenerateReqInput(rid="HEALTH_CHECK_1"), SimpleNamespace(url=SimpleNamespace(path=route)))
+
+
+@pytest.mark.parametrize("rid", ["HEALTH_CHECK", "HEALTH_CHECK_1", ["a", "HEALTH_CHECK_1"]])
+@pytest.mark.parametrize("http", [None, SimpleNamespace(url=SimpleNamespace(path="/generate"))])
+def test_no_client_has_them(rid: str | list[str], http: Any) -> None:
+    with pytest.raises(ValueError, match="rid must not begin with HEALTH_CHECK"):
+        check_origin(GenerateReqInput(rid=rid), http)
+
+
+@pytest.mark.parametrize("rid", [None, "a", "A_HEALTH_CHECK", ["a", "b"]])
+def test_other_ids_are_the_clients(rid: Any) -> None:
+    check_origin(GenerateReqInput(rid=rid))
+
+
+def test_a_request_comes_now() -> None:
+    check_origin(GenerateReqInput(received_time=monotonic_time() - 60))
+    with pytest.raises(ValueError, match="wrong form"):
+        admit(lambda *_: None, None, GenerateReqInput(received_time="now"))
+    for wrong in (1e300, -1e300, float("inf"), float("nan"), monotonic_time() + 86400):
+        with pytest.raises(ValueError, match="received_time must be within an hour"):
+            check_origin(GenerateReqInput(received_time=wrong))
 
 
 @pytest.mark.parametrize(
