@@ -7,6 +7,7 @@ token, and of two stop strings the one that is listed first wins, not the one th
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from sglang_auf.compat import Seam
@@ -55,4 +56,22 @@ def update_finish_state(original: Any, request: Any, new_accepted_len: int = 1) 
         request.grammar = grammar
 
 
-HOOKS = (Hook(f"{_REQUEST}.update_finish_state", "AROUND", update_finish_state, ("self", "new_accepted_len")),)
+def continue_session(original: Any, last_request: Any, request: Any, session_params: Any) -> Any:
+    """Around `Session._concat_token_arrays`: the next turn of a session goes on where the answer ended.
+
+    SGLang takes all `output_ids`, which without blocks end with the answer.
+    """
+    answered = copy.copy(last_request)
+    answered.output_ids = last_request.output_ids_through_stop
+    return original(answered, request, session_params)
+
+
+HOOKS = (
+    Hook(f"{_REQUEST}.update_finish_state", "AROUND", update_finish_state, ("self", "new_accepted_len")),
+    Hook(
+        "sglang.srt.session.session_controller:Session._concat_token_arrays",
+        "AROUND",
+        continue_session,
+        ("last_req", "req", "session_params"),
+    ),
+)

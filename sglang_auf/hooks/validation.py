@@ -22,7 +22,13 @@ SEAMS = (
 _REMEDY = "leave it out, or ask a server without speculation"
 
 
-def refusal(sampling_params: Any, *, return_sampling_mask: bool = False, deterministic: bool = False) -> str | None:
+def refusal(
+    sampling_params: Any,
+    *,
+    return_sampling_mask: bool = False,
+    return_hidden_states: Any = False,
+    deterministic: bool = False,
+) -> str | None:
     """Why a request cannot be honoured, or None. deterministic: the server has --enable-deterministic-inference.
 
     SGLang applies penalties and min_new_tokens from a state per request, which it does not update with the tokens of
@@ -45,17 +51,28 @@ def refusal(sampling_params: Any, *, return_sampling_mask: bool = False, determi
         )
     if return_sampling_mask:
         return f"return_sampling_mask is not supported with the AUF sampler; {_REMEDY}"
+    if return_hidden_states:  # SGLang refuses it under the overlap schedule, and answers with none without it
+        return f"return_hidden_states is not supported with speculative decoding (AUF); {_REMEDY}"
     return None
 
 
 def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) -> str | None:
-    """After SGLang's own check of DFLASH requests (speculative/dflash_utils.py)."""
+    """After SGLang's own check of DFLASH requests (speculative/dflash_utils.py).
+
+    SGLang runs a refused request too, for one token of a prompt of its own, with the settings that it came with.
+    """
     from sglang.srt.runtime_context import get_exec
 
-    deterministic = bool(get_exec().deterministic.enable_deterministic_inference)
-    return result or refusal(
-        req.sampling_params, return_sampling_mask=req.return_sampling_mask, deterministic=deterministic
+    reason = result or refusal(
+        req.sampling_params,
+        return_sampling_mask=req.return_sampling_mask,
+        return_hidden_states=req.return_hidden_states,
+        deterministic=bool(get_exec().deterministic.enable_deterministic_inference),
     )
+    if reason is not None:
+        req.sampling_params.min_p = 0.0
+        req.return_sampling_mask = False
+    return reason
 
 
 def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, str] | None:

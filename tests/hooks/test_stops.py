@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.session.session_controller import Session
 from transformers import PreTrainedTokenizerFast
 
 from sglang_auf.hooks import stops
-from sglang_auf.hooks.stops import update_finish_state
+from sglang_auf.hooks.stops import continue_session, update_finish_state
 from tests.support.toy_tokenizer import toy_tokenizer
 
 # SGLang's own, without the hook that an installed plugin may have put around it.
 ORIGINAL = getattr(Req.update_finish_state, "__wrapped__", Req.update_finish_state)
+CONCAT = getattr(Session._concat_token_arrays, "__wrapped__", Session._concat_token_arrays)
 TOKENIZER: PreTrainedTokenizerFast = toy_tokenizer()
 TOKENIZER.additional_stop_token_ids = None  # as SGLang's loader leaves it
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
@@ -134,3 +136,20 @@ def test_any_steps_finish_as_single_tokens_do(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6))
     made = in_steps(request(**parameters), tokens, sizes)
     assert outcome(made) == outcome(one_by_one(request(**parameters), tokens))
+
+
+def next_turn(last: Req, **session_params: Any) -> list[int]:
+    """The prompt of a session's next turn, which says 7 and 8."""
+    given = SimpleNamespace(drop_previous_output=False, offset=None, **session_params)
+    ids, unpadded = continue_session(CONCAT, last, SimpleNamespace(input_ids=array("q", [7, 8])), given)
+    assert list(ids) == list(unpadded)
+    return list(ids)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_a_session_goes_on_where_the_answer_ended(size: int) -> None:
+    last = in_steps(request(), [10, 11, END, 12, 13, 14], [size])
+    assert next_turn(last) == [1, 10, 11, END, 7, 8]
+    assert len(last.output_ids) >= 3  # the last request itself is not changed
+    cut = in_steps(request(max_new_tokens=4), [10, 11, 12, 13, 14, 15], [size])
+    assert next_turn(cut) == [1, 10, 11, 12, 13, 7, 8]

@@ -62,7 +62,8 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def request(**parameters: Any) -> SimpleNamespace:
-    return SimpleNamespace(sampling_params=SamplingParams(**parameters), return_sampling_mask=False)
+    settings = SamplingParams(**parameters)
+    return SimpleNamespace(sampling_params=settings, return_sampling_mask=False, return_hidden_states=False)
 
 
 def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(deterministic: SimpleNamespace) -> None:
@@ -71,11 +72,16 @@ def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(deterministic: SimpleN
     assert reason is not None
     assert "min_new_tokens=3" in reason
     assert validate_dflash_request(None, request(), True) is None
-    masked = SimpleNamespace(sampling_params=SamplingParams(), return_sampling_mask=True)
-    assert validate_dflash_request(None, masked, False) is not None
+    for name in ("return_sampling_mask", "return_hidden_states"):
+        asking = request()
+        setattr(asking, name, True)
+        assert name in str(validate_dflash_request(None, asking, False))
+        assert not asking.return_sampling_mask  # SGLang runs the request all the same
     assert validate_dflash_request(None, request(min_p=0.1), True) is None
     deterministic.enable_deterministic_inference = True
-    assert "min_p" in str(validate_dflash_request(None, request(min_p=0.1), True))
+    refused = request(min_p=0.1)
+    assert "min_p" in str(validate_dflash_request(None, refused, True))
+    assert refused.sampling_params.min_p == 0  # with it SGLang's sampler would end the engine all the same
 
 
 # --- what OpenAI's API calls an error ---
