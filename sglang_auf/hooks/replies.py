@@ -16,10 +16,14 @@ becomes true on an AUF server. Of several prompts in one completion request with
 one's details into sglext; usage sums over all. Not covered are /v1/responses and /v1/messages, whose shapes have no
 place for it, the native /generate, whose meta_info always has the counts, and SGLang's Rust front end, which does
 not run this code.
+
+The streams of Ollama's routes have no place for it either. What is mended here is that they lose text.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -112,6 +116,31 @@ def _extend_usage(usage: Any, *_: Any, **__: Any) -> Any:
     return usage
 
 
+class _WholeText:
+    """A tokenizer manager whose last report brings no text: a report before it does."""
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+
+    async def generate_request(self, request: Any, http: Any) -> AsyncIterator[dict[str, Any]]:
+        async for report in self.manager.generate_request(request, http):
+            if report["meta_info"].get("finish_reason") is not None:
+                yield {**report, "meta_info": {**report["meta_info"], "finish_reason": None}}
+            yield report
+
+
+def stream_whole_text(original: Any, serving: Any, request: Any, http: Any, model_name: str) -> Any:
+    """Around both streams of `OllamaServing` (entrypoints/ollama/serving.py), which are coroutine functions.
+
+    They send no text with the report that ends an answer. For plain decoding that is one token, mostly the end token;
+    a verify step brings several.
+    """
+    front = copy.copy(serving)
+    front.tokenizer_manager = _WholeText(serving.tokenizer_manager)
+    return original(front, request, http, model_name)
+
+
+_OLLAMA = "sglang.srt.entrypoints.ollama.serving:OllamaServing"
 _USAGE = ("n_choices", "enable_cache_report", "image_tokens", "audio_tokens", "video_tokens")
 HOOKS = (
     Hook(HANDLE_REQUEST, "BEFORE", _begin_reply, ("self", "request", "raw_request")),
@@ -127,5 +156,9 @@ HOOKS = (
         "AFTER",
         _extend_usage,
         ("prompt_tokens", "reasoning_tokens", "completion_tokens", "cached_tokens", *_USAGE),
+    ),
+    *(
+        Hook(f"{_OLLAMA}.{name}", "AROUND", stream_whole_text, ("self", "gen_request", "raw_request", "model_name"))
+        for name in ("_stream_chat_response", "_stream_generate_response")
     ),
 )

@@ -6,6 +6,7 @@ What a script such as "3 0 7 cut 2" means is in scripted_server.py.
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -223,3 +224,17 @@ def test_importing_needs_neither_sglang_nor_prometheus() -> None:
         "sys.exit(bool({'sglang', 'torch', 'prometheus_client'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize(("route", "field"), [("/api/chat", "message"), ("/api/generate", "response")])
+def test_ollamas_streams_bring_all_of_the_text(auf: str, route: str, field: str) -> None:
+    """The last verify step of this answer brings 8 tokens together with its end."""
+    script = "3 0 7"
+    asked = {"model": "scripted", "messages": [{"role": "user", "content": script}], "prompt": script}
+    asked["options"] = {"num_predict": 100}
+    whole = httpx.post(auf + route, json={**asked, "stream": False}).raise_for_status().json()
+    lines = httpx.post(auf + route, json={**asked, "stream": True}).raise_for_status().text.splitlines()
+    chunks = [json.loads(line) for line in lines]
+    texts = [chunk[field]["content"] if field == "message" else chunk[field] for chunk in (whole, *chunks)]
+    assert texts[0] == "".join(texts[1:]) == "a " * (1 + 4 + 1 + 8)
+    assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
