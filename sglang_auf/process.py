@@ -54,12 +54,14 @@ def fork_children(result: Any, server_args: Any) -> Any:
     if FORK.is_on() and threading.active_count() == 1:
         gc.collect()
         gc.freeze()  # a collection would write to every object, and unshare its page
-        os.register_at_fork(after_in_child=_forget_signals)
+        os.register_at_fork(after_in_child=_leave_signals)
         multiprocessing.set_start_method("fork", force=True)
     return result
 
 
-def _forget_signals() -> None:
-    """A child ends on a signal, as a spawned one does; what the server's process does is not for it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
+def _leave_signals() -> None:
+    """What stops a server often goes to its whole group of processes (Ctrl-C, systemd). The server's own process
+    answers it: it finishes what it has begun, for which it needs its children, and then ends them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)

@@ -55,7 +55,8 @@ FORKED = """
     from sglang_auf.process import fork_children
 
     def child(pipe):
-        pipe.send([seen, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL])
+        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)]
+        pipe.send([seen, signals == [signal.SIG_IGN, signal.SIG_IGN, signal.SIG_DFL]])
 
     multiprocessing.set_start_method("spawn")
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -73,7 +74,7 @@ FORKED = """
 """
 
 
-def test_a_child_is_a_copy_of_the_server_without_its_signal_handlers() -> None:
+def test_a_child_is_a_copy_of_the_server_and_leaves_it_to_answer_signals() -> None:
     assert result(FORKED, SGLANG_AUF_FORK="1") == ["set before the fork", True]
 
 

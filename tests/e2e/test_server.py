@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -270,7 +269,8 @@ def test_sigterm_finishes_what_runs_and_leaves_no_process(server: Server) -> Non
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.chat, max_tokens=64, extra_body={"ignore_eos": True})
         time.sleep(1)
-        os.kill(server.process.pid, signal.SIGTERM)
+        for process in reversed(family):  # as a service manager or a terminal does; children must not end by it
+            process.send_signal(signal.SIGTERM)
         assert running.result(timeout=300).usage.completion_tokens == 64
     assert server.process.wait(timeout=120) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
