@@ -12,7 +12,7 @@ from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, step_log, tree_nodes
 from sglang_auf.errors import ConfigError
-from sglang_auf.files import read_json
+from sglang_auf.files import find_model, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,10 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             block_size=_requested_block(server_args),
             context_length=server_args.context_length,
         )
+        if server_args.sampling_defaults == "model":
+            refuse_penalty_by_default(
+                find_model(server_args.model_path, ("*.json",), ConfigError, server_args.revision)
+            )
         if server_args.trust_remote_code:
             refuse_code_of_drafter(checked.path)
         for warning in checked.warnings:
@@ -171,6 +175,19 @@ def report_vocabulary(path: Path, tp_size: int) -> None:
             f"set {DRAFT_VOCABULARY.name}=0 (--set draft_vocabulary=false)",
         )
     logger.info("drafter: drafts only the %d tokens of its %s", len(vocabulary.tokens), draft_vocabulary.FILE)
+
+
+def refuse_penalty_by_default(target: Path) -> None:
+    """Raise ConfigError where every chat that sets no repetition_penalty would get the target's own, and be refused."""
+    file = target / "generation_config.json"
+    penalty = read_json(file, ConfigError).get("repetition_penalty") if file.is_file() else None
+    if penalty not in (None, 1):
+        raise ConfigError(
+            f"repetition_penalty {penalty} in {file}, which SGLang applies to every chat that sets none",
+            "defaults without penalties, which AUF cannot apply",
+            "start with --sampling-defaults openai (--set server_args.sampling_defaults=openai), which takes "
+            "temperature, top_p and top_k from clients alone as well; or serve this target plainly",
+        )
 
 
 def refuse_code_of_drafter(path: Path) -> None:

@@ -57,6 +57,7 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "enable_custom_logit_processor": False,
         "trust_remote_code": False,
         "sampling_backend": None,
+        "sampling_defaults": "model",
         "max_running_requests": None,
         "disable_overlap_schedule": False,
         "speculative_draft_model_path": str(SHIPPED),
@@ -290,6 +291,20 @@ def test_a_drafter_of_another_target_stops_the_server(target: Path) -> None:
     (target / "config.json").write_text(TARGET_CONFIG.replace("576", "640"))
     with pytest.raises(CardError, match="hidden_size"):
         AUF.handle_server_args(arguments(target))
+
+
+@pytest.mark.parametrize(("penalty", "refused"), [(1.05, True), (0.9, True), (1.0, False), (1, False), (None, False)])
+def test_a_penalty_that_every_chat_would_get_stops_the_server(
+    target: Path, penalty: float | None, refused: bool
+) -> None:
+    file = target / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.7, "repetition_penalty": penalty}))
+    if refused:
+        with pytest.raises(ConfigError, match=f"repetition_penalty {penalty}"):
+            AUF.handle_server_args(arguments(target))
+    else:
+        AUF.handle_server_args(arguments(target))
+    AUF.handle_server_args(arguments(target, sampling_defaults="openai"))
 
 
 def test_what_may_lower_tau_is_logged(target: Path, caplog: pytest.LogCaptureFixture) -> None:
