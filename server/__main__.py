@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from server.profile import default_profile, load_profile, profile_names
 from sglang_auf.env import API_KEY
-from sglang_auf.errors import AufError
+from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.process import begin_server
 
 
@@ -37,10 +37,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        default=os.environ.get(API_KEY) or None,
+        default=os.environ.get(API_KEY),
         help=f"ask for this bearer token on every route (default: ${API_KEY}, which `ps` does not show)",
     )
     return parser.parse_args(arguments)
+
+
+def check_key(key: str | None) -> None:
+    """Raise ConfigError for a key that no client could send in a header, or that asks for none at all."""
+    if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+        raise ConfigError(
+            f"an API key that is {'empty' if not key else 'no plain text (its characters are not shown)'}",
+            "letters, digits and signs of ASCII, without spaces around them",
+            f"correct --api-key or ${API_KEY}; leave both out for a server without a key",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise
     flags = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
     try:
+        check_key(options.api_key)
         profile = load_profile(options.profile or default_profile(), options.overrides, flags)
         if arguments is None and profile.device == "cpu":
             begin_server()

@@ -39,6 +39,9 @@ WITHOUT_KEY = ("/health", "/ready", "/metrics")
 # Routes, totals and the gate live in one HTTP process on one machine.
 ONLY_ONE = ("tokenizer_worker_num", "nnodes")
 
+OTHER_SERVERS = ("grpc_port", "grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
+"""Ask SGLang for another server: one without the API key and the closed routes of this one, or none at all."""
+
 
 def sglang_arguments(profile: Profile, target: str, drafter: Path | None, api_key: str | None = None) -> dict[str, Any]:
     """Keyword arguments for SGLang's ServerArgs. target: directory or hub id. drafter: None serves plainly.
@@ -81,6 +84,12 @@ def check_server_args(given: dict[str, Any]) -> None:
                 "python -m sglang.launch_server --help lists them (with - for _)",
             )
         _check_value(key, value, known[key])
+        if key in OTHER_SERVERS and value not in (None, False):
+            raise ConfigError(
+                f"server_args.{key} = {value}",
+                "this HTTP server, whose key, routes and counts another one would go past",
+                "leave it out, or start SGLang's own server (python -m sglang.launch_server)",
+            )
         if key in ONLY_ONE and value != 1:
             raise ConfigError(f"server_args.{key} = {value}", "1, since this server is one HTTP process")
         if key == "skip_server_warmup" and value:
@@ -117,7 +126,7 @@ def build_server_args(arguments: dict[str, Any]) -> ServerArgs:
     record = ServerArgs(**arguments)
     try:
         record.resolve_once()
-    except (ValueError, AssertionError, NotImplementedError) as error:
+    except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         raise ConfigError(
             f"SGLang refuses these arguments: {error}",
             "arguments that it can honour",

@@ -43,7 +43,7 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     check_port(profile.host, profile.port)
     load_sglang(profile.device, needs_algorithm=not plain)
     check_server_args(profile.server_args)
-    target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else profile.target
+    target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else os.path.expanduser(profile.target)
     served = check_models(profile, target, plain)
     recorder = None
     if profile.record.directory is not None:

@@ -140,7 +140,7 @@ MANAGEMENT = frozenset({"/v1/auf/drafter"})
 
 
 class Guard:
-    """ASGI middleware that answers 404 to every route that is not for clients.
+    """ASGI middleware that answers 404 to every route that is not for clients, and opens no WebSocket.
 
     Those are MANAGEMENT and SGLang's routes that manage the engine: they change weights, load files, write profiles to
     directories that a request names, pause the engine, and abort requests of any client. They take the same API key as
@@ -153,6 +153,9 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # SGLang's one, for speech, asks for no key and passes no gate
+            await send({"type": "websocket.close", "code": 1008, "reason": "no route for clients"})
+            return
         if scope["type"] != "http" or is_for_clients(get_route_path(scope)):
             await self.app(scope, receive, send)
             return

@@ -45,7 +45,10 @@ SEAMS = (
     Seam(f"{_MANAGER}:TokenizerManager.get_loads", "server.routes", ("self", "include", "dp_rank")),
     Seam("sglang.srt.platforms:current_platform.device_type", "server.preflight"),
     Seam("sglang.srt.platforms:current_platform.device_name", "server.preflight"),
-    Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", "server.preflight"),
+    *(
+        Seam(f"sglang.srt.environ:envs.{name}", "server.preflight")
+        for name in ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
+    ),
     Seam("sglang.srt.plugins:load_plugins", "server.preflight", ()),
     Seam("sglang.srt.server_args:ServerArgs.resolve_once", "server.arguments", ("self",)),
     Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
@@ -136,12 +139,13 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     check_seams(SEAMS)
-    if envs.SGLANG_RUST_SERVER.get():
-        raise ConfigError(
-            "SGLANG_RUST_SERVER is set",
-            "SGLang's Python HTTP server, which has the routes and the counts",
-            "unset SGLANG_RUST_SERVER",
-        )
+    for variable in (envs.SGLANG_RUST_SERVER, envs.SGLANG_GRPC_PORT):
+        if variable.get():
+            raise ConfigError(
+                f"{variable.name} is set",
+                "SGLang's Python HTTP server alone, which has the routes, the counts and the API key",
+                f"unset {variable.name}",
+            )
     ours = type(current_platform).__module__.startswith("sglang_auf.")
     if (device == "cpu") != ours or current_platform.device_type != device:
         raise ConfigError(

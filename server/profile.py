@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sglang_auf.errors import ConfigError
 from sglang_auf.recording.settings import RecordSettings
@@ -26,7 +26,7 @@ class Profile(Settings):
     block_size: B; None takes the drafter's.
     tree: verify a tree of drafts, as large as the load makes worthwhile (speculative/tree.py); else a chain of the
         whole block. A GPU verifies a chain either way.
-    tree_nodes: nodes of each request's tree at any load; None lets the load decide.
+    tree_nodes: nodes of each request's tree at any load; None lets the load decide. Without trees it says nothing.
     draft_vocabulary: draft only tokens that the drafter lists, if it has a list (checkpoints/draft_vocabulary.py).
     thinking: the chat template's mode; None where the template has none.
     record: keep answers for training (recording/settings.py); by default none are kept.
@@ -53,6 +53,12 @@ class Profile(Settings):
     port: int = Field(default=30000, ge=1, le=65535)
     served_model_name: str = Field(min_length=1)
     server_args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _trees_are_a_cpus(self) -> Self:
+        if self.tree_nodes is not None and self.device != "cpu":
+            raise ValueError(f"tree_nodes on {self.device}, where a chain of the whole block is verified")
+        return self
 
 
 def profile_names(directory: Path = PROFILES) -> list[str]:
@@ -87,10 +93,12 @@ def load_profile(
     for key in ("target", "drafter"):
         if os.path.isdir(local := CHECKOUT / str(content.get(key))):
             content[key] = str(local)
+    said: dict[str, Any] = {}
+    if any(apply_override(override, said) == "drafter" for override in overrides):
+        for about_the_files_own in ("drafter_notice", "drafter_revision"):
+            content.pop(about_the_files_own, None)
     for override in overrides:
-        if apply_override(override, content) == "drafter":
-            content.pop("drafter_notice", None)  # both are about the drafter that was just replaced
-            content.pop("drafter_revision", None)
+        apply_override(override, content)
     return checked(
         Profile,
         content | dict(flags or {}),

@@ -10,21 +10,29 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_auf.errors import ConfigError
+
+SPELLINGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A variable that is "1" or "0". `default` holds where it is not set, or is anything else."""
+    """A variable that is "1" or "0", or another of SPELLINGS. `default` holds where it is empty or not set."""
 
     name: str
     default: bool
     meaning: str
 
     def is_on(self) -> bool:
-        return {"1": True, "0": False}.get(os.environ.get(self.name, ""), self.default)
+        """Raises ConfigError for what is no switch."""
+        given = os.environ.get(self.name, "")
+        if given and given.lower() not in SPELLINGS:
+            raise ConfigError(f"{self.name}={given}", "1 or 0", "correct or unset it")
+        return SPELLINGS[given.lower()] if given else self.default
 
     def is_asked_for(self) -> bool:
         """Whether it was switched on, not only left at its default."""
-        return os.environ.get(self.name) == "1"
+        return bool(os.environ.get(self.name)) and self.is_on()
 
     def set(self, on: bool) -> None:
         """For this process and those that it starts."""

@@ -69,8 +69,8 @@ def apply_override(override: str, content: dict[str, Any]) -> str:
     """
     key, equals, text = override.partition("=")
     *parents, last = key.strip().split(".")
-    if not equals or not last or not all(parents):
-        raise ConfigError(f"--set {override}", "--set key=value", "for example --set a.b=1")
+    if not equals or not last or not all(parents) or not text.strip():  # an unset variable of a shell leaves nothing
+        raise ConfigError(f"--set {override}", "--set key=value", "for example --set a.b=1, or --set a.b=null")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

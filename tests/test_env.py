@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from sglang_auf import env
+from sglang_auf.errors import ConfigError
 
 
 @pytest.mark.parametrize("default", [True, False])
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", None), ("yes", None), (None, None)])
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("0", False), ("False", False), ("on", True), ("", None), (None, None)]
+)
 def test_a_switch_is_on_off_or_its_default(
     monkeypatch: pytest.MonkeyPatch, value: str | None, on: bool | None, default: bool
 ) -> None:
@@ -21,7 +24,14 @@ def test_a_switch_is_on_off_or_its_default(
     assert env.Switch("SGLANG_AUF_TEST", default, "").is_on() is (default if on is None else on)
 
 
-@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), ("", False), (None, False)])
+@pytest.mark.parametrize("wrong", ["2", "-1", "maybe", " "])
+def test_what_is_no_switch_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("SGLANG_AUF_TEST", wrong)
+    with pytest.raises(ConfigError, match=f"SGLANG_AUF_TEST={wrong}"):
+        env.Switch("SGLANG_AUF_TEST", True, "").is_on()
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("true", True), ("0", False), ("", False), (None, False)])
 def test_a_switch_at_its_default_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool
 ) -> None:

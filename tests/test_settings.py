@@ -94,7 +94,7 @@ def test_an_override_is_yaml_at_a_place() -> None:
     assert content == {"a": {"x": 1, "y": [1, 2]}, "b": None}
 
 
-@pytest.mark.parametrize("override", ["a", "=1", ".x=1", "a.=1", "a.x.y=1", "a=[1"])
+@pytest.mark.parametrize("override", ["a", "=1", ".x=1", "a.=1", "a.x.y=1", "a=[1", "a=", "a= "])
 def test_a_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override(override, {"a": {"x": 1}})

@@ -92,6 +92,8 @@ def test_good_server_args_pass() -> None:
         ({"tokenizer_worker_num": 2}, "tokenizer_worker_num = 2"),
         ({"fastapi_root_path": "/metrics-of/us"}, "API key"),
         ({"skip_server_warmup": True}, "skip_server_warmup"),
+        ({"grpc_port": 40000}, "grpc_port = 40000"),
+        ({"use_ray": True}, "use_ray = True"),
         ({"nnodes": 2}, "nnodes = 2"),
     ],
 )

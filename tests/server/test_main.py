@@ -60,6 +60,19 @@ def test_the_key_comes_from_the_environment_unless_a_flag_gives_one(monkeypatch:
     assert serve.options["api_key"] == "flag"
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words\n", "schlüssel", "\x07"])
+def test_a_key_that_no_client_can_send_is_refused_before_anything_loads(
+    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve = Serve(monkeypatch)
+    assert main(["--profile", "smollm2-135m", "--api-key", key]) == 2
+    monkeypatch.setenv("SGLANG_AUF_API_KEY", key)
+    assert main(["--profile", "smollm2-135m"]) == 2
+    assert serve.profile is None
+    assert "an API key that is" in caplog.text
+    assert not key.strip() or key not in caplog.text
+
+
 def test_user_error_is_said_once_and_exits_2(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     Serve(monkeypatch, ServerError("port 1 is in use", "a free port", "another --port"))
     assert main(["--profile", "smollm2-135m"]) == 2

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from sglang.srt.utils.auth import add_api_key_middleware
@@ -197,6 +197,22 @@ def test_a_path_that_the_server_is_served_under_opens_and_closes_nothing(root: s
         (False, "/v1/chat/completions"): 503,
         (False, "/update_weights_from_disk"): 404,
     }
+
+
+def test_no_websocket_is_opened_for_clients() -> None:
+    guarded, open_to_all = FastAPI(), FastAPI()
+    guarded.add_middleware(Guard)
+
+    async def realtime(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.close()
+
+    for app in (guarded, open_to_all):
+        app.add_api_websocket_route("/v1/realtime", realtime)
+    with TestClient(open_to_all).websocket_connect("/v1/realtime"):
+        pass
+    with pytest.raises(WebSocketDisconnect), TestClient(guarded).websocket_connect("/v1/realtime"):
+        pass
 
 
 def test_every_route_of_sglang_is_one_or_the_other() -> None:

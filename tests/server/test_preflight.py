@@ -122,10 +122,13 @@ def test_other_sglang_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.load_sglang("cpu", needs_algorithm=True)
 
 
-def test_rust_front_end_is_refused(platform: Callable[[bool, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variable", "value"), [("SGLANG_RUST_SERVER", "1"), ("SGLANG_GRPC_PORT", "40000")])
+def test_other_front_ends_are_refused(
+    variable: str, value: str, platform: Callable[[bool, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     platform(True, "cpu")
-    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
-    with pytest.raises(ConfigError, match="SGLANG_RUST_SERVER"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=variable):
         preflight.load_sglang("cpu", needs_algorithm=False)
 
 

@@ -55,6 +55,23 @@ def test_own_drafter_ends_the_notice() -> None:
     assert (profile.drafter, profile.drafter_notice) == ("/my/drafter", None)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_revision_belongs_to_the_drafter_that_is_given_with_it(swapped: bool, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(
+        "target: owner/target\ndrafter: owner/one\ndrafter_revision: a1\ndevice: cpu\nserved_model_name: m\n"
+    )
+    given = ["drafter=owner/two", "drafter_revision=b2"]
+    profile = load_profile("p", given[::-1] if swapped else given, directory=tmp_path)
+    assert (profile.drafter, profile.drafter_revision) == ("owner/two", "b2")
+    assert load_profile("p", given[:1], directory=tmp_path).drafter_revision is None
+    assert load_profile("p", directory=tmp_path).drafter_revision == "a1"
+
+
+def test_nodes_of_a_tree_are_refused_where_none_is_verified(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="tree_nodes on cuda"):
+        load_profile("small", ["device=cuda", "tree_nodes=6"], directory=directory)
+
+
 def test_overrides_are_yaml_values(directory: Path) -> None:
     profile = load_profile(
         "small",
