@@ -20,8 +20,14 @@ from sglang_auf.env import TREE
 from sglang_auf.speculative import sampler_backend, sampling
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
-# What is drawn to see how much memory it takes: no filter, top_k, and top_p alone, for which everything is sorted.
-REHEARSED = ((sampling.PLAIN, 1 << 30, 1.0), (sampling.POOLS[0], 20, 0.95), (sampling.OPEN, 1 << 30, 0.95))
+# What is drawn to see how much memory it takes: (kind of the first request, of the others, top_k, top_p). No filter;
+# two kinds, whose rows are copied apart; top_k; and top_p alone, for which everything is sorted.
+REHEARSED = (
+    (sampling.PLAIN, sampling.PLAIN, 1 << 30, 1.0),
+    (sampling.GREEDY, sampling.PLAIN, 1 << 30, 1.0),
+    (sampling.POOLS[0], sampling.POOLS[0], 20, 0.95),
+    (sampling.OPEN, sampling.OPEN, 1 << 30, 0.95),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +149,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()["allocated_bytes.all.current"]
-        for kind, top_k, top_p in REHEARSED:
+        for first, others, top_k, top_p in REHEARSED:
             given = dataclasses.replace(
                 sampling_info,
                 top_ks=torch.full_like(sampling_info.top_ks, top_k),
@@ -152,7 +158,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
                 need_top_k_sampling=top_k < 1 << 30,
                 need_top_p_sampling=top_p < 1,
             )
-            given.kinds = [kind] * bs
+            given.kinds = [first, *[others] * (bs - 1)]
             self._draw(target_logits, given, positions, candidates.shape[1])
         torch.cuda.synchronize()
         return int(torch.cuda.memory_stats()["allocated_bytes.all.peak"]) - int(before)

@@ -1,7 +1,8 @@
 """Run lists of jobs on SGLang engines, each list in a process of its own, and write the results as JSON.
 
 An engine hooks SGLang and cannot be started twice. So each list is run in a fork of this process, which has imported
-SGLang once for all of them and does nothing else.
+SGLang once for all of them and does nothing else. Where there is a GPU it has not: the import looks at the device, and
+CUDA does not work in a fork of a process that has used it.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
 "environment": variables, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per input, "concurrency": n,
@@ -88,8 +89,9 @@ def fork(task: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    import sglang.srt.entrypoints.engine
-    import sglang.srt.managers.scheduler  # noqa: F401
+    if not Path("/dev/nvidiactl").exists():
+        import sglang.srt.entrypoints.engine
+        import sglang.srt.managers.scheduler  # noqa: F401
 
     for line in sys.stdin:
         print(fork(json.loads(line)), flush=True)
