@@ -140,9 +140,22 @@ def _read(places: Mapping[int, Path], budget: Budget, study: Study, walk_only: b
 
 
 def _require_comparable(results: Results, places: Mapping[int, Path]) -> None:
-    """All arms must have the same target, and those with the same answers the same data, but for seeds of another
-    machine, whose target answered for itself. places: seed -> directory of its records."""
+    """All arms must have the same target and the same prompts, and those with the same answers the same data, but for
+    seeds of another machine, whose target answered for itself. places: seed -> directory of its records."""
     study = results.study
+    asked = {
+        seed: {task: origin["sha256"] for task, origin in plain["tasks"].items()}
+        for seed, plain in results.plain.items()
+    }
+    first_seed = study.seeds[0]
+    for seed, prompts in asked.items():
+        if prompts != asked[first_seed]:
+            others = [task for task in prompts if prompts[task] != asked[first_seed].get(task)]
+            raise ConfigError(
+                f"{places[seed]} with other prompts of {', '.join(others) or 'fewer tasks'} than {places[first_seed]}",
+                "records of the same prompts",
+                "run the study with the same --data-dir",
+            )
     for arm, seed in results.training:
         first = next(other for other in study.arms if study.answers_of(other) == study.answers_of(arm))
         beside = next(other for other in study.seeds if places[other] == places[seed])
@@ -212,4 +225,4 @@ def _accuracy(results: Results, arm: str, seed: int) -> float:
 def exported_figures(training: dict[str, Any]) -> dict[str, Any]:
     """The held-out figures of the checkpoint that `export` takes: the first one with the best tau."""
     held_out = [row for row in training["metrics"] if row["kind"] == "held_out"]
-    return max(held_out, key=lambda row: row["tau"])
+    return max(held_out, key=lambda row: row["tau"] or 0.0)

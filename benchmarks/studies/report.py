@@ -180,7 +180,8 @@ def _differences_table(found: Sequence[Finding]) -> Table:
                 "-" if cell is None else f"{cell[0]:+.3f} {interval_text(cell[1], of_difference=True)}"
                 for cell in cells
             ]
-            rows.append([f"{finding.claim.arm} - {finding.claim.against}", *shown])
+            figure = "" if finding.claim.figure == "tau" else f", {finding.claim.figure}"
+            rows.append([f"{finding.claim.arm} - {finding.claim.against}{figure}", *shown])
     return rows
 
 

@@ -104,7 +104,7 @@ def results(lift: float, accuracies: dict[str, list[float]], **changes: Any) -> 
     machine = {"cpu": "c", "cores": 2, "memory_gib": 1}
     plain = {
         "server": {"model": "m", "device": "cpu", "dtype": "bfloat16"},
-        "tasks": {name: {"prompts": 60} for name in ("gsm8k", "mbpp", *study.sets)},
+        "tasks": {name: {"prompts": 60, "sha256": "p"} for name in ("gsm8k", "mbpp", *study.sets)},
         "sessions": [{"versions": {"sglang": "y"}, "machine": machine}],
     }
     served = {("auf", 1, 0.0): walked["auf", 1]}
@@ -154,12 +154,20 @@ def test_a_claim_may_be_about_trees() -> None:
 
 
 def write(
-    records: Path, study: dict[str, Any], budgets: Sequence[int], seeds: Sequence[int] = (1,), data: str = "d"
+    records: Path,
+    study: dict[str, Any],
+    budgets: Sequence[int],
+    seeds: Sequence[int] = (1,),
+    data: str = "d",
+    prompts: str = "p",
 ) -> None:
-    """Records of a study of two arms, done for these budgets and seeds, with plain answers that are named as `data`."""
+    """Records of a study of two arms, done for these budgets and seeds, with plain answers that are named as `data`.
+
+    prompts: digest of what was asked.
+    """
     records.mkdir()
     (records / STUDY).write_text(yaml.safe_dump(study))
-    (records / PLAIN).write_text(json.dumps({"of": data}))
+    (records / PLAIN).write_text(json.dumps({"of": data, "tasks": {"gsm8k": {"sha256": prompts}}}))
     for budget in budgets:
         (records / str(budget)).mkdir()
         for arm, seed in product(("decay", "auf"), seeds):
@@ -231,6 +239,10 @@ def test_parts_of_a_study_are_joined_by_seed_and_budget(tmp_path: Path) -> None:
     data = {seed: joined[60].training["auf", seed]["run"]["data"]["sha256"] for seed in (1, 2, 3)}
     assert data == origins
     assert set(joined[30].plain) == {1, 2, 3}
+
+    write(tmp_path / "asked", study, [60], seeds=[2], prompts="q")
+    with pytest.raises(ConfigError, match="other prompts of gsm8k"):
+        read_results(tmp_path / "asked", others=[tmp_path / "three"])
 
     write(tmp_path / "other", {**study, "title": "another"}, [60])
     with pytest.raises(ConfigError, match="another study"):
