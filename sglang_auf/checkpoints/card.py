@@ -207,7 +207,8 @@ def check_card(
     context_length: int | None = None,
     thinking: Thinking = None,
 ) -> list[str]:
-    """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as trained.
+    """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as
+    trained, TargetError for a target that SGLang cannot tap.
 
     config: the drafter's config.json. block_size: B to serve with, None for the card's. context_length: tokens, None
     for the target's own. thinking: the mode of all requests, None where each request chooses.

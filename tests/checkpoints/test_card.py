@@ -195,8 +195,14 @@ def test_all_faults_are_told_at_once(drafter: Path, tmp_path: Path) -> None:
 def test_the_last_layer_can_be_tapped_where_sglang_does(drafter: Path, tmp_path: Path) -> None:
     (drafter / CARD_NAME).unlink()
     edit(drafter / "config.json", dflash_config={"mask_token_id": 3, "target_layer_ids": [1, 14, 29]})
-    assert check(drafter, write_target(tmp_path / "other", model_type="gpt_oss")).card.target_layer_ids == (1, 14, 29)
+    other = write_target(tmp_path / "other", architectures=["GptOssForCausalLM"])
+    assert check(drafter, other).card.target_layer_ids == (1, 14, 29)
     assert "tapped layers [29]" in refusal(drafter, write_target(tmp_path / "llama")).found
+
+
+def test_a_target_that_sglang_cannot_tap_is_refused(drafter: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="Gemma3ForCausalLM"):
+        check(drafter, write_target(tmp_path / "other", architectures=["Gemma3ForCausalLM"]))
 
 
 @pytest.mark.parametrize("mask", [-1, "3", True, 3.5])

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sglang_auf.checkpoints.prepare import resolve_target
+from sglang_auf.checkpoints.tappable import NOT_AT_OUTPUTS
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.files import find_model
@@ -109,7 +110,7 @@ class OnlineFeatures(FrozenTarget):
     ) -> None:
         """layer_ids: 0-based, ascending. argmax: also keep the layers after the last tap, which with_argmax needs.
 
-        Raises ConfigError for layers that cannot be tapped; otherwise as FrozenTarget.
+        Raises as check_taps and FrozenTarget.
         """
         self.layer_ids = tuple(layer_ids)
         check_taps(self.layer_ids, TargetFacts.of(Path(directory)))
@@ -178,8 +179,13 @@ class OnlineFeatures(FrozenTarget):
 
 
 def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
-    """Raises ConfigError for layers whose outputs neither this trainer nor SGLang can tap."""
+    """Raises ConfigError for layers that SGLang does not tap at their outputs, TargetError where it can tap none."""
     tappable = target.tappable_layers
+    if target.architecture in NOT_AT_OUTPUTS:
+        raise ConfigError(
+            f"a drafter for {target.name}, of the architecture {target.architecture}",
+            "a target whose layers SGLang taps at their outputs, as this trainer does",
+        )
     ascending = list(layer_ids) == sorted(set(layer_ids))
     if layer_ids and ascending and layer_ids[0] >= 0 and layer_ids[-1] < tappable:
         return

@@ -18,7 +18,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.training.data import features as module
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
-from tests.support.tiny_models import LAYERS, VOCABULARY, write_target
+from tests.support.tiny_models import LAYERS, VOCABULARY, target_config, write_target
 
 TAPS = (0, 2, 3)
 LENGTHS = (9, 17, 1)
@@ -165,6 +165,17 @@ def test_layers_that_cannot_be_tapped(target: Path, layers: tuple[int, ...]) -> 
     with pytest.raises(ConfigError, match=r"0\.\.3") as caught:
         OnlineFeatures(target, layers)
     assert str(list(layers)) in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "error"), [("Gemma3ForCausalLM", TargetError), ("MuseGlimmerForCausalLM", ConfigError)]
+)
+def test_targets_that_sglang_does_not_tap_as_the_trainer_does(
+    tmp_path: Path, architecture: str, error: type[Exception]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config() | {"architectures": [architecture]}))
+    with pytest.raises(error, match=architecture):
+        OnlineFeatures(tmp_path, TAPS)
 
 
 def test_an_unknown_dtype(llama: Path) -> None:
