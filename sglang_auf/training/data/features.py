@@ -56,7 +56,8 @@ class FeatureSource(Protocol):
 class FrozenTarget:
     """The embedding, the head and the first layers of a target, none of them trained.
 
-    embedding, head [V, H]: one tensor if the target ties them. config: the language model's, as transformers reads it.
+    embedding [V, H]: what the target's embedding gives for each token, scaled where it scales. head [V, H]: the same
+    tensor where the target ties them and does not scale. config: the language model's, as transformers reads it.
     facts: by which caches and cards identify it.
     """
 
@@ -77,9 +78,10 @@ class FrozenTarget:
         self._decoder = model.get_decoder()
         self._decoder.layers = self._decoder.layers[:layers]
         self._decoder.to(self.device)
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        self.embedding: Tensor = embedding.detach().to(self.device)
-        self.head: Tensor = self.embedding if head is embedding else head.detach().to(self.device)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings().weight
+        rows = embedding_rows(embedding)
+        self.embedding: Tensor = rows.detach().to(self.device)
+        self.head: Tensor = self.embedding if head is rows else head.detach().to(self.device)
         self.config: dict[str, Any] = model.config.get_text_config().to_dict()
 
     @property
@@ -193,6 +195,19 @@ def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
         f"target layers {list(layer_ids)}",
         f"one or more of 0..{tappable - 1}, ascending: SGLang taps these of {target.name}'s {target.num_layers} layers",
     )
+
+
+def embedding_rows(embedding: Any) -> Tensor:
+    """[V, H]: the rows that transformers' embedding module gives, in its dtype; its weight itself where it scales none.
+
+    Gemma 4 multiplies by sqrt(H), rounded to the dtype. SGLang embeds a block with the target's module, which does the
+    same, but rounds the product alone.
+    """
+    weight: Tensor = embedding.weight
+    scale = getattr(embedding, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        return weight * scale.to(weight)
+    return weight if scale == 1.0 else weight * scale
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:
