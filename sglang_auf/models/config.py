@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sglang_auf.checkpoints.weights import ARCHITECTURE, draft_setting, expected_weights, head_of, tapped_layers
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE, draft_setting, head_of
+from sglang_auf.checkpoints.weights import expected_weights, tapped_layers
 from sglang_auf.errors import CardError, ConfigError
 
 Head = Literal["dflash", "domino"]

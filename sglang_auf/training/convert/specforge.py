@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_auf.checkpoints.weights import ARCHITECTURE, config_size, default_target_layer_ids
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE
+from sglang_auf.checkpoints.weights import config_size, default_target_layer_ids
 from sglang_auf.training.convert.common import Reading, config_changes, is_on, refusal, section, served_config
 
 DOMINO = "DominoDraftModel"
