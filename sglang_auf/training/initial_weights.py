@@ -55,6 +55,7 @@ def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
             head=settings.head,
             gru_hidden_dim=settings.gru_hidden_dim,
             emb_dim=settings.emb_dim,
+            plain_rope=settings.init == "random",
         )
     except ValidationError as error:
         raise ConfigError(

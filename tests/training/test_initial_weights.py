@@ -172,3 +172,18 @@ def test_taps_are_checked_before_any_weight_is_read(
     (tmp_path / "config.json").write_text(json.dumps(target_config() | changes))
     with pytest.raises(error, match=complaint):
         shape_of(settings(target_layer_ids=taps), tmp_path)
+
+
+def test_a_drafter_that_starts_at_random_has_its_own_rotary_embedding(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config() | {"partial_rotary_factor": 0.25}))
+    config = shape_of(settings(), tmp_path)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
+        shape_of(settings(init=[1, 2]), tmp_path)
+
+
+def test_the_language_model_of_a_multimodal_target(tmp_path: Path) -> None:
+    text = target_config()
+    nested = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "llm_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert shape_of(settings(), tmp_path).hidden_size == text["hidden_size"]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sglang_auf.checkpoints.drafter_settings import LATER_PARTS, UNREAD, UNREAD_WINDOWS, ignored_settings
 from sglang_auf.checkpoints.weights import tapped_layers
 from sglang_auf.errors import CardError
-from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.config import ROPE_TYPES, DrafterConfig
 
 EXACT = "a DFlash or Domino drafter that SGLang serves exactly as it was trained"
 
@@ -33,8 +33,6 @@ FEATURES = (
 )
 FACTORS = ("attention_value_scale", "input_embedding_scale", "output_multiplier")
 
-# Rotary scalings that SGLang, transformers and our own drafter compute in the same way.
-ROPE_TYPES = ("default", "linear", "llama3")
 SHAPE = (
     "hidden_size",
     "intermediate_size",
