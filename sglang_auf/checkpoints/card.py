@@ -8,6 +8,7 @@ What cannot work as trained is an error, what may lower tau is a warning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
+from sglang_auf.checkpoints.drafter_settings import draft_setting, head_of, unknown_settings
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.checkpoints.weights import check_weights, config_size, draft_setting, head_of, tapped_layers
+from sglang_auf.checkpoints.weights import check_weights, config_size, tapped_layers
 from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import CONFIG, find_model, read_json
 from sglang_auf.settings import Thinking, checked
@@ -207,7 +209,8 @@ def check_card(
     context_length: int | None = None,
     thinking: Thinking = None,
 ) -> list[str]:
-    """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as trained.
+    """Warnings on what may lower tau. Raises CardError when the drafter cannot work with the target as
+    trained, TargetError for a target that SGLang cannot tap.
 
     config: the drafter's config.json. block_size: B to serve with, None for the card's. context_length: tokens, None
     for the target's own. thinking: the mode of all requests, None where each request chooses.
@@ -221,6 +224,7 @@ def check_card(
         )
     served = context_length or target.max_position_embeddings or 0
     unknown = [name for name in MATTERS if name in card.unknown]
+    unread = unknown_settings(config)
     origin = f"there is no {CARD_NAME}, and config.json does not say" if card.derived else f"{CARD_NAME} does not say"
     notes: list[tuple[bool, str]] = [
         (bool(unknown), f"{origin}: {', '.join(unknown)}; tau falls where serving differs from training"),
@@ -232,6 +236,14 @@ def check_card(
             card.mask_token_id is None,
             "config.json has no mask_token_id: SGLang looks up "
             f"{draft_setting(config, 'mask_token', DEFAULT_MASK_TOKEN)} in the target's tokenizer, adding it if absent",
+        ),
+        (
+            card.derived and card.target_layer_ids is not None and draft_setting(config, "target_layer_ids") is None,
+            f"config.json has no target_layer_ids: SGLang taps {list(card.target_layer_ids or ())}, its own choice",
+        ),
+        (
+            bool(unread),
+            f"SGLang does not read {', '.join(unread)} in dflash_config; tau falls if the drafter was trained with it",
         ),
         (
             card.objective is not None and "auf" not in card.objective.lower(),
@@ -282,6 +294,9 @@ def _faults(card: DrafterCard, config: Mapping[str, Any], target: TargetFacts) -
         faults.append(f"target_config_hash {card.target_config_hash} in the card, {target.config_hash} of the target")
     if card.mask_token_id is not None and card.mask_token_id >= target.vocab_size:
         faults.append(f"mask_token_id {card.mask_token_id} is outside the target's vocabulary of {target.vocab_size}")
+    scale = draft_setting(config, "input_embedding_scale")
+    if scale and not (isinstance(scale, int | float) and math.isclose(scale, target.embedding_scale, rel_tol=2**-7)):
+        faults.append(f"input_embedding_scale {scale}, where SGLang scales the target's by {target.embedding_scale:g}")
     outside = [layer for layer in card.target_layer_ids or () if not 0 <= layer < tappable]
     if outside:
         faults.append(f"tapped layers {outside}, where SGLang taps 0..{tappable - 1} of the target's {layers} layers")

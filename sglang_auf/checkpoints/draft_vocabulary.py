@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
 from sglang_auf import env
-from sglang_auf.checkpoints.weights import config_size, head_of
+from sglang_auf.checkpoints.drafter_settings import head_of
+from sglang_auf.checkpoints.weights import config_size
 from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.files import read_json, remove_unfinished, write_whole
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_auf.checkpoints.tappable import SCALED_EMBEDDINGS, tappable_layers
+from sglang_auf.checkpoints.target_config import language_config, rope_theta
 from sglang_auf.errors import TargetError
 from sglang_auf.files import read_json
-
-# SGLang's model files for these collect hidden states where a layer begins, so they never have the last layer's output.
-NO_LAST_TAP = ("llama", "qwen3")
 
 HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
@@ -27,6 +27,7 @@ class TargetFacts:
     hub_id, revision: None unless the directory is a hub cache. num_layers: transformer layers.
     config_hash: SHA-256 of `language_shape`. chat_template_hash: None without a template.
     max_position_embeddings: tokens, None where the config is silent. dtype: as the config spells it ("bfloat16").
+    architecture: the class that SGLang serves it with, None where the config names none.
     """
 
     name: str
@@ -40,12 +41,13 @@ class TargetFacts:
     chat_template_hash: str | None
     max_position_embeddings: int | None
     dtype: str | None
+    architecture: str | None = None
 
     @classmethod
     def of(cls, target: Path) -> TargetFacts:
         """Read config.json and the chat template of a model directory. Raises TargetError."""
         config = read_json(target / "config.json", TargetError)
-        text = config.get("text_config") or config  # multimodal targets nest their language model
+        text = language_config(config)
         hub_id, revision = _hub_identity(target)
         template = _chat_template(target)
         shape = language_shape(text, target)
@@ -61,12 +63,18 @@ class TargetFacts:
             chat_template_hash=None if template is None else chat_template_hash(template),
             max_position_embeddings=text.get("max_position_embeddings"),
             dtype=text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype"),
+            architecture=next(iter(config.get("architectures") or ()), None),
         )
 
     @property
     def tappable_layers(self) -> int:
-        """N, where a drafter may read the outputs of layers 0..N-1: all layers, or all but the last (NO_LAST_TAP)."""
-        return self.num_layers - (self.model_type in NO_LAST_TAP)
+        """N, where a drafter may read the outputs of layers 0..N-1. Raises TargetError where SGLang can tap none."""
+        return tappable_layers(self.architecture, self.num_layers)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What SGLang's embedding module multiplies each row by."""
+        return math.sqrt(self.hidden_size) if self.architecture in SCALED_EMBEDDINGS else 1.0
 
 
 def language_shape(config: Mapping[str, Any], target: Path) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def language_shape(config: Mapping[str, Any], target: Path) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or hidden // heads,
         "intermediate_size": config.get("intermediate_size"),
         "vocab_size": _require(config, "vocab_size", int, target),
-        "rope_theta": _rope_theta(config),
+        "rope_theta": rope_theta(config),
     }
 
 
@@ -110,13 +118,6 @@ def tokenizer_hash(target: Path) -> str | None:
         vocabulary = {entry[0]: id for id, entry in enumerate(vocabulary)}
     ids = {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
     return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """transformers 5 moved rope_theta into rope_parameters, which may be split by layer type."""
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)  # the default of the first Llama
 
 
 def _chat_template(target: Path) -> str | None:

@@ -13,17 +13,14 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from sglang_auf.checkpoints.drafter_settings import check_kind, draft_setting, head_of
 from sglang_auf.errors import CardError
 from sglang_auf.files import weight_files
 
 Shape = tuple[int, ...]
 
-ARCHITECTURE = "DFlashDraftModel"
-HEADS = ("dflash", "domino")
 FLOATS = ("BF16", "F16", "F32")
 
-# Parts of later drafters. SGLang adds weights for them, or ignores them where the key alone exists.
-FOREIGN_SETTINGS = ("conv_kernel_size", "selector_rank", "attention_sink_bias", "lilicorr_enabled")
 # Names in the vendor's own export, and what SGLang reads them as.
 ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 # SGLang computes rotary tables itself; old exports carry them as weights.
@@ -39,23 +36,6 @@ class Tensor(NamedTuple):
     shape: Shape
     dtype: str
     file: Path
-
-
-def draft_setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A drafter setting, looked up as SGLang does: dflash_config.<key> if that key exists, else the top level.
-
-    A null counts as not set, and a nested null hides the top level (speculative/dflash_utils.py).
-    """
-    nested = config.get("dflash_config") or {}
-    if not isinstance(nested, Mapping):
-        raise CardError(f"dflash_config {nested!r} in config.json", "an object", "export the drafter again")
-    value = nested.get(key) if key in nested else config.get(key)
-    return default if value is None else value
-
-
-def head_of(config: Mapping[str, Any]) -> str:
-    """The proposal head, "dflash" (the target's own head, nothing added) where the config names no projector."""
-    return str(draft_setting(config, "projector_type", "dflash"))
 
 
 def tapped_layers(config: Mapping[str, Any]) -> list[int] | None:
@@ -92,7 +72,7 @@ def expected_weights(config: Mapping[str, Any]) -> dict[str, Shape]:
 
     Shapes are [out, in]. Raises CardError for a config that is not a plain DFlash or Domino drafter, or lacks a size.
     """
-    _check_kind(config)
+    check_kind(config)
     hidden = config_size(config, "hidden_size")
     inner = config_size(config, "intermediate_size")
     head_dim = config_size(config, "head_dim")
@@ -202,35 +182,6 @@ def config_size(config: Mapping[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CardError(f"{key} {value!r} in config.json", f"{key} as a positive integer")
     return value
-
-
-def _check_kind(config: Mapping[str, Any]) -> None:
-    """Raises CardError unless it is an unquantised DFlash or Domino drafter, whose weight names are known here."""
-    served = "a DFlash or Domino drafter without quantisation"
-    architectures = config.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        trained_elsewhere = architectures == ["DominoDraftModel"]
-        raise CardError(
-            f"architectures {architectures!r} in config.json",
-            f'["{ARCHITECTURE}"], the class SGLang serves DFlash and Domino drafters with',
-            f'SpecForge writes its own class name: set "architectures": ["{ARCHITECTURE}"] in config.json'
-            if trained_elsewhere
-            else "AUF serves DFlash and Domino drafters; try this one with --speculative-algorithm DFLASH",
-        )
-    if head_of(config) not in HEADS:
-        raise CardError(
-            f"projector_type {head_of(config)!r} in config.json",
-            f"{served} (projector_type absent or one of {', '.join(HEADS)})",
-            "try this drafter with --speculative-algorithm DFLASH",
-        )
-    foreign = [key for key in FOREIGN_SETTINGS if draft_setting(config, key)]
-    foreign += [key for key in ("quantization_config", "compression_config") if config.get(key)]
-    if foreign:
-        raise CardError(
-            f"{', '.join(foreign)} in config.json",
-            served,
-            "try this drafter with --speculative-algorithm DFLASH",
-        )
 
 
 def _domino_weights(config: Mapping[str, Any], hidden: int) -> dict[str, Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import psutil
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_auf.checkpoints.target_config import language_config
 from sglang_auf.errors import TargetError
 from sglang_auf.files import CONFIG, read_json
 
@@ -86,10 +88,9 @@ class ModelSize:
         return ModelSize(self.weights + other.weights, self.kv_per_token + other.kv_per_token)
 
 
-def _language_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory, or its text part for a multimodal model."""
-    config = read_json(path / CONFIG, TargetError)
-    return config.get("text_config") or config
+def _language_config(path: Path) -> Mapping[str, Any]:
+    """What config.json of a model directory says of the language model."""
+    return language_config(read_json(path / CONFIG, TargetError))
 
 
 def free_memory() -> int:

@@ -6,15 +6,27 @@ This is the one definition of the format that this project trains and exports: D
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sglang_auf.checkpoints.weights import ARCHITECTURE, draft_setting, expected_weights, head_of, tapped_layers
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE, draft_setting, head_of
+from sglang_auf.checkpoints.target_config import rope_of, rope_theta
+from sglang_auf.checkpoints.weights import expected_weights, tapped_layers
 from sglang_auf.errors import CardError, ConfigError
 
+logger = logging.getLogger(__name__)
+
 Head = Literal["dflash", "domino"]
+
+# Rotary embeddings that SGLang, transformers and the drafter here compute in the same way.
+ROPE_TYPES = ("default", "linear", "llama3")
+# What targets call the epsilon of their RMS norms: most of them, LFM2, Nemotron-H.
+NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+# Where a Qwen3 that says nothing else begins to slide (transformers' Qwen3Config).
+MAX_WINDOW_LAYERS = 28
 
 
 class DrafterConfig(BaseModel):
@@ -80,37 +92,32 @@ class DrafterConfig(BaseModel):
         head: Head = "dflash",
         gru_hidden_dim: int | None = None,
         emb_dim: int | None = None,
+        plain_rope: bool = False,
     ) -> Self:
-        """A drafter for the target with config.json `target`: its widths, heads, vocabulary and rotary positions.
+        """A drafter for the target whose language model has the config `target`: its widths, heads and vocabulary.
 
-        Raises ConfigError for a target whose rotary embedding covers only a part of each head, which neither the
-        trainer nor SGLang's DFlash layers compute; ValidationError for impossible values.
+        plain_rope: where a drafter does not compute the target's rotary embedding (a part of each head, yarn, ...),
+        take a plain one of the same theta, and log it. A drafter's layers are its own, so this is right where none is
+        copied from the target. Raises ConfigError for such a target otherwise, and for one that lacks a size;
+        ValidationError for impossible values.
         """
-        rope = target.get("rope_parameters") or {}
-        partial = target.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            raise ConfigError(
-                f"a target with partial_rotary_factor {partial}",
-                "a target whose rotary embedding covers complete heads",
-            )
-        heads = target["num_attention_heads"]
-        scaling = target.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+        heads, hidden = _of(target, "num_attention_heads"), _of(target, "hidden_size")
         return cls(
-            hidden_size=target["hidden_size"],
-            intermediate_size=target["intermediate_size"],
+            hidden_size=hidden,
+            intermediate_size=_of(target, "intermediate_size"),
             num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=target.get("num_key_value_heads") or heads,
-            head_dim=target.get("head_dim") or target["hidden_size"] // heads,
-            vocab_size=target["vocab_size"],
-            rms_norm_eps=target["rms_norm_eps"],
-            rope_theta=target.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            rope_scaling=scaling,
-            max_position_embeddings=target["max_position_embeddings"],
+            head_dim=target.get("head_dim") or hidden // heads,
+            vocab_size=_of(target, "vocab_size"),
+            rms_norm_eps=_of(target, *NORM_EPS),
+            rope_theta=rope_theta(target),
+            rope_scaling=_rope_scaling(target, plain_rope),
+            max_position_embeddings=_of(target, "max_position_embeddings"),
             block_size=block_size,
             mask_token_id=mask_token_id,
             target_layer_ids=tuple(target_layer_ids),
-            num_target_layers=target["num_hidden_layers"],
+            num_target_layers=_of(target, "num_hidden_layers"),
             bos_token_id=target.get("bos_token_id"),
             eos_token_id=target.get("eos_token_id"),
             head=head,
@@ -202,6 +209,36 @@ class DrafterConfig(BaseModel):
         }
 
 
+def _of(target: Mapping[str, Any], *names: str) -> Any:
+    """The first of these fields that the target has. Raises ConfigError where it has none."""
+    for name in names:
+        if target.get(name) is not None:
+            return target[name]
+    raise ConfigError(
+        f"no {' or '.join(names)} in the target's config.json",
+        "a target whose config.json has it, because the layers of its drafter take it over",
+    )
+
+
+def _rope_scaling(target: Mapping[str, Any], plain_rope: bool) -> dict[str, Any] | None:
+    """The target's rope_scaling, None for a plain rotary embedding. Raises ConfigError as `for_target`."""
+    rope = rope_of(target)
+    scaling = target.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    partial = target.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if partial == 1.0 and kind in ROPE_TYPES:
+        return None if kind == "default" else dict(scaling)
+    found = f"a target whose rotary embedding has type {kind!r} and partial_rotary_factor {partial}"
+    if not plain_rope:
+        raise ConfigError(
+            found,
+            f"one of type {', '.join(ROPE_TYPES)} over complete heads, where its layers are copied into a drafter",
+            "drafter.init=random gives the drafter a plain rotary embedding of its own",
+        )
+    logger.warning("%s: the drafter has a plain one of the same theta, %g", found, rope_theta(target))
+    return None
+
+
 def _uncomputed(config: Mapping[str, Any]) -> list[str]:
     """Settings, as "key value", with which SGLang computes something else than dflash.py and domino.py do."""
     plain: dict[str, tuple[Any, ...]] = {
@@ -211,6 +248,10 @@ def _uncomputed(config: Mapping[str, Any]) -> list[str]:
         "use_gemma_norm": (False,),
         "rope_parameters": (),
         "attention_value_scale": (1,),
+        "input_embedding_scale": (1,),
+        "is_neox_style": (True,),
+        "partial_rotary_factor": (1,),
+        "rope_is_neox_style": (True,),
         "output_multiplier": (1,),
         "final_logit_softcapping": (0,),
     }
@@ -218,4 +259,7 @@ def _uncomputed(config: Mapping[str, Any]) -> list[str]:
         plain["shift_label"] = (True,)
     found = {key: draft_setting(config, key) for key in plain}
     found["layer_types"] = next((kind for kind in config.get("layer_types") or () if kind != "full_attention"), None)
+    if config.get("layer_types") is None and config.get("use_sliding_window"):
+        sliding = config["num_hidden_layers"] - config.get("max_window_layers", MAX_WINDOW_LAYERS)
+        found["use_sliding_window"] = True if sliding > 0 else None
     return [f"{key} {value!r}" for key, value in found.items() if value is not None and value not in plain.get(key, ())]

@@ -10,12 +10,15 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import nn
 
+from sglang_auf.checkpoints.target_config import language_config
+from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import RECOMPUTED
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.files import CONFIG, find_model, read_json, weight_files
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.training.data.features import check_taps
 from sglang_auf.training.recipe import DrafterSettings
 
 NO_COUNTERPART = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
@@ -37,11 +40,14 @@ first step only they have a gradient."""
 
 
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
-    """The drafter a recipe asks for, at the widths of the target in directory `target`. Raises ConfigError."""
-    content = read_json(target / CONFIG, TargetError)
+    """The drafter a recipe asks for, at the widths of the target in directory `target`.
+
+    Raises ConfigError for sizes or taps that do not fit the target, TargetError for one that cannot be tapped.
+    """
+    check_taps(settings.target_layer_ids, TargetFacts.of(target))
     try:
         return DrafterConfig.for_target(
-            content.get("text_config") or content,
+            language_config(read_json(target / CONFIG, TargetError)),
             num_layers=settings.num_layers,
             target_layer_ids=settings.target_layer_ids,
             block_size=settings.block_size,
@@ -49,6 +55,7 @@ def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
             head=settings.head,
             gru_hidden_dim=settings.gru_hidden_dim,
             emb_dim=settings.emb_dim,
+            plain_rope=settings.init == "random",
         )
     except ValidationError as error:
         raise ConfigError(

@@ -195,8 +195,14 @@ def test_all_faults_are_told_at_once(drafter: Path, tmp_path: Path) -> None:
 def test_the_last_layer_can_be_tapped_where_sglang_does(drafter: Path, tmp_path: Path) -> None:
     (drafter / CARD_NAME).unlink()
     edit(drafter / "config.json", dflash_config={"mask_token_id": 3, "target_layer_ids": [1, 14, 29]})
-    assert check(drafter, write_target(tmp_path / "other", model_type="gpt_oss")).card.target_layer_ids == (1, 14, 29)
+    other = write_target(tmp_path / "other", architectures=["GptOssForCausalLM"])
+    assert check(drafter, other).card.target_layer_ids == (1, 14, 29)
     assert "tapped layers [29]" in refusal(drafter, write_target(tmp_path / "llama")).found
+
+
+def test_a_target_that_sglang_cannot_tap_is_refused(drafter: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="Gemma3ForCausalLM"):
+        check(drafter, write_target(tmp_path / "other", architectures=["Gemma3ForCausalLM"]))
 
 
 @pytest.mark.parametrize("mask", [-1, "3", True, 3.5])
@@ -292,6 +298,32 @@ def test_what_may_lower_tau_is_a_warning(
 ) -> None:
     warnings = check_card(*complete(target, **changes), **options)
     assert len(warnings) == 1 and expected in warnings[0]
+
+
+def test_a_setting_that_sglang_does_not_read_is_a_warning(target: Path) -> None:
+    card, config, facts = complete(target)
+    config["dflash_config"]["something_new"] = 2
+    [warning] = check_card(card, config, facts)
+    assert "does not read something_new" in warning
+
+
+def test_taps_that_nobody_said_are_a_warning(drafter: Path, target: Path) -> None:
+    config = json.loads((drafter / "config.json").read_text())
+    del config["dflash_config"]["target_layer_ids"]
+    (drafter / "config.json").write_text(json.dumps(config))
+    (drafter / CARD_NAME).unlink()
+    warnings = check_card(load_card(drafter), config, TargetFacts.of(target))
+    assert any("no target_layer_ids: SGLang taps [1, 27]" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(("scale", "architecture"), [(1.0, "LlamaForCausalLM"), (24.0, "Gemma4ForCausalLM")])
+def test_a_scale_of_the_embeddings_must_be_the_one_of_serving(tmp_path: Path, scale: float, architecture: str) -> None:
+    card, config, facts = complete(write_target(tmp_path / "target", architectures=[architecture]))
+    config["dflash_config"]["input_embedding_scale"] = scale
+    check_card(card, config, facts)
+    config["dflash_config"]["input_embedding_scale"] = 25.0 - scale
+    with pytest.raises(CardError, match=rf"input_embedding_scale {25.0 - scale}.* by {scale:g}"):
+        check_card(card, config, facts)
 
 
 def test_another_name_or_revision_of_the_target_is_a_warning(tmp_path: Path) -> None:

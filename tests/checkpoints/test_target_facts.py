@@ -53,9 +53,26 @@ def test_facts_of_a_plain_target(tmp_path: Path) -> None:
     assert (found.max_position_embeddings, found.dtype, found.chat_template_hash) == (8192, "bfloat16", None)
 
 
-@pytest.mark.parametrize(("model_type", "tappable"), [("llama", 29), ("qwen3", 29), ("gpt_oss", 30)])
-def test_the_last_layer_can_be_tapped_where_sglang_does(tmp_path: Path, model_type: str, tappable: int) -> None:
-    assert facts(tmp_path, {**HUB, "model_type": model_type}).tappable_layers == tappable
+@pytest.mark.parametrize(("architectures", "tappable"), [(["LlamaForCausalLM"], 29), (["GptOssForCausalLM"], 30)])
+def test_the_architecture_says_what_can_be_tapped(tmp_path: Path, architectures: list[str], tappable: int) -> None:
+    found = facts(tmp_path, {"architectures": architectures, "text_config": {**HUB, "architectures": ["Other"]}})
+    assert (found.architecture, found.tappable_layers) == (architectures[0], tappable)
+
+
+def test_a_target_that_names_no_architecture(tmp_path: Path) -> None:
+    found = facts(tmp_path, FROM_GGUF)
+    assert (found.architecture, found.tappable_layers) == (None, 29)
+
+
+def test_a_target_that_sglang_cannot_tap(tmp_path: Path) -> None:
+    found = facts(tmp_path, {**HUB, "architectures": ["GPT2LMHeadModel"]})
+    with pytest.raises(TargetError, match="GPT2LMHeadModel"):
+        _ = found.tappable_layers
+
+
+def test_the_embedding_of_gemma_4_is_scaled(tmp_path: Path) -> None:
+    assert facts(tmp_path / "llama", HUB).embedding_scale == 1
+    assert facts(tmp_path / "gemma", {**HUB, "architectures": ["Gemma4ForCausalLM"]}).embedding_scale == 24
 
 
 def test_the_config_hash_does_not_depend_on_who_wrote_the_file(tmp_path: Path) -> None:

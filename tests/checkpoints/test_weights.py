@@ -16,7 +16,6 @@ from sglang_auf.checkpoints.weights import (
     check_finite,
     check_weights,
     default_target_layer_ids,
-    draft_setting,
     expected_weights,
     tapped_layers,
 )
@@ -237,13 +236,6 @@ def test_configs_that_are_not_served_are_refused(config: dict[str, Any], mention
     with pytest.raises(CardError) as caught:
         expected_weights(config)
     assert mentioned in str(caught.value)
-
-
-def test_settings_are_looked_up_as_sglang_does() -> None:
-    assert draft_setting({"dflash_config": {"block_size": 4}, "block_size": 8}, "block_size") == 4
-    assert draft_setting({"dflash_config": {}, "block_size": 8}, "block_size") == 8
-    assert draft_setting({"block_size": 8}, "block_size", 16) == 8
-    assert draft_setting({"dflash_config": {"block_size": None}, "block_size": 8}, "block_size", 16) == 16
 
 
 def test_default_taps() -> None:

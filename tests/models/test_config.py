@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from sglang_auf.checkpoints.weights import expected_weights
 from sglang_auf.errors import CardError, ConfigError
-from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.config import MAX_WINDOW_LAYERS, DrafterConfig
+from sglang_auf.models.dflash import Rotary
 from tests.support.tiny_models import drafter_config, target_config
 
 DRAFTERS = Path(__file__).parents[2] / "drafters"
@@ -142,8 +143,20 @@ LLAMA3 = {
             1e5,
             {"rope_theta": 1e5, **LLAMA3},
         ),
+        (
+            {
+                "rope_theta": None,
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                },
+            },
+            1e6,
+            None,
+        ),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, 1e4, None),
     ],
-    ids=["old", "old, scaled", "new", "new, scaled"],
+    ids=["old", "old, scaled", "new", "new, scaled", "new, by layer type", "old, in sections"],
 )
 def test_rotary_positions_are_the_targets_in_either_spelling(
     fields: dict[str, Any], theta: float, scaling: dict[str, Any] | None
@@ -153,12 +166,41 @@ def test_rotary_positions_are_the_targets_in_either_spelling(
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}],
+    ("fields", "theta", "said"),
+    [
+        ({"partial_rotary_factor": 0.5}, 1e4, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}}, 1e7, "partial_rotary_factor 0.25"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 1e4, "type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 5e5}}, 5e5, "type 'longrope'"),
+    ],
 )
-def test_a_target_that_turns_a_part_of_its_heads_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="partial_rotary_factor"):
-        made({**target_config(), **fields})
+def test_a_rotary_embedding_that_a_drafter_does_not_compute(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any], theta: float, said: str
+) -> None:
+    """It is refused where the drafter takes over layers, and replaced where the drafter starts with its own."""
+    target = {**target_config(), **fields}
+    with pytest.raises(ConfigError, match=f"{said}.*init=random"):
+        made(target)
+    assert not caplog.records
+    config = made(target, plain_rope=True)
+    assert (config.rope_theta, config.rope_scaling) == (theta, None)
+    assert said in caplog.text and f"theta, {theta:g}" in caplog.text
+    Rotary(config)
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "norm_eps", "layer_norm_epsilon"])
+def test_the_epsilon_of_a_target_s_norms_has_several_names(name: str) -> None:
+    target = {key: value for key, value in target_config().items() if key != "rms_norm_eps"}
+    assert made({**target, name: 3e-5}).rms_norm_eps == 3e-5
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "max_position_embeddings"],
+)
+def test_a_target_that_lacks_a_size(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"no {key}"):
+        made({name: value for name, value in target_config().items() if name != key})
 
 
 # --- what cannot be ---
@@ -215,6 +257,14 @@ def test_an_unknown_field_is_refused_and_a_config_does_not_change() -> None:
 # --- other trainers' checkpoints ---
 
 
+def test_a_sliding_window_begins_where_transformers_lets_it() -> None:
+    from transformers import Qwen3Config
+
+    assert Qwen3Config().max_window_layers == MAX_WINDOW_LAYERS
+    filled = Qwen3Config(num_hidden_layers=3, use_sliding_window=True, max_window_layers=2)
+    assert filled.layer_types == ["full_attention", "full_attention", "sliding_attention"]
+
+
 def test_what_is_in_dflash_config_comes_before_the_top_level() -> None:
     stored = drafter_config(8)
     stored |= {"mask_token_id": 9, "target_layer_ids": [0], "dflash_config": {**stored["dflash_config"]}}
@@ -232,6 +282,11 @@ def test_what_is_in_dflash_config_comes_before_the_top_level() -> None:
         {"is_causal": True},
         {"layer_types": ["sliding_attention"]},
         {"use_gemma_norm": True},
+        {"partial_rotary_factor": 0.5},
+        {"rope_is_neox_style": False},
+        {"is_neox_style": False},
+        {"input_embedding_scale": 8.0},
+        {"layer_types": None, "use_sliding_window": True, "max_window_layers": 0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2], "attention_value_scale": 0.5}},
         {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2], "final_logit_softcapping": 20.0}},
@@ -250,6 +305,8 @@ def test_what_the_torch_model_would_compute_otherwise_is_refused(changes: dict[s
     "changes",
     [
         {"attention_bias": False, "is_causal": None, "rope_parameters": None, "layer_types": None},
+        {"layer_types": None, "use_sliding_window": True},
+        {"partial_rotary_factor": 1.0, "rope_is_neox_style": True, "input_embedding_scale": 1},
         {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2], "output_multiplier": 1.0}},
         {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2], **DOMINO}},
     ],

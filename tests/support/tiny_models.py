@@ -92,6 +92,29 @@ def write_target(directory: Path, head_dim: int = 16, vocabulary: int = VOCABULA
     return _write(directory, config, shapes, seed=1)
 
 
+def write_gemma4(directory: Path) -> Path:
+    """A text model of Gemma 4, as transformers saves it: scaled embeddings, a sliding window, a partial rope."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(1)
+    config = Gemma4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=40,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=16,
+        hidden_size_per_layer_input=0,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    Gemma4ForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
 def write_drafter(
     directory: Path, block_size: int = 4, head_dim: int = 16, vocabulary: int = VOCABULARY, seed: int = 2, **dflash: Any
 ) -> Path:

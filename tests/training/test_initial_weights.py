@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.initial_weights import LAST_PRODUCTS, initial_drafter, shape_of
 from sglang_auf.training.recipe import DrafterSettings
-from tests.support.tiny_models import write_drafter, write_target
+from tests.support.tiny_models import target_config, write_drafter, write_target
 
 
 def settings(**changes: Any) -> DrafterSettings:
@@ -157,3 +157,33 @@ def test_the_shape_is_the_targets(target: Path) -> None:
     assert isinstance(config, DrafterConfig)
     assert (config.hidden_size, config.vocab_size) == (content["hidden_size"], content["vocab_size"])
     assert (config.num_hidden_layers, config.target_layer_ids, config.block_size) == (2, (1, 2), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taps", "error", "complaint"),
+    [
+        ({"architectures": ["Gemma3ForCausalLM"]}, [1, 2], TargetError, "Gemma3ForCausalLM"),
+        ({}, [1, 4], ConfigError, r"0\.\.3"),
+    ],
+)
+def test_taps_are_checked_before_any_weight_is_read(
+    tmp_path: Path, changes: dict[str, Any], taps: list[int], error: type[Exception], complaint: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config() | changes))
+    with pytest.raises(error, match=complaint):
+        shape_of(settings(target_layer_ids=taps), tmp_path)
+
+
+def test_a_drafter_that_starts_at_random_has_its_own_rotary_embedding(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config() | {"partial_rotary_factor": 0.25}))
+    config = shape_of(settings(), tmp_path)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
+        shape_of(settings(init=[1, 2]), tmp_path)
+
+
+def test_the_language_model_of_a_multimodal_target(tmp_path: Path) -> None:
+    text = target_config()
+    nested = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "llm_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert shape_of(settings(), tmp_path).hidden_size == text["hidden_size"]

@@ -12,29 +12,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sglang_auf.checkpoints.weights import FOREIGN_SETTINGS, tapped_layers
+from sglang_auf.checkpoints.drafter_settings import LATER_PARTS, UNREAD, UNREAD_WINDOWS, ignored_settings
+from sglang_auf.checkpoints.weights import tapped_layers
 from sglang_auf.errors import CardError
-from sglang_auf.models.config import DrafterConfig
+from sglang_auf.models.config import ROPE_TYPES, DrafterConfig
 
 EXACT = "a DFlash or Domino drafter that SGLang serves exactly as it was trained"
 
 # Features that a plain DFlash drafter lacks. They are off when absent, null, false or zero; a factor also when one.
 FEATURES = (
-    *FOREIGN_SETTINGS,
+    *LATER_PARTS,
+    *UNREAD,
+    *UNREAD_WINDOWS,
     "attention_value_scale",
-    "compression_config",
     "final_logit_softcapping",
     "input_embedding_scale",
     "is_causal",
     "output_multiplier",
-    "quantization_config",
-    "sample_from_anchor",
     "use_gemma_norm",
 )
 FACTORS = ("attention_value_scale", "input_embedding_scale", "output_multiplier")
 
-# Rotary scalings that SGLang, transformers and our own drafter compute in the same way.
-ROPE_TYPES = ("default", "linear", "llama3")
 SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -84,7 +82,8 @@ def served_config(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     """
     nested = section(layer, "dflash_config")
     kinds = layer.get("layer_types") or []
-    if features := [key for key in FEATURES if is_on(key, nested.get(key, layer.get(key)))]:
+    features = [key for key in FEATURES if is_on(key, nested.get(key, layer.get(key)))]
+    if features := features or ignored_settings(layer, settings.get("head", "dflash")):
         raise refusal(f"{', '.join(features)} in config.json", "a plain DFlash drafter has none of these")
     if set(kinds) - {"full_attention"} or (not kinds and layer.get("use_sliding_window")):
         raise refusal(

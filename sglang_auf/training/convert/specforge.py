@@ -8,26 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_auf.checkpoints.weights import ARCHITECTURE, config_size, default_target_layer_ids
-from sglang_auf.training.convert.common import Reading, config_changes, is_on, refusal, section, served_config
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE, unknown_settings
+from sglang_auf.checkpoints.weights import config_size, default_target_layer_ids
+from sglang_auf.training.convert.common import Reading, config_changes, refusal, section, served_config
 
 DOMINO = "DominoDraftModel"
-
-# All keys that a DFlash or Domino drafter has in dflash_config.
-KNOWN = frozenset(
-    {
-        "mask_token_id",
-        "mask_token",
-        "target_layer_ids",
-        "block_size",
-        "num_target_layers",
-        "projector_type",
-        "emb_dim",
-        "gru_hidden_dim",
-        "shift_label",
-        "pure_draft_prefix_len",
-    }
-)
 
 
 def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
@@ -41,7 +26,7 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
         raise refusal(f"architectures {architectures!r}", "SGLang's DFlash serves only DFlash and Domino drafters")
     nested = section(config, "dflash_config")
     projector = nested.get("projector_type")
-    unknown = [key for key in nested if key not in KNOWN and is_on(key, nested[key])]
+    unknown = unknown_settings(config)
     if unknown or projector not in (None, "dflash", "domino"):
         raise refusal(
             f"{', '.join(unknown) or f'projector_type {projector!r}'} in dflash_config",

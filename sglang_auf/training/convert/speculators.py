@@ -8,6 +8,43 @@ from typing import Any
 from sglang_auf.checkpoints.weights import config_size
 from sglang_auf.training.convert.common import FEATURES, Reading, config_changes, refusal, section, served_config
 
+# All keys at the top level that say nothing of a plain DFlash drafter beyond what is read here. Later versions write
+# the defaults of a Domino head as well, and how it was trained.
+KNOWN = frozenset(
+    {
+        "architectures",
+        "auf",
+        "auto_map",
+        "aux_hidden_state_layer_ids",
+        "block_size",
+        "bos_token_id",
+        "draft_vocab_size",
+        "dtype",
+        "emb_dim",
+        "eos_token_id",
+        "gru_hidden_dim",
+        "lambda_base_decay_ratio",
+        "lambda_base_start",
+        "mask_token_id",
+        "model_type",
+        "pad_token_id",
+        "projector_type",
+        "pure_draft_prefix_len",
+        "sliding_window_non_causal",
+        "speculators_config",
+        "speculators_model_type",
+        "speculators_version",
+        "target_hidden_size",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformer_layer_config",
+        "transformers_version",
+        "use_cache",
+    }
+)
+# Settings of the layers, which are refused here as they are where they belong.
+OF_THE_LAYERS = (*FEATURES, "layer_types", "shift_label", "use_sliding_window")
+
 
 def wrote(config: Mapping[str, Any]) -> bool:
     return "speculators_model_type" in config
@@ -30,6 +67,13 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     layer = section(config, "transformer_layer_config")
     if not layer:
         raise refusal("no transformer_layer_config", "the sizes of the drafter are not known", "fetch it again")
+    unknown = [key for key, value in config.items() if key not in KNOWN and key not in OF_THE_LAYERS and value]
+    projector = config.get("projector_type")
+    if unknown or projector not in (None, "dflash"):
+        raise refusal(
+            f"{', '.join(unknown) or f'projector_type {projector!r}'} in config.json",
+            "what that adds to a DFlash drafter is not known here",
+        )
     if config.get("sample_from_anchor"):
         raise refusal("sample_from_anchor", "it was trained to draft from the anchor's slot, and SGLang does not")
     if config.get("target_hidden_size") not in (None, layer.get("hidden_size")):
@@ -45,7 +89,7 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
             "SGLang taps the outputs of layers, while 0 is the embedding and an empty list no tap at all",
         )
     tapped = [one - 1 for one in read_by]
-    beside = {key: config[key] for key in FEATURES if key in config}
+    beside = {key: config[key] for key in OF_THE_LAYERS if config.get(key)}
     written = served_config(
         {**layer, **beside, "draft_vocab_size": config_size(config, "draft_vocab_size")},
         num_target_layers=target_layers,

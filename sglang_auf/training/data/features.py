@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sglang_auf.checkpoints.prepare import resolve_target
+from sglang_auf.checkpoints.tappable import NOT_AT_OUTPUTS
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.files import find_model
@@ -55,7 +56,8 @@ class FeatureSource(Protocol):
 class FrozenTarget:
     """The embedding, the head and the first layers of a target, none of them trained.
 
-    embedding, head [V, H]: one tensor if the target ties them. config: the language model's, as transformers reads it.
+    embedding [V, H]: what the target's embedding gives for each token, scaled where it scales. head [V, H]: the same
+    tensor where the target ties them and does not scale. config: the language model's, as transformers reads it.
     facts: by which caches and cards identify it.
     """
 
@@ -76,9 +78,10 @@ class FrozenTarget:
         self._decoder = model.get_decoder()
         self._decoder.layers = self._decoder.layers[:layers]
         self._decoder.to(self.device)
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        self.embedding: Tensor = embedding.detach().to(self.device)
-        self.head: Tensor = self.embedding if head is embedding else head.detach().to(self.device)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings().weight
+        rows = embedding_rows(embedding)
+        self.embedding: Tensor = rows.detach().to(self.device)
+        self.head: Tensor = self.embedding if head is rows else head.detach().to(self.device)
         self.config: dict[str, Any] = model.config.get_text_config().to_dict()
 
     @property
@@ -109,7 +112,7 @@ class OnlineFeatures(FrozenTarget):
     ) -> None:
         """layer_ids: 0-based, ascending. argmax: also keep the layers after the last tap, which with_argmax needs.
 
-        Raises ConfigError for layers that cannot be tapped; otherwise as FrozenTarget.
+        Raises as check_taps and FrozenTarget.
         """
         self.layer_ids = tuple(layer_ids)
         check_taps(self.layer_ids, TargetFacts.of(Path(directory)))
@@ -178,8 +181,13 @@ class OnlineFeatures(FrozenTarget):
 
 
 def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
-    """Raises ConfigError for layers whose outputs neither this trainer nor SGLang can tap."""
+    """Raises ConfigError for layers that SGLang does not tap at their outputs, TargetError where it can tap none."""
     tappable = target.tappable_layers
+    if target.architecture in NOT_AT_OUTPUTS:
+        raise ConfigError(
+            f"a drafter for {target.name}, of the architecture {target.architecture}",
+            "a target whose layers SGLang taps at their outputs, as this trainer does",
+        )
     ascending = list(layer_ids) == sorted(set(layer_ids))
     if layer_ids and ascending and layer_ids[0] >= 0 and layer_ids[-1] < tappable:
         return
@@ -187,6 +195,19 @@ def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
         f"target layers {list(layer_ids)}",
         f"one or more of 0..{tappable - 1}, ascending: SGLang taps these of {target.name}'s {target.num_layers} layers",
     )
+
+
+def embedding_rows(embedding: Any) -> Tensor:
+    """[V, H]: the rows that transformers' embedding module gives, in its dtype; its weight itself where it scales none.
+
+    Gemma 4 multiplies by sqrt(H), rounded to the dtype. SGLang embeds a block with the target's module, which does the
+    same, but rounds the product alone.
+    """
+    weight: Tensor = embedding.weight
+    scale = getattr(embedding, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        return weight * scale.to(weight)
+    return weight if scale == 1.0 else weight * scale
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
+from sglang_auf.training.data.features import embedding_rows
 from sglang_auf.training.data.loader import ONLINE
 from sglang_auf.training.losses.step import DEFAULT_CHUNK
 from sglang_auf.training.optimiser import state_numbers
@@ -161,7 +162,10 @@ def _head(config: DrafterConfig, sizes: Sizes) -> int:
 
 
 def target_numbers(target: Path, recipe: Recipe) -> tuple[int, int]:
-    """How many numbers are in the layers that features need, and in embedding and head. No weights are read."""
+    """How many numbers are in the layers that features need, and in embedding and head. No weights are read.
+
+    An embedding that scales its rows is held twice: as the target's weight and scaled, for the drafter.
+    """
     config: Any = AutoConfig.from_pretrained(target).get_text_config()
     if recipe.objective.labels == "text":
         config.num_hidden_layers = recipe.drafter.target_layer_ids[-1] + 1
@@ -169,6 +173,8 @@ def target_numbers(target: Path, recipe: Recipe) -> tuple[int, int]:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tables = {id(each.weight): each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings())}
-    size = sum(table.numel() for table in tables.values())
-    return sum(parameter.numel() for parameter in model.parameters()) - size, size
+        embedding = model.get_input_embeddings()
+        held = (embedding.weight, embedding_rows(embedding), model.get_output_embeddings().weight)
+    tables = {id(table): table for table in held}
+    layers = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return layers, sum(table.numel() for table in tables.values())

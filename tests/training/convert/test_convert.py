@@ -207,6 +207,21 @@ def test_a_speculators_drafter(tmp_path: Path, target: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ["gqa", "mha"])
+def test_the_attention_that_specforge_assumes_may_be_spelled_out(tmp_path: Path, target: Path, mode: str) -> None:
+    path = converted(tmp_path, specforge_config(attention_mode=mode), target).path
+    assert "attention_mode" not in json.loads((path / "config.json").read_text())["dflash_config"]
+
+
+def test_settings_of_a_speculators_drafter_that_change_nothing(tmp_path: Path, target: Path) -> None:
+    """Versions after 0.9.0 write the defaults of a Domino head, too."""
+    unused = {"projector_type": "dflash", "pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024}
+    off = {"shift_label": False, "layer_types": None, "aux_hidden_state_scales": None, "something_new": 0}
+    result = converted(tmp_path, changed(speculators_config(target), **unused, **off, auf=True), None)
+    config = json.loads((result.path / "config.json").read_text())
+    assert config == {**drafter_config(4), "bos_token_id": 1, "eos_token_id": 2}
+
+
 def test_our_own_drafter_loads_what_was_converted(tmp_path: Path, target: Path) -> None:
     converted(tmp_path, specforge_config(**DOMINO), target)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -394,6 +409,11 @@ def test_domino_heads_that_sglang_lacks(tmp_path: Path, target: Path, changes: d
         ({"dflash_config__attention_sink_bias": True}, "attention_sink_bias"),
         ({"dflash_config__output_multiplier": 2.0}, "output_multiplier"),
         ({"dflash_config__something_new": 1}, "something_new"),
+        ({"dflash_config__attention_mode": "mla"}, "attention_mode"),
+        ({"dflash_config__causal": True}, "causal"),
+        ({"dflash_config__use_swa": True}, "use_swa"),
+        ({"dflash_config__shift_label": True}, "shift_label without a domino head"),
+        ({"sample_from_anchor": True}, "sample_from_anchor"),
         ({"dflash_config__mask_token_id": None}, "does not write it down"),
         ({"dflash_config__mask_token_id": 64}, "mask_token_id 64 of 64 tokens"),
         ({"dflash_config__target_layer_ids": [2, 1]}, "larger than the one before"),
@@ -444,6 +464,14 @@ def test_specforge_drafters_that_are_not_served_as_trained(
         ({"transformer_layer_config__layer_types": ["sliding_attention"]}, "sliding_attention"),
         ({"transformer_layer_config__hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types ['sliding_attention']"),
+        ({"use_sliding_window": True, "transformer_layer_config__layer_types": REMOVED}, "use_sliding_window"),
+        ({"sliding_window": 128}, "sliding_window in config.json"),
+        ({"shift_label": True}, "shift_label without a domino head"),
+        ({"causal": True}, "causal"),
+        ({"aux_hidden_state_scales": [1.0, 0.5]}, "aux_hidden_state_scales"),
+        ({"projector_type": "domino"}, "projector_type 'domino'"),
+        ({"something_new": 1}, "something_new"),
     ],
 )
 def test_speculators_drafters_that_are_not_served_as_trained(

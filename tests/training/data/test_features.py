@@ -18,7 +18,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.training.data import features as module
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
-from tests.support.tiny_models import LAYERS, VOCABULARY, write_target
+from tests.support.tiny_models import LAYERS, VOCABULARY, target_config, write_gemma4, write_target
 
 TAPS = (0, 2, 3)
 LENGTHS = (9, 17, 1)
@@ -49,7 +49,13 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied embeddings whose rows are scaled by sqrt(40), which no dtype holds exactly; layers with a sliding window."""
+    return write_gemma4(tmp_path_factory.mktemp("targets") / "gemma4")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma4"])
 def target(request: pytest.FixtureRequest) -> Path:
     directory: Path = request.getfixturevalue(request.param)
     return directory
@@ -151,6 +157,30 @@ def test_what_a_trainer_borrows(llama: Path, qwen3: Path) -> None:
     assert torch.equal(tied.embedding, load_file(qwen3 / "model.safetensors")["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_trainer_borrows_the_rows_that_the_target_embeds_with(gemma4: Path, dtype: str) -> None:
+    """The head is the weight itself, though the target ties the two."""
+    source = OnlineFeatures(gemma4, TAPS, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(gemma4, dtype=dtype)
+    embedding, ids = model.get_input_embeddings(), torch.arange(VOCABULARY)
+    assert torch.equal(source.embedding[ids], embedding(ids))
+    assert torch.equal(source.head, embedding.weight)
+    assert source.embedding.dtype == source.head.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(
+        source.embedding.float(), source.head.float() * source.facts.embedding_scale, rtol=2**-7, atol=0
+    )
+    assert not source.embedding.requires_grad
+
+
+def test_sglang_s_embedding_of_gemma_4_gives_the_same_rows_but_for_a_rounding(gemma4: Path) -> None:
+    from sglang.srt.models.gemma4_causal import Gemma4TextScaledWordEmbedding
+
+    source, ids = FrozenTarget(gemma4, layers=0), torch.arange(VOCABULARY)
+    theirs = Gemma4TextScaledWordEmbedding(VOCABULARY, 40, 0, embed_scale=40**0.5).bfloat16()
+    theirs.weight.data = source.head
+    torch.testing.assert_close(source.embedding[ids], theirs(ids), rtol=2**-7, atol=0)
+
+
 def test_a_drafter_can_be_trained_on_them(llama: Path) -> None:
     ids, input_ids, lengths = batch()
     features = OnlineFeatures(llama, TAPS)(ids, input_ids, lengths)
@@ -161,10 +191,21 @@ def test_a_drafter_can_be_trained_on_them(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [(), (LAYERS - 1,), (1, LAYERS), (-1,), (2, 1), (1, 1)])
-def test_layers_that_cannot_be_tapped(target: Path, layers: tuple[int, ...]) -> None:
+def test_layers_that_cannot_be_tapped(llama: Path, layers: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"0\.\.3") as caught:
-        OnlineFeatures(target, layers)
+        OnlineFeatures(llama, layers)
     assert str(list(layers)) in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "error"), [("Gemma3ForCausalLM", TargetError), ("MuseGlimmerForCausalLM", ConfigError)]
+)
+def test_targets_that_sglang_does_not_tap_as_the_trainer_does(
+    tmp_path: Path, architecture: str, error: type[Exception]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config() | {"architectures": [architecture]}))
+    with pytest.raises(error, match=architecture):
+        OnlineFeatures(tmp_path, TAPS)
 
 
 def test_an_unknown_dtype(llama: Path) -> None:

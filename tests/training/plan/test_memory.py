@@ -16,12 +16,14 @@ from sglang_auf.models import dflash
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.features import FrozenTarget
 from sglang_auf.training.data.loader import BatchMaker
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.plan.memory import Sizes, _activations, plan, target_numbers
 from sglang_auf.training.recipe import load_recipe
 from tests.support import qwen3_8b
+from tests.support.tiny_models import write_gemma4
 from tests.support.training_runs import tiny_recipe, write_models
 
 
@@ -157,6 +159,16 @@ def test_the_rest_is_what_a_run_holds(tmp_path: Path) -> None:
     assert "target: layers up to the last tap" not in cached.always
     with pytest.raises(ConfigError, match="micro_batches 4 on 3 ranks"):
         plan(recipe, config, target, ranks=3)
+
+
+def test_a_scaled_embedding_is_held_beside_the_weight(tmp_path: Path) -> None:
+    target = write_gemma4(tmp_path / "gemma4")
+    recipe = tiny_recipe(*write_models(tmp_path))
+    held = FrozenTarget(target, layers=recipe.drafter.target_layer_ids[-1] + 1)
+    decoder = sum(parameter.numel() for parameter in held._decoder.parameters())
+    layers, tables = target_numbers(target, recipe)
+    assert tables == held.embedding.numel() + held.head.numel()
+    assert layers == decoder - held.head.numel()
 
 
 def test_labels_of_the_target_need_all_its_layers(tmp_path: Path) -> None:

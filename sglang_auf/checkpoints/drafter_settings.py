@@ -1,0 +1,130 @@
+"""The settings in a drafter's config.json: where SGLang reads them, and which it does not serve.
+
+SGLang's DFLASH 0.5.23 (models/dflash.py, speculative/dflash_utils.py) passes over settings that it does not know, so a
+drafter of another engine may be served otherwise than it was trained, at a low tau and without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_auf.errors import CardError
+
+ARCHITECTURE = "DFlashDraftModel"
+HEADS = ("dflash", "domino")
+
+# Parts of later drafters. SGLang adds weights for them, or ignores them where the key alone exists.
+LATER_PARTS = (
+    "conv_kernel_size",
+    "selector_rank",
+    "attention_sink_bias",
+    "lilicorr_enabled",
+    "quantization_config",
+    "compression_config",
+)
+# Other engines compute a drafter otherwise where these are on. SGLang's DFLASH reads none of them.
+UNREAD = ("causal", "sample_from_anchor")
+UNREAD_WINDOWS = ("use_swa", "swa_window_size")  # it reads layer_types and sliding_window
+UNREAD_IN_DFLASH_CONFIG = ("is_causal", "use_gemma_norm")  # it reads these at the top level
+# What else is harmless in dflash_config: read there, or said elsewhere too, or checked here.
+KNOWN_IN_DFLASH_CONFIG = frozenset(
+    {
+        *LATER_PARTS,
+        *UNREAD_WINDOWS,
+        "attention_value_scale",
+        "block_size",
+        "emb_dim",
+        "final_logit_softcapping",
+        "gru_hidden_dim",
+        "input_embedding_scale",
+        "mask_token",
+        "mask_token_id",
+        "num_target_layers",
+        "output_multiplier",
+        "projector_type",
+        "pure_draft_prefix_len",
+        "shift_label",
+        "target_layer_ids",
+    }
+)
+# SpecForge's names of the attention that SGLang has; mla is another one.
+ATTENTION_MODES = ("gqa", "mha")
+
+
+def draft_setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A drafter setting, looked up as SGLang does: dflash_config.<key> if that key exists, else the top level.
+
+    A null counts as not set, and a nested null hides the top level (speculative/dflash_utils.py).
+    """
+    nested = config.get("dflash_config") or {}
+    if not isinstance(nested, Mapping):
+        raise CardError(f"dflash_config {nested!r} in config.json", "an object", "export the drafter again")
+    value = nested.get(key) if key in nested else config.get(key)
+    return default if value is None else value
+
+
+def head_of(config: Mapping[str, Any]) -> str:
+    """The proposal head, "dflash" (the target's own head, nothing added) where the config names no projector."""
+    return str(draft_setting(config, "projector_type", "dflash"))
+
+
+def check_kind(config: Mapping[str, Any]) -> None:
+    """Raises CardError unless it is an unquantised DFlash or Domino drafter, whose weight names are known here."""
+    served = "a DFlash or Domino drafter without quantisation"
+    architectures = config.get("architectures")
+    if architectures != [ARCHITECTURE]:
+        trained_elsewhere = architectures == ["DominoDraftModel"]
+        raise CardError(
+            f"architectures {architectures!r} in config.json",
+            f'["{ARCHITECTURE}"], the class SGLang serves DFlash and Domino drafters with',
+            f'SpecForge writes its own class name: set "architectures": ["{ARCHITECTURE}"] in config.json'
+            if trained_elsewhere
+            else "AUF serves DFlash and Domino drafters; try this one with --speculative-algorithm DFLASH",
+        )
+    if head_of(config) not in HEADS:
+        raise CardError(
+            f"projector_type {head_of(config)!r} in config.json",
+            f"{served} (projector_type absent or one of {', '.join(HEADS)})",
+            "try this drafter with --speculative-algorithm DFLASH",
+        )
+    if later := [key for key in LATER_PARTS if draft_setting(config, key)]:
+        raise CardError(
+            f"{', '.join(later)} in config.json",
+            served,
+            "try this drafter with --speculative-algorithm DFLASH",
+        )
+    if ignored := ignored_settings(config, head_of(config)):
+        raise CardError(
+            f"{', '.join(ignored)} in config.json",
+            "a drafter that SGLang computes as it was trained; its DFLASH does not read this",
+            "serve it with the engine it was trained for",
+        )
+
+
+def ignored_settings(config: Mapping[str, Any], head: str) -> list[str]:
+    """Settings that change what a drafter computes, and that SGLang's DFLASH does not read where they are.
+
+    head: "dflash" or "domino".
+    """
+    nested = config.get("dflash_config") or {}
+    found = [key for key in UNREAD if draft_setting(config, key)]
+    found += [f"dflash_config.{key}" for key in UNREAD_IN_DFLASH_CONFIG if nested.get(key)]
+    if head != "domino" and draft_setting(config, "shift_label"):
+        found.append("shift_label without a domino head")
+    if "sliding_attention" not in (config.get("layer_types") or ()):
+        found += [f"{key} without sliding layer_types" for key in UNREAD_WINDOWS if draft_setting(config, key)]
+    if "attention_value_scale" not in nested and config.get("attention_value_scale") not in (None, 1):
+        found.append("attention_value_scale outside of dflash_config")
+    return found
+
+
+def unknown_settings(config: Mapping[str, Any]) -> list[str]:
+    """Keys of dflash_config that are on, and whose meaning neither SGLang nor this check knows."""
+    nested = config.get("dflash_config") or {}
+    plain = nested.get("attention_mode") in ATTENTION_MODES
+    return [
+        key
+        for key, value in nested.items()
+        if value and key not in KNOWN_IN_DFLASH_CONFIG and not (key == "attention_mode" and plain)
+    ]
