@@ -233,10 +233,13 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_yaml(path)
     if (name := content.pop("extends", None)) is None:
         return content
-    base = path.parent / str(name)
-    if not os.path.isfile(base):
-        raise ConfigError(f"{path.name} extends {base}, which is no file", "an existing recipe")
-    return merged(_read(base, (*extending, path)), content)
+    for base in (path.parent / str(name), RECIPES / f"{name}.yaml"):
+        if os.path.isfile(base):
+            return merged(_read(base, (*extending, path)), content)
+    raise ConfigError(
+        f"{path.name} extends {name}, which is no file beside it",
+        f"an existing recipe, or one of {', '.join(recipe_names())}",
+    )
 
 
 def _differences(ours: Any, theirs: Any, path: tuple[str, ...]) -> Iterator[str]:

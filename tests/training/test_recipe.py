@@ -70,6 +70,8 @@ def test_an_extending_recipe_changes_what_it_names(tmp_path: Path) -> None:
     assert (top.objective.name, top.objective.gamma, top.seed) == ("auf+decay", 3, 7)
     assert top.drafter == base.drafter.model_copy(update={"target_layer_ids": (2,)})
     assert top.optimiser == base.optimiser
+    (tmp_path / "ours.yaml").write_text("extends: smollm2-135m-auf\nseed: 7\n")
+    assert load_recipe(str(tmp_path / "ours.yaml")) == base.model_copy(update={"seed": 7})
 
 
 @pytest.mark.parametrize(
