@@ -53,7 +53,8 @@ def ask(
 
     label: of the progress bar. prompts: the same prompts in another order (default: task by task). resume: continue the
     run in config.out if there is one. empty_cache: forget cached prefixes before the first prompt. Raises ConfigError
-    where config.out holds another run, ServerError where the server is down or not of the kind that config.plain says.
+    where config.out holds another run, ServerError where the server is down or not of the kind that config.plain says,
+    or where its drafter was swapped meanwhile.
     """
     if prompts is None:
         prompts = [prompt for chosen in selections for prompt in chosen.prompts]
@@ -63,6 +64,7 @@ def ask(
         if empty_cache:
             flush_cache(config.base_url)
         run.ask(prompts, label)
+        run.require_same_drafter()
     run.require_tau()
     return run
 
@@ -149,6 +151,19 @@ class BenchmarkRun:
         answered = [record for record in self.records.values() if record.completion_tokens > 1 and not record.failed]
         if answered:
             self._require_kind(record.verify_steps for record in answered)
+
+    def require_same_drafter(self) -> None:
+        """After the last request: answers of two drafters are no run. Raises ServerError."""
+        begun = self.manifest.server
+        if begun.swaps is None:
+            return
+        now = server_facts(self.config.base_url, self.config.model)
+        if now != begun:
+            raise ServerError(
+                f"drafter {now.drafter} after {now.swaps} swaps at {self.config.base_url}, when all was asked",
+                f"drafter {begun.drafter} after {begun.swaps}, as at the beginning",
+                f"swap no drafter while a run asks, and start the run in {self.config.out} again in another directory",
+            )
 
     def ask(self, prompts: Sequence[Prompt], label: str) -> None:
         """Ask what is missing of `prompts`, with `concurrency` conversations in flight. label: of the progress bar.

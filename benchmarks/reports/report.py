@@ -19,7 +19,7 @@ from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import broken_rows_text
+from benchmarks.reports.text import broken_rows_text, drafting_text
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -53,13 +53,18 @@ class MeasuredRun:
         return self.manifest.config.plain
 
     @property
-    def questions(self) -> tuple[Any, ...]:
-        """What was asked, and where. Two runs with equal questions may be compared in speed."""
+    def conditions(self) -> tuple[Any, ...]:
+        """What was asked, how, and where, at whatever concurrency."""
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
-        asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.concurrency)
+        asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.record_steps)
         machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
         return (*asked, server.target, server.device, server.dtype, *sorted(machines))
+
+    @property
+    def questions(self) -> tuple[Any, ...]:
+        """Two runs with equal questions may be compared in speed."""
+        return (*self.conditions, self.manifest.config.concurrency)
 
 
 def report_runs(config: ReportConfig) -> PageReport:
@@ -158,8 +163,12 @@ def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
 
 
 def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:
-    """Drafter and temperature -> (concurrency, speed-up), of runs with a plain run of the same questions."""
+    """Drafter and temperature -> (concurrency, speed-up), of runs with a plain run of the same questions.
+
+    Runs of one line differ in nothing but concurrency; where two lines would have one name, the second has a run's too.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for run in runs:
         plain = next((other for other in runs if other.plain and other.questions == run.questions), None)
         if run.plain or plain is None:
@@ -168,8 +177,11 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
         if faster is not None:
             server, config = run.manifest.server, run.manifest.config
             drafter = "/".join(Path(server.drafter or "").parts[-2:])
-            name = f"{drafter} ({server.algorithm}, block {server.block_size}, T={config.temperature:g})"
-            points.setdefault(name, []).append((config.concurrency, faster))
+            name = f"{drafter} ({drafting_text(server)}, T={config.temperature:g})"
+            line = (*run.conditions, server.model_copy(update={"swaps": None}))
+            if line not in names:
+                names[line] = f"{name}, {run.name}" if name in names.values() else name
+            points.setdefault(names[line], []).append((config.concurrency, faster))
     return points
 
 
@@ -217,7 +229,7 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
         server, config, session = run.manifest.server, run.manifest.config, run.manifest.sessions[-1]
-        what = "plain decoding" if run.plain else f"{server.algorithm}, block {server.block_size}, {server.drafter}"
+        what = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"
         thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
         rows.append(
             [

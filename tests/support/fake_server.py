@@ -119,6 +119,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             "speculative_num_draft_tokens": engine.block if engine.speculative else None,
             "device": engine.device,
             "dtype": "bfloat16",
+            "disable_overlap_schedule": engine.device == "cpu",
             "version": "0.5.23",
         }
 

@@ -275,7 +275,67 @@ def test_warm_up_is_as_wide_as_the_run_and_not_recorded(fake: Start, data_dir: P
     assert len(records_of(tmp_path / "run")) == 18
 
 
-CARD = {"card": {"thinking": "off", "max_length": 64}, "warnings": ["the target's chat template is another"]}
+SWAP = {"path": "/drafters/toy", "generation": 0}
+CARD = {
+    "card": {"thinking": "off", "max_length": 64},
+    "warnings": ["the target's chat template is another"],
+    "swap": SWAP,
+}
+DRAFTS = CARD | {"tree": True, "tree_nodes": 7, "draft_vocabulary": 8192, "weights": "0123456789abcdef"}
+SWAPPED = {"path": "/drafters/new", "generation": 1}
+
+
+def test_a_run_says_how_its_server_drafts(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    """A server without a card, as SGLang's own, says nothing of it."""
+    main(flags(fake().url, tmp_path / "other", data_dir))
+    main(flags(fake(card=DRAFTS | {"swap": SWAPPED}).url, tmp_path / "auf", data_dir))
+    other, auf = (json.loads((tmp_path / name / "run.json").read_text())["server"] for name in ("other", "auf"))
+    said = ("drafter", "overlap", "tree", "tree_nodes", "draft_vocabulary", "weights", "swaps")
+    assert [other[name] for name in said] == ["/drafters/toy", False, None, None, None, None, None]
+    assert [auf[name] for name in said] == ["/drafters/new", False, True, 7, 8192, "0123456789abcdef", 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"tree": False, "tree_nodes": None}, "server.tree = False"),
+        ({"tree_nodes": None}, "server.tree_nodes = None"),
+        ({"draft_vocabulary": None}, "server.draft_vocabulary = None"),
+        ({"weights": "fedcba"}, "server.weights = 'fedcba'"),
+        ({"swap": SWAPPED}, "server.drafter = '/drafters/new'"),
+    ],
+)
+def test_a_server_that_drafts_otherwise_does_not_go_on_with_a_run(
+    other: dict[str, Any], named: str, fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(card=DRAFTS), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    server.engine.card = DRAFTS | other
+    assert main(flags(server.url, out, data_dir, "--resume")) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_same_drafter_after_a_swap_and_back_goes_on_with_a_run(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(card=DRAFTS), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    server.engine.card = DRAFTS | {"swap": SWAP | {"generation": 2}}
+    assert main(flags(server.url, out, data_dir, "--resume")) == 0
+
+
+def test_a_swap_during_a_run_is_no_result(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, out = fake(card=DRAFTS), tmp_path / "run"
+    tokens = server.engine.tokens
+
+    def swap_and_answer(messages: list[dict[str, str]], limit: int) -> list[int]:
+        server.engine.card = DRAFTS | {"swap": SWAPPED, "weights": "fedcba"}
+        return list(tokens(messages, limit))
+
+    monkeypatch.setattr(server.engine, "tokens", swap_and_answer)
+    assert main(flags(server.url, out, data_dir)) == 2
+    assert "/drafters/new after 1 swaps" in capsys.readouterr().err
+    assert not (out / "summary.json").exists()
 
 
 @pytest.mark.parametrize(
