@@ -23,8 +23,8 @@ from benchmarks.harness.run import ask, discard, prompts_of
 from benchmarks.harness.server_info import ServerFacts, server_facts
 from benchmarks.harness.servers import Server, awake
 from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
-from benchmarks.stats.lossless import comparable_tokens
-from benchmarks.stats.summary import ratio, throughput
+from benchmarks.stats.lossless import same_answer
+from benchmarks.stats.summary import macro, ratio, summarize_tasks, throughput
 from sglang_auf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,17 @@ class TurnsConfig(StartedServersConfig):
 class Agreement(StrictModel):
     """How many answers of two servers, over all rounds, have equal tokens and equal histograms of accepted drafts.
 
-    compared: answers that both servers gave.
+    compared: answers that both servers gave. same_tokens: of equal finish reasons, too.
     """
 
     compared: int
     same_tokens: int
     same_histogram: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether no answer differs."""
+        return self.same_tokens == self.compared
 
     def tokens_text(self) -> str:
         return f"{self.same_tokens} of {self.compared}"
@@ -125,6 +130,11 @@ class Turns:
         """Seconds of a step, by round. Concurrency 1 must have been asked."""
         return list(map(seconds_per_step, self.answers[name, 1], self.prefill[name]))
 
+    def tau(self, name: str, level: int) -> float | None:
+        """Macro, over the answers of all rounds; None for plain decoding."""
+        every = [record for records in self.answers[name, level] for record in records.values()]
+        return macro(summarize_tasks(every).values()).tau
+
     def failed(self, name: str, level: int) -> int:
         return sum(record.failed for records in self.answers[name, level] for record in records.values())
 
@@ -135,10 +145,9 @@ class Turns:
             for key in mine
             if not mine[key].failed and not its[key].failed
         ]
-        tokens = [comparable_tokens(mine, its) for mine, its in pairs]
         return Agreement(
             compared=len(pairs),
-            same_tokens=sum(mine == its for mine, its in tokens),
+            same_tokens=sum(same_answer(mine, its) for mine, its in pairs),
             same_histogram=sum(mine.accepted_histogram == its.accepted_histogram for mine, its in pairs),
         )
 

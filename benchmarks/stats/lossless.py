@@ -154,8 +154,7 @@ def compare(
             result.follow_up += 1
         else:
             fork = first_fork(*comparable_tokens(ours, theirs))
-            ends = ours.finish_reason, theirs.finish_reason
-            if fork is None and None not in ends and ends[0] != ends[1]:
+            if fork is None and (ends := other_ends(ours, theirs)) is not None:
                 result.fault += 1
                 result.differences.append(_other_end(theirs, ends))
             elif fork is None:
@@ -183,7 +182,19 @@ def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int
     return ours.output_ids, theirs.output_ids
 
 
-def _other_end(plain: Record, ends: tuple[str | None, str | None]) -> Difference:
+def other_ends(ours: Record, theirs: Record) -> tuple[str, str] | None:
+    """The finish reasons of both answers where they differ; None also where one of them is not known."""
+    mine, its = ours.finish_reason, theirs.finish_reason
+    return None if mine is None or its is None or mine == its else (mine, its)
+
+
+def same_answer(ours: Record, theirs: Record) -> bool:
+    """Whether both have the same tokens and end for the same reason. Raises DataError, as `comparable_tokens` does."""
+    mine, its = comparable_tokens(ours, theirs)
+    return mine == its and other_ends(ours, theirs) is None
+
+
+def _other_end(plain: Record, ends: tuple[str, str]) -> Difference:
     """The same tokens, which ended for another reason."""
     return Difference(
         task=plain.task,

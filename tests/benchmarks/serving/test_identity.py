@@ -81,6 +81,15 @@ def test_a_fork_of_a_constrained_cell_is_an_exit_code() -> None:
     assert "alpaca/lighthouse token 3" in Path("out/identity.md").read_text()
 
 
+def test_another_finish_reason_is_a_fork() -> None:
+    code, rows = identity("--variants", "auf-b4", "--set", "cut=lighthouse")
+    assert code == 1
+    assert rows["auf-b4", 16]["identical"] == 23
+    (fork,) = rows["auf-b4", 16]["forks"]
+    assert (fork["prompt_id"], fork["token"], fork["finish"]) == ("alpaca/lighthouse", None, ["length", "stop"])
+    assert "alpaca/lighthouse: finished by 'length' and not 'stop'" in Path("out/identity.md").read_text()
+
+
 def test_forks_without_row_invariance_are_a_finding() -> None:
     code, rows = identity("--variants", "unconstrained", "--alone", "24", "--set", "wobble=lighthouse")
     assert code == 0

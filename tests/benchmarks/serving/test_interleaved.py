@@ -45,6 +45,14 @@ def test_a_round_without_a_value_has_no_median() -> None:
     assert median_of_all([]) is None
 
 
+def test_tau_is_that_of_all_rounds(tmp_path: Path) -> None:
+    """A tree follows the load, so that rounds may differ."""
+    turns = Turns(TurnsConfig(profile="toy", tasks=("sample_gsm8k",), out=tmp_path))
+    first, second = record(1.0, 5, [2, 1, 0]), record(1.0, 5, [4, 0, 0])
+    turns.answers["auf", 1] = [{first.key: first}, {second.key: second}]
+    assert turns.tau("auf", 1) == pytest.approx((4 / 3 + 1) / 2)
+
+
 def test_a_users_own_prompts_replace_the_default_tasks(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"turns": ["a", "b"]}\n?\n')
