@@ -26,7 +26,7 @@ from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
 from benchmarks.harness.run import RECORDS, ask, chosen_prompts, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
-from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
+from benchmarks.reports.markdown import kept_text, markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.random_drafter import write_random_drafter
@@ -159,8 +159,9 @@ class IdentityReport(Measured, Report):
             "others it is plain decoding at concurrency 16. Speeds compare at concurrency 16.",
             *(f"- fork: {row.variant} at {row.concurrency}, {fork}" for row in self.rows for fork in row.forks),
         ]
+        kept = kept_text((row.versions for row in self.rows), self.versions)
         broken = broken_rows_text(self.broken_rows)
-        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes), broken)
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes), kept, broken)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,18 @@ def test_finished_cells_are_kept_and_others_measured_again() -> None:
     assert all(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items())
 
 
+def test_cells_of_other_versions_are_not_presented_as_of_now() -> None:
+    identity("--variants", "auf-b4", "--limit", "1")
+    assert "earlier calls" not in Path("out/identity.md").read_text()
+    cell = Path("out/auf-b4/c16/cell.json")
+    content = json.loads(cell.read_text())
+    content["versions"] |= {"commit": "abc+changes", "torch": None}
+    cell.write_text(json.dumps(content))
+    identity("--variants", "auf-b4", "--limit", "1")
+    kept = "Figures of earlier calls: 1 with torch unknown, commit abc+changes.\n"
+    assert kept in Path("out/identity.md").read_text()
+
+
 def test_an_unknown_variant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["identity", "--profile", "toy", "--tasks", "sample", "--variants", "auf-b9", "--out", "out"]) == 2
     assert "auf-b9" in capsys.readouterr().err
