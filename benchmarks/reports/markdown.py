@@ -47,7 +47,12 @@ def _other_versions(then: Versions, now: Versions) -> str:
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the heading; the first column is aligned to the left, the others to the right."""
     rule = ["---", *("---:" for _ in rows[0][1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _cell(text: str) -> str:
+    """What stays one cell of one line."""
+    return " ".join(text.replace("|", r"\|").splitlines())
 
 
 def prompts_cell(prompts: int, failed: int) -> str:
