@@ -34,9 +34,12 @@ def chosen_prompts(questions: AskedTasks) -> list[Selection]:
     return prompts_of(questions, questions.tasks, questions.limit)
 
 
-def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None) -> list[Selection]:
-    """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most."""
-    chosen = [select(task, sources.data_dir, limit) for task in resolve(tasks)]
+def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None, fewer: bool = False) -> list[Selection]:
+    """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most.
+
+    fewer: a task may have fewer rows than are to be asked of it.
+    """
+    chosen = [select(task, sources.data_dir, limit, fewer) for task in resolve(tasks)]
     return chosen + select_from_files(sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit)
 
 

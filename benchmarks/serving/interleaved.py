@@ -25,7 +25,7 @@ from benchmarks.harness.servers import Server, awake
 from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
 from benchmarks.stats.lossless import same_answer
 from benchmarks.stats.summary import macro, ratio, summarize_tasks, throughput
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,16 @@ def _selections(config: TurnsConfig) -> list[Selection]:
         names = ("mt_bench",) if config.data_dir else ("sample",)
         logger.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
     most = max(config.limit, *config.concurrency)
-    return first_turns(prompts_of(config, names, most))
+    selections = first_turns(prompts_of(config, names, most, fewer=True))
+    found = sum(len(chosen.prompts) for chosen in selections)
+    due = min(most, sum(chosen.task.count for chosen in selections))
+    if found < due:
+        raise DataError(
+            f"{found} prompts of {', '.join(chosen.task.name for chosen in selections)}",
+            f"at least {due}",
+            f"give the complete data sets, or ask fewer with --limit {found}",
+        )
+    return selections
 
 
 @dataclass(frozen=True, slots=True)

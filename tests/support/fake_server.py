@@ -161,6 +161,10 @@ def make_app(engine: FakeEngine) -> FastAPI:
             engine.in_flight -= 1
         if "FAIL" in body["messages"][-1]["content"]:
             return JSONResponse({"message": "the engine is on fire"}, status_code=500)
+        if "PAGE" in body["messages"][-1]["content"]:
+            return Response("<html>", media_type="text/html")
+        if "BROKEN" in body["messages"][-1]["content"]:
+            return Response("data: {\n\n" if body.get("stream") else "{", media_type="application/json")
         tokens = engine.tokens(body["messages"], body["max_tokens"])
         if body.get("stream"):
             spans = request.headers.get("x-auf-spans") == "1" and engine.speculative and engine.algorithm == "AUF"

@@ -203,6 +203,30 @@ def test_failed_requests_are_recorded_counted_and_asked_again(fake: Start, data_
     assert server.asked()["sum 1"] == 1
 
 
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("broken", ["PAGE", "BROKEN"])
+def test_a_reply_that_is_no_json_is_a_failed_request(
+    stream: str, broken: str, fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    """The others are asked all the same."""
+    (data_dir / "gsm8k.jsonl").write_text(
+        "".join(f'{{"id": "g/{i}", "turns": ["{broken if i == 2 else "sum"} {i}"]}}\n' for i in range(6))
+    )
+    assert main(flags(fake().url, tmp_path / "run", data_dir, stream)) == 1
+    records = records_of(tmp_path / "run")
+    assert len(records) == 18
+    assert [record.prompt_id for record in records.values() if record.failed] == ["g/2"]
+
+
+def test_a_request_that_is_no_json_is_a_failed_request(fake: Start, tmp_path: Path) -> None:
+    rows = ['{"prompt": "a", "chat_template_kwargs": {"budget": 1e999}}', '{"prompt": "b"}']
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "run"
+    assert main(["run", "--base-url", fake().url, "--prompts", str(tmp_path / "mine.jsonl"), "--out", str(out)]) == 1
+    failed = [record.error for record in records_of(out).values() if record.failed]
+    assert len(failed) == 1 and failed[0] is not None and "ValueError" in failed[0]
+
+
 def test_after_a_failed_first_turn_the_second_is_not_asked(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "mt_bench.jsonl").write_text(
         "".join(
