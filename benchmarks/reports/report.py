@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import broken_rows_text, drafting_text
+from benchmarks.reports.text import broken_rows_text, drafting_text, interrupted_text
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -115,11 +115,13 @@ def make_sections(
         ]
         sections += position_sections({run.name: run.records for run in speculating})
     points = speedup_points(measured)
+    interrupted = interrupted_text({run.name: run.summary.sessions for run in measured})
     if points:
         picture = figures.png(figures.speedups(points))
-        sections.append(Section("Speed-up by concurrency", SPEED_TEXT, None, picture, "speedup.png"))
+        text = _lines(SPEED_TEXT, interrupted)
+        sections.append(Section("Speed-up by concurrency", text, None, picture, "speedup.png"))
     if measured:
-        sections.append(Section("Speed", LATENCY_TEXT, _speed_table(measured)))
+        sections.append(Section("Speed", _lines(LATENCY_TEXT, interrupted), _speed_table(measured)))
     if trained:
         picture = figures.png(figures.training_curves(trained))
         sections.append(Section("Training", TRAINING_TEXT, None, picture, "training.png"))
@@ -228,7 +230,7 @@ def _paper_table() -> Table:
 def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
-        server, config, session = run.manifest.server, run.manifest.config, run.manifest.sessions[-1]
+        server, config, sessions = run.manifest.server, run.manifest.config, run.manifest.sessions
         what = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"
         thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
         rows.append(
@@ -237,14 +239,29 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
                 f"{server.model} ({server.device}, {server.dtype}), {what}",
                 f"T={config.temperature:g}, {config.max_tokens} tokens at most, concurrency {config.concurrency}"
                 + thinking
-                + (f", {len(run.manifest.sessions)} sessions" if len(run.manifest.sessions) > 1 else ""),
-                session.started_at,
-                f"{session.machine['cpu']}, {session.machine['cores']} cores, {session.machine['memory_gib']} GiB",
-                ", ".join(f"{name} {version}" for name, version in session.versions.items() if version),
-                shlex.join(session.command),
+                + (f", {len(sessions)} sessions" if len(sessions) > 1 else ""),
+                _different(session.started_at for session in sessions),
+                _different(
+                    f"{session.machine['cpu']}, {session.machine['cores']} cores, {session.machine['memory_gib']} GiB"
+                    for session in sessions
+                ),
+                _different(
+                    ", ".join(f"{name} {version}" for name, version in session.versions.items() if version)
+                    for session in sessions
+                ),
+                _different(shlex.join(session.command) for session in sessions),
             ]
         )
     return rows
+
+
+def _different(of_sessions: Iterable[str]) -> str:
+    """What the sessions of a run say, each thing once."""
+    return "; ".join(dict.fromkeys(of_sessions))
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _measured(directory: Path, name: str) -> MeasuredRun:

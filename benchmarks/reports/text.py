@@ -67,6 +67,14 @@ def speed_line(name: str, speed: Throughput) -> str:
     )
 
 
+def interrupted_text(sessions: Mapping[str, int]) -> str:
+    """What is said of runs whose speed is not that of one uninterrupted run. sessions: of each run, by name."""
+    found = [f"{name} ({count})" for name, count in sessions.items() if count > 1]
+    if not found:
+        return ""
+    return f"Finished in several sessions, at whose ends fewer requests were in flight: {', '.join(found)}."
+
+
 def broken_rows_text(rows: Sequence[str]) -> str:
     """Rows of a user's own files that were not asked; "" where there is none. The JSON file has all of them."""
     if not rows:

@@ -71,13 +71,21 @@ class ShapeReport(Measured, Report):
         return markdown_document(self, *lines, *parts, self._steps())
 
     def _answers(self) -> str:
-        rows = [["concurrency", "answers", "identical", "near-tie", "fault", "bar", "tau", "alpha_1"]]
+        rows = [
+            ["concurrency", "answers", "identical", "near-tie", "fault", "tokens compared", "bar", "tau", "alpha_1"]
+        ]
         for ours, compared in zip(self.acceptance, self.agreement, strict=True):
             found = compared.losslessness
             bar = "equality" if found.exact else f"{found.near_tie_bar:g} in logits"
             counts = [self.config.prompts, found.identical, found.near_tie, found.fault]
             alpha = ours.acceptance.alpha
-            cells = [*map(str, counts), bar, number(ours.acceptance.tau), number(alpha[0] if alpha else None)]
+            cells = [
+                *map(str, counts),
+                found.tokens_text(),
+                bar,
+                number(ours.acceptance.tau),
+                number(alpha[0] if alpha else None),
+            ]
             rows.append([str(ours.concurrency), *cells])
         return markdown_table(rows)
 

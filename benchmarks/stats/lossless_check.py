@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ MAY_DIFFER = {"plain", "stream", "record_steps", "concurrency", "warmup", "seed"
 
 
 LOGIT_SCALE = 24.0
+LogitScale = Annotated[float, Field(gt=0, description="size of the target's top logits; sets the near-tie bar")]
 
 
 class LosslessConfig(CommandConfig):
@@ -30,7 +31,7 @@ class LosslessConfig(CommandConfig):
     speculating: Path = Field(description="run directory of the speculating server")
     plain: Path = Field(description="run directory of the plain server of the same target")
     base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
-    logit_scale: float = Field(LOGIT_SCALE, gt=0, description="size of the target's top logits; sets the near-tie bar")
+    logit_scale: LogitScale = LOGIT_SCALE
 
     @property
     def out(self) -> Path:

@@ -133,6 +133,19 @@ def test_runs_of_earlier_versions_are_read(runs: Path, tmp_path: Path) -> None:
     assert main(["report", str(runs), "--out", str(tmp_path / "report")]) == 0
 
 
+def test_every_session_of_a_run_says_where_it_was_made(runs: Path, tmp_path: Path) -> None:
+    path = runs / "auf-c1" / "run.json"
+    content = json.loads(path.read_text())
+    (session,) = content["sessions"]
+    content["sessions"] += [session | {"versions": {"sglang": "9.9", "commit": "abc+changes"}}, session]
+    path.write_text(json.dumps(content))
+    assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    now = ", ".join(f"{name} {version}" for name, version in session["versions"].items() if version)
+    assert f"| {now}; sglang 9.9, commit abc+changes |" in text
+    assert "3 sessions" in text
+
+
 def test_steps_that_were_recorded_take_time_and_make_no_speed_up(runs: Path) -> None:
     measured, _ = load_runs([runs])
     for run in measured:
