@@ -50,21 +50,19 @@ def ask(
     *,
     prompts: Sequence[Prompt] | None = None,
     resume: bool = False,
-    empty_cache: bool = False,
 ) -> BenchmarkRun:
     """Ask all prompts of `selections`, or what is missing of them. Returns the finished run.
 
     label: of the progress bar. prompts: the same prompts in another order (default: task by task). resume: continue the
-    run in config.out if there is one. empty_cache: forget cached prefixes before the first prompt. Raises ConfigError
-    where config.out holds another run, ServerError where the server is down or not of the kind that config.plain says,
-    or where its drafter was swapped meanwhile.
+    run in config.out if there is one. Raises ConfigError where config.out holds another run, ServerError where the
+    server is down or not of the kind that config.plain says, or where its drafter was swapped meanwhile.
     """
     if prompts is None:
         prompts = [prompt for chosen in selections for prompt in chosen.prompts]
     run = BenchmarkRun.begin(config, selections, resume)
     if run.unfinished(prompts):
         run.prepare()
-        if empty_cache:
+        if config.empty_cache:
             flush_cache(config.base_url)
         run.ask(prompts, label)
         run.require_same_drafter()

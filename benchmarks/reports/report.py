@@ -57,9 +57,10 @@ class MeasuredRun:
         """What was asked, how, and where, at whatever concurrency."""
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
-        asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.record_steps)
+        asked = (prompts, config.temperature, config.max_tokens, config.thinking)
+        how = (config.stream, config.record_steps, config.empty_cache)
         machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
-        return (*asked, server.target, server.device, server.dtype, *sorted(machines))
+        return (*asked, *how, server.target, server.device, server.dtype, *sorted(machines))
 
     @property
     def questions(self) -> tuple[Any, ...]:

@@ -210,6 +210,7 @@ class _Turn:
             base_url=self.base_url,
             plain=self.plain,
             stream=False,
+            empty_cache=True,
             concurrency=self.concurrency,
             max_tokens=max_tokens,
             warmup=None if self.number == 0 else 0,
@@ -217,7 +218,7 @@ class _Turn:
         )
         discard(place)
         label = f"{self.name} at {self.concurrency}, round {self.number + 1}, {kind}"
-        return ask(run_config, keep(selections, prompts), label, prompts=prompts, empty_cache=True).records
+        return ask(run_config, keep(selections, prompts), label, prompts=prompts).records
 
 
 def seconds_per_step(answers: Records, prefill: Records) -> float | None:

@@ -138,9 +138,10 @@ def _asked(config: SweepConfig, base_url: str, name: str, concurrency: int, sele
         base_url=base_url,
         plain=name == PLAIN,
         concurrency=concurrency,
+        empty_cache=True,
         out=config.out / f"{name}-c{concurrency}",
     )
-    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True, empty_cache=True)
+    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True)
     return summarize_run(run.manifest, list(run.records.values())), run.manifest
 
 

@@ -17,7 +17,18 @@ from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, ser
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
-MAY_DIFFER = {"plain", "stream", "record_steps", "concurrency", "warmup", "seed", "model", "tasks", "limit"}
+MAY_DIFFER = {
+    "plain",
+    "stream",
+    "record_steps",
+    "empty_cache",
+    "concurrency",
+    "warmup",
+    "seed",
+    "model",
+    "tasks",
+    "limit",
+}
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 
 

@@ -198,11 +198,12 @@ class _Demo:
                 "limit": self.config.limit,
                 "max_tokens": self.config.max_tokens,
                 "stream": False,
+                "empty_cache": True,
                 "out": self.out / name,
             }
         )
         selections = first_turns(chosen_prompts(config))
-        return list(ask(config, selections, name, prompts=in_turn(selections), empty_cache=True).records.values())
+        return list(ask(config, selections, name, prompts=in_turn(selections)).records.values())
 
     def _prompts(self) -> list[str]:
         """The traffic, on texts that the target writes. Raises ServerError where it writes too few."""

@@ -418,6 +418,16 @@ def test_a_built_in_algorithm_does_not_tell_its_steps(
     assert not server.engine.requests
 
 
+@pytest.mark.parametrize(("more", "flushed"), [([], 0), (["--empty-cache"], 1)])
+def test_cached_prompts_are_forgotten_on_demand(
+    more: list[str], flushed: int, fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    server, out = fake(), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir, *more)) == 0
+    assert server.engine.flushed == flushed
+    assert json.loads((out / "run.json").read_text())["config"]["empty_cache"] == bool(flushed)
+
+
 def test_a_server_without_a_card_is_warned_of_nothing(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(flags(fake().url, out, data_dir, "--thinking", "on")) == 0
