@@ -101,7 +101,7 @@ class RunManifest(StrictModel):
     def identity(self) -> dict[str, Any]:
         """Setting -> value, flat, for all that must be equal in runs whose records belong together."""
         config = self.config.model_dump(mode="json", exclude=INCIDENTAL)
-        server = {f"server.{name}": value for name, value in self.server.model_dump(exclude={"swaps"}).items()}
+        server = {f"server.{name}": value for name, value in self.server.model_dump().items()}
         tasks = {f"{name}.prompts": (origin.version, origin.sha256) for name, origin in self.tasks.items()}
         return {**config, **server, **tasks}
 

@@ -154,12 +154,14 @@ class BenchmarkRun:
             self._require_kind(record.verify_steps for record in answered)
 
     def require_same_drafter(self) -> None:
-        """After the last request: answers of two drafters are no run. Raises ServerError."""
+        """After the last request: answers of two drafters are no run. Raises ServerError, and run.json names both."""
         begun = self.manifest.server
         if begun.swaps is None:
             return
         now = server_facts(self.config.base_url, self.config.model)
         if now != begun:
+            self.manifest.server = begun.model_copy(update={"drafter": f"{begun.drafter}, then {now.drafter}"})
+            self.manifest.write(self.config.out / MANIFEST)
             raise ServerError(
                 f"drafter {now.drafter} after {now.swaps} swaps at {self.config.base_url}, when all was asked",
                 f"drafter {begun.drafter} after {begun.swaps}, as at the beginning",

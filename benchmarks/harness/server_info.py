@@ -14,8 +14,6 @@ from sglang_auf.errors import ServerError
 from sglang_auf.training.generation.client import tls
 
 FLUSH_S = 10.0
-
-
 CARD = "/v1/auf/card"
 SAID_BY_CARD = ("tree", "tree_nodes", "draft_vocabulary", "weights")
 

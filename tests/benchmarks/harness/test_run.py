@@ -327,6 +327,7 @@ def test_a_run_says_how_its_server_drafts(fake: Start, data_dir: Path, tmp_path:
         ({"draft_vocabulary": None}, "server.draft_vocabulary = None"),
         ({"weights": "fedcba"}, "server.weights = 'fedcba'"),
         ({"swap": SWAPPED}, "server.drafter = '/drafters/new'"),
+        ({"swap": SWAP | {"generation": 2}}, "server.swaps = 2"),
     ],
 )
 def test_a_server_that_drafts_otherwise_does_not_go_on_with_a_run(
@@ -337,13 +338,6 @@ def test_a_server_that_drafts_otherwise_does_not_go_on_with_a_run(
     server.engine.card = DRAFTS | other
     assert main(flags(server.url, out, data_dir, "--resume")) == 2
     assert named in capsys.readouterr().err
-
-
-def test_the_same_drafter_after_a_swap_and_back_goes_on_with_a_run(fake: Start, data_dir: Path, tmp_path: Path) -> None:
-    server, out = fake(card=DRAFTS), tmp_path / "run"
-    main(flags(server.url, out, data_dir))
-    server.engine.card = DRAFTS | {"swap": SWAP | {"generation": 2}}
-    assert main(flags(server.url, out, data_dir, "--resume")) == 0
 
 
 def test_a_swap_during_a_run_is_no_result(
@@ -360,6 +354,10 @@ def test_a_swap_during_a_run_is_no_result(
     assert main(flags(server.url, out, data_dir)) == 2
     assert "/drafters/new after 1 swaps" in capsys.readouterr().err
     assert not (out / "summary.json").exists()
+    monkeypatch.undo()
+    server.engine.card = DRAFTS
+    assert main(flags(server.url, out, data_dir, "--resume")) == 2, "nor once the former drafter is back"
+    assert "'/drafters/toy, then /drafters/new'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
