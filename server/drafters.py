@@ -16,8 +16,9 @@ from typing import Any, Literal, Self
 from server.preflight import Speculation
 from sglang_auf.acceptance import Acceptance, tau_error, total_acceptance
 from sglang_auf.checkpoints.card import check_replaces
-from sglang_auf.checkpoints.weights import check_finite
+from sglang_auf.checkpoints.weights import check_finite, weights_sha256
 from sglang_auf.errors import CardError, ServerError
+from sglang_auf.files import weight_files
 from sglang_auf.hooks import metrics
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Drafters:
         self.swap = Swap(0, "started")
         self._former: Speculation | None = None
         self._since = 0.0
+        self._began = time.time()
         self._requests: deque[Acceptance] = deque(maxlen=LOOKS[-1])
         self._changing = False
         self._verdict: asyncio.Task[None] | None = None
@@ -97,6 +99,20 @@ class Drafters:
     def watched(self) -> int:
         """Finished requests that were drafted for by the running drafter alone, LOOKS[-1] at most."""
         return len(self._requests)
+
+    async def weights(self) -> str | None:
+        """SHA-256 of the running drafter's weights, which are read when somebody first asks, not at the start.
+
+        None where the files are gone, or are others by now than were loaded.
+        """
+        running = self.running
+        if running.weights is None:
+            found = await asyncio.to_thread(_unchanged_sha256, running.checked.path, self._began)
+            if self.running is not running:
+                return await self.weights()
+            if found is not None:
+                self.running = replace(running, weights=found)
+        return self.running.weights
 
     async def replace(self, path: str) -> Swap:
         """Put the drafter in a directory in the place of the running one, which no request notices.
@@ -119,6 +135,7 @@ class Drafters:
         try:
             logger.info("DRAFTER: checking %s", path)
             candidate = await asyncio.to_thread(self._checked, path)
+            await self.weights()  # of the running one, whose files may change once it is the former one
             await self._tell("swap", candidate)
             if self.swap.state == "watching":
                 before, former = self.swap.before, self._former
@@ -195,11 +212,12 @@ class Drafters:
             check_replaces(checked.config, self.running.checked.config)
             _check_memory(checked.path)
             check_finite(checked.path)
+            weights = weights_sha256(checked.path)
         except OSError as problem:
             raise CardError(f"{path} cannot be read ({problem})", "files that the server may read") from problem
         for warning in checked.warnings:
             logger.warning("DRAFTER: %s", warning)
-        return replace(self.running, drafter=path, checked=checked)
+        return replace(self.running, drafter=path, checked=checked, weights=weights)
 
     def _change_to(self, other: Speculation) -> None:
         self.running = other
@@ -235,6 +253,16 @@ def _check_memory(drafter: Path) -> None:
             f"{needed / 2**20:.0f} MiB, to load {drafter} beside the running drafter",
             "free some, or start a server with the new drafter and stop this one",
         )
+
+
+def _unchanged_sha256(drafter: Path, since: float) -> str | None:
+    """The digest of weights that nobody has written since then (Unix time); None of others."""
+    try:
+        if any(file.stat().st_ctime > since for file in weight_files(drafter, CardError)):
+            return None
+        return weights_sha256(drafter)
+    except (CardError, OSError):
+        return None
 
 
 def _say_why_not(swap: asyncio.Task[Swap]) -> None:

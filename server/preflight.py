@@ -64,13 +64,16 @@ class Speculation:
     """How the drafter is served.
 
     drafter: its name in the profile. checked: the drafter, found to fit the target. block_size: B as served.
-    check: the same check of another drafter, which raises CardError or TargetError.
+    check: the same check of another drafter, which raises CardError or TargetError. device: "cpu" or "cuda".
+    weights: SHA-256 of the drafter's weights (weights_sha256), None until they have been read.
     """
 
     drafter: str
     checked: CheckedDrafter
     block_size: int
     check: Callable[[str], CheckedDrafter]
+    device: str
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +192,5 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
     for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
         logger.warning("DRAFTER: %s", warning)
     block_size = profile.block_size or checked.card.block_size
-    return ServedModel(profile.served_model_name, facts, Speculation(profile.drafter, checked, block_size, check))
+    speculation = Speculation(profile.drafter, checked, block_size, check, profile.device)
+    return ServedModel(profile.served_model_name, facts, speculation)

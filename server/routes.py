@@ -21,7 +21,7 @@ from server.schemas import (
     SwapReply,
     SwapRequest,
 )
-from sglang_auf.env import DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, tree_nodes
 from sglang_auf.errors import AufError
 from sglang_auf.hooks import metrics
 from sglang_auf.recording.recorder import Recorder
@@ -62,13 +62,20 @@ def auf_router(
         """What the drafter was trained for, what the target is, and what of it does not match."""
         if drafters is None:
             raise HTTPException(404, PLAIN.format(what="drafter card"))
+        from sglang_auf.speculative.algorithm import verifies_trees
+
+        weights = await drafters.weights()  # before anything else is read: a swap may come while it waits
         checked = drafters.running.checked
+        tree = verifies_trees(drafters.running.device)
         listed = checked.vocabulary if DRAFT_VOCABULARY.is_on() else None
         return CardReply(
             model=served.model,
             drafter=drafters.running.drafter,
             block_size=drafters.running.block_size,
+            tree=tree,
+            tree_nodes=tree_nodes() if tree else None,
             draft_vocabulary=None if listed is None else len(listed.tokens),
+            weights=weights,
             card=checked.card,
             unknown=checked.card.unknown,
             warnings=list(checked.warnings),

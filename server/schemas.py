@@ -89,7 +89,13 @@ class CardReply(Reply):
     model: str
     drafter: str
     block_size: int = Field(description="B as served; the card has the one it was trained with")
+    tree: bool = Field(description="a step verifies a tree of drafts; false: a chain of the whole block")
+    tree_nodes: int | None = Field(description="nodes of each request's tree; null: a chain, or the load decides")
     draft_vocabulary: int | None = Field(description="tokens that the drafter chooses among as served; null: all")
+    weights: str | None = Field(
+        description="SHA-256 of the weights that draft: of their file, or of the sorted digests of several; null: the "
+        "files are gone, or are others by now than were loaded"
+    )
     card: DrafterCard
     unknown: list[str]
     warnings: list[str]

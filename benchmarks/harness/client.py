@@ -31,8 +31,9 @@ class ReplyError(Exception):
     """A reply with status 200 that cannot be counted."""
 
 
-FAILURES = (openai.APIError, httpx.HTTPError, ReplyError)
-"""What a request may raise. In the middle of a stream the openai client lets httpx's errors through."""
+FAILURES = (openai.APIError, httpx.HTTPError, ReplyError, ValueError)
+"""What a request may raise. In the middle of a stream the openai client lets httpx's errors through, and anywhere a
+ValueError: of a request that is no JSON, and of a reply that is none."""
 
 
 @dataclass(slots=True)
@@ -139,7 +140,9 @@ class ChatClient:
         return reply
 
     async def _read_whole(self, create: Any, arguments: dict[str, Any], reply: Reply) -> None:
-        completion: ChatCompletion | Completion = await create(**arguments)
+        completion: Any = await create(**arguments)  # the openai client hands over whatever came with status 200
+        if not isinstance(completion, ChatCompletion | Completion):
+            raise ReplyError(f"the reply is no completion: {str(completion)[:100]!r}")
         if not completion.choices:
             raise ReplyError("the reply has no choice")
         _read_choice(reply, completion.choices[0])

@@ -106,6 +106,9 @@ class RunConfig(Workload):
     model: str | None = Field(None, description="model name to send (default: the first one of /v1/models)")
     stream: bool = Field(True, description="stream answers, which gives the time to the first token")
     plain: bool = Field(False, description="the server decodes plainly: a baseline, without tau")
+    empty_cache: bool = Field(
+        False, description="empty the server's prefix cache first; only for a server that answers nobody else"
+    )
     record_steps: bool = Field(
         False, description="record what each step accepted, in order, for tau by position; an AUF server works for it"
     )

@@ -26,8 +26,11 @@ class StrictModel(BaseModel):
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide a figure; None for one that is not installed. commit: of this checkout."""
-    return provenance.versions(PACKAGES) | {"commit": provenance.git_commit(ROOT)}
+    """Of the packages that decide a figure; None for one that is not installed.
+
+    commit: of this checkout, with "+changes" where files differ from it.
+    """
+    return provenance.versions(PACKAGES) | {"commit": provenance.git_revision(ROOT)}
 
 
 class Measured(StrictModel):

@@ -34,9 +34,12 @@ def chosen_prompts(questions: AskedTasks) -> list[Selection]:
     return prompts_of(questions, questions.tasks, questions.limit)
 
 
-def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None) -> list[Selection]:
-    """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most."""
-    chosen = [select(task, sources.data_dir, limit) for task in resolve(tasks)]
+def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None, fewer: bool = False) -> list[Selection]:
+    """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most.
+
+    fewer: a task may have fewer rows than are to be asked of it.
+    """
+    chosen = [select(task, sources.data_dir, limit, fewer) for task in resolve(tasks)]
     return chosen + select_from_files(sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit)
 
 
@@ -47,22 +50,22 @@ def ask(
     *,
     prompts: Sequence[Prompt] | None = None,
     resume: bool = False,
-    empty_cache: bool = False,
 ) -> BenchmarkRun:
     """Ask all prompts of `selections`, or what is missing of them. Returns the finished run.
 
     label: of the progress bar. prompts: the same prompts in another order (default: task by task). resume: continue the
-    run in config.out if there is one. empty_cache: forget cached prefixes before the first prompt. Raises ConfigError
-    where config.out holds another run, ServerError where the server is down or not of the kind that config.plain says.
+    run in config.out if there is one. Raises ConfigError where config.out holds another run, ServerError where the
+    server is down or not of the kind that config.plain says, or where its drafter was swapped meanwhile.
     """
     if prompts is None:
         prompts = [prompt for chosen in selections for prompt in chosen.prompts]
     run = BenchmarkRun.begin(config, selections, resume)
     if run.unfinished(prompts):
         run.prepare()
-        if empty_cache:
+        if config.empty_cache:
             flush_cache(config.base_url)
         run.ask(prompts, label)
+        run.require_same_drafter()
     run.require_tau()
     return run
 
@@ -149,6 +152,21 @@ class BenchmarkRun:
         answered = [record for record in self.records.values() if record.completion_tokens > 1 and not record.failed]
         if answered:
             self._require_kind(record.verify_steps for record in answered)
+
+    def require_same_drafter(self) -> None:
+        """After the last request: answers of two drafters are no run. Raises ServerError, and run.json names both."""
+        begun = self.manifest.server
+        if begun.swaps is None:
+            return
+        now = server_facts(self.config.base_url, self.config.model)
+        if now != begun:
+            self.manifest.server = begun.model_copy(update={"drafter": f"{begun.drafter}, then {now.drafter}"})
+            self.manifest.write(self.config.out / MANIFEST)
+            raise ServerError(
+                f"drafter {now.drafter} after {now.swaps} swaps at {self.config.base_url}, when all was asked",
+                f"drafter {begun.drafter} after {begun.swaps}, as at the beginning",
+                f"swap no drafter while a run asks, and start the run in {self.config.out} again in another directory",
+            )
 
     def ask(self, prompts: Sequence[Prompt], label: str) -> None:
         """Ask what is missing of `prompts`, with `concurrency` conversations in flight. label: of the progress bar.

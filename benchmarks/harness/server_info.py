@@ -14,10 +14,17 @@ from sglang_auf.errors import ServerError
 from sglang_auf.training.generation.client import tls
 
 FLUSH_S = 10.0
+CARD = "/v1/auf/card"
+SAID_BY_CARD = ("tree", "tree_nodes", "draft_vocabulary", "weights")
 
 
 class ServerFacts(StrictModel):
-    """What a server runs. model: the name it is served as. drafter, algorithm, block_size: None for plain decoding."""
+    """What a server runs. model: the name it is served as. drafter, algorithm, block_size: None for plain decoding.
+
+    overlap: SGLang's overlap schedule. tree, tree_nodes, draft_vocabulary, weights: of the running drafter, as
+    /v1/auf/card has them; swaps: of drafters, since the server's start. These six are None where nobody says it:
+    SGLang's own server has no card, and earlier versions did not ask.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,6 +36,12 @@ class ServerFacts(StrictModel):
     device: str
     dtype: str
     sglang: str
+    overlap: bool | None = None
+    tree: bool | None = None
+    tree_nodes: int | None = None
+    draft_vocabulary: int | None = None
+    weights: str | None = None
+    swaps: int | None = None
 
 
 def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
@@ -36,31 +49,44 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
     info = call(base_url, "/server_info")
     try:
         speculating = info["speculative_algorithm"] is not None
-        return ServerFacts(
-            target=info["model_path"],
-            model=model or call(base_url, "/v1/models")["data"][0]["id"],
-            drafter=info["speculative_draft_model_path"] if speculating else None,
-            algorithm=info["speculative_algorithm"],
-            block_size=info["speculative_num_draft_tokens"] if speculating else None,
-            device=info["device"],
-            dtype=str(info["dtype"]),
-            sglang=info["version"],
-        )
+        found = {
+            "target": info["model_path"],
+            "model": model or call(base_url, "/v1/models")["data"][0]["id"],
+            "drafter": info["speculative_draft_model_path"] if speculating else None,
+            "algorithm": info["speculative_algorithm"],
+            "block_size": info["speculative_num_draft_tokens"] if speculating else None,
+            "device": info["device"],
+            "dtype": str(info["dtype"]),
+            "sglang": info["version"],
+            "overlap": not info["disable_overlap_schedule"],
+        }
+        if speculating and (card := drafter_card(base_url)) is not None:
+            found |= {name: card.get(name) for name in SAID_BY_CARD}
+            found |= {"drafter": card["swap"]["path"], "swaps": card["swap"]["generation"]}
+        return ServerFacts(**found)
     except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(f"{base_url}/server_info or /v1/models without {error}", "an SGLang server") from None
+        raise ServerError(f"{base_url}/server_info, /v1/models or {CARD} without {error}", "an SGLang server") from None
+
+
+def drafter_card(base_url: str) -> dict[str, Any] | None:
+    """What an AUF server says of its drafter; None where there is no such route, as on SGLang's own server.
+
+    Raises ServerError where the request fails otherwise.
+    """
+    try:
+        found: dict[str, Any] = call(base_url, CARD)
+    except ServerError as error:
+        if "status 404" in error.found:
+            return None
+        raise
+    return found
 
 
 def card_warnings(config: RunConfig) -> list[str]:
-    """The ways in which a run differs from the drafter's training, by the server's /v1/auf/card.
-
-    [] where the server has no such route, as SGLang's own server. Raises ServerError where the request fails otherwise.
-    """
-    try:
-        card = call(config.base_url, "/v1/auf/card")
-    except ServerError as error:
-        if "status 404" in error.found:
-            return []
-        raise
+    """The ways in which a run differs from the drafter's training; [] where the server has no card of it."""
+    card = drafter_card(config.base_url)
+    if card is None:
+        return []
     trained, longest = card["card"].get("thinking"), card["card"].get("max_length")
     found = [f"the server warns: {warning}" for warning in card["warnings"]]
     if trained is not None and config.thinking not in ("server", trained):

@@ -80,17 +80,27 @@ def serve(
 
     settings: key=value, each passed as --set, or env.NAME=value, a variable of the server's environment.
     """
+    of_profile, variables = split_settings(settings)
     arguments = ["-m", "server", "--profile", profile]
-    variables = dict(environment or {})
+    for setting in of_profile:
+        arguments += ["--set", setting]
+    if plain:
+        arguments.append("--plain")
+    variables = {**(environment or {}), **variables}
+    return launch(arguments, port, environment=variables, log_file=log_file, timeout_s=timeout_s)
+
+
+def split_settings(settings: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Settings of a profile (key=value), and the variables of a server's environment that are among them."""
+    of_profile: list[str] = []
+    variables: dict[str, str] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name.startswith(VARIABLE) and name != VARIABLE:
             variables[name.removeprefix(VARIABLE)] = value
         else:
-            arguments += ["--set", setting]
-    if plain:
-        arguments.append("--plain")
-    return launch(arguments, port, environment=variables, log_file=log_file, timeout_s=timeout_s)
+            of_profile.append(setting)
+    return of_profile, variables
 
 
 @contextlib.contextmanager

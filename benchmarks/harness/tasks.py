@@ -26,6 +26,7 @@ from benchmarks.harness.results import StrictModel
 from benchmarks.harness.sources.hub import HubFile, Row, read_hub_rows
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.chats import Message, texts
+from sglang_auf.training.data.rows import is_unicode
 
 SELECTION_SEED = 42
 SAMPLE_FILE = Path(__file__).parent / "data" / "sample.jsonl"
@@ -52,7 +53,12 @@ class Prompt:
     @property
     def text(self) -> str:
         """All that is said in it."""
-        return " ".join(text for turn in self.turns for message in messages_of(turn) for text in texts(message))
+        return " ".join(self.turn_texts)
+
+    @property
+    def turn_texts(self) -> list[str]:
+        """What is said in each turn."""
+        return [" ".join(text for message in messages_of(turn) for text in texts(message)) for turn in self.turns]
 
 
 def messages_of(turn: Turn) -> list[Message]:
@@ -228,10 +234,10 @@ def resolve(names: Iterable[str]) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(expanded)]
 
 
-def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -> Selection:
+def select(task: Task, data_dir: Path | None = None, limit: int | None = None, fewer: bool = False) -> Selection:
     """The prompts of one task: the same ones in the same order for the same rows. Raises DataError.
 
-    data_dir: directory of <task>.jsonl files, read instead of the hub.
+    data_dir: directory of <task>.jsonl files, read instead of the hub. fewer: there may be fewer than are asked for.
     """
     if task.source is None:
         prompts, origin = read_prompts(SAMPLE_FILE, task.name, sample=True), f"sample file, version {task.version}"
@@ -241,7 +247,7 @@ def select(task: Task, data_dir: Path | None = None, limit: int | None = None) -
     else:
         prompts, origin = _read_hub_prompts(task, task.source)
     wanted = task.count if limit is None else min(task.count, limit)
-    if len(prompts) < wanted:
+    if len(prompts) < wanted and not fewer:
         raise DataError(
             f"{len(prompts)} prompts for task {task.name} ({origin})",
             f"at least {wanted}",
@@ -318,6 +324,8 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise _bad_row(path, number, "turns that are no list of non-empty strings")
+    if not all(map(is_unicode, (row["id"], *turns))):
+        raise _bad_row(path, number, "half a surrogate pair, which no server takes,")
     return row
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import broken_rows_text
+from benchmarks.reports.text import broken_rows_text, drafting_text, interrupted_text
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -53,13 +53,19 @@ class MeasuredRun:
         return self.manifest.config.plain
 
     @property
-    def questions(self) -> tuple[Any, ...]:
-        """What was asked, and where. Two runs with equal questions may be compared in speed."""
+    def conditions(self) -> tuple[Any, ...]:
+        """What was asked, how, and where, at whatever concurrency."""
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
-        asked = (prompts, config.temperature, config.max_tokens, config.thinking, config.stream, config.concurrency)
+        asked = (prompts, config.temperature, config.max_tokens, config.thinking)
+        how = (config.stream, config.record_steps, config.empty_cache)
         machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
-        return (*asked, server.target, server.device, server.dtype, *sorted(machines))
+        return (*asked, *how, server.target, server.device, server.dtype, *sorted(machines))
+
+    @property
+    def questions(self) -> tuple[Any, ...]:
+        """Two runs with equal questions may be compared in speed."""
+        return (*self.conditions, self.manifest.config.concurrency)
 
 
 def report_runs(config: ReportConfig) -> PageReport:
@@ -110,11 +116,13 @@ def make_sections(
         ]
         sections += position_sections({run.name: run.records for run in speculating})
     points = speedup_points(measured)
+    interrupted = interrupted_text({run.name: run.summary.sessions for run in measured})
     if points:
         picture = figures.png(figures.speedups(points))
-        sections.append(Section("Speed-up by concurrency", SPEED_TEXT, None, picture, "speedup.png"))
+        text = _lines(SPEED_TEXT, interrupted)
+        sections.append(Section("Speed-up by concurrency", text, None, picture, "speedup.png"))
     if measured:
-        sections.append(Section("Speed", LATENCY_TEXT, _speed_table(measured)))
+        sections.append(Section("Speed", _lines(LATENCY_TEXT, interrupted), _speed_table(measured)))
     if trained:
         picture = figures.png(figures.training_curves(trained))
         sections.append(Section("Training", TRAINING_TEXT, None, picture, "training.png"))
@@ -158,8 +166,12 @@ def alpha_over_tasks(records: Sequence[Record]) -> tuple[float | None, ...]:
 
 
 def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, float]]]:
-    """Drafter and temperature -> (concurrency, speed-up), of runs with a plain run of the same questions."""
+    """Drafter and temperature -> (concurrency, speed-up), of runs with a plain run of the same questions.
+
+    Runs of one line differ in nothing but concurrency; where two lines would have one name, the second has a run's too.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for run in runs:
         plain = next((other for other in runs if other.plain and other.questions == run.questions), None)
         if run.plain or plain is None:
@@ -168,8 +180,11 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
         if faster is not None:
             server, config = run.manifest.server, run.manifest.config
             drafter = "/".join(Path(server.drafter or "").parts[-2:])
-            name = f"{drafter} ({server.algorithm}, block {server.block_size}, T={config.temperature:g})"
-            points.setdefault(name, []).append((config.concurrency, faster))
+            name = f"{drafter} ({drafting_text(server)}, T={config.temperature:g})"
+            line = (*run.conditions, server.model_copy(update={"swaps": None}))
+            if line not in names:
+                names[line] = f"{name}, {run.name}" if name in names.values() else name
+            points.setdefault(names[line], []).append((config.concurrency, faster))
     return points
 
 
@@ -216,8 +231,8 @@ def _paper_table() -> Table:
 def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
-        server, config, session = run.manifest.server, run.manifest.config, run.manifest.sessions[-1]
-        what = "plain decoding" if run.plain else f"{server.algorithm}, block {server.block_size}, {server.drafter}"
+        server, config, sessions = run.manifest.server, run.manifest.config, run.manifest.sessions
+        what = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"
         thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
         rows.append(
             [
@@ -225,14 +240,29 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
                 f"{server.model} ({server.device}, {server.dtype}), {what}",
                 f"T={config.temperature:g}, {config.max_tokens} tokens at most, concurrency {config.concurrency}"
                 + thinking
-                + (f", {len(run.manifest.sessions)} sessions" if len(run.manifest.sessions) > 1 else ""),
-                session.started_at,
-                f"{session.machine['cpu']}, {session.machine['cores']} cores, {session.machine['memory_gib']} GiB",
-                ", ".join(f"{name} {version}" for name, version in session.versions.items() if version),
-                shlex.join(session.command),
+                + (f", {len(sessions)} sessions" if len(sessions) > 1 else ""),
+                _different(session.started_at for session in sessions),
+                _different(
+                    f"{session.machine['cpu']}, {session.machine['cores']} cores, {session.machine['memory_gib']} GiB"
+                    for session in sessions
+                ),
+                _different(
+                    ", ".join(f"{name} {version}" for name, version in session.versions.items() if version)
+                    for session in sessions
+                ),
+                _different(shlex.join(session.command) for session in sessions),
             ]
         )
     return rows
+
+
+def _different(of_sessions: Iterable[str]) -> str:
+    """What the sessions of a run say, each thing once."""
+    return "; ".join(dict.fromkeys(of_sessions))
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _measured(directory: Path, name: str) -> MeasuredRun:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.sources.files import CHATS, TEXTS
 from benchmarks.reports.numbers import interval_text, number
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
@@ -23,6 +24,18 @@ def asked_text(target: str, drafter: str | None, block_size: int | None, tempera
     """What was asked, and how it was decoded."""
     decoding = "plain decoding" if block_size is None else f"drafter {drafter}, block {block_size}"
     return f"{target}, {decoding}, temperature {temperature:g}, at most {max_tokens} new tokens"
+
+
+def drafting_text(server: ServerFacts) -> str:
+    """How a server drafts, as far as it says: "AUF, block 8, tree, 8192 tokens drafted, weights 0f1e2d3c"."""
+    parts = [str(server.algorithm), f"block {server.block_size}"]
+    if server.tree is not None:
+        parts.append("chain" if not server.tree else f"tree of {server.tree_nodes}" if server.tree_nodes else "tree")
+    if server.draft_vocabulary is not None:
+        parts.append(f"{server.draft_vocabulary} tokens drafted")
+    if server.weights is not None:
+        parts.append(f"weights {server.weights[:8]}")
+    return ", ".join(parts)
 
 
 def task_table(tasks: Mapping[str, TaskSummary]) -> str:
@@ -52,6 +65,14 @@ def speed_line(name: str, speed: Throughput) -> str:
         f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
     )
+
+
+def interrupted_text(sessions: Mapping[str, int]) -> str:
+    """What is said of runs whose speed is not that of one uninterrupted run. sessions: of each run, by name."""
+    found = [f"{name} ({count})" for name, count in sessions.items() if count > 1]
+    if not found:
+        return ""
+    return f"Finished in several sessions, at whose ends fewer requests were in flight: {', '.join(found)}."
 
 
 def broken_rows_text(rows: Sequence[str]) -> str:

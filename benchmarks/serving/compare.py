@@ -17,7 +17,7 @@ from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
-from benchmarks.stats.lossless_check import check_records
+from benchmarks.stats.lossless_check import LOGIT_SCALE, LogitScale, check_records
 from benchmarks.stats.summary import (
     MacroSummary,
     MicroSummary,
@@ -41,6 +41,7 @@ class CompareConfig(Workload):
     )
     rounds: int = Field(4, ge=1, description="turns each server gets when interleaved")
     stream: bool = Field(False, description="stream answers; the client then takes CPU from a server on this machine")
+    logit_scale: LogitScale = LOGIT_SCALE
     start_timeout_s: float = Field(900.0, gt=0, description="seconds a server may take to be ready")
     out: Path = Field(Path("runs/demo"), description="result directory; results of an earlier comparison are replaced")
 
@@ -175,7 +176,7 @@ def _conclude(
     ours, theirs = list(auf.records.values()), list(plain.records.values())
     lossless = None
     if config.temperature == 0:
-        lossless = check_records(ours, theirs, plain.manifest.server, plain.config.base_url)
+        lossless = check_records(ours, theirs, plain.manifest.server, plain.config.base_url, config.logit_scale)
     facts, tasks = auf.manifest.server, summarize_tasks(ours)
     plain_speed, auf_speed = throughput(theirs, config.concurrency), throughput(ours, config.concurrency)
     return Comparison(

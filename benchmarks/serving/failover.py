@@ -17,6 +17,7 @@ import httpx
 import openai
 from pydantic import Field
 
+from benchmarks.harness.client import ReplyError, histogram_of
 from benchmarks.harness.config import CommandConfig
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, server_facts
@@ -49,7 +50,10 @@ class FailoverConfig(CommandConfig):
 
 
 class Load(StrictModel):
-    """Results of the requests of one part. sent: HTTP requests, retries included."""
+    """Results of the requests of one part. sent: HTTP requests, retries included.
+
+    wrong: another answer than before, or one without the counts of its verify steps.
+    """
 
     asked: int
     sent: int
@@ -190,13 +194,18 @@ class _Clients:
                 load.named.append(repr(reply)[:300])
                 continue
             text = reply.choices[0].message.content
-            if references.setdefault(prompt, text) != text:
-                load.wrong += 1
-                load.named.append(f"{text!r} for {references[prompt]!r}")
-            details = SglExt.of(reply).spec_tokens_details or {}
-            load.verify_steps += details["verify_steps"]
-            of_reply = Acceptance.of_request(details["accepted_histogram"], reply.usage.completion_tokens)
-            load.emitted += of_reply.emitted
+            faults = [] if references.setdefault(prompt, text) == text else [f"{text!r} for {references[prompt]!r}"]
+            try:
+                of_reply = Acceptance.of_request(
+                    histogram_of(SglExt.of(reply).spec_tokens_details or {}), reply.usage.completion_tokens
+                )
+            except (ReplyError, ValueError) as error:
+                faults.append(f"a reply without counts: {error}")
+            else:
+                load.verify_steps += of_reply.verify_steps
+                load.emitted += of_reply.emitted
+            load.wrong += bool(faults)
+            load.named += faults
         return load
 
     async def _count(self, request: httpx.Request) -> None:

@@ -26,11 +26,11 @@ from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
 from benchmarks.harness.run import RECORDS, ask, chosen_prompts, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
-from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
+from benchmarks.reports.markdown import kept_text, markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.random_drafter import write_random_drafter
-from benchmarks.stats.lossless import comparable_tokens, first_fork
+from benchmarks.stats.lossless import comparable_tokens, first_fork, other_ends
 from benchmarks.stats.summary import Throughput, macro, summarize_tasks, throughput
 from sglang_auf import env
 from sglang_auf.errors import ConfigError
@@ -95,13 +95,22 @@ class MeasuredCell(Cell):
 
 
 class ForkedAnswer(StrictModel):
-    """First difference of one answer; a token is None where that answer had already ended."""
+    """First difference of one answer; a token is None where that answer had already ended.
+
+    finish: both finish reasons, ours first, where only these differ.
+    """
 
     task: str
     prompt_id: str
     position: int
     token: int | None
     reference: int | None
+    finish: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        if self.finish is not None:
+            return f"{self.prompt_id}: finished by {self.finish[0]!r} and not {self.finish[1]!r}"
+        return f"{self.prompt_id} token {self.position}: {self.token} for {self.reference}"
 
 
 class ComparedCell(StrictModel):
@@ -148,15 +157,11 @@ class IdentityReport(Measured, Report):
         notes = [
             f"Identity {outcome}. The reference of `unconstrained`, which promises nothing, is itself alone; of the "
             "others it is plain decoding at concurrency 16. Speeds compare at concurrency 16.",
-            *(
-                f"- fork: {row.variant} at {row.concurrency}, {fork.prompt_id} token {fork.position}: "
-                f"{fork.token} for {fork.reference}"
-                for row in self.rows
-                for fork in row.forks
-            ),
+            *(f"- fork: {row.variant} at {row.concurrency}, {fork}" for row in self.rows for fork in row.forks),
         ]
+        kept = kept_text((row.versions for row in self.rows), self.versions)
         broken = broken_rows_text(self.broken_rows)
-        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes), broken)
+        return markdown_document(self, asked, markdown_table(rows), "\n".join(notes), kept, broken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +280,19 @@ def _compared(cell: PlannedCell, result: MeasuredCell, reference: Mapping[Key, R
     for ours, theirs in ours_and_theirs:
         if theirs is None or ours.failed or theirs.failed:
             continue
-        fork = first_fork(*comparable_tokens(ours, theirs))
-        if fork is None:
+        tokens = comparable_tokens(ours, theirs)
+        fork, ends = first_fork(*tokens), other_ends(ours, theirs)
+        if fork is None and ends is None:
             identical += 1
         else:
             forks.append(
                 ForkedAnswer(
                     task=ours.task,
                     prompt_id=ours.prompt_id,
-                    position=fork.position,
-                    token=fork.speculating,
-                    reference=fork.plain,
+                    position=fork.position if fork else len(tokens[0]),
+                    token=fork.speculating if fork else None,
+                    reference=fork.plain if fork else None,
+                    finish=None if fork else ends,
                 )
             )
     return ComparedCell(

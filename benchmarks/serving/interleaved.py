@@ -23,9 +23,9 @@ from benchmarks.harness.run import ask, discard, prompts_of
 from benchmarks.harness.server_info import ServerFacts, server_facts
 from benchmarks.harness.servers import Server, awake
 from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
-from benchmarks.stats.lossless import comparable_tokens
-from benchmarks.stats.summary import ratio, throughput
-from sglang_auf.errors import ConfigError
+from benchmarks.stats.lossless import same_answer
+from benchmarks.stats.summary import macro, ratio, summarize_tasks, throughput
+from sglang_auf.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,17 @@ class TurnsConfig(StartedServersConfig):
 class Agreement(StrictModel):
     """How many answers of two servers, over all rounds, have equal tokens and equal histograms of accepted drafts.
 
-    compared: answers that both servers gave.
+    compared: answers that both servers gave. same_tokens: of equal finish reasons, too.
     """
 
     compared: int
     same_tokens: int
     same_histogram: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether no answer differs."""
+        return self.same_tokens == self.compared
 
     def tokens_text(self) -> str:
         return f"{self.same_tokens} of {self.compared}"
@@ -125,6 +130,11 @@ class Turns:
         """Seconds of a step, by round. Concurrency 1 must have been asked."""
         return list(map(seconds_per_step, self.answers[name, 1], self.prefill[name]))
 
+    def tau(self, name: str, level: int) -> float | None:
+        """Macro, over the answers of all rounds; None for plain decoding."""
+        every = [record for records in self.answers[name, level] for record in records.values()]
+        return macro(summarize_tasks(every).values()).tau
+
     def failed(self, name: str, level: int) -> int:
         return sum(record.failed for records in self.answers[name, level] for record in records.values())
 
@@ -135,10 +145,9 @@ class Turns:
             for key in mine
             if not mine[key].failed and not its[key].failed
         ]
-        tokens = [comparable_tokens(mine, its) for mine, its in pairs]
         return Agreement(
             compared=len(pairs),
-            same_tokens=sum(mine == its for mine, its in tokens),
+            same_tokens=sum(same_answer(mine, its) for mine, its in pairs),
             same_histogram=sum(mine.accepted_histogram == its.accepted_histogram for mine, its in pairs),
         )
 
@@ -169,7 +178,16 @@ def _selections(config: TurnsConfig) -> list[Selection]:
         names = ("mt_bench",) if config.data_dir else ("sample",)
         logger.info("asking the %s prompts (--tasks and --data-dir say otherwise)", names[0])
     most = max(config.limit, *config.concurrency)
-    return first_turns(prompts_of(config, names, most))
+    selections = first_turns(prompts_of(config, names, most, fewer=True))
+    found = sum(len(chosen.prompts) for chosen in selections)
+    due = min(most, sum(chosen.task.count for chosen in selections))
+    if found < due:
+        raise DataError(
+            f"{found} prompts of {', '.join(chosen.task.name for chosen in selections)}",
+            f"at least {due}",
+            f"give the complete data sets, or ask fewer with --limit {found}",
+        )
+    return selections
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +210,7 @@ class _Turn:
             base_url=self.base_url,
             plain=self.plain,
             stream=False,
+            empty_cache=True,
             concurrency=self.concurrency,
             max_tokens=max_tokens,
             warmup=None if self.number == 0 else 0,
@@ -199,7 +218,7 @@ class _Turn:
         )
         discard(place)
         label = f"{self.name} at {self.concurrency}, round {self.number + 1}, {kind}"
-        return ask(run_config, keep(selections, prompts), label, prompts=prompts, empty_cache=True).records
+        return ask(run_config, keep(selections, prompts), label, prompts=prompts).records
 
 
 def seconds_per_step(answers: Records, prefill: Records) -> float | None:

@@ -19,7 +19,7 @@ from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.harness.tasks import Selection
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
-from benchmarks.reports.text import broken_rows_text
+from benchmarks.reports.text import broken_rows_text, interrupted_text
 from benchmarks.stats.summary import Percentiles, RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
 
@@ -89,7 +89,13 @@ class Sweep(Measured, Report):
             "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
             "plain decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
         )
-        return markdown_document(self, asked, markdown_table(rows), note, broken_rows_text(self.broken_rows))
+        sessions = {
+            f"{name} at {level.concurrency}": run.sessions
+            for level in self.levels
+            for name, run in zip(names, level.runs, strict=True)
+        }
+        parts = [markdown_table(rows), interrupted_text(sessions), note, broken_rows_text(self.broken_rows)]
+        return markdown_document(self, asked, *parts)
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:
@@ -132,9 +138,10 @@ def _asked(config: SweepConfig, base_url: str, name: str, concurrency: int, sele
         base_url=base_url,
         plain=name == PLAIN,
         concurrency=concurrency,
+        empty_cache=True,
         out=config.out / f"{name}-c{concurrency}",
     )
-    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True, empty_cache=True)
+    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True)
     return summarize_run(run.manifest, list(run.records.values())), run.manifest
 
 

@@ -53,9 +53,10 @@ def answers(visit: Visit, concurrency: int) -> AnswersCell:
             warmup=1,
             plain=visit.plain,
             stream=False,
+            empty_cache=True,
             out=place,
         )
-        records = list(ask(run_config, [chosen], f"{visit.name} at {concurrency}", empty_cache=True).records.values())
+        records = list(ask(run_config, [chosen], f"{visit.name} at {concurrency}").records.values())
         if failed := [record for record in records if record.failed]:
             raise ServerError(
                 f"{len(failed)} of {len(records)} requests failed, the first with {failed[0].error}",

@@ -11,9 +11,10 @@ from pydantic import Field
 
 from benchmarks.harness.config import CommandConfig, Counts
 from benchmarks.shapes.qwen3_8b import DRAFTER
-from benchmarks.shapes.write import DRAFTER_DIR, TARGET_DIR
+from benchmarks.shapes.write import DRAFTER_DIR, TARGET_DIR, WrittenShape
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import CONFIG, read_json
+from sglang_auf.provenance import sha256_of
 
 PROFILE = "qwen3-8b"
 CONTEXT = 2048
@@ -60,6 +61,17 @@ class ServeShapeConfig(CommandConfig):
     def target(self) -> dict[str, Any]:
         """config.json of the target. Raises ConfigError where there is none."""
         return read_json(self.models / TARGET_DIR / CONFIG, ConfigError)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """What tells these models from others that were at the same path: both configurations, and the weights' seed.
+
+        seed: None where there is no file of write-shape beside the models.
+        """
+        models = {name: self.models / name / CONFIG for name in (TARGET_DIR, DRAFTER_DIR)}
+        found: dict[str, Any] = {name: sha256_of([file])[CONFIG] for name, file in models.items()}
+        said = self.models / f"{WrittenShape.STEM}.json"
+        return found | {"seed": read_json(said, ConfigError)["config"]["seed"] if said.is_file() else None}
 
     @property
     def longest(self) -> int:

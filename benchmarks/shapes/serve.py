@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.harness.results import Cell, Measured, Report, StrictModel
-from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds
+from benchmarks.reports.markdown import kept_text, markdown_document, markdown_table, milliseconds
 from benchmarks.reports.numbers import number
 from benchmarks.shapes.answers import AgreementCell, AnswersCell, agreement, answers
 from benchmarks.shapes.config import ServeShapeConfig
@@ -42,7 +42,7 @@ class StepRow(StrictModel):
 
 
 class ShapeReport(Measured, Report):
-    """serve-shape.json. acceptance: by concurrency. kept: cells that were measured with other versions than these."""
+    """serve-shape.json. acceptance: by concurrency. kept: versions of cells that were measured with others."""
 
     STEM: ClassVar[str] = "serve-shape"
 
@@ -52,7 +52,7 @@ class ShapeReport(Measured, Report):
     agreement: list[AgreementCell]
     servers: dict[str, ServerCell]
     steps: list[StepRow]
-    kept: int
+    kept: list[dict[str, str | None]]
 
     @property
     def passed(self) -> bool:
@@ -65,20 +65,27 @@ class ShapeReport(Measured, Report):
             f"Random weights, {self.layers} layers, {shape}, {facts.dtype.removeprefix('torch.')}; {facts.device}, "
             f"block {facts.block_size}. Prompts of {self.config.prompt_tokens} random tokens."
         ]
-        if self.kept:
-            lines.append(f"{self.kept} figures are of earlier calls with other versions, see their files.")
+        lines.append(kept_text(self.kept, self.versions))
         parts = [f"Identity {'passed' if self.passed else 'FAILED'}.", self._answers(), self._memory()]
         parts.append(f"A step: AUF's emits {self.config.emitted} tokens, which is forced; plain decoding's is a token.")
         return markdown_document(self, *lines, *parts, self._steps())
 
     def _answers(self) -> str:
-        rows = [["concurrency", "answers", "identical", "near-tie", "fault", "bar", "tau", "alpha_1"]]
+        rows = [
+            ["concurrency", "answers", "identical", "near-tie", "fault", "tokens compared", "bar", "tau", "alpha_1"]
+        ]
         for ours, compared in zip(self.acceptance, self.agreement, strict=True):
             found = compared.losslessness
             bar = "equality" if found.exact else f"{found.near_tie_bar:g} in logits"
             counts = [self.config.prompts, found.identical, found.near_tie, found.fault]
             alpha = ours.acceptance.alpha
-            cells = [*map(str, counts), bar, number(ours.acceptance.tau), number(alpha[0] if alpha else None)]
+            cells = [
+                *map(str, counts),
+                found.tokens_text(),
+                bar,
+                number(ours.acceptance.tau),
+                number(alpha[0] if alpha else None),
+            ]
             rows.append([str(ours.concurrency), *cells])
         return markdown_table(rows)
 
@@ -123,10 +130,10 @@ def serve_shape(config: ServeShapeConfig) -> ShapeReport:
         agreement=compared,
         servers=servers,
         steps=[_row(auf_steps[key], plain_steps[key]) for key in auf_steps],
-        kept=0,
+        kept=[],
     )
     cells: list[Cell] = [*ours, theirs, *compared, *plain_steps.values(), *auf_steps.values(), *servers.values()]
-    report.kept = sum(cell.versions != report.versions for cell in cells)
+    report.kept = [cell.versions for cell in cells if cell.versions != report.versions]
     return report
 
 

@@ -79,6 +79,7 @@ class Visit:
         whole = {
             **asked,
             "settings": self.config.server_settings,
+            "models": self.config.written,
             "environment": self._environment,
             "machine": {part: machine[part] for part in ("cpu", "cores", "gpus")},
         }

@@ -85,7 +85,8 @@ class Difference(StrictModel):
 class Losslessness(StrictModel):
     """Counts of answers. follow_up: turns after a fork, whose history differs. missing: failed or absent in a run.
 
-    exact: the bar is equality. near_tie_bar: in logits.
+    tokens: of the plain answers that both runs have. compared_tokens: those up to the first difference of each, itself
+    included; none of later turns. exact: the bar is equality. near_tie_bar: in logits.
     """
 
     identical: int = 0
@@ -93,6 +94,8 @@ class Losslessness(StrictModel):
     fault: int = 0
     follow_up: int = 0
     missing: int = 0
+    tokens: int
+    compared_tokens: int
     exact: bool
     near_tie_bar: float
     differences: list[Difference] = Field(default_factory=list)
@@ -102,12 +105,16 @@ class Losslessness(StrictModel):
         compared = self.identical + self.near_tie
         return bool(compared) and not (self.fault or self.missing or (self.exact and self.near_tie))
 
+    def tokens_text(self) -> str:
+        return f"{self.compared_tokens} of {self.tokens}"
+
     def text(self) -> str:
         """For the terminal: the counts, and a line for each difference."""
         bar = "equality" if self.exact else f"a near-tie of at most {self.near_tie_bar:g} in logits"
         outcome = "passed" if self.passed else "FAILED"
         counts = f"{self.identical} identical, {self.near_tie} near-tie, {self.fault} fault"
         lines = [f"lossless    {counts} ({outcome}; the bar is {bar})"]
+        lines.append(f"            {self.tokens_text()} tokens compared: what follows a difference is another text")
         if self.follow_up:
             lines.append(f"            {self.follow_up} later turns not compared: their history forked")
         if self.missing:
@@ -144,18 +151,21 @@ def compare(
 
     judge is called once for every fork at which both answers go on. Raises DataError.
     """
-    result = Losslessness(exact=exact, near_tie_bar=bar)
+    result = Losslessness(tokens=0, compared_tokens=0, exact=exact, near_tie_bar=bar)
     forked: set[tuple[str, str]] = set()
     for key in sorted({**speculating, **plain}):
         ours, theirs = speculating.get(key), plain.get(key)
         if ours is None or theirs is None or ours.failed or theirs.failed:
             result.missing += 1
-        elif key[:2] in forked:
+            continue
+        result.tokens += len(theirs.output_ids or ())
+        if key[:2] in forked:
             result.follow_up += 1
         else:
-            fork = first_fork(*comparable_tokens(ours, theirs))
-            ends = ours.finish_reason, theirs.finish_reason
-            if fork is None and None not in ends and ends[0] != ends[1]:
+            tokens = comparable_tokens(ours, theirs)
+            fork = first_fork(*tokens)
+            result.compared_tokens += len(tokens[1]) if fork is None else min(fork.position + 1, len(tokens[1]))
+            if fork is None and (ends := other_ends(ours, theirs)) is not None:
                 result.fault += 1
                 result.differences.append(_other_end(theirs, ends))
             elif fork is None:
@@ -183,7 +193,19 @@ def comparable_tokens(ours: Record, theirs: Record) -> tuple[list[int], list[int
     return ours.output_ids, theirs.output_ids
 
 
-def _other_end(plain: Record, ends: tuple[str | None, str | None]) -> Difference:
+def other_ends(ours: Record, theirs: Record) -> tuple[str, str] | None:
+    """The finish reasons of both answers where they differ; None also where one of them is not known."""
+    mine, its = ours.finish_reason, theirs.finish_reason
+    return None if mine is None or its is None or mine == its else (mine, its)
+
+
+def same_answer(ours: Record, theirs: Record) -> bool:
+    """Whether both have the same tokens and end for the same reason. Raises DataError, as `comparable_tokens` does."""
+    mine, its = comparable_tokens(ours, theirs)
+    return mine == its and other_ends(ours, theirs) is None
+
+
+def _other_end(plain: Record, ends: tuple[str, str]) -> Difference:
     """The same tokens, which ended for another reason."""
     return Difference(
         task=plain.task,

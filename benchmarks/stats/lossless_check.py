@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -17,11 +17,23 @@ from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, ser
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
-MAY_DIFFER = {"plain", "stream", "record_steps", "concurrency", "warmup", "seed", "model", "tasks", "limit"}
+MAY_DIFFER = {
+    "plain",
+    "stream",
+    "record_steps",
+    "empty_cache",
+    "concurrency",
+    "warmup",
+    "seed",
+    "model",
+    "tasks",
+    "limit",
+}
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 
 
 LOGIT_SCALE = 24.0
+LogitScale = Annotated[float, Field(gt=0, description="size of the target's top logits; sets the near-tie bar")]
 
 
 class LosslessConfig(CommandConfig):
@@ -30,7 +42,7 @@ class LosslessConfig(CommandConfig):
     speculating: Path = Field(description="run directory of the speculating server")
     plain: Path = Field(description="run directory of the plain server of the same target")
     base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
-    logit_scale: float = Field(LOGIT_SCALE, gt=0, description="size of the target's top logits; sets the near-tie bar")
+    logit_scale: LogitScale = LOGIT_SCALE
 
     @property
     def out(self) -> Path:

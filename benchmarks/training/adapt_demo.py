@@ -31,7 +31,7 @@ from benchmarks.harness.servers import Server, serve
 from benchmarks.harness.tasks import first_turns, in_turn, messages_of
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.markdown import markdown_document, markdown_table
-from benchmarks.stats.lossless import comparable_tokens
+from benchmarks.stats.lossless import same_answer
 from benchmarks.training.before_after import HEADING, BeforeAfter
 from benchmarks.training.given_texts import HELD_OUT, given_text_prompts, openings, whole_sentences
 from sglang_auf.errors import ServerError
@@ -177,7 +177,7 @@ class _Demo:
             swap=self._swap() if better else None,
             kinds=[BeforeAfter.of(name, _of_kind(name, before), _of_kind(name, after)) for name in (NEW, OLD)],
             failed=sum(record.failed for record in before + after),
-            identical=sum(mine == its for mine, its in pairs),
+            identical=sum(same_answer(mine, its) for mine, its in pairs),
             compared=len(pairs),
             seconds=self.seconds,
         )
@@ -198,11 +198,12 @@ class _Demo:
                 "limit": self.config.limit,
                 "max_tokens": self.config.max_tokens,
                 "stream": False,
+                "empty_cache": True,
                 "out": self.out / name,
             }
         )
         selections = first_turns(chosen_prompts(config))
-        return list(ask(config, selections, name, prompts=in_turn(selections), empty_cache=True).records.values())
+        return list(ask(config, selections, name, prompts=in_turn(selections)).records.values())
 
     def _prompts(self) -> list[str]:
         """The traffic, on texts that the target writes. Raises ServerError where it writes too few."""
@@ -287,9 +288,7 @@ def _of_kind(name: str, records: Sequence[Record]) -> list[Record]:
     return [record for record in records if (NEW if record.task == HELD_OUT.name else OLD) == name]
 
 
-def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
-    """The tokens of both answers to each prompt that was answered with either drafter."""
+def _pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Both answers to each prompt that was answered with either drafter."""
     theirs = {record.key: record for record in after if not record.failed}
-    return [
-        comparable_tokens(record, theirs[record.key]) for record in before if not record.failed and record.key in theirs
-    ]
+    return [(record, theirs[record.key]) for record in before if not record.failed and record.key in theirs]

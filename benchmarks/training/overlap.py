@@ -3,6 +3,9 @@
 A run is `words` successive words of a prompt, in lower case and without punctuation. A prompt's overlap is the largest
 share of its runs that one training prompt has too. Runs that more than a tenth of a task's prompts share are the task's
 wording and do not count. A prompt without other runs counts only if it is identical to a training prompt.
+
+Of a prompt of several turns, each turn of `words` words or more is looked at as well as all turns together, and the
+largest overlap counts.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class OverlapConfig(CommandConfig):
 
 
 class Near(StrictModel):
-    """A benchmark prompt and the training prompt nearest to it. overlap: share of its runs, 1 where they are equal."""
+    """A benchmark prompt and the training prompt nearest to it. overlap: share of runs, 1 where all is equal."""
 
     prompt: str
     training_row: str
@@ -55,7 +58,10 @@ class Near(StrictModel):
 
 
 class TaskOverlap(StrictModel):
-    """identical: prompts that equal a training prompt word for word. near: overlap `share` or more, largest first."""
+    """identical: prompts of which all, or a turn, is a training prompt word for word.
+
+    near: overlap `share` or more, largest first.
+    """
 
     task: str
     prompts: int
@@ -150,27 +156,36 @@ def task_overlap(
     config: OverlapConfig,
 ) -> TaskOverlap:
     """training, holders: from training_prompts and holders_of_runs."""
-    texts = {prompt.id: _words(prompt.text) for prompt in prompts}
-    runs = {prompt: _runs(words, config.words) for prompt, words in texts.items()}
-    shared = Counter(run for some in runs.values() for run in some)
+    parts = {prompt.id: _parts(prompt, config.words) for prompt in prompts}
+    shared = Counter(run for whole, *_ in parts.values() for run in _runs(whole, config.words))
     common = {run for run, count in shared.items() if count > max(1, OF_THE_TASK * len(prompts))}
     found = []
-    for prompt, words in texts.items():
-        own = runs[prompt] - common
-        held = Counter(row for run in own for row in holders.get(run, ()))
-        if words in training:
-            found.append(Near(prompt=prompt, training_row=training[words], overlap=1.0))
-        elif held:
-            row, count = held.most_common(1)[0]
-            found.append(Near(prompt=prompt, training_row=row, overlap=count / len(own)))
+    for prompt, (whole, *turns) in parts.items():
+        nearest: list[Near] = []
+        for words in (whole, *turns):
+            own = _runs(words, config.words) - common
+            held = Counter(row for run in own for row in holders.get(run, ()))
+            if words in training:
+                nearest.append(Near(prompt=prompt, training_row=training[words], overlap=1.0))
+            elif held:
+                row, count = held.most_common(1)[0]
+                nearest.append(Near(prompt=prompt, training_row=row, overlap=count / len(own)))
+        if nearest:
+            found.append(max(nearest, key=lambda near: near.overlap))
     found.sort(key=lambda near: -near.overlap)
     return TaskOverlap(
         task=task,
         prompts=len(prompts),
-        identical=sum(words in training for words in texts.values()),
+        identical=sum(any(words in training for words in some) for some in parts.values()),
         near=[near for near in found if near.overlap >= config.share],
         nearest=found[0] if found else None,
     )
+
+
+def _parts(prompt: Prompt, length: int) -> list[Words]:
+    """The words of a prompt, and those of each turn that has a run: "Explain it again." is in all training data."""
+    turns = [_words(text) for text in prompt.turn_texts] if len(prompt.turns) > 1 else []
+    return [_words(prompt.text), *(words for words in turns if len(words) >= length)]
 
 
 def _words(text: str) -> Words:

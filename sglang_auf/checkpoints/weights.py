@@ -7,6 +7,7 @@ safetensors headers before anything is loaded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sglang_auf.checkpoints.drafter_settings import check_kind, draft_setting, head_of
 from sglang_auf.errors import CardError
 from sglang_auf.files import weight_files
+from sglang_auf.provenance import sha256_of
 
 Shape = tuple[int, ...]
 
@@ -174,6 +176,16 @@ def check_finite(path: Path) -> None:
                 "weights that are finite numbers",
                 "export a checkpoint from before the training run diverged",
             )
+
+
+def weights_sha256(path: Path) -> str:
+    """The SHA-256 that tells the weights in directory `path` from others; reads all of them.
+
+    One file's own digest, or that of the digests of several, in order. Raises CardError where there is no weight file,
+    OSError where one cannot be read.
+    """
+    hashes = sorted(sha256_of(weight_files(path, CardError)).values())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def config_size(config: Mapping[str, Any], key: str) -> int:

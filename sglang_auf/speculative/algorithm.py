@@ -107,6 +107,11 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             server_args.speculative_draft_attention_backend = backend
 
 
+def verifies_trees(device: str) -> bool:
+    """Whether a step verifies a tree of drafts and not one chain: the CPU platform's does, unless told otherwise."""
+    return device == "cpu" and TREE.is_on()
+
+
 def _requested_block(server_args: Any) -> int | None:
     """The block size B of --speculative-num-draft-tokens or --speculative-dflash-block-size, None without either."""
     given = {

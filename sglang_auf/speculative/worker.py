@@ -16,8 +16,8 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.env import TREE
 from sglang_auf.speculative import sampler_backend, sampling
+from sglang_auf.speculative.algorithm import verifies_trees
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
 # What is drawn to see how much memory it takes: (kind of the first request, of the others, top_k, top_p). No filter;
@@ -52,7 +52,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _ = self._draft_head  # refuses a draft vocabulary that does not fit the target's head now, not in a request
-        if str(self.device) == "cpu" and TREE.is_on() and SIMULATE_ACC_LEN <= 0:
+        if verifies_trees(str(self.device)) and SIMULATE_ACC_LEN <= 0:
             from sglang_auf.speculative.tree_step import TreeStep  # compiles kernels of the CPU platform
 
             self._trees = TreeStep(self)

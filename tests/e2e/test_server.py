@@ -18,6 +18,10 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.harness.server_info import server_facts
+from sglang_auf.checkpoints.weights import weights_sha256
+from sglang_auf.env import CLIENT_API_KEY
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +188,14 @@ def test_added_routes_and_metrics(server: Server) -> None:
     metrics = server.get("/metrics")
     assert "auf_verify_steps_total" in metrics
     assert "sglang:" in metrics
+
+
+def test_a_benchmark_learns_how_it_drafts(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CLIENT_API_KEY, KEY)
+    facts, shipped = server_facts(server.url), ROOT / "drafters" / MODEL
+    assert (facts.drafter, facts.weights) == (str(shipped), weights_sha256(shipped))
+    assert (facts.tree, facts.tree_nodes, facts.overlap, facts.swaps) == (True, 7, False, 0)
+    assert facts.draft_vocabulary == 8192
 
 
 @pytest.mark.parametrize("path", ["/v1/auf/acceptance", "/v1/auf/card"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from server.drafters import LOOKS, BusyError, Drafters, Measured
 from server.preflight import Speculation
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints.card import CheckedDrafter
+from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.errors import CardError
 from sglang_auf.hooks import metrics
 from sglang_auf.speculative import swap
@@ -73,7 +76,7 @@ def drafter(tmp_path: Path) -> Callable[[str], str]:
 @pytest.fixture
 def drafters(engine: Engine, drafter: Callable[[str], str]) -> Drafters:
     first = drafter("first")
-    return Drafters(Speculation(first, check(first), 4, check))
+    return Drafters(Speculation(first, check(first), 4, check, "cpu"))
 
 
 async def finish(drafters: Drafters, requests: list[Acceptance]) -> None:
@@ -226,6 +229,29 @@ async def test_a_taking_back_that_fails_is_tried_again_at_the_next_look(
     engine.refuses = ""
     await finish(drafters, BAD[LOOKS[0] : LOOKS[1]])
     assert drafters.swap.state == "taken back"
+
+
+async def test_the_digest_is_of_the_weights_that_draft(engine: Engine, drafters: Drafters, tmp_path: Path) -> None:
+    """Also after a swap and back, and whatever has been written into the former one's directory meanwhile."""
+    first = drafters.running.checked.path
+    second = write_drafter(tmp_path / "second" / "drafter", seed=3)
+    digest = hashlib.sha256((first / "model.safetensors").read_bytes()).hexdigest()
+    await finish(drafters, GOOD)
+    await drafters.replace(str(second))
+    assert await drafters.weights() == weights_sha256(second) != digest
+    shutil.copy(second / "model.safetensors", first)
+    await finish(drafters, BAD)
+    assert drafters.swap.state == "taken back"
+    assert await drafters.weights() == digest
+
+
+async def test_weights_that_were_written_after_the_start_have_no_digest(drafters: Drafters) -> None:
+    file = drafters.running.checked.path / "model.safetensors"
+    time.sleep(0.05)  # the clock of files is coarser than that of Python
+    file.write_bytes(file.read_bytes())
+    assert await drafters.weights() is None
+    file.unlink()
+    assert await drafters.weights() is None
 
 
 @pytest.mark.parametrize("path", ["", "drafter", "owner/name", "/nowhere", "/" + "x" * 4000, "/\0"])

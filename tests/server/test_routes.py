@@ -20,7 +20,7 @@ from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.env import DRAFT_VOCABULARY
+from sglang_auf.env import DRAFT_VOCABULARY, TREE, TREE_NODES
 from sglang_auf.errors import CardError
 from sglang_auf.hooks import metrics
 from sglang_auf.recording.recorder import Recorder
@@ -51,7 +51,7 @@ CARD = DrafterCard(
     objective="auf",
 )
 CHECKED = CheckedDrafter(CARD, ("tau may fall",), Path("/models/drafter"))
-SPECULATING = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED))
+SPECULATING = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED, "cpu"))
 PLAIN = ServedModel("small", TARGET, None)
 
 
@@ -97,6 +97,7 @@ def test_card_says_what_is_served_and_what_does_not_match() -> None:
     assert (reply["drafter"], reply["block_size"], reply["card"]["block_size"]) == ("owner/drafter", 4, 16)
     assert reply["card"]["target_layer_ids"] == [1, 14, 27]
     assert reply["draft_vocabulary"] is None
+    assert reply["weights"] is None, "there is no such directory"
     assert reply["warnings"] == ["tau may fall"]
     assert "thinking" in reply["unknown"]
     assert "objective" not in reply["unknown"]
@@ -109,8 +110,29 @@ def test_card_says_how_many_tokens_are_drafted(
 ) -> None:
     monkeypatch.setenv(DRAFT_VOCABULARY.name, switch)
     checked = replace(CHECKED, vocabulary=DraftVocabulary(tokens=(0, 5, 9)))
-    served = ServedModel("small", TARGET, Speculation("owner/drafter", checked, 4, lambda _: checked))
+    served = ServedModel("small", TARGET, Speculation("owner/drafter", checked, 4, lambda _: checked, "cpu"))
     assert client(served).get("/v1/auf/card").json()["draft_vocabulary"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("device", "tree", "nodes", "said"),
+    [
+        ("cpu", "1", None, (True, None)),
+        ("cpu", "1", "7", (True, 7)),
+        ("cpu", "0", "7", (False, None)),
+        ("cuda", "1", "7", (False, None)),
+    ],
+)
+def test_card_says_whether_trees_are_verified(
+    device: str, tree: str, nodes: str | None, said: tuple[bool, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TREE.name, tree)
+    monkeypatch.delenv(TREE_NODES, raising=False)
+    if nodes is not None:
+        monkeypatch.setenv(TREE_NODES, nodes)
+    served = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED, device))
+    reply = client(served).get("/v1/auf/card").json()
+    assert (reply["tree"], reply["tree_nodes"]) == said
 
 
 @pytest.mark.parametrize("route", ["acceptance", "card"])

@@ -26,7 +26,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 @dataclass
 class FakeEngine:
     """speculative: replies carry speculation counts. forked: prompts whose answer this server changes at token 3.
-    wobbling: prompts whose answer it changes there when they are asked again.
+    wobbling: prompts whose answer it changes there when they are asked again. cut: prompts whose whole answer ends by
+    its length, with the same tokens.
 
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
     card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
@@ -38,6 +39,7 @@ class FakeEngine:
     delay_s: float = 0.0
     forked: str | None = None
     wobbling: str | None = None
+    cut: str | None = None
     gap: float = 0.0
     fields: str = "plugin"
     device: str = "cpu"
@@ -59,6 +61,9 @@ class FakeEngine:
         if forks:
             tokens[3] += 1000
         return tokens
+
+    def ending(self, asked: str) -> str:
+        return "length" if self.cut and self.cut in asked else "tool_calls" if "CALL" in asked else "stop"
 
     def histogram(self, tokens: list[int]) -> list[int]:
         steps = self.steps(tokens)
@@ -119,6 +124,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             "speculative_num_draft_tokens": engine.block if engine.speculative else None,
             "device": engine.device,
             "dtype": "bfloat16",
+            "disable_overlap_schedule": engine.device == "cpu",
             "version": "0.5.23",
         }
 
@@ -155,11 +161,15 @@ def make_app(engine: FakeEngine) -> FastAPI:
             engine.in_flight -= 1
         if "FAIL" in body["messages"][-1]["content"]:
             return JSONResponse({"message": "the engine is on fire"}, status_code=500)
+        if "PAGE" in body["messages"][-1]["content"]:
+            return Response("<html>", media_type="text/html")
+        if "BROKEN" in body["messages"][-1]["content"]:
+            return Response("data: {\n\n" if body.get("stream") else "{", media_type="application/json")
         tokens = engine.tokens(body["messages"], body["max_tokens"])
         if body.get("stream"):
             spans = request.headers.get("x-auf-spans") == "1" and engine.speculative and engine.algorithm == "AUF"
             return StreamingResponse(_stream(engine, body, tokens, spans), media_type="text/event-stream")
-        ending = "tool_calls" if "CALL" in body["messages"][-1]["content"] else "stop"
+        ending = engine.ending(body["messages"][-1]["content"])
         choice = {"index": 0, "message": {"role": "assistant", "content": text_of(tokens)}, "finish_reason": ending}
         return JSONResponse(_part(engine, body, tokens, "chat.completion", [choice], usage=True, sglext=True))
 
@@ -254,7 +264,8 @@ def main() -> None:
     if options.profile == "broken":
         sys.exit("the drafter does not fit the target")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    print(f"child {child.pid}", " ".join(options.set), " ".join(flags), flush=True)
+    told = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("TOLD_")]
+    print(f"child {child.pid}", " ".join(options.set), " ".join(flags), " ".join(told), flush=True)
     settings = dict(setting.split("=", 1) for setting in options.set)
     invariant = os.environ.get("SGLANG_AUF_ROW_INVARIANT") != "0"
     engine = FakeEngine(
@@ -263,6 +274,7 @@ def main() -> None:
         block=int(settings.get("block_size", 4)),
         forked=None if options.plain else settings.get("fork"),
         wobbling=None if invariant else settings.get("wobble"),
+        cut=None if options.plain else settings.get("cut"),
         gap=9.0,
         fields="plugin" if options.speculative_algorithm == "AUF" else "sglang",
     )

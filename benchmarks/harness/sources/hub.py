@@ -37,7 +37,8 @@ def read_hub_rows(source: HubFile) -> tuple[list[Row], str]:
             "a reachable hub, or the file in its cache",
             "give the rows as <task>.jsonl files with --data-dir, or use --tasks sample, which needs no network",
         ) from error
-    return _rows_of(path), path.parts[path.parts.index("snapshots") + 1]  # .../snapshots/<commit>/<filename>
+    commit = path.parts[-1 - len(Path(source.filename).parts)]  # .../snapshots/<commit>/<filename>
+    return _rows_of(path), commit
 
 
 def _rows_of(path: Path) -> list[Row]:

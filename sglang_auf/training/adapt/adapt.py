@@ -12,7 +12,6 @@ same bits.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ import torch
 from transformers import AutoTokenizer
 
 from sglang_auf.checkpoints.card import Adaptation, CheckedDrafter, MeasuredTau, check_drafter, load_card
+from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.errors import CardError, ConfigError, DataError, TrainingError
-from sglang_auf.files import find_model, locked, remove_unfinished, weight_files, write_whole
-from sglang_auf.provenance import sha256_of
+from sglang_auf.files import find_model, locked, remove_unfinished, write_whole
 from sglang_auf.recording.manifest import Manifest
 from sglang_auf.settings import Settings, checked
 from sglang_auf.training.adapt.comparison import Comparison, Walkers
@@ -150,8 +149,7 @@ class _Adaptation:
         self.settings, self.drafter, self.recipe = settings, drafter, recipe
         self.target, self.tokenizer = target, tokenizer
         self.directory = settings.directory
-        hashes = sorted(sha256_of(weight_files(drafter.path, CardError)).values())
-        self.parent = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self.parent = weights_sha256(drafter.path)
 
     def run(self) -> Outcome:
         plan = self._plan()

@@ -102,12 +102,13 @@ def _row(place: str, value: Any) -> ChatRow:
     found = value.get("id")
     if found is None:
         return ChatRow(place, "", value)
-    if isinstance(found, bool) or not isinstance(found, str | int) or not _is_unicode(str(found)) or found == "":
+    if isinstance(found, bool) or not isinstance(found, str | int) or not is_unicode(str(found)) or found == "":
         return ChatRow(place, "", fault="an id that is neither text nor a number")
     return ChatRow(place, str(found), value)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may escape half a surrogate pair, which is no character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -146,7 +147,7 @@ def _lines(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             digest.update(line)
             if line.strip():
-                yield f"{path.name}:{number}", _decoded(line)
+                yield f"{path.name}:{number}", _strict(_decoded(line), line)
 
 
 def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
@@ -162,7 +163,7 @@ def _json_list(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
             "name it .jsonl if it has one row on each line",
         )
     for number, row in enumerate(rows):
-        yield f"{path.name}[{number}]", row
+        yield f"{path.name}[{number}]", _strict(row, content)
 
 
 def _decoded(text: bytes) -> Any:
@@ -170,6 +171,16 @@ def _decoded(text: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return BadRow("broken JSON")
+
+
+def _strict(row: Any, text: bytes) -> Any:
+    """A BadRow for a row with numbers that Python reads and no server takes. text: what it was decoded from."""
+    if b"NaN" in text or b"Infinity" in text:  # hardly a text has them, so hardly a row is encoded again
+        try:
+            json.dumps(row, allow_nan=False, default=str)
+        except ValueError:
+            return BadRow("NaN or Infinity, which JSON does not have")
+    return row
 
 
 def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.harness.results import ROOT, Measured
+from benchmarks.harness import results
+from benchmarks.harness.results import ROOT, Measured, versions
 
 
 class Result(Measured):
@@ -22,6 +23,18 @@ def test_a_result_says_where_it_was_made() -> None:
     made = Result(value=1)
     assert made.versions["sglang"] and made.machine["cores"] and made.command
     assert Result.model_validate_json(made.model_dump_json()) == made
+
+
+def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("before")
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    commit = versions()["commit"]
+    assert commit and len(commit) == 40
+    (tmp_path / "file").write_text("after")
+    assert versions()["commit"] == f"{commit}+changes"
 
 
 @pytest.mark.parametrize("name", ["versions", "machine", "command"])

@@ -203,6 +203,30 @@ def test_failed_requests_are_recorded_counted_and_asked_again(fake: Start, data_
     assert server.asked()["sum 1"] == 1
 
 
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("broken", ["PAGE", "BROKEN"])
+def test_a_reply_that_is_no_json_is_a_failed_request(
+    stream: str, broken: str, fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    """The others are asked all the same."""
+    (data_dir / "gsm8k.jsonl").write_text(
+        "".join(f'{{"id": "g/{i}", "turns": ["{broken if i == 2 else "sum"} {i}"]}}\n' for i in range(6))
+    )
+    assert main(flags(fake().url, tmp_path / "run", data_dir, stream)) == 1
+    records = records_of(tmp_path / "run")
+    assert len(records) == 18
+    assert [record.prompt_id for record in records.values() if record.failed] == ["g/2"]
+
+
+def test_a_request_that_is_no_json_is_a_failed_request(fake: Start, tmp_path: Path) -> None:
+    rows = ['{"prompt": "a", "chat_template_kwargs": {"budget": 1e999}}', '{"prompt": "b"}']
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "run"
+    assert main(["run", "--base-url", fake().url, "--prompts", str(tmp_path / "mine.jsonl"), "--out", str(out)]) == 1
+    failed = [record.error for record in records_of(out).values() if record.failed]
+    assert len(failed) == 1 and failed[0] is not None and "ValueError" in failed[0]
+
+
 def test_after_a_failed_first_turn_the_second_is_not_asked(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "mt_bench.jsonl").write_text(
         "".join(
@@ -275,7 +299,65 @@ def test_warm_up_is_as_wide_as_the_run_and_not_recorded(fake: Start, data_dir: P
     assert len(records_of(tmp_path / "run")) == 18
 
 
-CARD = {"card": {"thinking": "off", "max_length": 64}, "warnings": ["the target's chat template is another"]}
+SWAP = {"path": "/drafters/toy", "generation": 0}
+CARD = {
+    "card": {"thinking": "off", "max_length": 64},
+    "warnings": ["the target's chat template is another"],
+    "swap": SWAP,
+}
+DRAFTS = CARD | {"tree": True, "tree_nodes": 7, "draft_vocabulary": 8192, "weights": "0123456789abcdef"}
+SWAPPED = {"path": "/drafters/new", "generation": 1}
+
+
+def test_a_run_says_how_its_server_drafts(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    """A server without a card, as SGLang's own, says nothing of it."""
+    main(flags(fake().url, tmp_path / "other", data_dir))
+    main(flags(fake(card=DRAFTS | {"swap": SWAPPED}).url, tmp_path / "auf", data_dir))
+    other, auf = (json.loads((tmp_path / name / "run.json").read_text())["server"] for name in ("other", "auf"))
+    said = ("drafter", "overlap", "tree", "tree_nodes", "draft_vocabulary", "weights", "swaps")
+    assert [other[name] for name in said] == ["/drafters/toy", False, None, None, None, None, None]
+    assert [auf[name] for name in said] == ["/drafters/new", False, True, 7, 8192, "0123456789abcdef", 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"tree": False, "tree_nodes": None}, "server.tree = False"),
+        ({"tree_nodes": None}, "server.tree_nodes = None"),
+        ({"draft_vocabulary": None}, "server.draft_vocabulary = None"),
+        ({"weights": "fedcba"}, "server.weights = 'fedcba'"),
+        ({"swap": SWAPPED}, "server.drafter = '/drafters/new'"),
+        ({"swap": SWAP | {"generation": 2}}, "server.swaps = 2"),
+    ],
+)
+def test_a_server_that_drafts_otherwise_does_not_go_on_with_a_run(
+    other: dict[str, Any], named: str, fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(card=DRAFTS), tmp_path / "run"
+    main(flags(server.url, out, data_dir))
+    server.engine.card = DRAFTS | other
+    assert main(flags(server.url, out, data_dir, "--resume")) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_swap_during_a_run_is_no_result(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, out = fake(card=DRAFTS), tmp_path / "run"
+    tokens = server.engine.tokens
+
+    def swap_and_answer(messages: list[dict[str, str]], limit: int) -> list[int]:
+        server.engine.card = DRAFTS | {"swap": SWAPPED, "weights": "fedcba"}
+        return list(tokens(messages, limit))
+
+    monkeypatch.setattr(server.engine, "tokens", swap_and_answer)
+    assert main(flags(server.url, out, data_dir)) == 2
+    assert "/drafters/new after 1 swaps" in capsys.readouterr().err
+    assert not (out / "summary.json").exists()
+    monkeypatch.undo()
+    server.engine.card = DRAFTS
+    assert main(flags(server.url, out, data_dir, "--resume")) == 2, "nor once the former drafter is back"
+    assert "'/drafters/toy, then /drafters/new'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -332,6 +414,16 @@ def test_a_built_in_algorithm_does_not_tell_its_steps(
     assert main(flags(server.url, tmp_path / "run", data_dir, "--record-steps")) == 2
     assert "speculative_algorithm DFLASH" in capsys.readouterr().err
     assert not server.engine.requests
+
+
+@pytest.mark.parametrize(("more", "flushed"), [([], 0), (["--empty-cache"], 1)])
+def test_cached_prompts_are_forgotten_on_demand(
+    more: list[str], flushed: int, fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    server, out = fake(), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir, *more)) == 0
+    assert server.engine.flushed == flushed
+    assert json.loads((out / "run.json").read_text())["config"]["empty_cache"] == bool(flushed)
 
 
 def test_a_server_without_a_card_is_warned_of_nothing(fake: Start, data_dir: Path, tmp_path: Path) -> None:

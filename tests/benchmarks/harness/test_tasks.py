@@ -139,6 +139,8 @@ def test_hub_rows_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) 
         ('{"id": "b", "turns": []}', "no list of non-empty strings"),
         ('{"id": "b", "turns": ["x", 3]}', "no list of non-empty strings"),
         ('{"id": "b", "turns": [" "]}', "no list of non-empty strings"),
+        ('{"id": "b", "turns": ["x", "\\ud83d"]}', "half a surrogate pair"),
+        ('{"id": "\\ud83d", "turns": ["x"]}', "half a surrogate pair"),
         ('{"id": "a", "turns": ["x"]}', "'a' for the second time"),
     ],
 )

@@ -97,6 +97,63 @@ def test_speedups_compare_runs_of_the_same_questions_alone(runs: Path) -> None:
     assert speedup_points(measured) == {}
 
 
+def test_servers_that_draft_otherwise_are_lines_of_their_own(runs: Path, tmp_path: Path) -> None:
+    """Chain, tree, and another drafter at the same path; where no server says it, the runs' names tell them apart."""
+    measured, _ = load_runs([runs])
+    for run in measured:
+        if run.plain:
+            continue
+        server = run.manifest.server.model_copy(update={"tree": run.manifest.config.concurrency == 1})
+        run.manifest.server = server
+    assert speedup_points(measured).keys() == {
+        "drafters/toy (AUF, block 4, tree, T=0)", "drafters/toy (AUF, block 4, chain, T=0)"
+    }  # fmt: skip
+    for run in measured:
+        if not run.plain:
+            update = {"tree": None, "overlap": run.manifest.config.concurrency == 1}
+            run.manifest.server = run.manifest.server.model_copy(update=update)
+    assert speedup_points(measured).keys() == {
+        "drafters/toy (AUF, block 4, T=0)", "drafters/toy (AUF, block 4, T=0), sweep/auf-c2"
+    }  # fmt: skip
+    for run in measured:
+        if not run.plain:
+            update = {"weights": f"{run.manifest.config.concurrency}" * 64, "draft_vocabulary": 9, "tree_nodes": 7}
+            run.manifest.server = run.manifest.server.model_copy(update=update | {"tree": True})
+    assert speedup_points(measured).keys() == {
+        f"drafters/toy (AUF, block 4, tree of 7, 9 tokens drafted, weights {digit * 8}, T=0)" for digit in "12"
+    }  # fmt: skip
+
+
+def test_runs_of_earlier_versions_are_read(runs: Path, tmp_path: Path) -> None:
+    for path in runs.glob("*/run.json"):
+        content = json.loads(path.read_text())
+        for name in ("overlap", "tree", "tree_nodes", "draft_vocabulary", "weights", "swaps"):
+            del content["server"][name]
+        path.write_text(json.dumps(content))
+    assert main(["report", str(runs), "--out", str(tmp_path / "report")]) == 0
+
+
+def test_every_session_of_a_run_says_where_it_was_made(runs: Path, tmp_path: Path) -> None:
+    path = runs / "auf-c1" / "run.json"
+    content = json.loads(path.read_text())
+    (session,) = content["sessions"]
+    content["sessions"] += [session | {"versions": {"sglang": "9.9", "commit": "abc+changes"}}, session]
+    path.write_text(json.dumps(content))
+    assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    now = ", ".join(f"{name} {version}" for name, version in session["versions"].items() if version)
+    assert f"| {now}; sglang 9.9, commit abc+changes |" in text
+    assert "3 sessions" in text
+
+
+def test_steps_that_were_recorded_take_time_and_make_no_speed_up(runs: Path) -> None:
+    measured, _ = load_runs([runs])
+    for run in measured:
+        if run.name == "sweep/auf-c1":
+            run.manifest.config = run.manifest.config.model_copy(update={"record_steps": True})
+    assert [at for at, _ in next(iter(speedup_points(measured).values()))] == [2]
+
+
 def test_a_run_that_is_not_finished_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = runs / "auf-c1" / "records.jsonl"
     records.write_text("".join(line + "\n" for line in records.read_text().splitlines()[:4]))

@@ -62,6 +62,17 @@ def test_a_changed_answer_is_a_fault_and_an_exit_code() -> None:
     assert summary["lossless"]["differences"][0]["prompt_id"] == "alpaca/lighthouse"
 
 
+def test_the_near_tie_bar_follows_the_size_of_logits(capsys: pytest.CaptureFixture[str]) -> None:
+    """The fake server's fork is 9 logits wide."""
+    _, summary = compare("--set", "fork=lighthouse", "--limit", "4", "--logit-scale", "600")
+    assert (summary["lossless"]["near_tie"], summary["lossless"]["near_tie_bar"]) == (0, 8.0)
+    _, summary = compare("--set", "fork=lighthouse", "--limit", "4", "--logit-scale", "1100")
+    assert (summary["lossless"]["near_tie"], summary["lossless"]["near_tie_bar"]) == (1, 16.0)
+    lossless = summary["lossless"]
+    assert f"{lossless['compared_tokens']} of {lossless['tokens']} tokens compared" in capsys.readouterr().out
+    assert lossless["compared_tokens"] < lossless["tokens"] == summary["plain"]["completion_tokens"]
+
+
 def test_a_users_own_prompts_are_asked_of_both_and_a_broken_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.jsonl").write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\n?\n')
     flags = ["--prompts", "mine.jsonl", "--max-tokens", "32", "--out", "out"]

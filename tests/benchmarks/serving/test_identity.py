@@ -81,6 +81,15 @@ def test_a_fork_of_a_constrained_cell_is_an_exit_code() -> None:
     assert "alpaca/lighthouse token 3" in Path("out/identity.md").read_text()
 
 
+def test_another_finish_reason_is_a_fork() -> None:
+    code, rows = identity("--variants", "auf-b4", "--set", "cut=lighthouse")
+    assert code == 1
+    assert rows["auf-b4", 16]["identical"] == 23
+    (fork,) = rows["auf-b4", 16]["forks"]
+    assert (fork["prompt_id"], fork["token"], fork["finish"]) == ("alpaca/lighthouse", None, ["length", "stop"])
+    assert "alpaca/lighthouse: finished by 'length' and not 'stop'" in Path("out/identity.md").read_text()
+
+
 def test_forks_without_row_invariance_are_a_finding() -> None:
     code, rows = identity("--variants", "unconstrained", "--alone", "24", "--set", "wobble=lighthouse")
     assert code == 0
@@ -101,6 +110,18 @@ def test_finished_cells_are_kept_and_others_measured_again() -> None:
     assert changed == {"out/auf-b8/c4/records.jsonl"}
     identity("--variants", "auf-b8", "--limit", "1", "--max-tokens", "9")
     assert all(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items())
+
+
+def test_cells_of_other_versions_are_not_presented_as_of_now() -> None:
+    identity("--variants", "auf-b4", "--limit", "1")
+    assert "earlier calls" not in Path("out/identity.md").read_text()
+    cell = Path("out/auf-b4/c16/cell.json")
+    content = json.loads(cell.read_text())
+    content["versions"] |= {"commit": "abc+changes", "torch": None}
+    cell.write_text(json.dumps(content))
+    identity("--variants", "auf-b4", "--limit", "1")
+    kept = "Figures of earlier calls: 1 with torch unknown, commit abc+changes.\n"
+    assert kept in Path("out/identity.md").read_text()
 
 
 def test_an_unknown_variant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

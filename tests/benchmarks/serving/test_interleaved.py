@@ -11,6 +11,7 @@ from benchmarks.harness.records import Record
 from benchmarks.serving.interleaved import Turns, TurnsConfig, median_of_all, seconds_per_step
 from benchmarks.serving.speed import SpeedConfig, SpeedReport
 from benchmarks.serving.variants import VariantsConfig, VariantsReport
+from sglang_auf.errors import DataError
 
 
 def record(latency_s: float, tokens: int, histogram: list[int], prompt: str = "p") -> Record:
@@ -43,6 +44,23 @@ def test_a_round_without_a_value_has_no_median() -> None:
     assert median_of_all([3.0, 1.0, 2.0]) == 2.0
     assert median_of_all([3.0, None, 2.0]) is None
     assert median_of_all([]) is None
+
+
+def test_tau_is_that_of_all_rounds(tmp_path: Path) -> None:
+    """A tree follows the load, so that rounds may differ."""
+    turns = Turns(TurnsConfig(profile="toy", tasks=("sample_gsm8k",), out=tmp_path))
+    first, second = record(1.0, 5, [2, 1, 0]), record(1.0, 5, [4, 0, 0])
+    turns.answers["auf", 1] = [{first.key: first}, {second.key: second}]
+    assert turns.tau("auf", 1) == pytest.approx((4 / 3 + 1) / 2)
+
+
+def test_the_limit_counts_over_all_tasks(data_dir: Path, tmp_path: Path) -> None:
+    """Six rows of each of two tasks are enough for ten prompts, and not for fourteen."""
+    given = {"profile": "toy", "tasks": "gsm8k,mt_bench", "data_dir": data_dir, "out": tmp_path}
+    turns = Turns(TurnsConfig.model_validate(given | {"limit": 10}))
+    assert [prompt.task for prompt in turns._prompts[1]] == ["gsm8k", "mt_bench"] * 5
+    with pytest.raises(DataError, match="12 prompts of gsm8k, mt_bench; expected: at least 14"):
+        Turns(TurnsConfig.model_validate(given | {"limit": 14}))
 
 
 def test_a_users_own_prompts_replace_the_default_tasks(tmp_path: Path) -> None:

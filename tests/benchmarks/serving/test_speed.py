@@ -10,14 +10,14 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
 from benchmarks.harness.server_info import ServerFacts, flush_cache
-from benchmarks.serving.speed import dflash_program
+from benchmarks.serving.speed import SpeedReport, dflash_program, profile_content
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
 
 
 def speed(*flags: str) -> tuple[int, dict[str, Any]]:
-    code = main(["speed", "--profile", "toy", "--max-tokens", "32", "--out", "out", *flags])
+    code = main(["speed", "--profile", "smollm2-135m", "--max-tokens", "32", "--out", "out", *flags])
     report: dict[str, Any] = json.loads(Path("out/speed.json").read_text())
     return code, report
 
@@ -60,19 +60,31 @@ def test_who_goes_first_changes_with_the_round() -> None:
 
 
 def test_another_answer_than_the_built_in_algorithms_shows() -> None:
+    """And an answer that is not plain decoding's is none on a CPU, which promises them equal."""
     code, report = speed("--rounds", "1", "--concurrency", "24", "--limit", "24", "--set", "fork=lighthouse")
-    assert code == 0
+    assert code == 1
     (level,) = report["levels"]
     assert level["auf_and_dflash"]["same_tokens"] == level["auf_and_plain"]["same_tokens"] == 23
     assert report["step_cost"] is None
+    on_gpu = SpeedReport.model_validate_json(Path("out/speed.json").read_bytes())
+    on_gpu.servers["auf"] = on_gpu.servers["auf"].model_copy(update={"device": "cuda"})
+    assert on_gpu.passed, "rounding may change an answer there"
+
+
+def test_an_answer_that_ends_for_another_reason_is_another_answer() -> None:
+    code, report = speed("--rounds", "1", "--concurrency", "24", "--limit", "24", "--set", "cut=lighthouse")
+    assert code == 1
+    assert report["levels"][0]["auf_and_plain"]["same_tokens"] == 23
 
 
 def test_all_servers_get_the_small_pool_and_the_settings() -> None:
-    speed("--rounds", "1", "--concurrency", "2", "--pool-tokens", "999", "--set", "server_args.log_level=debug")
+    flags = ["--set", "server_args.log_level=debug", "--set", "env.TOLD_ALL=of-it"]
+    speed("--rounds", "1", "--concurrency", "2", "--pool-tokens", "999", *flags)
+    logs = {name: Path(f"out/{name}-server.log").read_text() for name in ("auf", "plain", "dflash")}
     for name in ("auf", "plain"):
-        log = Path(f"out/{name}-server.log").read_text()
-        assert "server_args.max_total_tokens=999 server_args.log_level=debug" in log
-    assert "--max-total-tokens 999 --log-level debug" in Path("out/dflash-server.log").read_text()
+        assert "server_args.max_total_tokens=999 server_args.log_level=debug" in logs[name]
+    assert "--max-total-tokens 999 --log-level debug" in logs["dflash"]
+    assert all("TOLD_ALL=of-it" in log for log in logs.values())
 
 
 def test_more_in_flight_than_there_are_prompts_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,16 +92,32 @@ def test_more_in_flight_than_there_are_prompts_is_refused(capsys: pytest.Capture
     assert "24 prompts and concurrency 25" in capsys.readouterr().err
 
 
+FACTS = ServerFacts(
+    target="/t", model="m", drafter="/d", algorithm="AUF", block_size=8, device="cpu", dtype="bfloat16", sglang="x",
+    overlap=False,
+)  # fmt: skip
+
+
 def test_the_built_in_server_has_the_models_of_the_other() -> None:
-    facts = ServerFacts(
-        target="/t", model="m", drafter="/d", algorithm="AUF", block_size=8, device="cpu", dtype="bfloat16", sglang="x"
-    )
     settings = ["block_size=8", "server_args.disable_radix_cache=true", "server_args.enable_metrics=false"]
-    program = " ".join(dflash_program(facts, settings))
+    program = " ".join(dflash_program(FACTS, profile_content("smollm2-135m", settings)))
     assert program.startswith("-m sglang.launch_server --model-path /t --device cpu --dtype bfloat16")
     assert "--speculative-algorithm DFLASH --speculative-draft-model-path /d" in program
-    assert "--speculative-num-draft-tokens 8 --disable-overlap-schedule --disable-radix-cache" in program
+    assert "--speculative-num-draft-tokens 8 --disable-radix-cache --disable-overlap-schedule" in program
     assert "metrics" not in program
+    assert "chat-template" not in program
+
+
+def test_the_built_in_server_has_the_profiles_arguments_thinking_and_overlap() -> None:
+    settings = ["server_args.tp_size=2", "server_args.disable_overlap_schedule=true", "target_revision=abc"]
+    profile = profile_content("qwen3-8b", settings)
+    program = dflash_program(FACTS.model_copy(update={"device": "cuda", "overlap": True}), profile)
+    assert "--sampling-backend auf --enable-metrics --tp-size 2" in " ".join(program)
+    assert "--revision abc" in " ".join(program)
+    assert program[program.index("--default-chat-template-kwargs") + 1] == '{"enable_thinking": false}'
+    assert "--disable-overlap-schedule" not in program, "it is what the running server has"
+    asked = profile_content("qwen3-8b", ["thinking=on"])
+    assert '{"enable_thinking": true}' in dflash_program(FACTS, asked)
 
 
 def test_a_cache_that_cannot_be_flushed_is_an_error(fake: Callable[..., Any]) -> None:

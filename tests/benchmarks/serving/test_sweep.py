@@ -51,6 +51,19 @@ def test_a_finished_level_is_not_asked_again(fake: Start, data_dir: Path, tmp_pa
     assert [level["plain"] for level in levels] == [None, None]
 
 
+def test_a_level_that_was_finished_later_says_so(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "sweep"
+    main(flags(server.url, out, data_dir, "--concurrency", "1,2"))
+    assert "sessions" not in (out / "sweep.md").read_text()
+    records = out / "auf-c2" / "records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:4]))
+    assert main(flags(server.url, out, data_dir, "--concurrency", "1,2")) == 0
+    said = "Finished in several sessions, at whose ends fewer requests were in flight"
+    assert f"{said}: AUF at 2 (2).\n" in (out / "sweep.md").read_text()
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert f"{said}: sweep/auf-c2 (2)." in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_levels_of_other_versions_are_not_mixed(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,9 @@ def test_another_answer_than_plain_decodings_shows() -> None:
     code, report = variants(*flags, "--variant", "fork=lighthouse")
     assert code == 1
     assert [row["plain_tokens"]["same_tokens"] for row in report["rows"]] == [24, 24, 23]
+    code, report = variants(*flags, "--variant", "cut=lighthouse")
+    assert code == 1
+    assert [row["plain_tokens"]["same_tokens"] for row in report["rows"]] == [24, 24, 23]
 
 
 @pytest.mark.parametrize("variant", ["block_size", "", "block_size='6"])

@@ -22,8 +22,9 @@ PREFILL_S, STEP_S = 5.0, 0.25
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    (tmp_path / "models" / "target").mkdir(parents=True)
-    (tmp_path / "models" / "target" / "config.json").write_text(json.dumps({"bos_token_id": 50}))
+    for name in ("target", "drafter"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text(json.dumps({"bos_token_id": 50}))
     return tmp_path / "models"
 
 
@@ -115,6 +116,27 @@ def test_a_cell_of_another_question_or_machine_is_measured_again(
     with Visit(config.model_copy(update={"steps": 4}), "forced", False, forced(3)) as visiting:
         step_cells(visiting)
     assert len(clock.bodies) == 3 * asked
+
+
+def test_cells_of_other_models_at_the_same_path_are_measured_again(
+    config: ServeShapeConfig, install: Callable[[Clock], Clock]
+) -> None:
+    clock = install(Clock(emitted=3))
+
+    def measured() -> int:
+        before = len(clock.bodies)
+        with Visit(config, "forced", False, forced(3)) as visiting:
+            step_cells(visiting)
+        return len(clock.bodies) - before
+
+    every = measured()
+    assert measured() == 0
+    (config.models / "drafter" / "config.json").write_text(json.dumps({"block_size": 8}))
+    assert measured() == every
+    for seed in (0, 1):
+        (config.models / "shape.json").write_text(json.dumps({"config": {"seed": seed}}))
+        assert measured() == every
+    assert measured() == 0
 
 
 def test_acceptance_that_is_not_forced_is_an_error(config: ServeShapeConfig, install: Callable[[Clock], Clock]) -> None:

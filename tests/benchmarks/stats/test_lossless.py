@@ -143,3 +143,13 @@ def test_the_same_tokens_that_end_for_another_reason_are_a_fault() -> None:
 
 def test_nothing_that_was_compared_does_not_pass() -> None:
     assert not compare({}, {}, never, BAR, exact=True).passed
+
+
+def test_it_is_said_how_many_tokens_were_compared() -> None:
+    """Up to the first difference, itself included; neither what follows it nor later turns nor failed answers."""
+    ours = [record("a", [1, 2, 3]), record("b", [1, 7, 8, 9]), record("b", [5], 1), record("c", [1, 2, 3])]
+    plain = [record("a", [1, 2, 3]), record("b", [1, 5, 5, 5]), record("b", [6, 6], 1), record("c", [1, 2])]
+    failed = record("d", [1, 2, 3], error="down")
+    result = compare(keyed(*ours, failed), keyed(*plain, record("d", [1])), says(0.0), BAR, False)
+    assert (result.compared_tokens, result.tokens) == (3 + 2 + 0 + 2, 3 + 4 + 2 + 2)
+    assert "7 of 11 tokens compared" in result.text()

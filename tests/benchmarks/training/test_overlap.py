@@ -71,6 +71,26 @@ def test_a_short_prompt_that_is_one_turn_of_a_conversation_is_found(tmp_path: Pa
     assert [near.overlap for near in result.near] == [1.0, pytest.approx(11 / 13)]
 
 
+def test_a_turn_that_is_training_data_word_for_word_is_found_beside_a_long_one() -> None:
+    """Also one that nearly is. A follow-up of fewer words than a run is in all training data, and is none."""
+    config = OverlapConfig.model_validate({"training": ["unused"], "words": 4})
+    others = [" ".join(f"{name}{number}" for number in range(60)) for name in "abc"]
+    far = "Which of the planets has the longest day of all that we know"  # 13 words, 10 runs of four
+    rows = (ASKED, far, "explain it again")
+    known = {tuple(text.lower().split()): f"row/{number}" for number, text in enumerate(rows)}
+    asked = [
+        Prompt("toy", "toy/first", (ASKED, others[0])),
+        Prompt("toy", "toy/second", (others[1], f"{far} or guess")),
+        Prompt("toy", "toy/neither", (others[2], "Explain it again.")),
+    ]
+    result = task_overlap("toy", asked, known, holders_of_runs(known, 4), config)
+    assert result.identical == 1
+    assert [(near.prompt, near.overlap) for near in result.near] == [
+        ("toy/first", 1.0),
+        ("toy/second", pytest.approx(10 / 12)),
+    ]
+
+
 def test_a_row_is_counted_once_whatever_other_rows_say(tmp_path: Path) -> None:
     """Rows share a turn, and one of them says it in two places."""
     shared = "please list all the rivers of the north by length"

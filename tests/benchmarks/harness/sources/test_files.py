@@ -118,6 +118,8 @@ BROKEN = {
     '{"messages": [{"role": "user", "content": "x"}], "turns": ["x"]}': "which one is the conversation",
     '{"prompt": 7}': "neither a text nor a list of messages",
     '{"turns": ["x"], "images": ["y"]}': "images",
+    '{"turns": ["x"], "chat_template_kwargs": {"budget": NaN}}': "NaN or Infinity, which JSON does not have",
+    '{"turns": ["x"], "tools": [{"least": -Infinity}]}': "NaN or Infinity, which JSON does not have",
     '{"id": "good", "turns": ["x"]}': "an id for the second time",
     '{"turns": ["x"], "chat_template_kwargs": {"enable_thinking": true}}': "enable_thinking True",
 }
@@ -140,6 +142,15 @@ def test_a_broken_row_is_named_and_the_others_are_asked(
     assert "mine.jsonl:3" in caplog.text
     assert fault in caplog.text
     assert 'expected: one JSON object a line, with "messages"' in caplog.text
+
+
+def test_a_row_of_a_list_with_a_number_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('[{"prompt": "NaN"}, {"prompt": "a", "chat_template_kwargs": {"budget": Infinity}}]')
+    (chosen,) = select_from_files([path])
+    assert [prompt.turns for prompt in chosen.prompts] == [("NaN",)]
+    assert chosen.file is not None
+    assert chosen.file.broken == ["mine.json[1]: NaN or Infinity, which JSON does not have"]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "nothing\n", '{"id": "a"}\n'])

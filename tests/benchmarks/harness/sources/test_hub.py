@@ -34,7 +34,7 @@ def as_jsonl(path: Path) -> None:
 def test_rows_and_the_commit_they_came_from(
     name: str, write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "datasets--a--b" / "snapshots" / "c0ffee" / "main"
+    folder = tmp_path / "snapshots" / "datasets--a--b" / "snapshots" / "c0ffee" / "main"
     folder.mkdir(parents=True)
     write(folder / name)
 
