@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
+from benchmarks.harness.results import ROOT
 from sglang_auf.errors import ServerError
+from sglang_auf.settings import apply_override, read_yaml
 from sglang_auf.training.generation.client import tls
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,17 @@ def split_settings(settings: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         else:
             of_profile.append(setting)
     return of_profile, variables
+
+
+def profile_content(name: str, settings: Iterable[str]) -> dict[str, Any]:
+    """The keys of a profile's file with `settings` on top; {} without such a file. A server that starts checks both."""
+    file = ROOT / "server" / "profiles" / f"{name}.yaml"
+    if not file.is_file():
+        return {}
+    content = read_yaml(file)
+    for setting in split_settings(settings)[0]:
+        apply_override(setting, content)
+    return content
 
 
 @contextlib.contextmanager

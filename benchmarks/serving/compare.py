@@ -12,7 +12,7 @@ from pydantic import Field
 from benchmarks.harness.config import RunConfig, Workload
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
-from benchmarks.harness.servers import Server, awake, serve
+from benchmarks.harness.servers import Server, awake, profile_content, serve
 from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
@@ -30,14 +30,18 @@ from benchmarks.stats.summary import (
     throughput,
 )
 
+Mode = Literal["interleaved", "sequential"]
+
 
 class CompareConfig(Workload):
     """Start the speculating and the plain server of one profile and ask both the same."""
 
     profile: str = Field(description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field((), alias="set", description="key=value for both servers; may be repeated")
-    mode: Literal["interleaved", "sequential"] = Field(
-        "interleaved", description="both servers up and asked in turns, or one after the other if memory is short"
+    mode: Mode | None = Field(
+        None,
+        description="both servers up and asked in turns, or one after the other, for memory that holds one "
+        "(default: interleaved; on a GPU sequential)",
     )
     rounds: int = Field(4, ge=1, description="turns each server gets when interleaved")
     stream: bool = Field(False, description="stream answers; the client then takes CPU from a server on this machine")
@@ -106,8 +110,14 @@ def compare_servers(config: CompareConfig) -> Comparison:
     for name in ("auf", "plain"):
         discard(config.out / name)
     (config.out / f"{Comparison.STEM}.json").unlink(missing_ok=True)
-    measure = _interleaved if config.mode == "interleaved" else _one_after_the_other
+    measure = _interleaved if mode_of(config) == "interleaved" else _one_after_the_other
     return measure(config, selections)
+
+
+def mode_of(config: CompareConfig) -> Mode:
+    """The mode that is asked for, or the one that suits the profile's device."""
+    on_gpu = profile_content(config.profile, config.settings).get("device") == "cuda"
+    return config.mode or ("sequential" if on_gpu else "interleaved")
 
 
 def _interleaved(config: CompareConfig, selections: list[Selection]) -> Comparison:

@@ -6,7 +6,7 @@ Figures are medians over rounds. Ratios are medians of the ratios of each round.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,19 +14,18 @@ from typing import Any, ClassVar
 from pydantic import Field, TypeAdapter
 
 from benchmarks.harness.config import Counts
-from benchmarks.harness.results import ROOT, Measured, Report, StrictModel
+from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import ServerFacts
-from benchmarks.harness.servers import Server, launch, serve, split_settings
+from benchmarks.harness.servers import Server, launch, profile_content, serve, split_settings
 from benchmarks.reports.markdown import markdown_document, markdown_table, milliseconds, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text
 from benchmarks.serving.interleaved import Agreement, Turns, TurnsConfig, median_of_all, up_and_paused
 from benchmarks.stats.summary import ratio
-from sglang_auf.settings import Thinking, apply_override, enable_thinking, read_yaml
+from sglang_auf.settings import Thinking, enable_thinking
 
 AUF, PLAIN, DFLASH = "auf", "plain", "dflash"
 NAMES = {AUF: "AUF", PLAIN: "plain", DFLASH: "DFLASH"}
-PROFILES = ROOT / "server" / "profiles"
 
 
 class SpeedConfig(TurnsConfig):
@@ -129,17 +128,9 @@ def _starting(config: SpeedConfig, name: str, facts: Mapping[str, ServerFacts]) 
     settings, log_file, timeout_s = config.server_settings, config.out / f"{name}-server.log", config.start_timeout_s
     if name != DFLASH:
         return serve(config.profile, name == PLAIN, settings=settings, log_file=log_file, timeout_s=timeout_s)
-    of_profile, variables = split_settings(settings)
-    program = dflash_program(facts[AUF], profile_content(config.profile, of_profile))
+    _, variables = split_settings(settings)
+    program = dflash_program(facts[AUF], profile_content(config.profile, settings))
     return launch(program, environment=variables, log_file=log_file, timeout_s=timeout_s)
-
-
-def profile_content(name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The keys of a profile's file with `settings` on top. A server that starts with the same ones checks them."""
-    content = read_yaml(PROFILES / f"{name}.yaml")
-    for setting in settings:
-        apply_override(setting, content)
-    return content
 
 
 def dflash_program(auf: ServerFacts, profile: Mapping[str, Any]) -> list[str]:

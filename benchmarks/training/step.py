@@ -165,6 +165,8 @@ def _timed(
     shape: Shape, sizes: Sequence[Shape], variants: tuple[str, ...], config: StepConfig
 ) -> list[dict[str, list[tuple[float, float]]]]:
     """For each size: variant -> (seconds, r_active) of each round. The weights are freed when this returns."""
+    import torch
+
     from benchmarks.training.step_variants import Bench
 
     if not sizes:
@@ -182,6 +184,9 @@ def _timed(
                     rounds[name].append((ran.seconds, ran.r_active))
         logger.info("timed %s: %d rows of %d tokens, %d anchors", size.name, size.rows, size.length, size.anchors)
         found.append(rounds)
+    del bench, batch, ran
+    if config.device == "cuda":
+        torch.cuda.empty_cache()  # torch keeps what is freed, and memory is measured in a process of its own
     return found
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.serving.compare import CompareConfig, mode_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,6 +27,21 @@ def compare(*flags: str) -> tuple[int, dict[str, Any]]:
     code = main(["compare", "--profile", "toy", "--tasks", "sample", "--max-tokens", "32", "--out", "out", *flags])
     summary: dict[str, Any] = json.loads(Path("out/summary.json").read_text())
     return code, summary
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "asked", "mode"),
+    [
+        ("smollm2-135m", [], None, "interleaved"),
+        ("qwen3-8b", [], None, "sequential"),
+        ("qwen3-8b", ["device=cpu"], None, "interleaved"),
+        ("smollm2-135m", ["device=cuda", "env.A=1"], None, "sequential"),
+        ("qwen3-8b", [], "interleaved", "interleaved"),
+        ("unknown", [], None, "interleaved"),
+    ],
+)
+def test_on_a_gpu_one_server_is_up_at_a_time(profile: str, settings: list[str], asked: str | None, mode: str) -> None:
+    assert mode_of(CompareConfig.model_validate({"profile": profile, "set": settings, "mode": asked})) == mode
 
 
 @pytest.mark.usefixtures("no_child_left")

@@ -10,7 +10,8 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
 from benchmarks.harness.server_info import ServerFacts, flush_cache
-from benchmarks.serving.speed import SpeedReport, dflash_program, profile_content
+from benchmarks.harness.servers import profile_content
+from benchmarks.serving.speed import SpeedReport, dflash_program
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
