@@ -93,8 +93,17 @@ def register() -> None:
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.activation import SiluAndMul
     from sglang.srt.layers.layernorm import RMSNorm
-    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.layers.rotary_embedding.base import LinearScalingRotaryEmbedding, RotaryEmbedding
+    from sglang.srt.layers.rotary_embedding.rope_variant import DynamicNTKScalingRotaryEmbedding, Llama3RotaryEmbedding
+    from sglang.srt.layers.rotary_embedding.yarn import YaRNScalingRotaryEmbedding
 
     BaseFusedOp.register_oot_forward(RMSNorm, rms_norm_forward, DISPATCH_KEY)
-    BaseFusedOp.register_oot_forward(RotaryEmbedding, rotary_forward, DISPATCH_KEY)
+    for kind in (  # SGLang looks up the class itself; these differ in their table alone
+        RotaryEmbedding,
+        LinearScalingRotaryEmbedding,
+        DynamicNTKScalingRotaryEmbedding,
+        Llama3RotaryEmbedding,
+        YaRNScalingRotaryEmbedding,
+    ):
+        BaseFusedOp.register_oot_forward(kind, rotary_forward, DISPATCH_KEY)
     BaseFusedOp.register_oot_forward(SiluAndMul, silu_and_mul_forward, DISPATCH_KEY)

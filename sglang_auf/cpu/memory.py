@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_auf.checkpoints.target_config import language_config
 from sglang_auf.errors import TargetError
-from sglang_auf.files import CONFIG, read_json
+from sglang_auf.files import CONFIG, PICKLES, read_json, weight_files
 
 GIB = 1 << 30
 # Most tokens of a pool, unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
@@ -69,7 +69,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, path: Path) -> ModelSize:
-        """From config.json and the sizes of the safetensors files of a local checkpoint."""
+        """From config.json and the sizes of a local checkpoint's files. float32 loads as bf16, in half the bytes."""
         config = _language_config(path)
         try:
             layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -81,11 +81,20 @@ class ModelSize:
                 "serve a model whose configuration has it, or give --max-total-tokens",
             ) from missing
         kv_heads = config.get("num_key_value_heads") or heads
-        weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        weights = sum(file.stat().st_size for file in _weight_files(path))
+        if "float32" in str(config.get("dtype") or config.get("torch_dtype")):
+            weights //= 2
         return cls(weights, layers * 2 * kv_heads * head_dim * torch.bfloat16.itemsize)
 
     def __add__(self, other: ModelSize) -> ModelSize:
         return ModelSize(self.weights + other.weights, self.kv_per_token + other.kv_per_token)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """What SGLang would read of a directory; [] where there is nothing yet, as for weights that are made up."""
+    if any(path.glob("*.safetensors")):
+        return weight_files(path, TargetError)
+    return [file for pattern in PICKLES for file in path.glob(pattern)]
 
 
 def _language_config(path: Path) -> Mapping[str, Any]:
@@ -131,24 +140,11 @@ def local_checkpoints(server_args: Any) -> list[Path] | None:
     return paths if all((path / CONFIG).is_file() for path in paths) else None
 
 
-def refuse_other_attention(server_args: Any) -> None:
-    """Raises TargetError, before anything loads, for a model whose attention the CPU backend does not have."""
-    for path in local_checkpoints(server_args) or ():
-        config = _language_config(path)
-        layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-        if layer_types or config.get("attn_logit_softcapping"):
-            raise TargetError(
-                f"{', '.join(sorted(layer_types)) or 'soft-capped attention'} in {path / CONFIG}",
-                "full self-attention in every layer on the CPU platform",
-                "serve this model on a GPU",
-            )
-
-
 def plan_pool(server_args: Any) -> int | None:
     """--max-total-tokens for this machine; None when a checkpoint is not local yet, and SGLang decides."""
     paths = local_checkpoints(server_args)
     if paths is None:
         return None
     size = sum((ModelSize.of(path) for path in paths[1:]), ModelSize.of(paths[0]))
-    context = server_args.context_length or _language_config(paths[0]).get("max_position_embeddings", 4096)
+    context = server_args.context_length or _language_config(paths[0]).get("max_position_embeddings") or 4096
     return pool_tokens(size, int(context), free_memory())

@@ -133,10 +133,12 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Sets defaults and refuses what is not supported, before anything loads."""
-        from sglang_auf.cpu.memory import plan_pool, refuse_other_attention
+        from sglang_auf.cpu.memory import local_checkpoints, plan_pool
+        from sglang_auf.cpu.refusals import refuse_config
 
         _refuse_unsupported(server_args)
-        refuse_other_attention(server_args)
+        for path in local_checkpoints(server_args) or ():
+            refuse_config(path)
         server_args.disable_cuda_graph = True
         server_args.attention_backend = ATTENTION_BACKEND
         server_args.page_size = 1
@@ -153,8 +155,9 @@ class AufCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         _cpu_tensors_need_no_stream()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from sglang_auf.cpu import kernels, linear, replay
+        from sglang_auf.cpu import kernels, linear, refusals, replay
 
+        refusals.refuse_modules(model)
         kernels.prepare()
         linear.install(model)
         for module in model.modules():
@@ -179,12 +182,12 @@ def _refuse_unsupported(server_args: Any) -> None:
                 f"{only} on the CPU platform",
                 "start several servers behind a router instead",
             )
-    if server_args.attention_backend not in (None, ATTENTION_BACKEND):
-        raise ConfigError(
-            f"--attention-backend {server_args.attention_backend}",
-            f"{ATTENTION_BACKEND} on the CPU platform",
-            "leave --attention-backend out",
-        )
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if getattr(server_args, name) not in (None, ATTENTION_BACKEND):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {getattr(server_args, name)}", f"{ATTENTION_BACKEND} on the CPU platform", f"leave {flag} out"
+            )
     for name in ("kv_cache_dtype", "speculative_draft_kv_cache_dtype"):
         if getattr(server_args, name) not in (None, "auto", "bfloat16", "bf16"):
             flag = f"--{name.replace('_', '-')}"

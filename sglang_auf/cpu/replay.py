@@ -5,7 +5,7 @@ kernels of ours (kernels.py), each a function and a row of numbers. So one forwa
 with what addresses, in memory that has room for ROWS rows and is kept. From then on a forward writes its tokens,
 positions and slots where the first one had them, changes the number of rows, and runs the list on one team of threads.
 
-A forward that does anything else, as quantised or other models do, is not replayed, with a line in the log. The first
+A forward that does anything else, as some models do, is not replayed, with a line in the log. The first
 forwards of a number of rows are computed both ways, and results that are not equal bit for bit end it.
 """
 
@@ -16,6 +16,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ CHECKS = 0
 """Forwards of this process that were computed both ways, which takes several times as long."""
 
 CACHE_LINE = 64
+GIVEN = ["input_ids", "positions", "forward_batch", "input_embeds"]  # of a body's forward; some write inputs_embeds
 
 _aten = torch.ops.aten
 
@@ -341,7 +343,8 @@ class Replayed(Recorded):
 def install(model: torch.nn.Module) -> bool:
     """Have the body of a loaded SGLang model replayed; False for a model without one of the usual form."""
     body = getattr(model, "model", model)
-    if not isinstance(body, torch.nn.Module) or not hasattr(body, "layers") or isinstance(body.forward, Replayed):
+    usual = isinstance(body, torch.nn.Module) and hasattr(body, "layers") and not isinstance(body.forward, Replayed)
+    if not usual or [name.replace("inputs_", "input_") for name in signature(body.forward).parameters][:4] != GIVEN:
         return False
     body.forward = Replayed(body)
     return True

@@ -120,6 +120,16 @@ SEAMS = (
         "cpu.elementwise",
         ("self", "positions", "query", "key", "offsets", "fused_set_kv_buffer_arg"),
     ),
+    *(
+        Seam(f"{_SRT}.layers.rotary_embedding.{name}", "cpu.elementwise")
+        for name in (
+            "base:LinearScalingRotaryEmbedding",
+            "rope_variant:DynamicNTKScalingRotaryEmbedding",
+            "rope_variant:Llama3RotaryEmbedding",
+            "yarn:YaRNScalingRotaryEmbedding",
+        )
+    ),
+    Seam(f"{_SRT}.layers.radix_attention:RadixAttention", "cpu.refusals"),
     Seam(f"{_SRT}.layers.activation:SiluAndMul.forward_native", "cpu.elementwise", ("self", "x")),
     Seam(f"{_SRT}.layers.linear:LinearBase", "cpu.linear"),
     Seam(f"{_SRT}.layers.vocab_parallel_embedding:VocabParallelEmbedding", "cpu.linear"),

@@ -7,7 +7,9 @@ import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.base import LinearScalingRotaryEmbedding, RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.rope_variant import DynamicNTKScalingRotaryEmbedding, Llama3RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.yarn import YaRNScalingRotaryEmbedding
 
 from sglang_auf.cpu import elementwise
 from sglang_auf.cpu.elementwise import rms_norm_forward, rotary_forward, silu_and_mul_forward
@@ -229,6 +231,35 @@ def test_other_kinds_of_rotation_are_sglangs_own(kind: dict[str, object]) -> Non
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        (LinearScalingRotaryEmbedding, (512, 10_000, True, 4.0, torch.bfloat16)),
+        (DynamicNTKScalingRotaryEmbedding, (512, 10_000, True, 4.0, torch.bfloat16)),
+        (Llama3RotaryEmbedding, (2048, 500_000, True, torch.bfloat16, 8.0, 1.0, 4.0, 512)),
+        (YaRNScalingRotaryEmbedding, (512, 10_000, True, 4.0, torch.bfloat16)),
+    ],
+)
+def test_scaled_positions_differ_in_their_table_alone(
+    kind: type[RotaryEmbedding], scaling: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = kind(HEAD, HEAD, *scaling)
+    monkeypatch.setattr(BaseFusedOp, "_oot_forward_registry", {})
+    elementwise.register()
+    monkeypatch.setattr("sglang.kernels.fused_op._oot_dispatch_key", lambda: elementwise.DISPATCH_KEY)
+    assert scaled._resolve_forward_method().__func__ is rotary_forward
+    assert scaled.cos_sin_cache.dtype == torch.float32
+    positions = torch.randint(0, 2048, (33,), generator=torch.Generator().manual_seed(1))
+    q, k, _ = projection(33)
+    cos, sin = scaled.cos_sin_cache[positions].double().chunk(2, dim=-1)
+    turn = torch.complex(cos, sin)[:, None]
+    for found, x in zip(rotary_forward(scaled, positions, q, k), (q, k), strict=True):
+        pairs = x.double().unflatten(-1, (-1, HEAD))
+        rotated = torch.complex(pairs[..., : HEAD // 2], pairs[..., HEAD // 2 :]) * turn
+        exact = torch.cat([rotated.real, rotated.imag], dim=-1).flatten(1)
+        assert ((found.double() - exact).abs() <= exact.abs() * BF16_HALF_STEP + 1e-5).all()
 
 
 def test_offsets_are_left_to_sglang(rotary: RotaryEmbedding) -> None:

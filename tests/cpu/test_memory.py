@@ -22,7 +22,6 @@ from sglang_auf.cpu.memory import (
     ModelSize,
     plan_pool,
     pool_tokens,
-    refuse_other_attention,
 )
 from sglang_auf.errors import TargetError
 
@@ -52,6 +51,25 @@ def model(directory: Path, weights: int = 1000, **changes: Any) -> Path:
 
 def test_the_size_of_a_model_is_its_weight_files_and_its_key_and_value_heads(tmp_path: Path) -> None:
     assert ModelSize.of(model(tmp_path)) == ModelSize(1000, SMOLLM2_KV)
+
+
+def test_files_that_sglang_does_not_read_are_not_counted(tmp_path: Path) -> None:
+    """Mistral's repositories hold the weights twice."""
+    model(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(1000))
+    listed = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(listed))
+    assert ModelSize.of(tmp_path).weights == 1000
+
+
+def test_weights_in_float32_take_half_and_pickles_count(tmp_path: Path) -> None:
+    assert ModelSize.of(model(tmp_path, dtype="float32")).weights == 500
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert ModelSize.of(tmp_path).weights == 500
+    for file in tmp_path.glob("*.bin"):
+        file.unlink()
+    assert ModelSize.of(tmp_path).weights == 0
 
 
 @pytest.mark.parametrize(
@@ -182,17 +200,8 @@ def test_a_model_that_is_not_here_yet_is_left_to_sglang(tmp_path: Path) -> None:
     assert planned(target, "owner/drafter") is None
 
 
-@pytest.mark.parametrize(
-    "attention", [{"layer_types": ["full_attention", "sliding_attention"]}, {"attn_logit_softcapping": 50.0}]
-)
-def test_attention_that_the_cpu_lacks_is_refused_before_loading(attention: dict[str, object], tmp_path: Path) -> None:
-    full = str(model(tmp_path / "full", layer_types=["full_attention"]))
-    other = str(model(tmp_path / "other", **attention))
-    refuse_other_attention(SimpleNamespace(model_path=full, speculative_draft_model_path=full))
-    refuse_other_attention(SimpleNamespace(model_path="owner/name", speculative_draft_model_path=None))
-    for target, drafter in ((other, None), (full, other)):
-        with pytest.raises(TargetError, match="full self-attention"):
-            refuse_other_attention(SimpleNamespace(model_path=target, speculative_draft_model_path=drafter))
+def test_a_context_length_that_a_config_leaves_open_is_no_fault(available: None, tmp_path: Path) -> None:
+    assert planned(model(tmp_path / "target", max_position_embeddings=None)) > 4096
 
 
 # --- the pool ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,8 @@ def arguments(**changes: Any) -> SimpleNamespace:
         "dp_size": 1,
         "pp_size": 1,
         "attention_backend": None,
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
         "page_size": None,
         "disable_cuda_graph": False,
         "chunked_prefill_size": None,
@@ -225,6 +228,8 @@ def test_what_the_user_gave_stays() -> None:
         ("dp_size", 2),
         ("pp_size", 2),
         ("attention_backend", "torch_native"),
+        ("prefill_attention_backend", "triton"),
+        ("decode_attention_backend", "triton"),
         ("page_size", 64),
     ],
 )
@@ -239,6 +244,22 @@ def test_what_it_cannot_do_is_refused_by_flag_and_value(name: str, value: object
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "bf16"])
 def test_bf16_may_be_asked_for(dtype: str) -> None:
     AufCpuPlatform().apply_server_args_defaults(arguments(dtype=dtype, kv_cache_dtype=dtype))
+
+
+def test_a_model_or_drafter_that_it_does_not_compute_is_refused_before_loading(tmp_path: Path) -> None:
+    from sglang_auf.errors import TargetError
+
+    for name, more in (("full", {}), ("other", {"sliding_window_pattern": 6})):
+        (tmp_path / name).mkdir()
+        config = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, **more}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    full, other = str(tmp_path / "full"), str(tmp_path / "other")
+    AufCpuPlatform().apply_server_args_defaults(arguments(model_path=full, speculative_draft_model_path=full))
+    for target, drafter in ((other, None), (full, other)):
+        with pytest.raises(TargetError, match="sliding windows"):
+            AufCpuPlatform().apply_server_args_defaults(
+                arguments(model_path=target, speculative_draft_model_path=drafter)
+            )
 
 
 def test_a_model_too_large_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

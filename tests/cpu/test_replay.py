@@ -319,6 +319,23 @@ def test_the_body_of_a_model_is_replaced_once() -> None:
     assert not replay.install(torch.nn.Linear(3, 3))
 
 
+class AnotherBody(Body):
+    def forward(self, input_ids: Any, forward_batch: Any, positions: Any, inputs_embeds: Any = None) -> Any:
+        return super().forward(input_ids, positions, forward_batch, inputs_embeds)
+
+
+class SmallerBody(Body):
+    def forward(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
+        return super().forward(input_ids, positions, forward_batch)
+
+
+@pytest.mark.parametrize("kind", [AnotherBody, SmallerBody])
+def test_a_body_that_is_called_otherwise_is_left_alone(kind: type[Body]) -> None:
+    body = kind()
+    assert not replay.install(body)
+    assert not isinstance(body.forward, Replayed)
+
+
 def test_an_embedding_of_other_rows_than_the_table_has() -> None:
     table, index = normal(TOKENS, HIDDEN), torch.tensor([4, 0, 49])
     with replay._Watch(3):

@@ -279,7 +279,8 @@ def test_our_draw_is_rehearsed_and_measured(rehearsing: AufWorker, monkeypatch: 
     monkeypatch.setattr(sampling, "sample", spy)
     result = rehearsing.prewarm_sampling()
     assert {rows for rows, _ in seen} == {3 * BLOCK}, "the largest batch"
-    assert {kinds[0] for _, kinds in seen} == {sampling.PLAIN, sampling.POOLS[0], sampling.OPEN}
+    assert {kinds[0] for _, kinds in seen} == {sampling.PLAIN, sampling.GREEDY, sampling.POOLS[0], sampling.OPEN}
+    assert any(len(set(kinds)) > 1 for _, kinds in seen), "rows of two kinds are copied apart"
     logits_bytes = 3 * BLOCK * VOCABULARY * 4
     assert result == SamplingPrewarmResult(logits_bytes, logits_bytes + 7000 - 900)
     assert rehearsing.model_runner.sampling_prewarm_result == result
@@ -375,16 +376,25 @@ def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
 
 
 @pytest.mark.parametrize(
-    ("device", "switch", "simulated", "trees"),
-    [("cpu", None, -1, True), ("cpu", "0", -1, False), ("cpu", "1", 3, False), ("cuda", None, -1, False)],
+    ("device", "switch", "simulated", "mrope", "trees"),
+    [
+        ("cpu", None, -1, False, True),
+        ("cpu", "0", -1, False, False),
+        ("cpu", "1", 3, False, False),
+        ("cpu", None, -1, True, False),
+        ("cuda", None, -1, False, False),
+    ],
 )
 def test_a_worker_on_a_cpu_verifies_trees_unless_told_otherwise(
-    device: str, switch: str | None, simulated: int, trees: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, switch: str | None, simulated: int, mrope: bool, trees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang_auf.speculative import tree_step
 
+    runner = SimpleNamespace(model_config=SimpleNamespace(model_is_mrope=mrope))
+
     def begin(self: Any, *_: Any) -> None:
         self.device, self._draft_head = torch.device(device), None
+        self._target_worker = SimpleNamespace(model_runner=runner)
 
     monkeypatch.setattr(DFlashWorkerV2, "__init__", begin)
     monkeypatch.setattr(tree_step, "TreeStep", lambda worker: ("trees of", worker))
