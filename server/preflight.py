@@ -12,10 +12,11 @@ from functools import partial
 from server.profile import Profile
 from sglang_auf import ALGORITHM
 from sglang_auf.checkpoints.card import CheckedDrafter, check_drafter
+from sglang_auf.checkpoints.target_config import is_mrope
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import ConfigError, ServerError, TargetError
-from sglang_auf.files import find_model
+from sglang_auf.files import CONFIG, find_model, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Speculation:
 
     drafter: its name in the profile. checked: the drafter, found to fit the target. block_size: B as served.
     check: the same check of another drafter, which raises CardError or TargetError. device: "cpu" or "cuda".
+    is_mrope: the target's positions have several numbers (target_config.is_mrope).
     weights: SHA-256 of the drafter's weights (weights_sha256), None until they have been read.
     """
 
@@ -73,6 +75,7 @@ class Speculation:
     block_size: int
     check: Callable[[str], CheckedDrafter]
     device: str
+    is_mrope: bool = False
     weights: str | None = None
 
 
@@ -175,7 +178,8 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
 
     Raises CardError, TargetError or ConfigError.
     """
-    facts = TargetFacts.of(find_model(target, ("*.json", "*.jinja"), TargetError, profile.target_revision))
+    directory = find_model(target, ("*.json", "*.jinja"), TargetError, profile.target_revision)
+    facts = TargetFacts.of(directory)
     if plain:
         return ServedModel(profile.served_model_name, facts, None)
     if profile.drafter is None:
@@ -192,5 +196,6 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
     for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
         logger.warning("DRAFTER: %s", warning)
     block_size = profile.block_size or checked.card.block_size
-    speculation = Speculation(profile.drafter, checked, block_size, check, profile.device)
+    mrope = is_mrope(read_json(directory / CONFIG, TargetError))
+    speculation = Speculation(profile.drafter, checked, block_size, check, profile.device, mrope)
     return ServedModel(profile.served_model_name, facts, speculation)

@@ -66,7 +66,7 @@ def auf_router(
 
         weights = await drafters.weights()  # before anything else is read: a swap may come while it waits
         checked = drafters.running.checked
-        tree = verifies_trees(drafters.running.device)
+        tree = verifies_trees(drafters.running.device, drafters.running.is_mrope)
         listed = checked.vocabulary if DRAFT_VOCABULARY.is_on() else None
         return CardReply(
             model=served.model,

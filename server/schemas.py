@@ -94,7 +94,7 @@ class CardReply(Reply):
     draft_vocabulary: int | None = Field(description="tokens that the drafter chooses among as served; null: all")
     weights: str | None = Field(
         description="SHA-256 of the weights that draft: of their file, or of the sorted digests of several; null: the "
-        "files are gone, or are others by now than were loaded"
+        "files are gone, or were touched since they were loaded"
     )
     card: DrafterCard
     unknown: list[str]

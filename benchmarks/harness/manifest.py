@@ -106,9 +106,14 @@ class RunManifest(StrictModel):
         return {**config, **server, **tasks}
 
     def require_same(self, other: RunManifest, where: Path) -> None:
-        """Raises ConfigError, which names every setting in which `other` differs from this run, the one in `where`."""
+        """Raises ConfigError, which names every setting in which `other` differs from this run, the one in `where`.
+
+        What the file of a run by an earlier version does not say is not compared.
+        """
         mine, theirs = self.identity(), other.identity()
-        changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        unsaid = set(RunConfig.model_fields) - self.config.model_fields_set
+        unsaid |= {f"server.{name}" for name in set(ServerFacts.model_fields) - self.server.model_fields_set}
+        changed = [name for name in {**mine, **theirs} if name not in unsaid and mine.get(name) != theirs.get(name)]
         if changed:
             raise ConfigError(
                 "; ".join(f"{name} = {theirs.get(name)!r}" for name in changed),

@@ -31,6 +31,8 @@ UNREAD_IN_DFLASH_CONFIG = ("is_causal", "use_gemma_norm")  # it reads these at t
 KNOWN_IN_DFLASH_CONFIG = frozenset(
     {
         *LATER_PARTS,
+        *UNREAD,
+        *UNREAD_IN_DFLASH_CONFIG,
         *UNREAD_WINDOWS,
         "attention_value_scale",
         "block_size",
@@ -108,11 +110,14 @@ def ignored_settings(config: Mapping[str, Any], head: str) -> list[str]:
     head: "dflash" or "domino".
     """
     nested = config.get("dflash_config") or {}
+    kinds = config.get("layer_types") or ()
     found = [key for key in UNREAD if draft_setting(config, key)]
-    found += [f"dflash_config.{key}" for key in UNREAD_IN_DFLASH_CONFIG if nested.get(key)]
+    if kinds and set(kinds) == {"sliding_attention"} and "causal" in found:
+        found.remove("causal")  # as SGLang computes sliding layers in any case
+    found += [f"dflash_config.{key}" for key in UNREAD_IN_DFLASH_CONFIG if nested.get(key) and not config.get(key)]
     if head != "domino" and draft_setting(config, "shift_label"):
         found.append("shift_label without a domino head")
-    if "sliding_attention" not in (config.get("layer_types") or ()):
+    if "sliding_attention" not in kinds and draft_setting(config, "use_swa") is not False:
         found += [f"{key} without sliding layer_types" for key in UNREAD_WINDOWS if draft_setting(config, key)]
     if "attention_value_scale" not in nested and config.get("attention_value_scale") not in (None, 1):
         found.append("attention_value_scale outside of dflash_config")

@@ -28,6 +28,13 @@ def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return full or rope
 
 
+def is_mrope(config: Mapping[str, Any]) -> bool:
+    """Whether positions of a config.json's model have several numbers, as for pictures (SGLang's model_is_mrope)."""
+    language = language_config(config)
+    rope = {**rope_of(language), **(language.get("rope_scaling") or {})}
+    return "mrope_section" in rope and not config.get("language_model_only")
+
+
 def rope_theta(config: Mapping[str, Any]) -> float:
     """The base of a language model's rotary positions, in either spelling."""
     return float(rope_of(config).get("rope_theta") or config.get("rope_theta") or 10000.0)  # the first Llama's

@@ -33,6 +33,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BY_LONGEST_ROW = ("longrope", "su")
 """Kinds of rotary positions that rotate all rows of a batch in one way or another, by its furthest position."""
 
+UNLESS = f"{ROW_INVARIANT.name}=0 serves it, with answers that depend on the load"
+
 
 def refuse_config(path: Path) -> None:
     """Raise TargetError for a model directory whose config.json asks for what the platform does not compute."""
@@ -46,13 +48,19 @@ def refuse_config(path: Path) -> None:
 
 def _unserved(config: Mapping[str, Any]) -> Iterator[str]:
     yield from sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    yield from (meaning for field, meaning in OTHER_ATTENTION.items() if config.get(field))
+    for field, meaning in OTHER_ATTENTION.items():
+        without_window = field == "sliding_window_pattern" and config.get("sliding_window", "") is None
+        if config.get(field) and not without_window:
+            yield meaning
     if ROW_INVARIANT.is_on():
-        yield from (f"{field} {config[field]}" for field in EXPERTS if (config.get(field) or 0) > 1)
+        for field in EXPERTS:
+            count = config.get(field)
+            if isinstance(count, int) and count > 1:
+                yield f"{field} {count} ({UNLESS})"
         rope = config.get("rope_scaling") or rope_of(config)
-        kind = rope.get("rope_type", rope.get("type"))
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
         if kind in BY_LONGEST_ROW:
-            yield f"rotary positions of type {kind}"
+            yield f"rotary positions of type {kind} ({UNLESS})"
 
 
 def refuse_modules(model: torch.nn.Module) -> None:
@@ -68,7 +76,7 @@ def refuse_modules(model: torch.nn.Module) -> None:
         ):
             found = f"{name}, an attention with a window, chunks, a soft cap or another text's keys"
         elif ROW_INVARIANT.is_on() and any(kind.__name__ == "FusedMoE" for kind in type(module).__mro__):
-            found = f"{name}, experts"
+            found = f"{name}, experts ({UNLESS})"
         else:
             continue
         raise TargetError(

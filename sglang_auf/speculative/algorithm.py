@@ -107,9 +107,12 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             server_args.speculative_draft_attention_backend = backend
 
 
-def verifies_trees(device: str) -> bool:
-    """Whether a step verifies a tree of drafts and not one chain: the CPU platform's does, unless told otherwise."""
-    return device == "cpu" and TREE.is_on()
+def verifies_trees(device: str, is_mrope: bool) -> bool:
+    """Whether a step verifies a tree of drafts and not one chain: the CPU platform's does, unless told otherwise.
+
+    is_mrope: positions have several numbers, as for pictures. SGLang then wants as many rows of every request.
+    """
+    return device == "cpu" and not is_mrope and TREE.is_on()
 
 
 def _requested_block(server_args: Any) -> int | None:

@@ -52,9 +52,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _ = self._draft_head  # refuses a draft vocabulary that does not fit the target's head now, not in a request
-        # With several numbers a position (pictures) SGLang wants as many rows of every request, as a chain has.
-        flat = not self.target_worker.model_runner.model_config.model_is_mrope
-        if verifies_trees(str(self.device)) and SIMULATE_ACC_LEN <= 0 and flat:
+        is_mrope = self.target_worker.model_runner.model_config.model_is_mrope
+        if verifies_trees(str(self.device), is_mrope) and SIMULATE_ACC_LEN <= 0:
             from sglang_auf.speculative.tree_step import TreeStep  # compiles kernels of the CPU platform
 
             self._trees = TreeStep(self)

@@ -27,6 +27,7 @@ def test_settings_are_looked_up_as_sglang_does() -> None:
     ("config", "mentioned"),
     [
         (drafter({"causal": True}), "causal"),
+        (drafter({"causal": True}, layer_types=["sliding_attention", "full_attention"]), "causal"),
         (drafter(sample_from_anchor=True), "sample_from_anchor"),
         (drafter({"shift_label": True}), "shift_label without a domino head"),
         (drafter({"use_swa": True}), "use_swa without sliding layer_types"),
@@ -51,6 +52,9 @@ def test_what_sglang_does_not_read_is_refused(config: dict[str, Any], mentioned:
         drafter({"use_swa": True, "swa_window_size": 128}, layer_types=["sliding_attention"], sliding_window=128),
         drafter({"attention_value_scale": 0.7, "output_multiplier": 2.0, "final_logit_softcapping": 30.0}),
         drafter(is_causal=True, use_gemma_norm=True, attention_value_scale=1.0),
+        drafter({"is_causal": True}, is_causal=True),
+        drafter({"use_swa": False, "swa_window_size": 2048}),
+        drafter({"causal": True}, layer_types=["sliding_attention"] * 2),
     ],
 )
 def test_what_sglang_reads_is_served(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.checkpoints.target_config import language_config, rope_of, rope_theta
+from sglang_auf.checkpoints.target_config import is_mrope, language_config, rope_of, rope_theta
 
 TEXT = {"model_type": "qwen3", "num_hidden_layers": 4}
 
@@ -43,3 +43,17 @@ def test_rotary_positions_are_those_of_full_attention() -> None:
     assert rope_of(split) == rope_of({"rope_parameters": full}) == full
     assert (rope_theta(split), rope_theta({"rope_theta": 5e5}), rope_theta({})) == (1e6, 5e5, 1e4)
     assert rope_of({"rope_parameters": None}) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "several"),
+    [
+        ({"rope_scaling": {"mrope_section": [24, 20, 20]}}, True),
+        ({"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [11, 11, 10]}}}, True),
+        ({"language_model_only": True, "rope_scaling": {"mrope_section": [24, 20, 20]}}, False),
+        ({"rope_scaling": {"rope_type": "llama3"}}, False),
+        ({"rope_theta": 10000.0}, False),
+    ],
+)
+def test_positions_have_one_number_or_several(config: dict[str, Any], several: bool) -> None:
+    assert is_mrope(config) is several

@@ -56,6 +56,8 @@ def test_a_config_that_asks_for_more_is_refused(fields: dict[str, Any], said: st
         FULL,
         {"attn_logit_softcapping": None, "attention_chunk_size": None, "num_experts": 0, "num_local_experts": 1},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"num_experts": [8], "rope_scaling": "x"},
+        {"sliding_window_pattern": 4, "sliding_window": None},
         {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
     ],
     ids=str,

@@ -130,9 +130,11 @@ def test_card_says_whether_trees_are_verified(
     monkeypatch.delenv(TREE_NODES, raising=False)
     if nodes is not None:
         monkeypatch.setenv(TREE_NODES, nodes)
-    served = ServedModel("small", TARGET, Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED, device))
-    reply = client(served).get("/v1/auf/card").json()
+    speculation = Speculation("owner/drafter", CHECKED, 4, lambda _: CHECKED, device)
+    reply = client(ServedModel("small", TARGET, speculation)).get("/v1/auf/card").json()
     assert (reply["tree"], reply["tree_nodes"]) == said
+    chains = ServedModel("small", TARGET, replace(speculation, is_mrope=True))
+    assert client(chains).get("/v1/auf/card").json()["tree"] is False
 
 
 @pytest.mark.parametrize("route", ["acceptance", "card"])

@@ -12,7 +12,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sglang_auf.checkpoints.drafter_settings import LATER_PARTS, UNREAD, UNREAD_WINDOWS, ignored_settings
+from sglang_auf.checkpoints.drafter_settings import (
+    LATER_PARTS,
+    UNREAD,
+    UNREAD_WINDOWS,
+    draft_setting,
+    ignored_settings,
+)
 from sglang_auf.checkpoints.weights import tapped_layers
 from sglang_auf.errors import CardError
 from sglang_auf.models.config import ROPE_TYPES, DrafterConfig
@@ -83,6 +89,8 @@ def served_config(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     nested = section(layer, "dflash_config")
     kinds = layer.get("layer_types") or []
     features = [key for key in FEATURES if is_on(key, nested.get(key, layer.get(key)))]
+    if draft_setting(layer, "use_swa") is False:
+        features = [key for key in features if key not in UNREAD_WINDOWS]
     if features := features or ignored_settings(layer, settings.get("head", "dflash")):
         raise refusal(f"{', '.join(features)} in config.json", "a plain DFlash drafter has none of these")
     if set(kinds) - {"full_attention"} or (not kinds and layer.get("use_sliding_window")):

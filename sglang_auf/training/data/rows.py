@@ -173,11 +173,15 @@ def _decoded(text: bytes) -> Any:
         return BadRow("broken JSON")
 
 
+SENT = ("messages", "conversation", "conversations", "turns", "prompt", "tools", "chat_template_kwargs")
+"""Fields of a row that reach a server or a chat template."""
+
+
 def _strict(row: Any, text: bytes) -> Any:
-    """A BadRow for a row with numbers that Python reads and no server takes. text: what it was decoded from."""
-    if b"NaN" in text or b"Infinity" in text:  # hardly a text has them, so hardly a row is encoded again
+    """A BadRow for a row that would send numbers which Python reads and no server takes. text: it was decoded from."""
+    if isinstance(row, dict) and (b"NaN" in text or b"Infinity" in text):  # so hardly a row is encoded again
         try:
-            json.dumps(row, allow_nan=False, default=str)
+            json.dumps([row.get(name) for name in SENT], allow_nan=False, default=str)
         except ValueError:
             return BadRow("NaN or Infinity, which JSON does not have")
     return row

@@ -170,6 +170,19 @@ def test_resuming_with_other_settings_is_refused(
     assert (out / "records.jsonl").read_bytes() == before
 
 
+def test_a_run_of_an_earlier_version_is_resumed_by_what_it_said(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "out"
+    assert main(flags(server.url, out, data_dir)) == 0
+    file = out / "run.json"
+    begun = json.loads(file.read_text())
+    del begun["config"]["empty_cache"]
+    for name in ("overlap", "tree", "tree_nodes", "draft_vocabulary", "weights", "swaps"):
+        del begun["server"][name]
+    file.write_text(json.dumps(begun))
+    assert main(flags(server.url, out, data_dir, "--resume", "--empty-cache")) == 0
+    assert main(flags(server.url, out, data_dir, "--resume", "--max-tokens", "16")) == 2
+
+
 def test_a_resumed_run_may_find_the_server_elsewhere(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     main(flags(fake().url, out, data_dir))

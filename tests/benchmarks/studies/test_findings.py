@@ -251,6 +251,21 @@ def test_parts_of_a_study_are_joined_by_seed_and_budget(tmp_path: Path) -> None:
         read_results(tmp_path / "one", others=[tmp_path / "nowhere"])
 
 
+def test_what_a_later_version_says_of_the_target_makes_it_no_other(tmp_path: Path) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}}},
+        **{"budgets": {30: []}, "measured": {"trees": [8]}},
+    }
+    write(tmp_path / "records", study, [30])
+    file = tmp_path / "records" / "30" / training_name("auf", 1)
+    write_gz(file, json.dumps({"run": {"target": {"name": "t", "architecture": "A"}, "data": {"sha256": "d"}}}))
+    assert set(read_results(tmp_path / "records")) == {30}
+    write_gz(file, json.dumps({"run": {"target": {"name": "u"}, "data": {"sha256": "d"}}}))
+    with pytest.raises(ConfigError, match="another target"):
+        read_results(tmp_path / "records")
+
+
 def test_arms_of_one_machine_with_different_data_are_refused(tmp_path: Path) -> None:
     study = {
         **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1]},

@@ -153,6 +153,13 @@ def test_a_row_of_a_list_with_a_number_that_is_none_is_named(tmp_path: Path) -> 
     assert chosen.file.broken == ["mine.json[1]: NaN or Infinity, which JSON does not have"]
 
 
+def test_a_field_that_nobody_sends_may_hold_anything(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"turns": ["a"], "score": NaN}\n')
+    (chosen,) = select_from_files([path])
+    assert [prompt.turns for prompt in chosen.prompts] == [("a",)]
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "nothing\n", '{"id": "a"}\n'])
 def test_a_file_without_a_good_row_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.jsonl"
