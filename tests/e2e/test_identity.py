@@ -131,8 +131,18 @@ def test_an_answer_that_fills_the_pool_ends_by_length(
     assert [len(auf["ids"]) for auf in drafted] == [256 - 20 - 32, 1]
 
 
-def test_a_target_with_biases_is_replayed_and_decoded_alike(tiny_drafter: Callable[..., Path], tmp_path: Path) -> None:
-    inputs, target = prompts(6), write_target(tmp_path / "target", bias=True)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"bias": True}, {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}}],
+    ids=["biases", "scaled positions"],
+)
+def test_a_target_of_another_form_is_replayed_and_decoded_alike(
+    form: dict[str, Any], tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    inputs, target = prompts(6), write_target(tmp_path / "target", **form)
     engine = {"model_path": str(target), "context_length": 256}
     drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(4))}
     (alone,) = run_engine(tmp_path / "plain", engine, [job(inputs, 1)])
