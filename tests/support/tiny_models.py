@@ -68,7 +68,10 @@ def drafter_config(block_size: int, head_dim: int = 16, vocabulary: int = VOCABU
 def write_target(
     directory: Path, head_dim: int = 16, vocabulary: int = VOCABULARY, bias: bool = False, **fields: Any
 ) -> Path:
-    """Random weights, whose distributions are neither flat nor certain. bias: at q, k, v and o too. fields: of config."""
+    """Random weights whose distributions are neither flat nor certain.
+
+    bias: at q, k, v and o too. fields: of config.json.
+    """
     config = target_config(head_dim, vocabulary) | {"attention_bias": bias} | fields
     hidden, inner, kv = config["hidden_size"], config["intermediate_size"], 2 * head_dim
     shapes: dict[str, tuple[int, ...]] = {
