@@ -33,34 +33,44 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BY_LONGEST_ROW = ("longrope", "su")
 """Kinds of rotary positions that rotate all rows of a batch in one way or another, by its furthest position."""
 
-UNLESS = f"{ROW_INVARIANT.name}=0 serves it, with answers that depend on the load"
-
 
 def refuse_config(path: Path) -> None:
     """Raise TargetError for a model directory whose config.json asks for what the platform does not compute."""
-    if found := ", ".join(_unserved(language_config(read_json(path / CONFIG, TargetError)))):
-        raise TargetError(
-            f"{found} in {path / CONFIG}",
-            "full self-attention in every layer, and rows that do not depend on one another, on the CPU platform",
-            "serve this model on a GPU",
-        )
+    config = language_config(read_json(path / CONFIG, TargetError))
+    attention, rows = list(_other_attention(config)), list(_dependent_rows(config))
+    if attention or rows:
+        raise _refusal(f"{', '.join([*attention, *rows])} in {path / CONFIG}", servable=not attention)
 
 
-def _unserved(config: Mapping[str, Any]) -> Iterator[str]:
+def _refusal(found: str, servable: bool) -> TargetError:
+    """servable: with rows that depend on one another."""
+    unless = f", or set {ROW_INVARIANT.name}=0, with which answers depend on the load" if servable else ""
+    return TargetError(
+        found,
+        "full self-attention in every layer, and rows that do not depend on one another, on the CPU platform",
+        f"serve this model on a GPU{unless}",
+    )
+
+
+def _other_attention(config: Mapping[str, Any]) -> Iterator[str]:
     yield from sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     for field, meaning in OTHER_ATTENTION.items():
         without_window = field == "sliding_window_pattern" and config.get("sliding_window", "") is None
         if config.get(field) and not without_window:
             yield meaning
-    if ROW_INVARIANT.is_on():
-        for field in EXPERTS:
-            count = config.get(field)
-            if isinstance(count, int) and count > 1:
-                yield f"{field} {count} ({UNLESS})"
-        rope = config.get("rope_scaling") or rope_of(config)
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
-        if kind in BY_LONGEST_ROW:
-            yield f"rotary positions of type {kind} ({UNLESS})"
+
+
+def _dependent_rows(config: Mapping[str, Any]) -> Iterator[str]:
+    if not ROW_INVARIANT.is_on():
+        return
+    for field in EXPERTS:
+        count = config.get(field)
+        if isinstance(count, int) and count > 1:
+            yield f"{field} {count}"
+    rope = config.get("rope_scaling") or rope_of(config)
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+    if kind in BY_LONGEST_ROW:
+        yield f"rotary positions of type {kind}"
 
 
 def refuse_modules(model: torch.nn.Module) -> None:
@@ -74,13 +84,7 @@ def refuse_modules(model: torch.nn.Module) -> None:
         if isinstance(module, RadixAttention) and (
             module.is_cross_attention or module.logit_cap or module.sliding_window_size > -1 or module.use_irope
         ):
-            found = f"{name}, an attention with a window, chunks, a soft cap or another text's keys"
-        elif ROW_INVARIANT.is_on() and any(kind.__name__ == "FusedMoE" for kind in type(module).__mro__):
-            found = f"{name}, experts ({UNLESS})"
-        else:
-            continue
-        raise TargetError(
-            f"{found}, in {type(model).__name__}",
-            "full self-attention in every layer, and rows that do not depend on one another, on the CPU platform",
-            "serve this model on a GPU",
-        )
+            what = "an attention with a window, chunks, a soft cap or another text's keys"
+            raise _refusal(f"{name}, {what}, in {type(model).__name__}", servable=False)
+        if ROW_INVARIANT.is_on() and any(kind.__name__ == "FusedMoE" for kind in type(module).__mro__):
+            raise _refusal(f"{name}, experts, in {type(model).__name__}", servable=True)

@@ -17,7 +17,7 @@ one's details into sglext; usage sums over all. Not covered are /v1/responses an
 place for it, the native /generate, whose meta_info always has the counts, and SGLang's Rust front end, which does
 not run this code.
 
-The streams of Ollama's routes have no place for it either. What is mended here is that they lose text.
+The streams of Ollama's routes have no place for it either. They only get text here that SGLang would leave out.
 """
 
 from __future__ import annotations

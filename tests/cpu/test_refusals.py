@@ -47,6 +47,8 @@ def test_a_config_that_asks_for_more_is_refused(fields: dict[str, Any], said: st
         refuse_config(write(tmp_path, **fields))
     assert said in caught.value.found
     assert str(tmp_path) in caught.value.found
+    of_rows = "experts" in said or "type" in said
+    assert (ROW_INVARIANT.name in caught.value.remedy) is of_rows, "the switch serves it, and nothing else"
 
 
 @pytest.mark.parametrize(
