@@ -57,9 +57,12 @@ def _place(builder: Any, kind: Any, address: Any, index: Any) -> Any:
 
 
 _BYTE, _HALF, _WORD, _LONG, _SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-# A vector register of float32 holds so many.
+# A vector of float32 has so many: a register of AVX512, two of AVX2.
 LANES = 16
 assert KEYS_AT_ONCE % LANES == 0
+# Vectors of sums that stay in registers beside what is added to them: of 32 registers of AVX512, of 16 of AVX2. A sum
+# that does not is read and written for every product, which takes longer than the product.
+SUMS_AT_ONCE = 16 if llvm.get_host_cpu_features().get("avx512f") else 5
 _WORDS, _HALVES, _SINGLES = (ir.VectorType(kind, LANES) for kind in (_WORD, _HALF, _SINGLE))
 
 
@@ -589,12 +592,14 @@ def _dots(typing: Any, q: Any, keys: Any, scores: Any, count: Any, width: Any) -
             for sum_ in sums:
                 builder.store(_alike(_SINGLES, 0.0), sum_)
             rows = [builder.add(keys, builder.mul(builder.add(first, _LONG(i)), size)) for i in range(LANES)]
-            with cgutils.for_range(builder, builder.udiv(width, _LONG(LANES)), intp=_LONG) as loop:
-                offset = builder.mul(loop.index, _LONG(4 * LANES))
-                part = builder.load(_at(builder, _SINGLES, q, offset), align=4)
-                for row, sum_ in zip(rows, sums, strict=True):
-                    key = builder.load(_at(builder, _SINGLES, row, offset), align=4)
-                    builder.store(_fused(builder, key, part, builder.load(sum_)), sum_)
+            for start in range(0, LANES, SUMS_AT_ONCE):
+                some = slice(start, start + SUMS_AT_ONCE)
+                with cgutils.for_range(builder, builder.udiv(width, _LONG(LANES)), intp=_LONG) as loop:
+                    offset = builder.mul(loop.index, _LONG(4 * LANES))
+                    part = builder.load(_at(builder, _SINGLES, q, offset), align=4)
+                    for row, sum_ in zip(rows[some], sums[some], strict=True):
+                        key = builder.load(_at(builder, _SINGLES, row, offset), align=4)
+                        builder.store(_fused(builder, key, part, builder.load(sum_)), sum_)
             found = _across(builder, [builder.load(sum_) for sum_ in sums])
             left = builder.trunc(builder.sub(count, first), _WORD)
             written = builder.icmp_signed("<", builder.trunc(lanes, _WORDS), _in_all_lanes(builder, left))
@@ -624,7 +629,8 @@ def _widen_vectors(typing: Any, source: Any, target: Any, count: Any) -> Any:
 
 
 # Rows, and vectors of each, whose sums are in registers together.
-_ROWS_TOGETHER, _VECTORS_TOGETHER = 4, 4
+_ROWS_TOGETHER = 4
+_VECTORS_TOGETHER = SUMS_AT_ONCE // _ROWS_TOGETHER
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1083,11 +1089,11 @@ def largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 # A packed weight is [strips, pairs of inputs, LANES outputs, 2]: strips of LANES outputs, in which the pairs of inputs
 # follow one another. So a product reads it once, from its first byte to its last. TILE_PAIRS pairs of a strip are a
 # tile of AMX. Strips and tiles are whole: what a weight lacks is zeros.
-STRIPS = 2  # computed together
+STRIPS = 2  # of a task, computed together where registers hold their sums
 TILE_PAIRS, TILE_ROWS = 16, 16
 # Rows that vector instructions compute together. From _BUSY of them on, memory is asked for _AHEAD bytes before it is
 # needed: else its time and that of the arithmetic add up.
-_TOGETHER = (1, 2, 4, 8)
+_TOGETHER = (1, 2, 4, min(8, SUMS_AT_ONCE))
 _BUSY, _AHEAD = 4, 4096
 
 
@@ -1159,22 +1165,25 @@ def _by_vectors(add_pair: Callable[[Any, Any, Any, Any], Any], pair_bytes: int) 
         builder = unit.builder
         last = builder.sub(left, _LONG(1))
         xs = [unit.row(builder.add(first, unit.smaller(_LONG(i), last))) for i in range(count)]
-        sums = [[cgutils.alloca_once_value(builder, _alike(_SINGLES, 0.0)) for _ in xs] for _ in unit.strips]
-        for sum_ in chain.from_iterable(sums):
-            builder.store(_alike(_SINGLES, 0.0), sum_)
-        with cgutils.for_range(builder, unit.pairs, intp=_LONG) as loop:
-            for strip, of_strip in zip(unit.strips, sums, strict=True):
+        together = min(STRIPS, SUMS_AT_ONCE // count)
+        for start in range(0, STRIPS, together):
+            strips = range(start, start + together)
+            sums = [[cgutils.alloca_once(builder, _SINGLES) for _ in xs] for _ in strips]
+            for sum_ in chain.from_iterable(sums):
+                builder.store(_alike(_SINGLES, 0.0), sum_)
+            with cgutils.for_range(builder, unit.pairs, intp=_LONG) as loop:
                 offset = builder.mul(loop.index, _LONG(4 * LANES))
-                words = builder.load(_at(builder, _WORDS, strip, offset), align=4 * LANES)
-                if count >= _BUSY:
-                    _fetch(builder, _at(builder, _BYTE, strip, offset, _LONG(_AHEAD)))
-                for x, sum_ in zip(xs, of_strip, strict=True):
-                    pair = builder.add(x, builder.mul(loop.index, _LONG(pair_bytes)))
-                    builder.store(add_pair(builder, builder.load(sum_), words, pair), sum_)
-        for i in range(count):
-            with builder.if_then(builder.icmp_signed("<", _LONG(i), left)):
-                for strip, of_strip in enumerate(sums):
-                    unit.write(builder.add(first, _LONG(i)), strip, builder.load(of_strip[i]))
+                for strip, of_strip in zip(strips, sums, strict=True):
+                    words = builder.load(_at(builder, _WORDS, unit.strips[strip], offset), align=4 * LANES)
+                    if count >= _BUSY:
+                        _fetch(builder, _at(builder, _BYTE, unit.strips[strip], offset, _LONG(_AHEAD)))
+                    for x, sum_ in zip(xs, of_strip, strict=True):
+                        pair = builder.add(x, builder.mul(loop.index, _LONG(pair_bytes)))
+                        builder.store(add_pair(builder, builder.load(sum_), words, pair), sum_)
+            for i in range(count):
+                with builder.if_then(builder.icmp_signed("<", _LONG(i), left)):
+                    for strip, of_strip in zip(strips, sums, strict=True):
+                        unit.write(builder.add(first, _LONG(i)), strip, builder.load(of_strip[i]))
 
     def fitting(unit: _Unit, first: Any, left: Any, counts: tuple[int, ...]) -> None:
         if len(counts) == 1:
