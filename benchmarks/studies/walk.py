@@ -18,6 +18,7 @@ from benchmarks.harness.records import Record
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.models.products import bf16_products
 from sglang_auf.training.data.batching import Batch, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
@@ -67,7 +68,7 @@ class Walker:
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
         step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
         walked: list[list[Record]] = [[] for _ in (None, *self._trees)]
-        with torch.no_grad(), torch.autocast(step.head.device.type, torch.bfloat16):
+        with torch.no_grad(), bf16_products(), torch.autocast(step.head.device.type, torch.bfloat16):
             for records, batch in known.batches:
                 for found, counts in zip(walked, walks(step, batch, trees=self._trees), strict=True):
                     found += [_record(*pair) for pair in zip(records, counts, strict=True)]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.training.step_shapes import Shape
 from sglang_auf.errors import ConfigError
 from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.products import bf16_products
 from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses.cross_entropy import head_argmax
 from sglang_auf.training.losses.objectives import ObjectiveSettings
@@ -117,6 +118,7 @@ class Bench:
         batch.input_ids = torch.where(right, self._own_tokens(batch, anchors), batch.input_ids)
         return batch, anchors, valid
 
+    @bf16_products()
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _own_tokens(self, batch: Batch, anchors: Tensor) -> Tensor:
         """[R, S]: the drafter's prediction at each position that a block covers, elsewhere the text."""
@@ -131,6 +133,7 @@ class Bench:
         inside = positions.clamp(max=batch.input_ids.shape[1] - 1).flatten(1)
         return batch.input_ids.scatter(1, inside, drafted.view_as(inside))
 
+    @bf16_products()
     def run(self, variant: str, micro_batch: MicroBatch) -> TimedStep:
         """Run forward and backward, without gradients from before."""
         step = self._steps[variant]

@@ -29,6 +29,7 @@ from sglang_auf.checkpoints.writing import RECIPE
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.domino import correction_inputs
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.models.products import bf16_products
 from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking, read_yaml
 from sglang_auf.speculative.tree import RANKS, accepted_along
@@ -81,6 +82,7 @@ class HeldOut:
     tau_trees: Mapping[int, float | None] = field(default_factory=dict)
 
 
+@bf16_products()
 def heldout_tau(
     step: TrainingStep,
     batches: Iterable[Batch],

@@ -28,6 +28,7 @@ from sglang_auf import provenance
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.models.dflash import Drafter
+from sglang_auf.models.products import bf16_products
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import (
@@ -168,6 +169,7 @@ class Trainer:
             for some in rows[self.rank :: self.ranks]:
                 yield [self.data.train[row] for row in some], epoch
 
+    @bf16_products()
     def _advance(self, index: int, caught: list[int]) -> int:
         """Make one optimiser step; log, evaluate and save where due. Returns the signal that stops the run, or 0."""
         began = time.monotonic()

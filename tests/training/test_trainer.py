@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_auf.cli import main
 from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, TrainingError
+from sglang_auf.models import products
 from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
@@ -25,6 +26,7 @@ from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, train
+from tests.support.products_seen import Products
 from tests.support.training_runs import (
     FSDP,
     limit_file_size,
@@ -615,3 +617,17 @@ def without_sources(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json")
     del content["data"]["sources"]
     return content
+
+
+# --- a CPU without instructions for bf16 ---
+
+
+@pytest.mark.parametrize("sections", [{"precision": "bf16", "optimiser": DOMINO["optimiser"]}, DOMINO])
+def test_no_bf16_product_is_left_to_torch(
+    models: tuple[str, str], sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: False)
+    with Products() as seen:
+        assert train(tiny_recipe(*models, **sections), tmp_path / "run").signal is None
+    assert seen.by_type.pop(torch.float32) > 100
+    assert seen.by_type == {}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.models.products import bf16_products
 from sglang_auf.stats.bootstrap import Difference, paired_difference
 from sglang_auf.training.data.batching import plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
@@ -64,7 +65,7 @@ class Walkers:
         plan = plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0)
         for rows in tqdm(plan, f"walking {name}", unit="batch", disable=None):
             batch = with_features([conversations[row] for row in rows], self._features)
-            with torch.no_grad(), torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+            with torch.no_grad(), bf16_products(), torch.autocast(batch.input_ids.device.type, torch.bfloat16):
                 walked = [next(walks(step, batch, self._vocabulary)) for step in self._steps]
             for of_drafter, answers in zip(taus, walked, strict=True):
                 of_drafter.extend(answer.tau for answer in answers if answer.tau is not None)

@@ -20,6 +20,7 @@ from sglang_auf.checkpoints.tappable import NOT_AT_OUTPUTS
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.files import find_model
+from sglang_auf.models.products import bf16_products
 from sglang_auf.training.data.batching import to_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -131,6 +132,7 @@ class OnlineFeatures(FrozenTarget):
             features[row, : len(tapped)] = tapped
         return features
 
+    @bf16_products()
     def with_argmax(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The features, and [R, S] int64: at position t the token that the target would put at t + 1.
 
@@ -161,6 +163,7 @@ class OnlineFeatures(FrozenTarget):
             for row, length in enumerate(of.tolist()):
                 yield tapped[row, :length], last[row, :length]
 
+    @bf16_products()
     def _forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """[R, S] -> [R, S, T * H] and [R, S, H].
 
