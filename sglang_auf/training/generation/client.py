@@ -16,7 +16,7 @@ import httpx
 import openai
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ConfigError, ServerError
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 EXACT_IDS = {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True}
 """SGLang's request fields for exact token ids in the reply."""
+TOKEN_IDS = {"return_token_ids": True}
+"""vLLM's field for them. SGLang knows it too, and refuses it in a stream."""
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Where a server's reasoning parser puts a thought: SGLang's field, and vLLM's since it renamed its own."""
 UNSHAPED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """SGLang's request fields that keep a model's generation_config.json from shaping the distribution."""
 FINISHED = ("stop", "length", "tool_calls")
@@ -88,6 +92,17 @@ class SglExt(BaseModel):
             raise ValueError(f"sglext of the reply cannot be read: {error.errors()[0]['msg']}") from error
 
 
+_IDS: TypeAdapter[list[int] | None] = TypeAdapter(list[int] | None)
+
+
+def _ids(part: BaseModel, name: str) -> list[int] | None:
+    """Token ids in a field of a reply or choice that OpenAI does not have. Raises ValueError if they are none."""
+    try:
+        return _IDS.validate_python((part.model_extra or {}).get(name))
+    except ValidationError as error:
+        raise ValueError(f"{name} of the reply cannot be read: {error.errors()[0]['msg']}") from error
+
+
 class AnswerError(Exception):
     """Why a question got no answer. server: the fault is the server's, not the question's."""
 
@@ -127,7 +142,7 @@ class TargetClient:
             "max_tokens": settings.max_tokens,
         }
         self._template_fields = template_fields(thinking)
-        self._extras: dict[str, Any] = {**EXACT_IDS, **UNSHAPED}
+        self._extras: dict[str, Any] = {**EXACT_IDS, **TOKEN_IDS, **UNSHAPED}
 
     async def __aenter__(self) -> Self:
         return self
@@ -217,22 +232,31 @@ class TargetClient:
 
 
 def _read(reply: object) -> Answer:
-    """Raises AnswerError for a reply that is no answer, ValueError for a sglext that cannot be read."""
+    """Raises AnswerError for a reply that is no answer, ValueError for token ids that cannot be read."""
     if not isinstance(reply, ChatCompletion) or not reply.choices:
         raise AnswerError("the reply is no chat completion", server=True)
     choice = reply.choices[0]
     if choice.finish_reason not in FINISHED:
         raise AnswerError(f"the answer ended with finish_reason {choice.finish_reason!r}", server=False)
     extension = SglExt.of(reply)
-    reasoning = (choice.message.model_extra or {}).get("reasoning_content")
-    response_ids = extension.output_ids[0] if extension.output_ids else None
+    prompt_ids = extension.input_ids or _ids(reply, "prompt_token_ids")
+    response_ids = extension.output_ids[0] if extension.output_ids else _ids(choice, "token_ids")
     calls = choice.message.tool_calls
     return Answer(
         text=choice.message.content or "",
-        reasoning=reasoning if isinstance(reasoning, str) else None,
+        reasoning=_thought(choice.message),
         tool_calls=[call.model_dump(exclude_none=True) for call in calls] if calls else None,
         finish_reason=choice.finish_reason,
-        prompt_ids=extension.input_ids,
+        prompt_ids=prompt_ids,
         response_ids=response_ids,
         tokens=reply.usage.completion_tokens if reply.usage else len(response_ids or []),
     )
+
+
+def _thought(message: BaseModel) -> str | None:
+    """None where the answer has none, or an empty one. Raises AnswerError where two fields give different ones."""
+    given = [(message.model_extra or {}).get(name) for name in THOUGHTS]
+    thoughts = {thought for thought in given if isinstance(thought, str) and thought.strip()}
+    if len(thoughts) > 1:
+        raise AnswerError(f"the answer has two thoughts, in {' and '.join(THOUGHTS)}", server=True)
+    return thoughts.pop() if thoughts else None

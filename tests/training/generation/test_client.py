@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,18 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from openai.types.chat import ChatCompletion
 
-from sglang_auf.training.generation.client import SglExt, openai_client, template_fields
+from sglang_auf.training.data.chats import Chat
+from sglang_auf.training.generation.client import (
+    EXACT_IDS,
+    TOKEN_IDS,
+    UNSHAPED,
+    AnswerError,
+    SglExt,
+    TargetClient,
+    openai_client,
+    template_fields,
+)
+from sglang_auf.training.generation.settings import RegenerateSettings
 from tests.support.http_servers import serving
 
 
@@ -75,6 +87,33 @@ def test_extension_of_a_reply() -> None:
 def test_extension_that_cannot_be_read(sglext: object) -> None:
     with pytest.raises(ValueError, match="sglext of the reply cannot be read"):
         SglExt.of(reply(sglext=sglext))
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "choice"),
+    [("prompt_token_ids", {"prompt_token_ids": "ab"}, {}), ("token_ids", {}, {"token_ids": [1.5]})],
+)
+def test_token_ids_that_cannot_be_read(name: str, reply: dict[str, Any], choice: dict[str, Any]) -> None:
+    answer = {"index": 0, "message": {"role": "assistant", "content": "Hi."}, "finish_reason": "stop", **choice}
+    whole = {"id": "", "created": 0, "model": "", "object": "chat.completion", "choices": [answer], **reply}
+    app = FastAPI()
+    app.post("/v1/chat/completions")(lambda: whole)
+
+    async def ask(url: str) -> None:
+        settings = RegenerateSettings(base_url=url, out=Path("unused"), inputs=("unused",))
+        async with TargetClient(settings) as client:
+            await client.answer("toy", Chat([{"role": "user", "content": "Say hi."}]), seed=0)
+
+    with serving(app) as url, pytest.raises(AnswerError, match=f"{name} of the reply cannot be read"):
+        asyncio.run(ask(url))
+
+
+def test_sglang_takes_every_field_that_it_is_sent() -> None:
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    sent = {**EXACT_IDS, **TOKEN_IDS, **UNSHAPED}
+    asked = ChatCompletionRequest.model_validate({"model": "", "messages": [], **sent})
+    assert asked.model_dump(include=set(sent)) == sent
 
 
 def test_thinking_is_sent_unless_the_server_decides() -> None:
