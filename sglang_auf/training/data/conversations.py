@@ -53,6 +53,8 @@ class Conversation:
 class LoadedConversations:
     """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit.
 
+    unthought: rows with an answer behind an empty think block, although thinking is on for them.
+
     sha256: of all that was read, and of the ids, tokens and labels it became: a version that names, renders or labels
     otherwise gives another one, and does not continue a run.
     """
@@ -60,6 +62,7 @@ class LoadedConversations:
     conversations: list[Conversation]
     rejected: dict[str, list[str]]
     truncated: list[str]
+    unthought: list[str]
     sha256: str
 
     @property
@@ -89,9 +92,10 @@ def load_conversations(
     kept: list[Conversation] = []
     faults: list[tuple[str, str]] = []
     truncated: list[str] = []
+    unthought: list[str] = []
     for row in tqdm(read_rows(source, digest, split=split), "reading", unit=" rows", delay=5, leave=False):
         try:
-            conversation = reader.read(row)
+            conversation, spans = reader.read(row)
             if len(conversation) > max_length and overlong == "truncate":
                 truncated.append(row.name)
                 conversation = Conversation(
@@ -102,12 +106,14 @@ def load_conversations(
             faults.append((str(fault), row.name))
         else:
             kept.append(conversation)
+            if any(span.unthought for span in spans):
+                unthought.append(row.name)
             # The id decides whether a row is held out, and where its anchors are.
             digest.update(json.dumps(conversation.id).encode() + array("q", conversation.input_ids).tobytes())
             digest.update(bytes(conversation.loss_mask))
     rejected = grouped(faults)
-    _report(source, len(kept), rejected, truncated, max_length)
-    return LoadedConversations(kept, rejected, truncated, digest.hexdigest())
+    _report(source, len(kept), rejected, truncated, unthought, max_length)
+    return LoadedConversations(kept, rejected, truncated, unthought, digest.hexdigest())
 
 
 def split_held_out(
@@ -150,8 +156,8 @@ class _Reader:
         # Rows share one int object for each token: a list then takes 8 bytes a token, not 36.
         self._ids = list(range(vocab_size))
 
-    def read(self, row: ChatRow) -> Conversation:
-        """Raises BadRow."""
+    def read(self, row: ChatRow) -> tuple[Conversation, list[Span]]:
+        """The row as tokens, and where its labels are. Raises BadRow."""
         if row.fault:
             raise BadRow(row.fault)
         exact = [row.fields.get(key) for key in ("prompt_ids", "response_ids")]
@@ -161,7 +167,7 @@ class _Reader:
         mask = [False] * len(ids)
         for span in spans:
             mask[span.start : span.end] = [True] * (span.end - span.start)
-        return Conversation(row.id, [self._ids[token] for token in ids], mask)
+        return Conversation(row.id, [self._ids[token] for token in ids], mask), spans
 
     def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span]]:
         whole = chat_of(fields)
@@ -263,7 +269,12 @@ def _require_size(conversation: Conversation, max_length: int, min_answer_tokens
 
 
 def _report(
-    source: object, kept: int, rejected: Mapping[str, Sequence[str]], truncated: Sequence[str], max_length: int
+    source: object,
+    kept: int,
+    rejected: Mapping[str, Sequence[str]],
+    truncated: Sequence[str],
+    unthought: Sequence[str],
+    max_length: int,
 ) -> None:
     """Log what was left out and what was cut. Raises DataError if nothing is left."""
     if not kept:
@@ -279,3 +290,11 @@ def _report(
         )
     if truncated:
         logger.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))
+    if unthought:
+        logger.warning(
+            "thinking is on, and %d of %d rows have an answer without a thought, which is trained on behind an empty "
+            "think block (a server without its reasoning parser? answers of thinking off?): %s",
+            len(unthought),
+            kept,
+            named(unthought),
+        )

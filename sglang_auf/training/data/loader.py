@@ -77,6 +77,7 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
         "answer_tokens": loaded.answer_tokens,
         "rejected": {reason: len(rows) for reason, rows in loaded.rejected.items()},
         "truncated": len(loaded.truncated),
+        "unthought": len(loaded.unthought),
     }
     return TrainingData(train, held_out, loaded.sha256, facts)
 

@@ -3,7 +3,7 @@
 A drafter learns to guess what the target says, so it is trained on text of the target. Any OpenAI-compatible server or
 router can give it. The turns of a prompt are asked in order, each with the target's own earlier replies, and with the
 row's tools and variables of the template. A row counts when it is on disk (output_file.py), so after a kill the same
-command continues where it stopped.
+command continues where it stopped. The first rows may wait for a thought before that (thoughts.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sglang_auf.training.data.rows import BadRow, grouped, named, read_rows
 from sglang_auf.training.generation.client import Answer, AnswerError, TargetClient
 from sglang_auf.training.generation.output_file import OutputFile, OutputManifest
 from sglang_auf.training.generation.settings import RegenerateSettings
+from sglang_auf.training.generation.thoughts import Thoughts
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER, Progress, run_workers, seed_of
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def regenerate(settings: RegenerateSettings) -> int:
     """Answer every prompt that has no row in settings.out yet, and return the number of rows in that file.
 
     Raises ServerError or DataError if a row has no answer in the end. The error names each such row; the answered rows
-    are kept.
+    are kept. Raises ServerError too where thinking is on and no thought comes.
     """
     thinking = enable_thinking(settings.thinking)
     prompts = read_prompts(settings.inputs, split=settings.split, limit=settings.limit, thinking=thinking)
@@ -157,10 +158,19 @@ class _Workers:
         self._file = file
         self._progress = progress
         self._faults_in_a_row = 0
+        self._thoughts = Thoughts()
 
     async def ask(self, prompts: Sequence[Prompt], concurrency: int) -> None:
         todo = iter(prompts)
         await run_workers(self._work(todo) for _ in range(min(concurrency, len(prompts))))
+        self._keep(self._thoughts.rest())
+        if lacking := self._thoughts.lacking:
+            logger.warning(
+                "thinking was on, and %d answers came without a thought: %s. Training puts an empty think block before "
+                "them. If the target did think, start the server with its reasoning parser, and give another --out",
+                len(lacking),
+                named(lacking),
+            )
 
     async def _work(self, todo: Iterator[Prompt]) -> None:
         for prompt in todo:
@@ -179,8 +189,12 @@ class _Workers:
                     ) from error
             else:
                 self._faults_in_a_row = 0
-                self._file.append(row)
-                self._progress.add_row()
+                self._keep(self._thoughts.ready(row))
+
+    def _keep(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            self._file.append(row)
+            self._progress.add_row()
 
     async def _row(self, prompt: Prompt) -> dict[str, Any]:
         """Ask all turns of one prompt. Raises AnswerError."""

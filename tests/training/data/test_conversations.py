@@ -110,6 +110,28 @@ def test_a_row_without_an_id_has_the_same_one_in_another_file_and_place(tmp_path
     assert ids("d/answers.jsonl", {"id": first, "messages": TWO_TURNS}, row, row) == [first, f"{first}-2", f"{first}-3"]
 
 
+def test_an_answer_without_a_thought_is_named_where_thinking_is_on(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    thought = ANSWER | {"reasoning_content": "Hm."}
+    inline = ANSWER | {"content": "<think>\nHm.\n</think>\n\nHi."}
+    rows = [
+        chat(QUESTION, thought),
+        chat(QUESTION, inline, id="inline"),
+        chat(QUESTION, ANSWER, id="none"),
+        chat(*TWO_TURNS[:3], thought, id="earlier ones are never shown"),
+        chat(QUESTION, ANSWER, id="off", chat_template_kwargs={"enable_thinking": False}),
+        {"id": "exact", "prompt_ids": [1], "response_ids": [2, 3]},
+    ]
+    loaded = load(rows, toy.THINKING)
+    assert len(loaded.conversations) == 6
+    assert loaded.unthought == ["none (rows.jsonl:3)"]
+    assert "1 of 6 rows have an answer without a thought" in caplog.text
+    assert load(rows[:4], toy.THINKING, thinking=True).unthought == ["none (rows.jsonl:3)"]
+    assert load([rows[2], rows[4]], toy.THINKING, thinking=False).unthought == []
+    assert load(rows[2:3]).unthought == []  # a template that knows no thoughts
+
+
 def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None:
     answer = {"role": "assistant", "content": " Hi.\n"}
     [conversation] = load([chat(QUESTION, answer, *TWO_TURNS)], template=toy.TRIMMING).conversations
@@ -398,21 +420,6 @@ def test_a_file_that_the_server_removes_meanwhile_is_no_error(tmp_path: Path, mo
     monkeypatch.setattr(reader, "row_files", lambda directory: [directory / "removed", kept])
     loaded = load_conversations(tmp_path, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
     assert [conversation.id for conversation in loaded.conversations] == ["a"]
-
-
-def test_hub_data_set_at_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked: list[tuple[str, str, str | None]] = []
-
-    def load_dataset(name: str, split: str, revision: str | None) -> list[dict[str, Any]]:
-        asked.append((name, split, revision))
-        return [GOOD]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_conversations("owner/chats@abc123", toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
-    assert asked == [("owner/chats", "train", "abc123")]
-    assert [conversation.id for conversation in loaded.conversations] == ["good"]
 
 
 def conversations(count: int) -> list[Conversation]:

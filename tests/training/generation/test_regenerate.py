@@ -30,6 +30,7 @@ from sglang_auf.training.generation import output_file
 from sglang_auf.training.generation.output_file import manifest_path
 from sglang_auf.training.generation.regenerate import read_prompts, regenerate
 from sglang_auf.training.generation.settings import RegenerateSettings
+from sglang_auf.training.generation.thoughts import FIRST_ROWS
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER
 from tests.support.http_servers import serving
 from tests.support.toy_tokenizer import toy_tokenizer
@@ -48,13 +49,17 @@ class Server:
     """An OpenAI-compatible server that does what the question says: ABORT, REFUSE, CUT, CALL, BUSY the first time.
 
     strict: it refuses unknown request fields. down: every answer is a 503. together: answers come only when this many
-    questions are in flight.
+    questions are in flight. vllm: it gives token ids as vLLM does. no_ids: it gives none. thought: more fields of the
+    answer to a question that says THINK.
     """
 
     models: list[str] = field(default_factory=lambda: ["toy"])
     strict: bool = False
     down: bool = False
     together: int = 0
+    vllm: bool = False
+    no_ids: bool = False
+    thought: dict[str, Any] = field(default_factory=dict)
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
@@ -86,6 +91,8 @@ class Server:
         message: dict[str, Any] = {"role": "assistant", "content": f"to {question}", "reasoning_content": None}
         if "CALL" in question:
             finish, message = "tool_calls", message | {"content": None, "tool_calls": [CALL]}
+        if "THINK" in question:
+            message |= self.thought
         reply = {
             "id": "x",
             "object": "chat.completion",
@@ -94,7 +101,10 @@ class Server:
             "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
             "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
         }
-        if body.get("return_output_ids_in_sglext"):
+        if self.vllm and body.get("return_token_ids"):
+            reply["prompt_token_ids"] = [len(body["messages"]), 1]
+            reply["choices"][0]["token_ids"] = [7, 8, 9]
+        if not (self.vllm or self.no_ids) and body.get("return_output_ids_in_sglext"):
             reply["sglext"] = {"input_ids": [len(body["messages"]), 1], "output_ids": [[7, 8, 9]]}
         return reply
 
@@ -224,6 +234,96 @@ def test_a_row_is_asked_with_its_system_text_its_tools_and_its_variables(serve: 
     assert row["messages"][-1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     again = chat_of(row)
     assert (again.tools, again.template_kwargs) == (request["tools"], kwargs)
+
+
+def test_token_ids_of_vllm(serve: Serve, prompts: Prompts) -> None:
+    run = settings(serve(vllm=True), prompts("one"))
+    regenerate(run)
+    row = rows_of(run.out)["p/0"]
+    assert (row["prompt_ids"], row["response_ids"]) == ([1, 1], [7, 8, 9])
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"reasoning_content": "Hm."},
+        {"reasoning": "Hm."},
+        {"reasoning": "Hm.", "reasoning_content": None},
+        {"reasoning": None, "reasoning_content": "Hm."},
+        {"reasoning": "Hm.", "reasoning_content": "Hm."},
+    ],
+)
+def test_a_thought_is_read_under_both_of_its_names(
+    serve: Serve, prompts: Prompts, thought: dict[str, str | None]
+) -> None:
+    run = settings(serve(thought=thought, no_ids=True), prompts("THINK"), thinking="on")
+    regenerate(run)
+    assert rows_of(run.out)["p/0"]["messages"][-1] == {
+        "role": "assistant",
+        "content": "to THINK",
+        "reasoning_content": "Hm.",
+    }
+
+
+def test_two_thoughts_of_one_answer_are_refused(serve: Serve, prompts: Prompts) -> None:
+    server = serve(thought={"reasoning": "Hm.", "reasoning_content": "Ah."})
+    with pytest.raises(ServerError, match="two thoughts, in reasoning_content and reasoning: p/0"):
+        regenerate(settings(server, prompts("THINK", "two")))
+
+
+NO_THOUGHT: list[dict[str, Any]] = [{}, {"reasoning": ""}, {"reasoning_content": "\n\n"}]
+
+
+@pytest.mark.parametrize("thought", NO_THOUGHT)
+def test_a_server_that_loses_all_thoughts_ends_the_run(serve: Serve, prompts: Prompts, thought: dict[str, Any]) -> None:
+    server = serve(no_ids=True, thought=thought)
+    run = settings(server, prompts(*(f"THINK {i}" for i in range(99))), thinking="on", concurrency=4)
+    with pytest.raises(ServerError, match=f"the first {FIRST_ROWS} answers came without a thought") as failure:
+        regenerate(run)
+    assert "--reasoning-parser" in failure.value.remedy
+    assert len(server.requests) < FIRST_ROWS + 5
+    assert run.out.read_text() == ""
+    server.thought = {"reasoning": "Hm."}
+    assert regenerate(run) == 99
+    assert all(row["messages"][-1]["reasoning_content"] == "Hm." for row in rows_of(run.out).values())
+
+
+def test_a_model_may_think_nothing_sometimes(serve: Serve, prompts: Prompts, caplog: pytest.LogCaptureFixture) -> None:
+    questions = [*map(str, range(FIRST_ROWS - 1)), "THINK", *map(str, range(50, 99))]
+    server = serve(no_ids=True, thought={"reasoning": "Hm."})
+    run = settings(server, prompts(*questions), thinking="on", concurrency=1)
+    assert regenerate(run) == len(questions)
+    assert list(rows_of(run.out)) == [f"p/{i}" for i in range(len(questions))]
+    assert f"{len(questions) - 1} answers came without a thought: p/0, p/1, " in caplog.text
+
+
+def test_few_rows_without_a_thought_are_kept_and_named(
+    serve: Serve, prompts: Prompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"id": "on", "turns": ["one"], "chat_template_kwargs": {"enable_thinking": True}}
+    run = settings(serve(no_ids=True), prompts(row, "two"))
+    assert regenerate(run) == 2
+    assert "1 answers came without a thought: on." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "behaviour", [{}, {"vllm": True}, {"no_ids": True, "thought": {"content": "<think>\nHm.\n</think>\n\nHi."}}]
+)
+def test_a_thought_in_token_ids_or_in_the_text_is_not_missed(
+    serve: Serve, prompts: Prompts, caplog: pytest.LogCaptureFixture, behaviour: dict[str, Any]
+) -> None:
+    run = settings(serve(**behaviour), prompts(*(f"THINK {i}" for i in range(FIRST_ROWS + 1))), thinking="on")
+    assert regenerate(run) == FIRST_ROWS + 1
+    assert "without a thought" not in caplog.text
+
+
+@pytest.mark.parametrize("thinking", ["off", "server"])
+def test_no_thought_is_missed_where_none_was_asked_for(
+    serve: Serve, prompts: Prompts, caplog: pytest.LogCaptureFixture, thinking: str
+) -> None:
+    run = settings(serve(no_ids=True), prompts(*map(str, range(FIRST_ROWS + 1))), thinking=thinking)
+    assert regenerate(run) == FIRST_ROWS + 1
+    assert "without a thought" not in caplog.text
 
 
 def test_what_the_row_and_the_command_disagree_on_is_not_asked(serve: Serve, prompts: Prompts) -> None:
@@ -440,14 +540,14 @@ def test_model_has_to_be_named_unless_there_is_one(serve: Serve, prompts: Prompt
 
 def test_server_that_refuses_unknown_fields(serve: Serve, prompts: Prompts, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(strict=True)
-    run = settings(server, prompts("one", "two", "three REFUSE"), thinking="on", concurrency=1)
+    run = settings(server, prompts("one", "two", "three REFUSE"), thinking="off", concurrency=1)
     with pytest.raises(ServerError, match=r"refused with status 400.*: p/2"):
         regenerate(run)
     assert [set(row) for row in rows_of(run.out).values()] == [
         {"id", "messages", "finish_reason", "chat_template_kwargs"}
     ] * 2
     assert server.asked() == {"one": 2, "two": 1, "three REFUSE": 1}
-    assert all(request["chat_template_kwargs"] == {"enable_thinking": True} for request in server.requests)
+    assert all(request["chat_template_kwargs"] == {"enable_thinking": False} for request in server.requests)
     assert [record.message[:33] for record in caplog.records if record.levelname == "WARNING"] == [
         "the server refuses the request fi"
     ]
