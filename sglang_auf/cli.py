@@ -130,7 +130,7 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", metavar="N", type=int, required=True, help="tokens of a row, as in the recipe")
     parser.add_argument("--overlong", choices=["reject", "truncate"], default="reject", help="longer rows")
     parser.add_argument("--thinking", choices=["on", "off"], help="template switch, as in the recipe")
-    parser.add_argument("--split", metavar="NAME", default="train", help="of a folder or hub data set (default: train)")
+    parser.add_argument("--split", metavar="NAME", default="train", help="of sources that name none (default: train)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the target")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the GPU if there is one)")
     parser.set_defaults(run=_features)
@@ -143,7 +143,7 @@ def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SOURCE", action="append", required=True, help="answers to count, as for train"
     )
     parser.add_argument("--size", metavar="N", type=int, required=True, help="tokens of the list")
-    parser.add_argument("--split", metavar="NAME", default="train", help="of a folder or hub data set (default: train)")
+    parser.add_argument("--split", metavar="NAME", default="train", help="of sources that name none (default: train)")
     parser.add_argument("--force", action="store_true", help="replace an earlier list")
     parser.set_defaults(run=_draft_vocabulary)
 

@@ -24,10 +24,10 @@ RECIPES = Path(__file__).parent / "recipes"
 class DataSettings(Settings):
     """The conversations to learn from.
 
-    sources: files or hub data sets (their `split`), read in this order. max_length: most tokens of a conversation;
-    `overlong` says whether longer ones are rejected or truncated. held_out: conversations kept for evaluation, the same
-    ones for every seed and objective. thinking: the chat template's mode, None where it has none. min_answer_tokens:
-    conversations with fewer are rejected (None: the block size).
+    sources: files, folders or hub data sets, read in this order. split: of folders and data sets that name none.
+    max_length: most tokens of a conversation; `overlong` says whether longer ones are rejected or truncated. held_out:
+    conversations kept for evaluation, the same ones for every seed and objective. thinking: the chat template's mode,
+    None where it has none. min_answer_tokens: conversations with fewer are rejected (None: the block size).
     """
 
     sources: tuple[str, ...] = ()

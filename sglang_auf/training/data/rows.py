@@ -1,21 +1,25 @@
 """Rows of chat data, read from where they are; chats.py says what a row means.
 
-Read from JSONL files, from a JSON file that is one list (as ShareGPT comes) or {"data": [...]}, from a recording of a
-server (sglang_auf/recording), from a folder that the `datasets` library understands, or from a data set of the hub
-("owner/name", "owner/name@revision"). A row that cannot be used is never dropped in silence: it comes out as a ChatRow
+Read from JSONL files, from a JSON file that is one list (as ShareGPT comes) or {"data": [...]}, from Parquet files,
+from a recording of a server (sglang_auf/recording), from a folder that the `datasets` library understands, or from a
+data set of the hub ("owner/name"). A row that cannot be used is never dropped in silence: it comes out as a ChatRow
 with a fault.
+
+A folder or data set may be followed by a configuration and a split, and a data set by a revision: "owner/name:config",
+"owner/name:config:split", "owner/name::split", "owner/name@revision", "owner/name:config:split@revision".
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from sglang_auf.errors import DataError
 from sglang_auf.files import HUB_ID
@@ -30,6 +34,12 @@ ID_LENGTH = 16
 """Hexadecimal digits of the id of a row that has none."""
 NAMED = 10
 """Rows that a message names; the others are counted."""
+FILES = (".json", ".jsonl", ".parquet")
+NAMED_PARTS = re.compile(r"([^:@]+)(?::(?=[^@])([^:/@]*)(?::([^:@][^@]*))?)?(?:@([^:]*))?")
+"""NAME:CONFIG:SPLIT@REVISION. `datasets` allows no ":" in the name of a configuration, Git none in that of a revision.
+A split may be a part of one ("train[:10%]")."""
+BATCH_ROWS = 1024
+"""Rows of a Parquet file in memory at once."""
 
 
 class BadRow(Exception):
@@ -56,7 +66,7 @@ class ChatRow:
 
 
 def read_rows(sources: Source | Sequence[Source], digest: _Hash, *, split: str = "train") -> Iterator[ChatRow]:
-    """Every row of the sources, in order. digest: updated with all that is read. split: of a folder or hub data set.
+    """Every row of the sources, in order. digest: updated with all that is read. split: of sources that name none.
 
     A row without an id gets one from what it says, so that it is the same in a file that is renamed or moved; where
     rows say the same, the later ones are numbered. The second row with an id of its own has a fault. Raises DataError
@@ -124,20 +134,14 @@ def _values(source: Source, digest: _Hash, split: str) -> Iterator[tuple[str, An
             for file in row_files(path):
                 with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
                     yield from _lines(file, digest)
-        elif path.is_dir():
-            yield from _data_set(str(path), split, None, digest)
         elif path.suffix == ".json" and path.is_file():
             yield from _json_list(path, digest)
+        elif path.suffix == ".parquet" and path.is_file():
+            yield from _parquet(path, digest)
         elif path.is_file():
             yield from _lines(path, digest)
         else:
-            name, _, revision = str(source).partition("@")
-            if path.exists() or not HUB_ID.fullmatch(name) or path.suffix in (".json", ".jsonl"):
-                raise DataError(
-                    f"no file {path.absolute()}",
-                    "a JSONL file, a recording, a folder of data, or a hub data set (owner/name, owner/name@revision)",
-                )
-            yield from _data_set(name, split, revision or None, digest)
+            yield from _data_set(str(source), split, digest)
     except OSError as error:
         raise DataError(f"{source}: {error}", "data that can be read") from error
 
@@ -187,17 +191,98 @@ def _strict(row: Any, text: bytes) -> Any:
     return row
 
 
-def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    def rows() -> Iterator[Any]:
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(BATCH_ROWS):
+                    yield from batch.to_pylist()
+        except (ArrowException, ValueError, OverflowError, OSError) as error:  # text that is no UTF-8, dates too large
+            raise DataError(
+                f"{path} cannot be read: {_reason(error)}", "a complete Parquet file", "make or copy it again"
+            ) from error
+
+    yield from _numbered(path.name, rows(), digest)
+
+
+def _numbered(name: str, rows: Iterable[Any], digest: _Hash) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows):
+        text = json.dumps(row, sort_keys=True, default=str).encode()
+        digest.update(text)
+        yield f"{name}[{number}]", _strict(row, text)
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """What the `datasets` library loads. name: a folder or a hub id. config, revision: None for its default.
+
+    split: None for that of all sources.
+    """
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, source: str) -> Self:
+        """Read "NAME:CONFIG:SPLIT@REVISION", where only NAME is needed. Raises DataError for what is no such source.
+
+        A folder that has the complete text as its name is that folder.
+        """
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return cls(str(path))
+        found = NAMED_PARTS.fullmatch(source)
+        name, config, split, revision = found.groups() if found else (source, None, None, None)
+        folder = Path(name).expanduser()
+        if folder.is_dir() and not revision:
+            name = str(folder)
+        elif not found or folder.exists() or not HUB_ID.fullmatch(name) or folder.suffix in FILES:
+            raise DataError(
+                f"no file {path.absolute()}",
+                "a JSONL, JSON or Parquet file, a recording, a folder of data, or a hub data set (owner/name, "
+                "owner/name@revision, owner/name:config:split@revision)",
+            )
+        return cls(name, config or None, split, revision or None)
+
+
+def _data_set(source: str, split: str, digest: _Hash) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
+    wanted = DataSet.of(source)
+    split = wanted.split or split
     try:
-        rows = load_dataset(name, split=split, revision=revision)
+        rows = load_dataset(wanted.name, wanted.config, split=split, revision=wanted.revision)
     except Exception as error:  # its own errors, the hub's, pyarrow's and the system's
+        cause = f" ({_reason(error.__cause__)})" if error.__cause__ else ""
         raise DataError(
-            f"data set {name}{f' at {revision}' if revision else ''}: {type(error).__name__}: {error}",
-            f"a data set with the split {split!r} that the datasets library can load",
-            "check the name and the split; without a network give a JSONL file",
+            f"data set {source}: {_reason(error)}{cause}",
+            f"a data set with the split {split!r} that the datasets library can load{_choices(wanted, error)}",
+            "name configuration and split as in owner/name:config:split; without a network give a file",
         ) from error
-    for number, row in enumerate(rows):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        yield f"{name}[{number}]", row
+    yield from _numbered(source, rows, digest)
+
+
+def _choices(wanted: DataSet, error: Exception) -> str:
+    """The configurations and splits that there are, if the library can tell them."""
+    from datasets import get_dataset_config_names, get_dataset_default_config_name, get_dataset_split_names
+
+    said = ""
+    if isinstance(error, ValueError):  # of names that it does not know; others come from the network too
+        with suppress(Exception):
+            configs = get_dataset_config_names(wanted.name, revision=wanted.revision)
+            said += f"; configurations: {', '.join(configs)}"
+            config = wanted.config or get_dataset_default_config_name(wanted.name, revision=wanted.revision)
+            if config in configs:
+                splits = get_dataset_split_names(wanted.name, config, revision=wanted.revision)
+                said += f"; splits of {config}: {', '.join(splits)}"
+    return said
+
+
+def _reason(error: BaseException) -> str:
+    """The type and the first line: what `datasets` adds in further lines is how to call it from Python."""
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first}"

@@ -44,11 +44,11 @@ class PromptSettings(GenerationSettings):
 class RegenerateSettings(GenerationSettings):
     """`sglang-auf regenerate`."""
 
-    inputs: tuple[str, ...] = Field(min_length=1, description="JSONL or JSON file, folder, or hub data set")
+    inputs: tuple[str, ...] = Field(min_length=1, description="JSONL, JSON or Parquet file, folder, or hub data set")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy")
     max_tokens: int = Field(default=2048, ge=1, description="new tokens of one answer at most")
     limit: int | None = Field(default=None, ge=1, description="rows of each input at most, from its first")
     thinking: Literal["server", "on", "off"] = Field(
         default="server", description="template switch enable_thinking: on, off, or server to leave it as it is"
     )
-    split: str = Field(default="train", min_length=1, description="split of a folder or hub data set")
+    split: str = Field(default="train", min_length=1, description="split of a folder or hub data set that names none")
