@@ -22,15 +22,19 @@ SGLANG_VERSION = "0.5.23"
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """One name we call, override or replace.
+    """One name we call, override or replace, or one that we add because SGLang lacks it.
 
     target: "module:qualified.name"; parameters: the names it must take, in order, or None where only existence counts;
-    used_by: the module of ours that would break.
+    used_by: the module of ours that would break. added: SGLang must not have it, and what is there must be ours.
     """
 
     target: str
     used_by: str
     parameters: tuple[str, ...] | None = None
+    added: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.target} ({'added' if self.added else 'used'} by {self.used_by})"
 
 
 def resolve(target: str) -> object:
@@ -57,15 +61,20 @@ def moved(seam: Seam) -> str | None:
     """What is wrong with a seam in the installed SGLang, or None."""
     try:
         found = resolve(seam.target)
-    except (ImportError, AttributeError) as error:
-        return f"{seam.target} (used by {seam.used_by}): not found: {error}"
+    except AttributeError as error:
+        return None if seam.added else f"{seam}: not found: {error}"
+    except ImportError as error:
+        return f"{seam}: not found: {error}"
+    if seam.added:
+        ours = getattr(found, "__module__", "").startswith(f"{__package__}.")
+        return None if ours else f"{seam}: SGLang has one of its own, so ours can go"
     if seam.parameters is None:
         return None
     if not callable(found):
-        return f"{seam.target} (used by {seam.used_by}): is a {type(found).__name__}, expected something to call"
+        return f"{seam}: is a {type(found).__name__}, expected something to call"
     parameters = tuple(inspect.signature(found).parameters)
     if parameters != seam.parameters:
-        return f"{seam.target} (used by {seam.used_by}): takes {parameters}, expected {seam.parameters}"
+        return f"{seam}: takes {parameters}, expected {seam.parameters}"
     return None
 
 
@@ -106,7 +115,7 @@ def main() -> int:
     print(f"SGLang {installed_version()}, relied on: {SGLANG_VERSION}")
     complaints = {seam: moved(seam) for seam in (*plugin.all_seams(), *tools.SEAMS)}
     for seam, complaint in complaints.items():
-        print(f"moved  {complaint}" if complaint else f"holds  {seam.target} (used by {seam.used_by})")
+        print(f"moved  {complaint}" if complaint else f"holds  {seam}")
     return int(any(complaints.values()))
 
 

@@ -28,9 +28,9 @@ from sglang_auf.recording import capture
 
 logger = logging.getLogger(__name__)
 
-# All hooks, in the order in which they are installed; those of speculative/swap.py follow, and on the CPU platform
-# those of cpu/platform.py. Where several are on one function, the one installed last is the outermost: it runs first,
-# as AFTER last.
+# All hooks, in the order in which they are installed; those of speculative/algorithm.py and speculative/swap.py follow,
+# and on the CPU platform those of cpu/platform.py. Where several are on one function, the one installed last is the
+# outermost: it runs first, as AFTER last.
 HOOKS = (
     *redaction.HOOKS,  # keys stay out of logs and /server_info
     *replies.HOOKS,  # tau in every OpenAI reply
@@ -132,19 +132,21 @@ def _register() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_auf.speculative import swap
-    from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker, refuse_unsupported
+    from sglang_auf.speculative import algorithm, swap
     from sglang_auf.speculative.sampler_backend import create_sampler
 
     replies.widen_models()
     registry.install(HOOKS)
     swap.register()
-    registry.install(swap.HOOKS)
+    registry.install((*algorithm.HOOKS, *swap.HOOKS))
     register_sampler_backend(SAMPLER_NAME, create_sampler)
     # SGLang rewrites some arguments (--speculative-adaptive) between this check and AufSpecAlgo.handle_server_args.
     SpeculativeAlgorithm.register(
-        ALGORITHM, supports_overlap=True, validate_server_args=refuse_unsupported, spec_class=AufSpecAlgo
-    )(create_worker)
+        ALGORITHM,
+        supports_overlap=True,
+        validate_server_args=algorithm.refuse_unsupported,
+        spec_class=algorithm.AufSpecAlgo,
+    )(algorithm.create_worker)
     if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
         from sglang_auf.cpu import seams as cpu
 

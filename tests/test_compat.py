@@ -18,12 +18,12 @@ from sglang_auf.compat import Seam, check_seams, check_version, moved
 from sglang_auf.cpu import platform
 from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
-from sglang_auf.speculative import swap
+from sglang_auf.speculative import algorithm, swap
 from sglang_auf.speculative.seams import TREE_SEAMS, WORKER_SEAMS
 from sglang_auf.training.data import tools
 
 SEAMS = (*plugin.all_seams(), *tools.SEAMS)
-HOOKS = (*plugin.HOOKS, *swap.HOOKS, *platform.HOOKS)
+HOOKS = (*plugin.HOOKS, *algorithm.HOOKS, *swap.HOOKS, *platform.HOOKS)
 
 
 class Worker:
@@ -61,6 +61,7 @@ def test_every_row_holds_for_the_installed_sglang() -> None:
 def test_rows_of_the_worker_wait_for_the_worker() -> None:
     assert all("dflash_worker_v2" not in seam.target for seam in plugin.seams())
     assert {seam.used_by for seam in WORKER_SEAMS} == {
+        "speculative.algorithm",
         "speculative.worker",
         "speculative.draft_head",
         "speculative.swap",
@@ -69,7 +70,7 @@ def test_rows_of_the_worker_wait_for_the_worker() -> None:
 
 
 def test_every_hook_is_checked() -> None:
-    assert {hook.seam for hook in (*plugin.HOOKS, *swap.HOOKS)} <= set(plugin.seams())
+    assert {hook.seam for hook in (*plugin.HOOKS, *algorithm.HOOKS, *swap.HOOKS)} <= set(plugin.seams())
     assert {hook.seam for hook in platform.HOOKS} <= set(cpu.SEAMS)
 
 
@@ -122,6 +123,27 @@ def test_what_moved_is_named_with_its_user(
     assert complaint in found
     assert f"{fake_sglang}:{name}" in found
     assert "our_module" in found
+
+
+def prefetch(self: object) -> None: ...
+
+
+prefetch.__module__ = "sglang_auf.speculative.worker"
+
+
+def test_what_we_add_is_missing_or_ours_and_a_later_one_of_sglang_is_named(
+    fake_sglang: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = Seam(f"{fake_sglang}:Worker.prefetch", "our_module", added=True)
+    assert moved(added) is None
+    monkeypatch.setattr(Worker, "prefetch", prefetch, raising=False)
+    assert moved(added) is None
+    monkeypatch.setattr(Worker, "prefetch", Worker.accept)
+    found = moved(added)
+    assert found is not None
+    assert f"{fake_sglang}:Worker.prefetch (added by our_module)" in found
+    gone = moved(Seam("sglang.srt.no_such_module:Model.prefetch", "us", added=True))
+    assert gone is not None and "no_such_module" in gone
 
 
 def test_a_module_that_is_gone_is_named() -> None:
@@ -188,7 +210,7 @@ def test_all_rows_can_be_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert compat.main() == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert compat.SGLANG_VERSION in first
-    assert lines == [f"holds  {seam.target} (used by {seam.used_by})" for seam in SEAMS]
+    assert lines == [f"holds  {seam}" for seam in SEAMS]
 
     monkeypatch.setattr(plugin, "seams", lambda: (Seam("sglang.srt.layers.sampler:gone", "us"),))
     monkeypatch.setattr(compat, "version", lambda _: "0.6.0")

@@ -50,6 +50,8 @@ from benchmarks.studies.records import (
 from benchmarks.studies.walk import Walker
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.training.checkpointer import Checkpoints, read_state
+from sglang_auf.training.data.features import find_target
+from sglang_auf.training.initial_weights import chosen
 from sglang_auf.training.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
@@ -255,7 +257,8 @@ def _cached_features(study: Study, places: Places, name: str) -> Path:
     cache, recipe = places.features(name), load_recipe(study.recipe, study.set)
     done = cache.with_suffix(".done")
     if not done.is_file():
-        data, layers = recipe.data, ",".join(map(str, recipe.drafter.target_layer_ids))
+        data, target = recipe.data, find_target(recipe.target, recipe.target_revision)
+        layers = ",".join(map(str, chosen(recipe, target).drafter.taps))
         thinking = ["--thinking", data.thinking] if data.thinking else []
         sglang_auf(
             [

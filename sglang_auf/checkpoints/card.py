@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
-from sglang_auf.checkpoints.drafter_settings import draft_setting, head_of, unknown_settings
+from sglang_auf.checkpoints.drafter_settings import draft_setting, head_of, refuse_unconverted, unknown_settings
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import check_weights, config_size, tapped_layers
 from sglang_auf.errors import CardError, TargetError
@@ -147,6 +147,7 @@ def check_drafter(
             "embedding table, and the target must not change",
         )
     config = read_json(path / CONFIG, CardError)
+    refuse_unconverted(config, drafter, target)
     card = load_card(path)
     if (listed := draft_vocabulary.load(path)) is not None:
         draft_vocabulary.check(listed, config)

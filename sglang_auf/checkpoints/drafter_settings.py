@@ -12,6 +12,8 @@ from typing import Any
 from sglang_auf.errors import CardError
 
 ARCHITECTURE = "DFlashDraftModel"
+SPECFORGE_DOMINO = "DominoDraftModel"
+"""SpecForge's own name of the class of its Domino drafters. SGLang has no class of this name."""
 HEADS = ("dflash", "domino")
 
 # Parts of later drafters. SGLang adds weights for them, or ignores them where the key alone exists.
@@ -71,18 +73,38 @@ def head_of(config: Mapping[str, Any]) -> str:
     return str(draft_setting(config, "projector_type", "dflash"))
 
 
+def written_by_speculators(config: Mapping[str, Any]) -> bool:
+    return "speculators_model_type" in config or "speculators_config" in config
+
+
+def refuse_unconverted(config: Mapping[str, Any], drafter: str = "DRAFTER", target: str = "TARGET") -> None:
+    """Raises CardError for a config.json in the form of another trainer, which says how the drafter is made servable.
+
+    drafter, target: as the user gave them, for the command in the message.
+    """
+    speculators = written_by_speculators(config)
+    if not speculators and config.get("architectures") != [SPECFORGE_DOMINO]:
+        return
+    kind = config.get("speculators_model_type")
+    raise CardError(
+        f"{drafter}, " + (f"a {kind} drafter of speculators" if speculators else "a Domino drafter of SpecForge"),
+        f"a DFlash or Domino drafter with a config.json that SGLang reads ({ARCHITECTURE})",
+        "serve it with the engine it was trained for"
+        if speculators and kind != "dflash"
+        else f"`sglang-auf convert {drafter} OUT --target {target}`, and give OUT in its place",
+    )
+
+
 def check_kind(config: Mapping[str, Any]) -> None:
     """Raises CardError unless it is an unquantised DFlash or Domino drafter, whose weight names are known here."""
+    refuse_unconverted(config)
     served = "a DFlash or Domino drafter without quantisation"
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
-        trained_elsewhere = architectures == ["DominoDraftModel"]
         raise CardError(
             f"architectures {architectures!r} in config.json",
             f'["{ARCHITECTURE}"], the class SGLang serves DFlash and Domino drafters with',
-            f'SpecForge writes its own class name: set "architectures": ["{ARCHITECTURE}"] in config.json'
-            if trained_elsewhere
-            else "AUF serves DFlash and Domino drafters; try this one with --speculative-algorithm DFLASH",
+            "AUF serves DFlash and Domino drafters; try this one with --speculative-algorithm DFLASH",
         )
     if head_of(config) not in HEADS:
         raise CardError(

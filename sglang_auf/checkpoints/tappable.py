@@ -68,6 +68,7 @@ ALL_BUT_THE_LAST = frozenset(
         "MistralLarge3ForCausalLM",
         "NanbeigeForCausalLM",
         "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
         "Qwen3NextForCausalLM",
@@ -81,6 +82,9 @@ ALL_BUT_THE_LAST = frozenset(
         "TeleFLMForCausalLM",
     }
 )
+
+ADDED = frozenset({"Qwen2ForCausalLM"})
+"""SGLang's class captures its layers, but lacks the method; the plugin adds it (speculative/algorithm.py)."""
 
 NOT_AT_OUTPUTS = frozenset(
     {

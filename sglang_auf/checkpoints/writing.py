@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sglang_auf.provenance import of_this_run, sha256_of
 
 RECIPE = "recipe.yaml"
 WRITTEN = frozenset({CONFIG, WEIGHTS, CARD_NAME, RECIPE, PROVENANCE})
-"""What a drafter's directory may hold. One that holds anything else is never replaced."""
+"""What a drafter's directory may hold. One that holds what is not written again is never replaced."""
 
 
 def write_drafter(
@@ -45,7 +46,7 @@ def write_drafter(
     Raises CardError for weights that are not this drafter's, not finite or not fit for the target, ConfigError when
     `out` cannot be written; then `out` is unchanged.
     """
-    _check_free(out, force)
+    _check_free(out, WRITTEN | texts.keys(), force)
     tensors = servable_weights(weights, config)
     warnings = [f"{name} is all zeros: untrained" for name, tensor in tensors.items() if not tensor.any()]
     try:
@@ -103,13 +104,16 @@ def _refuse(faults: list[str], expected: str) -> None:
         )
 
 
-def _check_free(out: Path, force: bool) -> None:
-    """Raises ConfigError where something would be overwritten that is not ours, or that is and `force` is not set."""
+def _check_free(out: Path, written: AbstractSet[str], force: bool) -> None:
+    """Raises ConfigError where something would be overwritten that is not ours, or that is and `force` is not set.
+
+    written: names of the files that a drafter's directory may hold.
+    """
     if not out.exists():
         return
     if not out.is_dir() or not all((out / name).is_file() for name in (CONFIG, WEIGHTS, CARD_NAME, PROVENANCE)):
         raise ConfigError(f"{out} exists and is no export", "a directory that does not exist")
-    if foreign := sorted(entry.name for entry in out.iterdir() if entry.name not in WRITTEN):
+    if foreign := sorted(entry.name for entry in out.iterdir() if entry.name not in written):
         raise ConfigError(
             f"{out} holds {', '.join(foreign)} beside an export",
             "an export alone",

@@ -10,9 +10,12 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
+from sglang_auf.compat import check_seams
 from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, step_log, tree_nodes
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import find_model, read_json
+from sglang_auf.hooks.registry import Hook
+from sglang_auf.speculative import seams
 
 logger = logging.getLogger(__name__)
 
@@ -267,10 +270,26 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
 
 def create_worker(server_args: Any) -> type:
     """The worker's class, which SGLang asks for in the scheduler process. Raises CompatError."""
-    from sglang_auf.compat import check_seams
-    from sglang_auf.speculative.seams import TREE_SEAMS, WORKER_SEAMS
-
-    check_seams(WORKER_SEAMS + TREE_SEAMS if server_args.device == "cpu" else WORKER_SEAMS)
+    cpu = server_args.device == "cpu"
+    check_seams(seams.WORKER_SEAMS + seams.TREE_SEAMS if cpu else seams.WORKER_SEAMS)
     from sglang_auf.speculative.worker import AufWorker
 
     return AufWorker
+
+
+def make_tappable(*, model: Any, **_: Any) -> None:
+    """Before `configure_aux_hidden_state_capture`: give SGLang's Qwen2 the method that it lacks (ADDED in tappable.py).
+
+    Here and not at registration, when the model's module would be imported in every process.
+    """
+    kind = type(model)
+    if f"{kind.__module__}:{kind.__qualname__}" == seams.QWEN2 and not hasattr(kind, "set_dflash_layers_to_capture"):
+        kind.set_dflash_layers_to_capture = _set_dflash_layers_to_capture
+
+
+def _set_dflash_layers_to_capture(model: Any, layer_ids: list[int]) -> None:
+    """Qwen2's setter for EAGLE-3 does what Qwen3's for DFLASH does: layer k is captured where layer k + 1 begins."""
+    model.set_eagle3_layers_to_capture(layer_ids)
+
+
+HOOKS = (Hook.on(seams.CONFIGURE_CAPTURE, "BEFORE", make_tappable),)

@@ -11,6 +11,7 @@ _WORKER = f"{_SPEC}.dflash_worker_v2:DFlashWorkerV2"
 _UPDATER = f"{_SRT}.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
 _SCHEDULER = f"{_SRT}.managers.scheduler:Scheduler"
 _BATCH_INFO = f"{_SRT}.sampling.sampling_batch_info:SamplingBatchInfo"
+QWEN2 = f"{_SRT}.models.qwen2:Qwen2ForCausalLM"
 
 # Functions that a swap of the drafter hooks (`swap.HOOKS`).
 INIT_COMMUNICATORS = Seam(
@@ -22,9 +23,20 @@ UPDATE_FROM_DISK = Seam(
     ("self", "recv_req"),
 )
 
+# The function that tells a loaded target which layers are tapped (`algorithm.HOOKS`).
+CONFIGURE_CAPTURE = Seam(
+    f"{_SRT}.model_executor.model_runner_components.attention_backend_setup:configure_aux_hidden_state_capture",
+    "speculative.algorithm",
+    (
+        *("model", "eagle_use_aux_hidden_state", "eagle_aux_hidden_state_layer_ids"),
+        *("dflash_use_aux_hidden_state", "dflash_target_layer_ids", "is_dspark"),
+    ),
+)
+
 SEAMS = (
     INIT_COMMUNICATORS,
     UPDATE_FROM_DISK,
+    CONFIGURE_CAPTURE,
     Seam(f"{_UPDATER}.scheduler", "speculative.swap"),
     Seam(f"{_SRT}.mem_cache.kv_cache_configurator:KVCacheConfigurator.model", "speculative.swap"),
     Seam(f"{_UPDATER}.draft_worker", "speculative.swap"),
@@ -88,6 +100,8 @@ SEAMS = (
 """Checked when the plugin registers, in every process."""
 
 WORKER_SEAMS = (
+    Seam(f"{QWEN2}.set_eagle3_layers_to_capture", "speculative.algorithm", ("self", "layer_ids")),
+    Seam(f"{QWEN2}.set_dflash_layers_to_capture", "speculative.algorithm", added=True),
     Seam(f"{_SCHEDULER}.pause_generation", "speculative.swap", ("self", "recv_req")),
     Seam(f"{_SCHEDULER}.continue_generation", "speculative.swap", ("self", "recv_req")),
     Seam(f"{_SRT}.mem_cache.base_prefix_cache:BasePrefixCache.evict", "speculative.swap", ("self", "params")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from torch import nn
 
 from sglang_auf.checkpoints.target_config import language_config
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.checkpoints.weights import RECOMPUTED
+from sglang_auf.checkpoints.unused_token import unused_token
+from sglang_auf.checkpoints.weights import RECOMPUTED, default_target_layer_ids
 from sglang_auf.errors import CardError, ConfigError, TargetError
 from sglang_auf.files import CONFIG, find_model, read_json, weight_files
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import check_taps
-from sglang_auf.training.recipe import DrafterSettings
+from sglang_auf.training.recipe import AUTO, DrafterSettings, Recipe
+
+logger = logging.getLogger(__name__)
 
 NO_COUNTERPART = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 """Weights of a drafter's layers that a Llama's layers lack. They start at 1."""
@@ -39,19 +43,45 @@ LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 first step only they have a gradient."""
 
 
+def chosen(recipe: Recipe, target: Path) -> Recipe:
+    """The recipe with the taps and the mask of the target in directory `target` where it says "auto". They are logged.
+
+    Equal targets give equal values. Raises TargetError for a target that cannot be tapped or has no id for the mask.
+    """
+    drafter, facts = recipe.drafter, TargetFacts.of(target)
+    values: dict[str, object] = {}
+    if drafter.target_layer_ids == AUTO:
+        last = facts.tappable_layers - 1
+        spread = default_target_layer_ids(facts.num_layers, drafter.num_layers)
+        # A shallow target has fewer layers than are asked for, or lacks the last of them.
+        values["target_layer_ids"] = tuple(sorted({min(max(layer, 0), last) for layer in spread}))
+    if drafter.mask_token_id == AUTO:
+        values["mask_token_id"] = unused_token(target, facts.vocab_size)
+    for name, value in values.items():
+        logger.info("drafter.%s: %s, chosen for %s", name, value, facts.name)
+    return recipe.with_drafter(**values)
+
+
 def shape_of(settings: DrafterSettings, target: Path) -> DrafterConfig:
-    """The drafter a recipe asks for, at the widths of the target in directory `target`.
+    """The drafter a recipe asks for, at the widths of the target in directory `target`. settings: without "auto".
 
     Raises ConfigError for sizes or taps that do not fit the target, TargetError for one that cannot be tapped.
     """
-    check_taps(settings.target_layer_ids, TargetFacts.of(target))
+    facts = TargetFacts.of(target)
+    check_taps(settings.taps, facts, "--set drafter.target_layer_ids=auto chooses layers of this target")
+    if settings.mask >= facts.vocab_size:
+        raise ConfigError(
+            f"mask_token_id {settings.mask} of {facts.vocab_size} tokens",
+            f"an id below {facts.vocab_size} that no text of {facts.name} uses",
+            "--set drafter.mask_token_id=auto chooses one",
+        )
     try:
         return DrafterConfig.for_target(
             language_config(read_json(target / CONFIG, TargetError)),
             num_layers=settings.num_layers,
-            target_layer_ids=settings.target_layer_ids,
+            target_layer_ids=settings.taps,
             block_size=settings.block_size,
-            mask_token_id=settings.mask_token_id,
+            mask_token_id=settings.mask,
             head=settings.head,
             gru_hidden_dim=settings.gru_hidden_dim,
             emb_dim=settings.emb_dim,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,10 @@ from sglang_auf.settings import Settings, Thinking, apply_override, checked, mer
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
 
 RECIPES = Path(__file__).parent / "recipes"
+
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+"""What a target decides when the run begins (initial_weights.py, `chosen`)."""
 
 
 class DataSettings(Settings):
@@ -42,16 +46,17 @@ class DataSettings(Settings):
 class DrafterSettings(Settings):
     """The drafter to train; its widths are the target's.
 
-    target_layer_ids: 0-based layers whose outputs are tapped. init: "random", or one target layer for each drafter
-    layer, whose weights the drafter layer starts from. init_from: a drafter checkpoint of this shape to start from, or
-    one of fewer layers. `init` is then for the layers it lacks, which add nothing at first (o_proj and down_proj are
-    0).
+    target_layer_ids: 0-based layers whose outputs are tapped, "auto" for as many as the drafter has layers, spread over
+    the target's depth. mask_token_id: stands in the slots to fill; "auto" for one that no text uses. init: "random", or
+    one target layer for each drafter layer, whose weights the drafter layer starts from. init_from: a drafter
+    checkpoint of this shape to start from, or one of fewer layers. `init` is then for the layers it lacks, which add
+    nothing at first (o_proj and down_proj are 0).
     """
 
     num_layers: int = Field(ge=1)
-    target_layer_ids: tuple[int, ...] = Field(min_length=1)
+    target_layer_ids: Auto | Annotated[tuple[int, ...], Field(min_length=1)]
     block_size: int = Field(ge=2)
-    mask_token_id: int = Field(ge=0)
+    mask_token_id: Auto | Annotated[int, Field(ge=0)]
     head: Literal["dflash", "domino"] = "dflash"
     gru_hidden_dim: int | None = Field(default=None, ge=1)
     emb_dim: int | None = Field(default=None, ge=1)
@@ -60,7 +65,8 @@ class DrafterSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if list(self.target_layer_ids) != sorted(set(self.target_layer_ids)) or self.target_layer_ids[0] < 0:
+        taps = self.target_layer_ids
+        if taps != AUTO and (list(taps) != sorted(set(taps)) or taps[0] < 0):
             raise ValueError("target_layer_ids must be layer numbers from 0 on, each larger than the one before")
         sizes = (self.gru_hidden_dim, self.emb_dim)
         if self.head == "domino" and None in sizes:
@@ -77,6 +83,18 @@ class DrafterSettings(Settings):
                     "layer that the earlier drafter lacks, or be random"
                 )
         return self
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """target_layer_ids, once they are chosen."""
+        assert self.target_layer_ids != AUTO, "initial_weights.chosen comes first"
+        return self.target_layer_ids
+
+    @property
+    def mask(self) -> int:
+        """mask_token_id, once it is chosen."""
+        assert self.mask_token_id != AUTO, "initial_weights.chosen comes first"
+        return self.mask_token_id
 
 
 class OptimiserSettings(Settings):
@@ -173,6 +191,10 @@ class Recipe(Settings):
     def with_sources(self, sources: Sequence[str]) -> Self:
         """The same recipe on other data."""
         return self.model_copy(update={"data": self.data.model_copy(update={"sources": tuple(sources)})})
+
+    def with_drafter(self, **values: Any) -> Self:
+        """The same recipe with other values in its section `drafter`."""
+        return self.model_copy(update={"drafter": self.drafter.model_copy(update=values)})
 
     @property
     def min_answer_tokens(self) -> int:

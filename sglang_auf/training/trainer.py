@@ -45,7 +45,7 @@ from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
-from sglang_auf.training.initial_weights import initial_drafter, shape_of
+from sglang_auf.training.initial_weights import chosen, initial_drafter, shape_of
 from sglang_auf.training.logger import MetricLogger, training_figures
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
@@ -103,12 +103,19 @@ class Trainer:
     """One run, from its data to its last checkpoint."""
 
     def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator) -> None:
+        target = find_target(recipe.target, recipe.target_revision)
+        recipe = chosen(recipe, target)
         self.recipe, self.out, self.accelerator = recipe, out, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        target = find_target(recipe.target, recipe.target_revision)
         self.facts = TargetFacts.of(target)
         self.config = shape_of(recipe.drafter, target)
         self.data = load_data(recipe, target, self.facts.vocab_size)
+        if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):
+            logger.warning(
+                "drafter.mask_token_id %d is also %d tokens of the data: choose an id that no text uses, or auto",
+                self.config.mask_token_id,
+                count,
+            )
         self.plan = Plan(self.data.train, recipe)
         _require_a_step_of_each_objective(recipe, self.plan.steps)
         self.batches = BatchMaker(recipe, target, accelerator.device)

@@ -20,6 +20,7 @@ from sglang_auf.checkpoints.card import (
     check_replaces,
     load_card,
 )
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE
 from sglang_auf.checkpoints.target_facts import TargetFacts, chat_template_hash
 from sglang_auf.errors import CardError, TargetError
 
@@ -122,6 +123,31 @@ def test_a_derived_card_reads_config_json_as_sglang_does(drafter: Path, target: 
     checked = check(drafter, target)
     assert warnings_about(checked, "no block_size: SGLang takes 16")
     assert warnings_about(checked, "SGLang looks up <|MASK|>")
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        # The sizes of a speculators drafter are nested, so any of them would be missed first.
+        ({"architectures": [ARCHITECTURE], "speculators_model_type": "dflash", "block_size": 8}, "a dflash drafter of"),
+        ({"architectures": ["DominoDraftModel"], "dflash_config": {"projector_type": "domino"}}, "SpecForge"),
+    ],
+)
+def test_a_drafter_of_another_trainer_is_refused_with_the_command_that_converts_it(
+    drafter: Path, target: Path, config: dict[str, Any], kind: str
+) -> None:
+    (drafter / CARD_NAME).unlink()
+    (drafter / "config.json").write_text(json.dumps(config))
+    refused = refusal(drafter, target)
+    assert kind in refused.found
+    assert f"sglang-auf convert {drafter} OUT --target {target}" in refused.remedy
+
+
+def test_no_command_is_named_for_what_cannot_be_converted(drafter: Path, target: Path) -> None:
+    (drafter / "config.json").write_text(json.dumps({"speculators_model_type": "eagle3", "speculators_config": {}}))
+    refused = refusal(drafter, target)
+    assert "eagle3 drafter of speculators" in refused.found
+    assert "sglang-auf convert" not in refused.remedy
 
 
 def test_a_domino_head_is_derived(drafter: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from sglang_auf.checkpoints.tappable import (
+    ADDED,
     ALL_BUT_THE_LAST,
     ALL_LAYERS,
     EXTERNAL_MODELS,
@@ -64,18 +65,20 @@ def tapped_by_sglang() -> set[str]:
 
 
 def test_the_names_are_those_of_the_installed_sglang() -> None:
-    assert tapped_by_sglang() == ALL_LAYERS | ALL_BUT_THE_LAST
+    assert tapped_by_sglang() == (ALL_LAYERS | ALL_BUT_THE_LAST) - ADDED
 
 
 def test_a_name_has_one_meaning() -> None:
     assert not ALL_LAYERS & ALL_BUT_THE_LAST
     assert ALL_LAYERS >= NOT_AT_OUTPUTS | SCALED_EMBEDDINGS
+    assert ALL_BUT_THE_LAST >= ADDED
 
 
 @pytest.mark.parametrize(
     ("architecture", "tappable"),
     [
         ("LlamaForCausalLM", 29),
+        ("Qwen2ForCausalLM", 29),
         ("Qwen3ForCausalLM", 29),
         ("Qwen3_5ForConditionalGeneration", 29),
         ("GptOssForCausalLM", 30),
@@ -87,7 +90,7 @@ def test_the_last_layer_can_be_tapped_where_sglang_does(architecture: str | None
     assert tappable_layers(architecture, 30) == tappable
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma3ForCausalLM", "LlavaLlamaForCausalLM"])
+@pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Gemma3ForCausalLM", "LlavaLlamaForCausalLM"])
 def test_a_class_that_sglang_cannot_tap_is_refused(architecture: str) -> None:
     with pytest.raises(TargetError, match=f"{architecture}.*SGLang 0.5.23 can tap"):
         tappable_layers(architecture, 30)

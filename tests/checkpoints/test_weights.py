@@ -210,7 +210,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config, mentioned",
     [
-        (tiny(architectures=["DominoDraftModel"]), '"architectures": ["DFlashDraftModel"]'),
+        (tiny(architectures=["DominoDraftModel"]), "sglang-auf convert"),
         (tiny(architectures=["DFlash2DraftModel"]), "--speculative-algorithm DFLASH"),
         (tiny(architectures=["DFlashLagunaForCausalLM"]), "--speculative-algorithm DFLASH"),
         (tiny(architectures=None), "--speculative-algorithm DFLASH"),

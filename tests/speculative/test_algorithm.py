@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_spec_algo_conforms
 
@@ -19,7 +20,7 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
 from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, STEP_LOG, TREE, TREE_NODES
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.speculative import algorithm, seams
-from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker
+from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker, make_tappable
 
 SHIPPED = Path(__file__).parents[2] / "drafters" / "smollm2-135m"
 TARGET_CONFIG = """{
@@ -379,6 +380,41 @@ def test_the_future_map_is_made_as_the_enum_makes_it(monkeypatch: pytest.MonkeyP
     _, _, *theirs = SpeculativeAlgorithm.DFLASH.create_future_map("cpu", "pool", False, True)
     _, _, *ours = AUF.create_future_map("cpu", "pool", False, True)
     assert ours == theirs
+
+
+def loaded(kind: type[torch.nn.Module]) -> Any:
+    """A target of this class of SGLang's, as far as its setters look at it."""
+    model: Any = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.pp_group = SimpleNamespace(is_last_rank=True)
+    model.model = torch.nn.Module()
+    return model
+
+
+def test_qwen2_is_tapped_where_qwen3_is() -> None:
+    from sglang.srt.models.qwen2 import Qwen2ForCausalLM
+    from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+
+    kinds = (Qwen2ForCausalLM, Qwen3ForCausalLM)
+    theirs = Qwen3ForCausalLM.set_dflash_layers_to_capture
+    ours, other = models = [loaded(kind) for kind in kinds]
+    for model in models:
+        make_tappable(model=model, dflash_target_layer_ids=[1, 3])
+        model.set_dflash_layers_to_capture([1, 3])
+    assert ours.model.layers_to_capture == other.model.layers_to_capture == [2, 4]
+    assert ours.capture_aux_hidden_states and other.capture_aux_hidden_states
+    assert Qwen3ForCausalLM.set_dflash_layers_to_capture is theirs
+    compat.check_seams(seams.WORKER_SEAMS)  # with our method in place
+
+
+def test_no_other_class_becomes_tappable() -> None:
+    class Qwen2ForCausalLM(torch.nn.Module):
+        """Of a package of the user's own."""
+
+        def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None: ...
+
+    make_tappable(model=Qwen2ForCausalLM(), dflash_target_layer_ids=[1])
+    assert not hasattr(Qwen2ForCausalLM, "set_dflash_layers_to_capture")
 
 
 def test_the_worker_is_sglangs_with_our_verification() -> None:

@@ -5,10 +5,13 @@ SGLang once for all of them and does nothing else. Where there is a GPU it has n
 CUDA does not work in a fork of a process that has used it.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
-"environment": variables, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per input, "concurrency": n,
-"logprobs": bool, "swaps": [drafters]}]}. Each job's result is a list of {"ids", "meta"} and behind them of {"swap"}: of
-n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. Standard output: the exit status of
-each list's process, a line each.
+"environment": variables, "features": path or null, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per
+input, "concurrency": n, "logprobs": bool, "swaps": [drafters]}]}. Each job's result is a list of {"ids", "meta"} and
+behind them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. Standard
+output: the exit status of each list's process, a line each.
+
+features: the hidden states that the drafter is given, one pickled (positions [n], states [n, taps * hidden]) after the
+other. Only the CPU platform's scheduler is a fork of the process that hooks it, and writes them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import sys
 import traceback
 from pathlib import Path
@@ -55,9 +59,22 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     return list(await asyncio.gather(*map(one, range(answers)), *map(swap, range(len(swaps)))))
 
 
+def keep_features(file: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def keep(worker: Any, *, target_hidden: Any, positions: Any, **rest: Any) -> None:
+        with open(file, "ab") as out:
+            pickle.dump((positions.tolist(), target_hidden.float().tolist()), out)
+
+    worker = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
+    HookRegistry.register(f"{worker}._append_target_hidden_to_draft_kv_by_loc", keep, HookType.BEFORE)
+
+
 def run_list(task: dict[str, Any]) -> None:
     import sglang
 
+    if task["features"]:
+        keep_features(task["features"])
     engine = sglang.Engine(log_level="warning", skip_tokenizer_init=True, **task["engine"])
     try:
         results = [engine.loop.run_until_complete(run(engine, job)) for job in task["jobs"]]

@@ -19,14 +19,25 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 processes want the cores, threads that wait for each other make such an engine ten times slower."""
 
 
-def run_engine(scratch: Path, engine: dict[str, Any], jobs: list[dict[str, Any]], **environment: str) -> Any:
-    """The results of `jobs`, one list per job, from an engine of a tiny model with the arguments `engine`."""
+def run_engine(
+    scratch: Path,
+    engine: dict[str, Any],
+    jobs: list[dict[str, Any]],
+    *,
+    features: Path | None = None,
+    **environment: str,
+) -> Any:
+    """The results of `jobs`, one list per job, from an engine of a tiny model with the arguments `engine`.
+
+    features: where to write the hidden states that the drafter is given (engine_runner.py).
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     out, log = scratch / "out.json", scratch / "log"
     # Our own variables are read when they are needed, all others perhaps when a program begins.
     at_start = tuple(sorted((name, value) for name, value in environment.items() if not name.startswith("SGLANG_AUF_")))
     runner = _runner(at_start)
     task = {"engine": engine, "jobs": jobs, "out": str(out), "log": str(log), "environment": environment}
+    task["features"] = None if features is None else str(features)
     assert runner.stdin is not None and runner.stdout is not None
     runner.stdin.write(json.dumps(task) + "\n")
     runner.stdin.flush()

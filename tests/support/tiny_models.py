@@ -120,6 +120,30 @@ def write_gemma4(directory: Path) -> Path:
     return directory
 
 
+def write_qwen2(directory: Path, tied: bool = False) -> Path:
+    """A Qwen2, as transformers saves it: biases at q, k and v. tied: the head is the embedding."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.bfloat16().save_pretrained(directory)
+    return directory
+
+
 def write_drafter(
     directory: Path, block_size: int = 4, head_dim: int = 16, vocabulary: int = VOCABULARY, seed: int = 2, **dflash: Any
 ) -> Path:

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.training.initial_weights import LAST_PRODUCTS, initial_drafter, shape_of
+from sglang_auf.training.initial_weights import LAST_PRODUCTS, chosen, initial_drafter, shape_of
 from sglang_auf.training.recipe import DrafterSettings
 from tests.support.tiny_models import target_config, write_drafter, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
+from tests.support.training_runs import tiny_recipe
 
 
 def settings(**changes: Any) -> DrafterSettings:
@@ -172,6 +174,51 @@ def test_taps_are_checked_before_any_weight_is_read(
     (tmp_path / "config.json").write_text(json.dumps(target_config() | changes))
     with pytest.raises(error, match=complaint):
         shape_of(settings(target_layer_ids=taps), tmp_path)
+
+
+def test_a_refusal_of_taps_or_mask_says_what_chooses_others(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config()))
+    for name, value in (("target_layer_ids", [1, 9]), ("mask_token_id", 151669)):
+        with pytest.raises(ConfigError) as caught:
+            shape_of(settings(**{name: value}), tmp_path)
+        assert f"--set drafter.{name}=auto" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("depth", "architecture", "layers", "taps"),
+    [
+        (36, "Qwen3ForCausalLM", 5, (1, 9, 17, 25, 33)),
+        (30, "LlamaForCausalLM", 1, (15,)),
+        (5, "LlamaForCausalLM", 5, (1, 2)),
+        (2, "LlamaForCausalLM", 3, (0,)),
+        (2, "GptOssForCausalLM", 3, (0, 1)),
+    ],
+)
+def test_taps_are_chosen_among_those_of_the_target(
+    tmp_path: Path, depth: int, architecture: str, layers: int, taps: tuple[int, ...]
+) -> None:
+    config = target_config() | {"architectures": [architecture], "num_hidden_layers": depth}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = tiny_recipe(str(tmp_path), "no data", drafter={"num_layers": layers, "target_layer_ids": "auto"})
+    found = chosen(recipe, tmp_path)
+    assert found == recipe.with_drafter(target_layer_ids=taps)
+    assert shape_of(found.drafter, tmp_path).target_layer_ids == taps
+
+
+def test_the_mask_is_chosen_from_the_targets_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config(vocabulary=300)))
+    tokenizer = toy_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    recipe = tiny_recipe(str(tmp_path), "no data", drafter={"mask_token_id": "auto"})
+    found = chosen(recipe, tmp_path)
+    assert found == recipe.with_drafter(mask_token_id=len(tokenizer))
+    assert shape_of(found.drafter, tmp_path).mask_token_id == len(tokenizer)
+
+
+def test_what_a_recipe_says_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target_config()))
+    recipe = tiny_recipe(str(tmp_path), "no data")
+    assert chosen(recipe, tmp_path) == recipe
 
 
 def test_a_drafter_that_starts_at_random_has_its_own_rotary_embedding(tmp_path: Path) -> None:

@@ -94,6 +94,13 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert "did you mean qwen3-8b-dflash-auf?" in refusal("qwen3-8b-dflsh-auf")
 
 
+def test_taps_and_mask_may_be_left_to_the_target(tiny: str) -> None:
+    drafter = load_recipe(tiny, ["drafter.target_layer_ids=auto", "drafter.mask_token_id=auto"]).drafter
+    assert (drafter.target_layer_ids, drafter.mask_token_id) == ("auto", "auto")
+    for override in ("drafter.target_layer_ids=automatic", "drafter.mask_token_id=automatic"):
+        assert "'auto'" in refusal(tiny, override)
+
+
 def test_overrides_are_read_as_yaml(tiny: str) -> None:
     recipe = load_recipe(
         tiny,

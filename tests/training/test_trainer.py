@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -290,6 +291,32 @@ def test_what_a_run_was_is_written_beside_it(models: tuple[str, str], unbroken: 
     assert {"git_revision", "versions", "command", "ranks", "step"} <= run["starts"][0].keys()
     drafter = load_drafter(unbroken["dflash"] / "best")
     assert drafter.config.target_layer_ids == (1, 3)
+
+
+def test_what_was_chosen_is_written_down_and_kept_on_resume(models: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = tiny_recipe(*models, drafter={"target_layer_ids": "auto"}, schedule={"max_steps": 2})
+    train(recipe, out)
+    assert load_drafter(out / "best").config.target_layer_ids == (2,)
+    kept = [yaml.safe_load((out / "recipe.yaml").read_text()), read_state(out / "best").recipe]
+    assert [content["drafter"]["target_layer_ids"] for content in kept] == [[2], [2]]
+    assert train(recipe, out).step == 2
+    assert train(recipe.with_drafter(target_layer_ids=(2,)), out).step == 2
+    with pytest.raises(TrainingError, match="target_layer_ids"):
+        train(recipe.with_drafter(target_layer_ids=(1,)), out)
+
+
+def test_a_mask_that_texts_have_is_warned_of_once(
+    models: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in Path(models[1]).read_text().splitlines()]
+    count = sum((row["prompt_ids"] + row["response_ids"]).count(9) for row in rows)
+    assert count > 0
+    told = f"drafter.mask_token_id 9 is also {count} tokens of the data: choose an id that no text uses, or auto"
+    for mask, expected in ((9, [told]), (3, [])):
+        caplog.clear()
+        train(tiny_recipe(*models, drafter={"mask_token_id": mask}, schedule={"max_steps": 1}), tmp_path / str(mask))
+        assert [record.message for record in caplog.records if "mask_token_id" in record.message] == expected
 
 
 def test_training_lowers_the_loss(models: tuple[str, str], tmp_path: Path) -> None:

@@ -59,12 +59,14 @@ class Reading:
     """A config.json of another trainer. kind: which trainer wrote it. config: the same as SGLang's config.json.
 
     target_name: the target's name in the source, None where it has none. changes: sentences on what was changed.
+    drafted: how many tokens it drafts of the target's, None for all.
     """
 
     kind: str
     config: dict[str, Any]
     target_name: str | None
     changes: tuple[str, ...]
+    drafted: int | None = None
 
 
 def refusal(found: str, reason: str, remedy: str = "serve it with the engine it was trained for") -> CardError:
@@ -100,12 +102,6 @@ def served_config(layer: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
         )
     if layer.get("hidden_act", "silu") != "silu":
         raise refusal(f"hidden_act {layer['hidden_act']!r}", "SGLang's DFlash layers compute silu")
-    if layer.get("draft_vocab_size") not in (None, layer.get("vocab_size")):
-        raise refusal(
-            f"a reduced draft vocabulary, {layer['draft_vocab_size']} of {layer.get('vocab_size')} tokens",
-            "SGLang's DFlash drafts over the target's full vocabulary, with the target's own head",
-            "train it again with the full vocabulary",
-        )
     tapped_layers({"target_layer_ids": settings["target_layer_ids"]})
     theta, scaling = _rotary(layer)
     try:

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.checkpoints.card import MASK_EMBEDDING, DrafterCard
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
+from sglang_auf.checkpoints.drafter_settings import written_by_speculators
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import ALIASES, BORROWED, RECOMPUTED
 from sglang_auf.checkpoints.writing import write_drafter
@@ -29,6 +31,9 @@ from sglang_auf.training.convert.common import Reading, refusal
 # The target's own norm and head, with which speculators computes its labels.
 FOR_LABELS = ("verifier_norm.weight", "verifier_lm_head.weight")
 REDUCED = ("t2d", "d2t")
+"""What speculators keeps of a reduced draft vocabulary: which tokens are in it (bool [vocabulary]), and for the i-th of
+them its id less i (int [drafted])."""
+HEAD = "lm_head.weight"
 # Early SpecForge kept Domino's head one level down.
 HEAD_PREFIX = "logit_head."
 TRAIN_COMMAND = "train_command.txt"  # what speculators leaves beside its weights
@@ -55,13 +60,13 @@ def convert(source: str, out: Path, *, target: str | None = None, force: bool = 
         raise refusal(MASK_EMBEDDING, "SGLang drafts with the target's own embedding of the mask token")
     files = weight_files(path, CardError)
     config = read_json(path / CONFIG, CardError)
-    trainer = speculators if speculators.wrote(config) else specforge
+    trainer = speculators if written_by_speculators(config) else specforge
     checked_against = target or (speculators.verifier_of(config) if trainer is speculators else None)
     place = None if checked_against is None else _find_target(checked_against, given=target is not None)
     facts = None if place is None else TargetFacts.of(place)
     reading = trainer.read(config, None if facts is None else facts.num_layers)
 
-    weights, weight_changes = _weights(files, reading.config, place)
+    weights, weight_changes, vocabulary = _weights(files, reading, place)
     name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else path.resolve().name
     changes = (*reading.changes, *weight_changes)
     origin = {
@@ -69,8 +74,9 @@ def convert(source: str, out: Path, *, target: str | None = None, force: bool = 
         "changes": list(changes),
     }
     card = _card(reading, facts, path / TRAIN_COMMAND)
+    texts = {} if vocabulary is None else {draft_vocabulary.FILE: draft_vocabulary.written(vocabulary)}
     warnings = write_drafter(
-        out, reading.config, weights, card, origin, {}, None if place is None else str(place), force
+        out, reading.config, weights, card, origin, texts, None if place is None else str(place), force
     )
     if trainer is speculators and not str(config.get("speculators_version")).startswith("0.9."):
         warnings.append(f"written by {reading.kind}, but read as a checkpoint of speculators 0.9.0")
@@ -93,20 +99,24 @@ def _find_target(name: str, given: bool) -> Path:
 
 
 def _weights(
-    files: list[Path], config: Mapping[str, Any], target: Path | None
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights under SGLang's names, and sentences on what was renamed, left out and cast."""
+    files: list[Path], reading: Reading, target: Path | None
+) -> tuple[dict[str, torch.Tensor], list[str], DraftVocabulary | None]:
+    """The weights under SGLang's names, sentences on what was renamed, left out and cast, and a draft vocabulary."""
     kept: dict[str, torch.Tensor] = {}
+    of_vocabulary: dict[str, torch.Tensor] = {}
     changes: list[str] = []
     cast: Counter[str] = Counter()
     for file in files:
         for stored, tensor in _tensors(file).items():
             name = _name(stored)
-            if name in REDUCED:
+            if name in REDUCED and reading.drafted is None:
                 raise refusal(
                     f"{stored} in {file.name}",
                     "a reduced draft vocabulary, while SGLang uses the target's",
                 )
+            if name in REDUCED or (name == HEAD and reading.drafted is not None):
+                of_vocabulary[name] = tensor
+                continue
             if name in BORROWED:
                 changes.append(_left_out(stored, tensor, _target_table(target, name)))
                 continue
@@ -125,7 +135,48 @@ def _weights(
                 cast[str(tensor.dtype).removeprefix("torch.")] += 1
             kept[name] = tensor
     changes += [f"weights: {count} cast from {kind} to bfloat16" for kind, count in cast.items()]
-    return kept, changes or ["weights: none changed"]
+    vocabulary = None
+    if reading.drafted is not None:
+        vocabulary = _draft_vocabulary(reading, of_vocabulary, _target_table(target, HEAD))
+        changes.append(
+            f"weights: {', '.join(of_vocabulary)} -> {draft_vocabulary.FILE}: {reading.drafted} of "
+            f"{reading.config['vocab_size']} tokens, whose rows of the head are the target's"
+        )
+    return kept, changes or ["weights: none changed"], vocabulary
+
+
+def _draft_vocabulary(
+    reading: Reading, weights: Mapping[str, torch.Tensor], table: torch.Tensor | None
+) -> DraftVocabulary:
+    """The tokens of a reduced vocabulary, whose rows of the head must be those of the target's head `table`.
+
+    Raises CardError where they are others, or where this cannot be known.
+    """
+    size, of = reading.drafted, reading.config["vocab_size"]
+    found = f"a reduced draft vocabulary, {size} of {of} tokens"
+    if missing := [name for name in ("d2t", HEAD) if name not in weights]:
+        raise refusal(f"{found}, without {' and '.join(missing)}", "what it drafts is not known")
+    if table is None:
+        raise refusal(
+            f"{found}, and no weights of the target",
+            "SGLang drafts with the rows of the target's head, which must be compared with the drafter's",
+            "name a directory that holds the target's weights with --target",
+        )
+    offsets, head = weights["d2t"].long(), weights[HEAD]
+    tokens = offsets + torch.arange(len(offsets))
+    listed = torch.zeros(of, dtype=torch.bool)
+    if len(tokens) != size or not ((tokens >= 0) & (tokens < of)).all() or (tokens.diff() <= 0).any():
+        raise refusal(f"{found}, with a d2t of {len(tokens)} that are not ascending ids", "what it drafts is not known")
+    listed[tokens] = True
+    if "t2d" in weights and not torch.equal(weights["t2d"].bool(), listed):
+        raise refusal(f"{found}, with a t2d of other tokens than d2t", "what it drafts is not known")
+    if head.shape != table[tokens].shape or not torch.equal(head.bfloat16(), table[tokens].bfloat16()):
+        raise refusal(
+            f"{found}, with a head that is not the target's",
+            "SGLang drafts with the target's own head",
+            "train it again with the target's head, or with the full vocabulary",
+        )
+    return DraftVocabulary(tokens=tuple(tokens.tolist()))
 
 
 def _name(stored: str) -> str:

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE, unknown_settings
+from sglang_auf.checkpoints.drafter_settings import ARCHITECTURE, SPECFORGE_DOMINO, unknown_settings
 from sglang_auf.checkpoints.weights import config_size, default_target_layer_ids
 from sglang_auf.training.convert.common import Reading, config_changes, refusal, section, served_config
-
-DOMINO = "DominoDraftModel"
 
 
 def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
@@ -22,7 +20,7 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     its other settings in dflash_config only.
     """
     architectures = config.get("architectures")
-    if architectures not in ([ARCHITECTURE], [DOMINO]):
+    if architectures not in ([ARCHITECTURE], [SPECFORGE_DOMINO]):
         raise refusal(f"architectures {architectures!r}", "SGLang's DFlash serves only DFlash and Domino drafters")
     nested = section(config, "dflash_config")
     projector = nested.get("projector_type")
@@ -38,7 +36,13 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
             "SpecForge then takes one from the tokenizer when it trains, and does not write it down",
             "set dflash_config.mask_token_id to the one in the training run's log",
         )
-    domino = architectures == [DOMINO] or projector == "domino"
+    if config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
+        raise refusal(
+            f"a reduced draft vocabulary, {config['draft_vocab_size']} of {config.get('vocab_size')} tokens",
+            "which tokens these are is known for drafters of speculators alone",
+            "train it again with the full vocabulary",
+        )
+    domino = architectures == [SPECFORGE_DOMINO] or projector == "domino"
     depth = target_layers if config.get("num_target_layers") is None else config_size(config, "num_target_layers")
     if depth is None:
         raise refusal("no num_target_layers", "SGLang needs the target's depth", "name the target with --target")

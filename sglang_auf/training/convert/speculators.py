@@ -46,10 +46,6 @@ KNOWN = frozenset(
 OF_THE_LAYERS = (*FEATURES, "layer_types", "shift_label", "use_sliding_window")
 
 
-def wrote(config: Mapping[str, Any]) -> bool:
-    return "speculators_model_type" in config
-
-
 def verifier_of(config: Mapping[str, Any]) -> str | None:
     """The target as the config names it: a hub id, or a path on the machine that trained."""
     return section(section(config, "speculators_config"), "verifier").get("name_or_path") or None
@@ -61,7 +57,7 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
     target_layers: depth of the target, which config.json lacks. Taps are numbered by the layer that reads them (0 is
     the embedding), and the config of the layers is nested.
     """
-    kind = config["speculators_model_type"]
+    kind = config.get("speculators_model_type")
     if kind != "dflash":
         raise refusal(f"a speculators drafter of type {kind!r}", "its type dflash is the only one that SGLang serves")
     layer = section(config, "transformer_layer_config")
@@ -90,8 +86,9 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
         )
     tapped = [one - 1 for one in read_by]
     beside = {key: config[key] for key in OF_THE_LAYERS if config.get(key)}
+    drafted = config_size(config, "draft_vocab_size")
     written = served_config(
-        {**layer, **beside, "draft_vocab_size": config_size(config, "draft_vocab_size")},
+        {**layer, **beside},
         num_target_layers=target_layers,
         target_layer_ids=tapped,
         block_size=config_size(config, "block_size"),
@@ -107,4 +104,5 @@ def read(config: Mapping[str, Any], target_layers: int | None) -> Reading:
         *config_changes(before, written),
     )
     version = config.get("speculators_version") or "of unknown version"
-    return Reading(f"speculators {version}", written, verifier_of(config), changes)
+    reduced = drafted if drafted != written["vocab_size"] else None
+    return Reading(f"speculators {version}", written, verifier_of(config), changes, reduced)

@@ -183,8 +183,11 @@ class OnlineFeatures(FrozenTarget):
         return torch.cat(tapped, dim=-1), last
 
 
-def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
-    """Raises ConfigError for layers that SGLang does not tap at their outputs, TargetError where it can tap none."""
+def check_taps(layer_ids: Sequence[int], target: TargetFacts, remedy: str = "") -> None:
+    """Raises ConfigError for layers that SGLang does not tap at their outputs, TargetError where it can tap none.
+
+    remedy: what else may be said where the layers came from.
+    """
     tappable = target.tappable_layers
     if target.architecture in NOT_AT_OUTPUTS:
         raise ConfigError(
@@ -197,6 +200,7 @@ def check_taps(layer_ids: Sequence[int], target: TargetFacts) -> None:
     raise ConfigError(
         f"target layers {list(layer_ids)}",
         f"one or more of 0..{tappable - 1}, ascending: SGLang taps these of {target.name}'s {target.num_layers} layers",
+        remedy,
     )
 
 

@@ -45,6 +45,10 @@ class TrainingData:
     sha256: str
     facts: dict[str, Any]
 
+    def count(self, token: int) -> int:
+        """How often the data has this token, prompts and held-out conversations included."""
+        return sum(conversation.input_ids.count(token) for conversation in (*self.train, *self.held_out))
+
 
 def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
     """Read, check and split the sources of a recipe. Raises DataError, or ConfigError where it has none."""
@@ -123,7 +127,7 @@ class BatchMaker:
     def __init__(self, recipe: Recipe, target: Path, device: torch.device) -> None:
         """Raises ConfigError, TargetError or DataError where the target or the cache does not fit the recipe."""
         self._recipe = recipe
-        labels, layers = recipe.objective.labels, recipe.drafter.target_layer_ids
+        labels, layers = recipe.objective.labels, recipe.drafter.taps
         dtype = DTYPE_OF_PRECISION[recipe.precision]
         self.target: FrozenTarget
         self._features: FeatureSource

@@ -168,7 +168,7 @@ def target_numbers(target: Path, recipe: Recipe) -> tuple[int, int]:
     """
     config: Any = AutoConfig.from_pretrained(target).get_text_config()
     if recipe.objective.labels == "text":
-        config.num_hidden_layers = recipe.drafter.target_layer_ids[-1] + 1
+        config.num_hidden_layers = recipe.drafter.taps[-1] + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     with torch.device("meta"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from sglang_auf.checkpoints.prepare import resolve_target
 from sglang_auf.errors import TargetError
 from sglang_auf.files import CONFIG, find_model
-from sglang_auf.training.initial_weights import shape_of
+from sglang_auf.training.initial_weights import chosen, shape_of
 from sglang_auf.training.plan.memory import OUTSIDE, plan
 from sglang_auf.training.plan.work import work
-from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.recipe import AUTO, Recipe
 
 Line = tuple[str, str, str]
 
@@ -19,6 +19,9 @@ def report(recipe: Recipe, *, ranks: int = 1, sharded: bool = False) -> list[Lin
     Of the target only its config.json is read. Raises ConfigError or TargetError.
     """
     target = find_model(resolve_target(recipe.target), (CONFIG,), TargetError, recipe.target_revision)
+    if recipe.drafter.mask_token_id == AUTO:
+        recipe = recipe.with_drafter(mask_token_id=0)  # no number depends on it, and there is no tokenizer
+    recipe = chosen(recipe, target)
     config = shape_of(recipe.drafter, target)
     found = plan(recipe, config, target, ranks=ranks, sharded=sharded)
     sizes = [

@@ -364,6 +364,64 @@ def test_a_table_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
     assert any("lm_head.weight left out" in change and "not compared" in change for change in result.changes)
 
 
+LISTED = torch.tensor([0, 1, 5, 9, 40, 63])
+"""The tokens of a reduced vocabulary."""
+
+
+def reduced(target: Path, **changes: torch.Tensor | None) -> tuple[dict[str, Any], Tensors]:
+    """config.json and weights of a speculators drafter of the LISTED tokens; a change to None removes a weight."""
+    in_list = torch.zeros(64, dtype=torch.bool)
+    in_list[LISTED] = True
+    extra = {
+        "lm_head.weight": load_file(target / "model.safetensors")["lm_head.weight"][LISTED].contiguous(),
+        "d2t": LISTED - torch.arange(len(LISTED)),
+        "t2d": in_list,
+        **changes,
+    }
+    weights = {name: tensor for name, tensor in {**weights_of(), **extra}.items() if tensor is not None}
+    return changed(speculators_config(target), draft_vocab_size=len(LISTED)), weights
+
+
+def test_a_reduced_vocabulary_becomes_our_list(tmp_path: Path, target: Path) -> None:
+    config, weights = reduced(target)
+    result = converted(tmp_path, config, None, weights)
+    checked = check_drafter(str(result.path), str(target))
+    assert checked.vocabulary is not None and checked.vocabulary.tokens == tuple(LISTED.tolist())
+    assert load_file(result.path / "model.safetensors").keys() == weights_of().keys()
+    assert any("draft_vocabulary.json: 6 of 64 tokens" in change for change in result.changes)
+    convert(str(tmp_path / "source"), result.path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lm_head.weight": torch.ones(6, 64)}, "a head that is not the target's"),
+        ({"lm_head.weight": torch.ones(7, 64)}, "a head that is not the target's"),
+        ({"d2t": LISTED.flip(0) - torch.arange(6)}, "a d2t of 6 that are not ascending ids"),
+        ({"d2t": LISTED + 1 - torch.arange(6)}, "a d2t of 6 that are not ascending ids"),
+        ({"d2t": torch.zeros(5, dtype=torch.int64)}, "a d2t of 5"),
+        ({"d2t": torch.zeros(6, dtype=torch.int64)}, "a t2d of other tokens than d2t"),
+        ({"d2t": None}, "without d2t"),
+        ({"lm_head.weight": None}, "without lm_head.weight"),
+    ],
+)
+def test_a_reduced_vocabulary_that_is_not_the_targets_is_refused(
+    tmp_path: Path, target: Path, changes: dict[str, Any], reason: str
+) -> None:
+    config, weights = reduced(target, **changes)
+    assert reason in refusal(tmp_path, config, target, weights)
+
+
+def test_a_reduced_vocabulary_needs_the_targets_weights(tmp_path: Path, target: Path) -> None:
+    config, weights = reduced(target)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((target / "config.json").read_text())
+    source = checkpoint(tmp_path / "source", config, weights)
+    with pytest.raises(CardError, match="no weights of the target") as caught:
+        convert(str(source), tmp_path / "out", target=str(tmp_path / "bare"))
+    assert "--target" in caught.value.remedy
+
+
 def test_shards_are_joined(tmp_path: Path, target: Path) -> None:
     source = checkpoint(tmp_path / "source", specforge_config())
     (source / "model.safetensors").unlink()
@@ -449,7 +507,7 @@ def test_specforge_drafters_that_are_not_served_as_trained(
         ({"speculators_model_type": "dflash2"}, "type 'dflash2'"),
         ({"speculators_model_type": "xpress"}, "type 'xpress'"),
         ({"speculators_model_type": "domino"}, "type 'domino'"),
-        ({"draft_vocab_size": 32}, "reduced draft vocabulary, 32 of 64"),
+        ({"draft_vocab_size": 32}, "reduced draft vocabulary, 32 of 64 tokens, without d2t and lm_head.weight"),
         ({"draft_vocab_size": REMOVED}, "draft_vocab_size"),
         ({"sample_from_anchor": True}, "sample_from_anchor"),
         ({"mask_token_id": None}, "no mask_token_id"),

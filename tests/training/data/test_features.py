@@ -18,7 +18,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
 from sglang_auf.training.data import features as module
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
-from tests.support.tiny_models import LAYERS, VOCABULARY, target_config, write_gemma4, write_target
+from tests.support.tiny_models import LAYERS, VOCABULARY, target_config, write_gemma4, write_qwen2, write_target
 
 TAPS = (0, 2, 3)
 LENGTHS = (9, 17, 1)
@@ -27,6 +27,12 @@ LENGTHS = (9, 17, 1)
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("targets") / "llama")
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases at queries, keys and values."""
+    return write_qwen2(tmp_path_factory.mktemp("targets") / "qwen2")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gemma4(tmp_path_factory.mktemp("targets") / "gemma4")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma4"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma4"])
 def target(request: pytest.FixtureRequest) -> Path:
     directory: Path = request.getfixturevalue(request.param)
     return directory

@@ -18,5 +18,8 @@ def test_the_command_needs_a_config_and_no_weights(tmp_path: Path, capsys: pytes
     assert any(line.startswith("work") and line.endswith("TFLOP") for line in alone)
     assert main([*command, "--ranks", "8", "--fsdp"]) == 0
     assert "35.99 GB" in capsys.readouterr().out
+    auto = ["--set", "drafter.target_layer_ids=auto", "--set", "drafter.mask_token_id=auto"]
+    assert main([*command, *auto]) == 0
+    assert capsys.readouterr().out.splitlines() == alone
     assert main([*command, "--ranks", "3"]) == 2
     assert "batch.micro_batches 8 on 3 ranks" in capsys.readouterr().err
