@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config import RunConfig, Workload
+from benchmarks.harness.config import RunConfig, ServedProfile, Workload
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, profile_content, serve
@@ -33,10 +33,9 @@ from benchmarks.stats.summary import (
 Mode = Literal["interleaved", "sequential"]
 
 
-class CompareConfig(Workload):
+class CompareConfig(ServedProfile, Workload):
     """Start the speculating and the plain server of one profile and ask both the same."""
 
-    profile: str = Field(description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field((), alias="set", description="key=value for both servers; may be repeated")
     mode: Mode | None = Field(
         None,

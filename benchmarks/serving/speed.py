@@ -89,8 +89,8 @@ class SpeedReport(Measured, Report):
             prompts = prompts_cell(level.prompts, level.failed)
             rows.append([str(level.concurrency), prompts, *speeds, *map(number, ratios)])
         asked = (
-            f"{config.profile} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} new "
-            f"tokens, {', '.join(self.tasks)}; medians of {config.rounds} interleaved rounds"
+            f"{config.profile_text} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} "
+            f"new tokens, {', '.join(self.tasks)}; medians of {config.rounds} interleaved rounds"
         )
         lines = [
             f"- at concurrency {level.concurrency}: AUF gave the tokens of DFLASH in "
