@@ -108,7 +108,9 @@ class RunConfig(Workload):
     base_url: ServerUrl = Field(description="the server, for example http://127.0.0.1:30000")
     model: str | None = Field(None, description="model name to send (default: the first one of /v1/models)")
     stream: bool = Field(True, description="stream answers, which gives the time to the first token")
-    plain: bool = Field(False, description="the server decodes plainly: a baseline, without tau")
+    plain: bool = Field(
+        False, description="the server decodes plainly, or is not SGLang: a baseline of speed, without tau"
+    )
     empty_cache: bool = Field(
         False, description="empty the server's prefix cache first; only for a server that answers nobody else"
     )

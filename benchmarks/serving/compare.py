@@ -15,7 +15,7 @@ from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, profile_content, serve
 from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
-from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import asked_text, broken_rows_text, decoding_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import LOGIT_SCALE, LogitScale, check_records
 from benchmarks.stats.summary import (
@@ -66,7 +66,7 @@ class Comparison(Measured, Report):
     drafter: str | None
     block_size: int | None
     algorithm: str | None
-    device: str
+    device: str | None
     config: CompareConfig
     tasks: dict[str, TaskSummary]
     macro: MacroSummary
@@ -93,7 +93,9 @@ class Comparison(Measured, Report):
             rounds = ", ".join(number(part.speedup) for part in self.rounds)
             lines.append(f"speed-up    {self.speedup:.2f} at concurrency {config.concurrency} (by round: {rounds})")
         parts = [
-            asked_text(self.target, self.drafter, self.block_size, config.temperature, config.max_tokens),
+            asked_text(
+                self.target, decoding_text(self.drafter, self.block_size), config.temperature, config.max_tokens
+            ),
             task_table(self.tasks),
             tau_text(self.tasks, self.macro, self.micro),
             "\n".join(lines),

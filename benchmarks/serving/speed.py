@@ -138,9 +138,9 @@ def dflash_program(auf: ServerFacts, profile: Mapping[str, Any]) -> list[str]:
     thinking = enable_thinking(TypeAdapter(Thinking).validate_python(profile.get("thinking")))
     arguments: dict[str, Any] = {
         "model_path": auf.target,
-        "revision": profile.get("target_revision"),
+        "revision": auf.revision,
         "device": auf.device,
-        "dtype": auf.dtype.removeprefix("torch."),
+        "dtype": auf.dtype and auf.dtype.removeprefix("torch."),
         "speculative_algorithm": "DFLASH",
         "speculative_draft_model_path": auf.drafter,
         "speculative_num_draft_tokens": auf.block_size,

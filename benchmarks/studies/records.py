@@ -82,7 +82,7 @@ def keep_origin(path: Path, manifest_file: Path) -> None:
     content = {
         "server": {
             **server.model_dump(),
-            "target": Path(server.target).name,
+            "target": server.target and Path(server.target).name,
             "drafter": server.drafter and "/".join(Path(server.drafter).parts[-2:]),
         },
         "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "prompts", "out"}),
