@@ -3,7 +3,7 @@
 # make adapt-demo  a drafter learns from its own traffic and is swapped in: tau and speed before and after, in minutes
 # make study-smoke  two training arms, two seeds, toy size: trained, served, compared, reported, in minutes
 # make test   every test, end-to-end ones included, in WORKERS (2) processes
-# make serve  the accelerated server (PROFILE=smollm2-135m or qwen3-8b, ARGS="--set key=value")
+# make serve  the accelerated server (PROFILE=smollm2-135m, qwen3-8b or a file, ARGS="--set key=value")
 # make bench  the tau benchmark against a running server (ARGS="--tasks gsm8k --limit 20")
 # make soak   mixed load on a server for MINUTES (30), checked against plain decoding; nothing wrong, nothing leaked
 # make fuzz   card, recipe, profile and JSONL parsing on INPUTS (25,000) inputs a test

@@ -1,4 +1,4 @@
-"""python -m server --profile NAME [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]"""
+"""python -m server --profile NAME_OR_FILE [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]"""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from server.profile import default_profile, load_profile, profile_names
+from server.profile import PROFILES, default_profile, load_profile
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.process import begin_server
+from sglang_auf.settings import settings_names
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -20,8 +21,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--profile",
-        metavar="NAME",
-        help=f"one of {', '.join(profile_names())} (default: qwen3-8b with CUDA, smollm2-135m without)",
+        metavar="NAME_OR_FILE",
+        help=f"one of {', '.join(settings_names(PROFILES))}, or a YAML file of your own (default: qwen3-8b with CUDA, "
+        "smollm2-135m without)",
     )
     parser.add_argument(
         "--set",

@@ -45,6 +45,7 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     check_server_args(profile.server_args)
     target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else os.path.expanduser(profile.target)
     served = check_models(profile, target, plain)
+    profile = profile.model_copy(update={"served_model_name": served.model})
     recorder = None
     if profile.record.directory is not None:
         recorder = Recorder.opened(
@@ -164,7 +165,9 @@ class Start:
         self._lap("first answers")
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._took.items())
         logger.info("up after %.1f s: %s", sum(self._took.values()), parts)
-        logger.info("READY %s/v1 serves %s: target %s, %s", self.url, self.served.model, self.served.target.name, how)
+        why = " (the target's name: no served_model_name is given for it)" if self.served.named_after_target else ""
+        target = self.served.target.name
+        logger.info("READY %s/v1 serves %s%s: target %s, %s", self.url, self.served.model, why, target, how)
         logger.info("live page: %s/auf", self.url)
 
 

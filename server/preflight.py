@@ -6,7 +6,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from server.profile import Profile
@@ -81,11 +81,16 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server serves. model: its name for clients. speculation: None when it decodes plainly."""
+    """What a server serves.
+
+    model: its name for clients. speculation: None when it decodes plainly. named_after_target: the profile gives no
+    name, and `model` is the target's.
+    """
 
     model: str
     target: TargetFacts
     speculation: Speculation | None
+    named_after_target: bool = False
 
 
 def check_device(profile: Profile) -> None:
@@ -180,8 +185,9 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
     """
     directory = find_model(target, ("*.json", "*.jinja"), TargetError, profile.target_revision)
     facts = TargetFacts.of(directory)
+    served = ServedModel(profile.served_model_name or facts.name, facts, None, profile.served_model_name is None)
     if plain:
-        return ServedModel(profile.served_model_name, facts, None)
+        return served
     if profile.drafter is None:
         raise ConfigError("a profile without a drafter", "a drafter", "--set drafter=PATH, or --plain to serve without")
     check = partial(
@@ -198,4 +204,4 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
     block_size = profile.block_size or checked.card.block_size
     mrope = is_mrope(read_json(directory / CONFIG, TargetError))
     speculation = Speculation(profile.drafter, checked, block_size, check, profile.device, mrope)
-    return ServedModel(profile.served_model_name, facts, speculation)
+    return replace(served, speculation=speculation)

@@ -1,4 +1,7 @@
-"""What to serve and how: a YAML profile, checked, with `--set key=value` applied on top."""
+"""What to serve and how: a YAML profile, checked, with `--set key=value` applied on top.
+
+`extends: qwen3-8b` takes another profile, one of ours or a file beside this one, and changes the keys below it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sglang_auf.errors import ConfigError
 from sglang_auf.recording.settings import RecordSettings
-from sglang_auf.settings import Settings, Thinking, apply_override, checked, read_yaml
+from sglang_auf.settings import Settings, Thinking, apply_override, checked, merged, read_settings
 
 PROFILES = Path(__file__).parent / "profiles"
 CHECKOUT = Path(__file__).parent.parent
+
+ABOUT = {
+    "target": ("target_revision", "served_model_name"),
+    "drafter": ("drafter_revision", "drafter_notice"),
+}
+"""What a profile says about a model; of a model that is given in its place, it says nothing."""
 
 
 class Profile(Settings):
@@ -31,7 +39,7 @@ class Profile(Settings):
     thinking: the chat template's mode; None where the template has none.
     record: keep answers for training (recording/settings.py); by default none are kept.
     management: open the routes that change weights, write files and pause the engine (middleware.Guard).
-    served_model_name: the model's name for clients.
+    served_model_name: the model's name for clients; None takes the target's.
     server_args: SGLang's server arguments by their Python names; checked against SGLang when the server starts.
     """
 
@@ -51,7 +59,7 @@ class Profile(Settings):
     management: bool = False
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=30000, ge=1, le=65535)
-    served_model_name: str = Field(min_length=1)
+    served_model_name: str | None = Field(default=None, min_length=1)
     server_args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -59,10 +67,6 @@ class Profile(Settings):
         if self.tree_nodes is not None and self.device != "cpu":
             raise ValueError(f"tree_nodes on {self.device}, where a chain of the whole block is verified")
         return self
-
-
-def profile_names(directory: Path = PROFILES) -> list[str]:
-    return sorted(path.stem for path in directory.glob("*.yaml"))
 
 
 def default_profile() -> str:
@@ -73,36 +77,44 @@ def default_profile() -> str:
 
 
 def load_profile(
-    name: str,
+    path_or_name: str,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     directory: Path = PROFILES,
 ) -> Profile:
-    """The profile `name` with `overrides` ("key=value", "server_args.key=value") and then `flags` (key: value) on top.
+    """A profile file, or one of `directory` by name, with "key=value" overrides and then `flags` (key: value) on top.
 
-    Relative model paths count from the checkout in the file, and from the working directory in an override. Raises
-    ConfigError for an unknown profile, an unknown key or a value of the wrong type.
+    Relative model paths count from the checkout in our own profiles, and from the working directory in other files and
+    in overrides. Raises ConfigError for a file that cannot be read, an unknown key or a value of the wrong type.
     """
-    if name not in profile_names(directory):
-        raise ConfigError(
-            f"profile {name!r}",
-            f"one of {', '.join(profile_names(directory))}",
-            "give --profile one of these, or add a file to server/profiles",
-        )
-    content = read_yaml(directory / f"{name}.yaml")
-    for key in ("target", "drafter"):
-        if os.path.isdir(local := CHECKOUT / str(content.get(key))):
-            content[key] = str(local)
+    content: dict[str, Any] = {}
+    for path, layer in read_settings(path_or_name, directory, "profile"):
+        if path.parent == directory.resolve():
+            _count_from_checkout(layer)
+        content = merged(_without_stale(content, layer), layer)
     said: dict[str, Any] = {}
-    if any(apply_override(override, said) == "drafter" for override in overrides):
-        for about_the_files_own in ("drafter_notice", "drafter_revision"):
-            content.pop(about_the_files_own, None)
+    for override in overrides:
+        apply_override(override, said)
+    content = _without_stale(content, said)
     for override in overrides:
         apply_override(override, content)
     return checked(
         Profile,
         content | dict(flags or {}),
-        f"profile {name}",
+        f"profile {path_or_name}",
         f"the keys {', '.join(Profile.model_fields)}",
         "change the profile or the --set",
     )
+
+
+def _count_from_checkout(content: dict[str, Any]) -> None:
+    for key in ABOUT.keys() & content.keys():
+        if os.path.isdir(local := CHECKOUT / str(content[key])):
+            content[key] = str(local)
+
+
+def _without_stale(content: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` without what it says about models that `change` replaces."""
+    replaced = [model for model in ABOUT if model in change and change[model] != content.get(model)]
+    stale = {key for model in replaced for key in ABOUT[model]}
+    return {key: value for key, value in content.items() if key not in stale}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no mapping", "a YAML mapping")
     return content
+
+
+def settings_names(ours: Path) -> list[str]:
+    """Names of the YAML files in `ours`, a directory of this project."""
+    return sorted(path.stem for path in ours.glob("*.yaml"))
+
+
+def find_settings(path_or_name: str, ours: Path, beside: Path | None = None) -> Path | None:
+    """The YAML file at a path, or the one of this name in `ours`; None where there is neither.
+
+    beside: the directory that a relative path counts from; None: the working directory.
+    """
+    path = Path(os.path.expanduser(path_or_name)) if beside is None else beside / path_or_name
+    if os.path.isfile(path):
+        return path
+    return ours / f"{path_or_name}.yaml" if path_or_name in settings_names(ours) else None
+
+
+def read_settings(path_or_name: str, ours: Path, kind: str) -> list[tuple[Path, dict[str, Any]]]:
+    """A YAML file, or one of `ours` by name, behind the files that it extends: (path, mapping) of each, the base first.
+
+    `extends` names a file, relative to the one that says it, or one of `ours`; the mappings do not have it. kind: what
+    the file holds, "recipe" for example. Raises ConfigError for a file that is missing, no YAML or no mapping, and for
+    files that extend each other.
+    """
+    known = ", ".join(settings_names(ours))
+    path = find_settings(path_or_name, ours)
+    if path is None:
+        near = suggestion(path_or_name, settings_names(ours))
+        raise ConfigError(f"{kind} {path_or_name!r}{near}", f"a YAML file, or one of {known}")
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        path = path.resolve()
+        if path in (extending := [link for link, _ in layers]):
+            chain = " -> ".join(link.name for link in (*extending, path))
+            raise ConfigError(f"{kind}s that extend each other: {chain}", f"a chain of {kind}s that ends")
+        content = read_yaml(path)
+        base = content.pop("extends", None)
+        layers.append((path, content))
+        if base is None:
+            return layers[::-1]
+        extender, path = path, find_settings(str(base), ours, path.parent)
+        if path is None:
+            raise ConfigError(
+                f"{extender.name} extends {base}, which is no file beside it",
+                f"an existing {kind}, or one of {known}",
+            )
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,18 @@ import pytest
 from pydantic import Field
 
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.settings import Settings, Thinking, apply_override, checked, enable_thinking, merged, read_yaml
+from sglang_auf.settings import (
+    Settings,
+    Thinking,
+    apply_override,
+    checked,
+    enable_thinking,
+    find_settings,
+    merged,
+    read_settings,
+    read_yaml,
+    settings_names,
+)
 
 
 class Part(Settings):
@@ -98,3 +109,61 @@ def test_an_override_is_yaml_at_a_place() -> None:
 def test_a_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override(override, {"a": {"x": 1}})
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """A directory of this project with the files one.yaml and two.yaml."""
+    directory = tmp_path / "ours"
+    directory.mkdir()
+    (directory / "one.yaml").write_text("a: 1\n")
+    (directory / "two.yaml").write_text("extends: one\nb: 2\n")
+    return directory
+
+
+def test_a_name_is_that_of_a_file_of_ours_and_a_path_any_file(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("c: 3\n")
+    assert settings_names(ours) == ["one", "two"]
+    assert find_settings("one", ours) == ours / "one.yaml"
+    assert find_settings(str(tmp_path / "mine.yaml"), ours) == tmp_path / "mine.yaml"
+    assert find_settings("mine.yaml", ours, beside=tmp_path) == tmp_path / "mine.yaml"
+    assert find_settings("one", ours, beside=tmp_path) == ours / "one.yaml"
+    for wrong in ("mine.yaml", "../ours/one", str(ours / "one"), str(ours), "", "a\0b"):
+        assert find_settings(wrong, ours) is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_settings("~/mine.yaml", ours) == tmp_path / "mine.yaml"
+
+
+def test_what_a_file_extends_comes_before_it(ours: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "top.yaml").write_text("extends: deep/middle.yaml\nb: 4\n")
+    (tmp_path / "deep" / "middle.yaml").write_text("extends: two\nc: 3\n")
+    assert read_settings(str(tmp_path / "top.yaml"), ours, "recipe") == [
+        (ours / "one.yaml", {"a": 1}),
+        (ours / "two.yaml", {"b": 2}),
+        (tmp_path / "deep" / "middle.yaml", {"c": 3}),
+        (tmp_path / "top.yaml", {"b": 4}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("thre", "recipe 'thre'"),
+        ("twoo", "did you mean two?"),
+        ("a.yaml", "recipes that extend each other: a.yaml -> b.yaml -> a.yaml"),
+        ("c.yaml", "c.yaml extends ../c.yaml, which is no file beside it"),
+    ],
+)
+def test_files_that_lead_nowhere_are_refused(
+    name: str, complaint: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, base in (("a", "b.yaml"), ("b", "a.yaml"), ("c", "../c.yaml")):
+        (tmp_path / f"{file}.yaml").write_text(f"extends: {base}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(name, ours, "recipe")
+    assert complaint in caught.value.found
+    assert "one, two" in caught.value.expected or "a chain" in caught.value.expected

@@ -1,7 +1,8 @@
-"""One request to an SGLang server, and the speculation counts of its reply.
+"""One request to a server, and the speculation counts that SGLang adds to its reply.
 
 Messages go to the chat route. A text goes to the route of completions, which puts it into no chat template; there the
-token ids come in the choice, where a chat's reply has them in sglext.
+token ids come in the choice, where a chat's reply has them in sglext. A server that is not SGLang gives neither counts
+nor ids; how many tokens there are is what the reply's usage says.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ from sglang_auf.training.generation.client import EXACT_IDS, UNSHAPED, SglExt, o
 class ReplyError(Exception):
     """A reply with status 200 that cannot be counted."""
 
+
+COUNTS = {"return_spec_tokens_details": True}
+CHAT_DETAILS = {**COUNTS, **EXACT_IDS}
+TEXT_DETAILS = {**COUNTS, "return_token_ids": True}
+"""SGLang's request fields for the counts of drafts and the token ids in the reply."""
 
 FAILURES = (openai.APIError, httpx.HTTPError, ReplyError, ValueError)
 """What a request may raise. In the middle of a stream the openai client lets httpx's errors through, and anywhere a
@@ -85,12 +91,18 @@ class Reply:
 class ChatClient:
     """Asks one server. Nothing is retried, because a failed request is a result too."""
 
-    def __init__(self, base_url: str, model: str, workload: Workload, stream: bool, spans: bool = False) -> None:
-        """spans: have a stream say of each token whether it was a draft; only AUF servers do, and only of chats."""
+    def __init__(
+        self, base_url: str, model: str, workload: Workload, stream: bool, spans: bool = False, sglang: bool = True
+    ) -> None:
+        """spans: have a stream say of each token whether it was a draft; only AUF servers do, and only of chats.
+
+        sglang: ask for token ids and counts of drafts, with fields that other servers may refuse.
+        """
         self._openai = openai_client(
             f"{base_url}/v1", connections=workload.concurrency, timeout_s=workload.timeout_s, retries=0
         )
         self._stream = stream
+        self._sglang = sglang
         self._thinking: dict[str, Any] = template_fields(workload.thinking).get("chat_template_kwargs", {})
         self._options: dict[str, Any] = {
             "model": model,
@@ -119,20 +131,21 @@ class ChatClient:
 
         request: more fields of a chat request (tools, chat_template_kwargs). options: override those of the workload.
         """
-        details = {**UNSHAPED, "return_spec_tokens_details": True}
         arguments: dict[str, Any] = {**self._options, **options}
         if seed is not None:
             arguments["seed"] = seed
         create: Any
         if isinstance(asked, str):
             create = self._openai.completions.create
-            arguments |= {"prompt": asked, "extra_body": {**details, "return_token_ids": True}}
+            details = TEXT_DETAILS if self._sglang else {}
+            arguments |= {"prompt": asked, "extra_body": {**UNSHAPED, **details}}
         else:
             create = self._openai.chat.completions.create
             fields = dict(request or {})
             if variables := {**fields.pop("chat_template_kwargs", {}), **self._thinking}:
                 fields["chat_template_kwargs"] = variables
-            arguments |= {"messages": asked, "extra_body": {**details, **EXACT_IDS, **fields}}
+            details = CHAT_DETAILS if self._sglang else {}
+            arguments |= {"messages": asked, "extra_body": {**UNSHAPED, **details, **fields}}
         reply = Reply()
         await (self._read_stream if self._stream else self._read_whole)(create, arguments, reply)
         if reply.finish_reason in (None, "abort"):

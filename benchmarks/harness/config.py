@@ -5,14 +5,17 @@ The command line is made from these fields, see `sglang_auf.flags`.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, computed_field, model_validator
 
-from sglang_auf.settings import Settings
+from benchmarks.harness.servers import PROFILES, profile_content
+from sglang_auf.settings import Settings, settings_names
 
 
 def split_commas(value: Any) -> Any:
@@ -105,7 +108,9 @@ class RunConfig(Workload):
     base_url: ServerUrl = Field(description="the server, for example http://127.0.0.1:30000")
     model: str | None = Field(None, description="model name to send (default: the first one of /v1/models)")
     stream: bool = Field(True, description="stream answers, which gives the time to the first token")
-    plain: bool = Field(False, description="the server decodes plainly: a baseline, without tau")
+    plain: bool = Field(
+        False, description="the server decodes plainly, or is not SGLang: a baseline of speed, without tau"
+    )
     empty_cache: bool = Field(
         False, description="empty the server's prefix cache first; only for a server that answers nobody else"
     )
@@ -121,10 +126,35 @@ class RunConfig(Workload):
         return self
 
 
-class StartedServersConfig(PromptSources):
+class ServedProfile(CommandConfig):
+    """What commands share that start servers of a profile."""
+
+    profile: str = Field(description="server profile, a name or a file, as for python -m server --profile")
+
+    _profile_sha256: str | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        """Now, because a file may say something else when the command has ended."""
+        if content := profile_content(self.profile):
+            self._profile_sha256 = hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def profile_sha256(self) -> str | None:
+        """Of what the profile and those that it extends say, without --set; None where there is no such profile."""
+        return self._profile_sha256
+
+    @property
+    def profile_text(self) -> str:
+        """For reports: a name of ours, or a file's name and the digest of what it says."""
+        if self.profile in settings_names(PROFILES) or self.profile_sha256 is None:
+            return self.profile
+        return f"{Path(self.profile).name} ({self.profile_sha256[:8]})"
+
+
+class StartedServersConfig(ServedProfile, PromptSources):
     """What commands share that start several servers of one profile and ask them greedily, first turns only."""
 
-    profile: str = Field(description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field(
         (), alias="set", description="key=value for every server, or env.NAME=value; may be repeated"
     )

@@ -44,7 +44,11 @@ class Session(Measured):
 
 
 class RunManifest(StrictModel):
-    """What run.json holds. warnings: how the run's conditions differ from those that its drafter was trained for."""
+    """What run.json holds.
+
+    warnings: how the run's conditions differ from those that its drafter was trained for, or what is not known of its
+    server.
+    """
 
     config: RunConfig
     server: ServerFacts

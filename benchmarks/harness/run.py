@@ -16,7 +16,14 @@ from benchmarks.harness.client import FAILURES, ChatClient, Reply
 from benchmarks.harness.config import AskedTasks, PromptSources, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
-from benchmarks.harness.server_info import card_warnings, flush_cache, server_facts
+from benchmarks.harness.server_info import (
+    OtherServer,
+    ServerFacts,
+    card_warnings,
+    flush_cache,
+    other_facts,
+    server_facts,
+)
 from benchmarks.harness.sources.files import select_from_files
 from benchmarks.harness.tasks import Prompt, Selection, messages_of, resolve, select
 from sglang_auf import ALGORITHM
@@ -27,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
+OTHER_SERVER = (
+    "no SGLang server: what it runs, and on what, is not known, nor whether it decodes plainly. Tokens are those that "
+    "its replies count (usage)"
+)
 
 
 def chosen_prompts(questions: AskedTasks) -> list[Selection]:
@@ -85,7 +96,7 @@ class BenchmarkRun:
         A run in config.out is continued where `resume` is set and its settings are the same. Raises ConfigError
         otherwise, ServerError where the server is down or not of the kind that config.plain says.
         """
-        server = server_facts(config.base_url, config.model)
+        server = _facts(config)
         if config.plain != (server.algorithm is None):
             raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
         if config.record_steps and server.algorithm != ALGORITHM:
@@ -95,7 +106,7 @@ class BenchmarkRun:
                 "leave --record-steps out",
             )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = [] if config.plain else card_warnings(config)
+        manifest.warnings = [OTHER_SERVER] if server.sglang is None else [] if config.plain else card_warnings(config)
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -119,8 +130,15 @@ class BenchmarkRun:
         self.manifest.write(self.config.out / MANIFEST)
 
     def _connect(self) -> ChatClient:
-        config = self.config
-        return ChatClient(config.base_url, self.manifest.server.model, config, config.stream, spans=config.record_steps)
+        config, server = self.config, self.manifest.server
+        return ChatClient(
+            config.base_url,
+            server.model,
+            config,
+            config.stream,
+            spans=config.record_steps,
+            sglang=server.sglang is not None,
+        )
 
     def unfinished(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         return [prompt for prompt in prompts if any(self._due(prompt, turn) for turn in range(len(prompt.turns)))]
@@ -281,6 +299,26 @@ def _answered(outcome: Reply | BaseException) -> Reply:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
+
+
+def _facts(config: RunConfig) -> ServerFacts:
+    """What the server says of itself; one that is not SGLang is asked only where config.plain says so."""
+    try:
+        return server_facts(config.base_url, config.model)
+    except OtherServer as error:
+        if not config.plain:
+            raise ServerError(
+                error.found,
+                "an SGLang server: tau needs its counts of verify steps",
+                "check the URL, or add --plain to measure the speed of another server alone",
+            ) from None
+        if config.empty_cache:
+            raise ServerError(
+                f"--empty-cache, and {error.found}",
+                "an SGLang server, whose prefix cache can be emptied",
+                "leave --empty-cache out",
+            ) from None
+        return other_facts(config.base_url, config.model)
 
 
 def _wrong_server(config: RunConfig, found: str) -> ServerError:

@@ -1,4 +1,4 @@
-"""SGLang's own routes (those that OpenAI lacks): what a server is, and the log-probabilities of its next token."""
+"""What a server is, and SGLang's own routes (those that OpenAI lacks): log-probabilities, an empty prefix cache."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ SAID_BY_CARD = ("tree", "tree_nodes", "draft_vocabulary", "weights")
 class ServerFacts(StrictModel):
     """What a server runs. model: the name it is served as. drafter, algorithm, block_size: None for plain decoding.
 
-    overlap: SGLang's overlap schedule. tree, tree_nodes, draft_vocabulary, weights: of the running drafter, as
-    /v1/auf/card has them; swaps: of drafters, since the server's start. These six are None where nobody says it:
-    SGLang's own server has no card, and earlier versions did not ask.
+    revision: of the target, as it was asked for. overlap: SGLang's overlap schedule. tree, tree_nodes,
+    draft_vocabulary, weights: of the running drafter, as /v1/auf/card has them; swaps: of drafters, since the server's
+    start. These seven are None where nobody says it: SGLang's own server has no card, and earlier versions did not ask.
+
+    sglang: its version; None for a server that is not SGLang, of which nothing is known but `model`. What is None then
+    is unknown, drafter and algorithm included.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    target: str
+    target: str | None
     model: str
     drafter: str | None
     algorithm: str | None
     block_size: int | None
-    device: str
-    dtype: str
-    sglang: str
+    device: str | None
+    dtype: str | None
+    sglang: str | None
+    revision: str | None = None
     overlap: bool | None = None
     tree: bool | None = None
     tree_nodes: int | None = None
@@ -44,14 +48,31 @@ class ServerFacts(StrictModel):
     swaps: int | None = None
 
 
+class NoRoute(ServerError):
+    """A server that is up and has no such route."""
+
+
+class OtherServer(ServerError):
+    """A server that is up and is not SGLang."""
+
+
 def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
-    """Ask a server what it runs. model: the name that requests will carry; None: the first one the server lists."""
-    info = call(base_url, "/server_info")
+    """Ask an SGLang server what it runs. model: the name that requests will carry; None: the first one it lists.
+
+    Raises OtherServer for a server of another kind, and ServerError for one that is down or refuses.
+    """
+    try:
+        info = call(base_url, "/server_info")
+    except NoRoute as error:
+        raise OtherServer(error.found, "an SGLang server", "check the URL") from None
+    if not isinstance(info, dict) or "speculative_algorithm" not in info:  # vLLM may have a route of this name, too
+        raise OtherServer(f"{base_url}/server_info is not SGLang's", "an SGLang server", "check the URL")
     try:
         speculating = info["speculative_algorithm"] is not None
         found = {
             "target": info["model_path"],
-            "model": model or call(base_url, "/v1/models")["data"][0]["id"],
+            "revision": info["revision"],
+            "model": model or first_model(base_url),
             "drafter": info["speculative_draft_model_path"] if speculating else None,
             "algorithm": info["speculative_algorithm"],
             "block_size": info["speculative_num_draft_tokens"] if speculating else None,
@@ -65,7 +86,22 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
             found |= {"drafter": card["swap"]["path"], "swaps": card["swap"]["generation"]}
         return ServerFacts(**found)
     except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(f"{base_url}/server_info, /v1/models or {CARD} without {error}", "an SGLang server") from None
+        raise ServerError(f"{base_url}/server_info or {CARD} without {error}", "SGLang 0.5.23") from None
+
+
+def other_facts(base_url: str, model: str | None = None) -> ServerFacts:
+    """Of any OpenAI-compatible server: the name of its model, and nothing else. model: as for `server_facts`."""
+    listed = first_model(base_url)
+    unknown = dict.fromkeys(("target", "drafter", "algorithm", "block_size", "device", "dtype", "sglang"))
+    return ServerFacts(model=model or listed, **unknown)
+
+
+def first_model(base_url: str) -> str:
+    """The first name that /v1/models lists. Raises ServerError."""
+    try:
+        return str(call(base_url, "/v1/models")["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ServerError(f"{base_url}/v1/models without {error}", "an OpenAI-compatible server") from None
 
 
 def drafter_card(base_url: str) -> dict[str, Any] | None:
@@ -75,10 +111,8 @@ def drafter_card(base_url: str) -> dict[str, Any] | None:
     """
     try:
         found: dict[str, Any] = call(base_url, CARD)
-    except ServerError as error:
-        if "status 404" in error.found:
-            return None
-        raise
+    except NoRoute:
+        return None
     return found
 
 
@@ -135,9 +169,11 @@ def flush_cache(base_url: str) -> None:
 def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120.0) -> Any:
     """The JSON reply to a GET, or to a POST of `body`.
 
-    timeout_s: how long the server may be silent. Raises ServerError when it is down or refuses.
+    timeout_s: how long the server may be silent. Raises NoRoute for status 404, and ServerError when the server is down
+    or refuses otherwise.
     """
     url, headers = base_url + path, _authorization()
+    kind = ServerError
     try:
         response = httpx.request(
             "GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout_s, verify=tls()
@@ -147,9 +183,10 @@ def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s
     except httpx.HTTPStatusError as error:
         found = f"status {error.response.status_code}: {error.response.text[:200]}"
         remedy = f"check the URL; an API key is read from {CLIENT_API_KEY}"
+        kind = NoRoute if error.response.status_code == httpx.codes.NOT_FOUND else ServerError
     except (httpx.HTTPError, ValueError) as error:
         found, remedy = f"{type(error).__name__}: {error}", "start the server (python -m server) or check the URL"
-    raise ServerError(f"{found} from {url}", "an SGLang server that is up", remedy)
+    raise kind(f"{found} from {url}", "a server that is up", remedy)
 
 
 def _authorization() -> dict[str, str]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import psutil
 
 from benchmarks.harness.results import ROOT
 from sglang_auf.errors import ServerError
-from sglang_auf.settings import apply_override, read_yaml
+from sglang_auf.settings import apply_override, find_settings, merged, read_settings
 from sglang_auf.training.generation.client import tls
 
 logger = logging.getLogger(__name__)
 
+PROFILES = ROOT / "server" / "profiles"
 DRAIN_S = 30.0
 KILLED_S = 10.0
 POLL_S = 0.5
@@ -79,7 +81,7 @@ def serve(
     log_file: Path,
     timeout_s: float = 900.0,
 ) -> contextlib.AbstractContextManager[Server]:
-    """`launch` a server of a profile. plain: without a drafter.
+    """`launch` a server of a profile, one of ours by name or a file. plain: without a drafter.
 
     settings: key=value, each passed as --set, or env.NAME=value, a variable of the server's environment.
     """
@@ -106,12 +108,14 @@ def split_settings(settings: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     return of_profile, variables
 
 
-def profile_content(name: str, settings: Iterable[str]) -> dict[str, Any]:
-    """The keys of a profile's file with `settings` on top; {} without such a file. A server that starts checks both."""
-    file = ROOT / "server" / "profiles" / f"{name}.yaml"
-    if not file.is_file():
+def profile_content(path_or_name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys of a profile, and of those that it extends, with `settings` on top; {} where there is no such profile.
+
+    A server that starts checks all of it. Raises ConfigError for a file that cannot be read.
+    """
+    if find_settings(path_or_name, PROFILES) is None:
         return {}
-    content = read_yaml(file)
+    content: dict[str, Any] = reduce(merged, (layer for _, layer in read_settings(path_or_name, PROFILES, "profile")))
     for setting in split_settings(settings)[0]:
         apply_override(setting, content)
     return content

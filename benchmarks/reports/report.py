@@ -19,7 +19,7 @@ from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import broken_rows_text, drafting_text, interrupted_text
+from benchmarks.reports.text import UNKNOWN, broken_rows_text, drafting_text, interrupted_text
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -231,13 +231,12 @@ def _paper_table() -> Table:
 def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
-        server, config, sessions = run.manifest.server, run.manifest.config, run.manifest.sessions
-        what = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"
+        config, sessions = run.manifest.config, run.manifest.sessions
         thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
         rows.append(
             [
                 run.name,
-                f"{server.model} ({server.device}, {server.dtype}), {what}",
+                _server_text(run),
                 f"T={config.temperature:g}, {config.max_tokens} tokens at most, concurrency {config.concurrency}"
                 + thinking
                 + (f", {len(sessions)} sessions" if len(sessions) > 1 else ""),
@@ -254,6 +253,14 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
             ]
         )
     return rows
+
+
+def _server_text(run: MeasuredRun) -> str:
+    server = run.manifest.server
+    if server.sglang is None:
+        return f"{server.model}, {UNKNOWN}"
+    how = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"
+    return f"{server.model} ({server.device}, {server.dtype}), {how}"
 
 
 def _different(of_sessions: Iterable[str]) -> str:

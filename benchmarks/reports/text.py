@@ -20,9 +20,16 @@ NOTE = (
 )
 
 
-def asked_text(target: str, drafter: str | None, block_size: int | None, temperature: float, max_tokens: int) -> str:
+UNKNOWN = "a server that is not SGLang, decoding not known"
+
+
+def decoding_text(drafter: str | None, block_size: int | None) -> str:
+    """How an SGLang server decodes."""
+    return "plain decoding" if block_size is None else f"drafter {drafter}, block {block_size}"
+
+
+def asked_text(target: str, decoding: str, temperature: float, max_tokens: int) -> str:
     """What was asked, and how it was decoded."""
-    decoding = "plain decoding" if block_size is None else f"drafter {drafter}, block {block_size}"
     return f"{target}, {decoding}, temperature {temperature:g}, at most {max_tokens} new tokens"
 
 

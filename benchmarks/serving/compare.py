@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config import RunConfig, Workload
+from benchmarks.harness.config import RunConfig, ServedProfile, Workload
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, profile_content, serve
 from benchmarks.harness.tasks import Prompt, Selection
 from benchmarks.reports.numbers import number
-from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import asked_text, broken_rows_text, decoding_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import LOGIT_SCALE, LogitScale, check_records
 from benchmarks.stats.summary import (
@@ -33,10 +33,9 @@ from benchmarks.stats.summary import (
 Mode = Literal["interleaved", "sequential"]
 
 
-class CompareConfig(Workload):
+class CompareConfig(ServedProfile, Workload):
     """Start the speculating and the plain server of one profile and ask both the same."""
 
-    profile: str = Field(description="server profile, as for python -m server --profile")
     settings: tuple[str, ...] = Field((), alias="set", description="key=value for both servers; may be repeated")
     mode: Mode | None = Field(
         None,
@@ -67,7 +66,7 @@ class Comparison(Measured, Report):
     drafter: str | None
     block_size: int | None
     algorithm: str | None
-    device: str
+    device: str | None
     config: CompareConfig
     tasks: dict[str, TaskSummary]
     macro: MacroSummary
@@ -94,7 +93,9 @@ class Comparison(Measured, Report):
             rounds = ", ".join(number(part.speedup) for part in self.rounds)
             lines.append(f"speed-up    {self.speedup:.2f} at concurrency {config.concurrency} (by round: {rounds})")
         parts = [
-            asked_text(self.target, self.drafter, self.block_size, config.temperature, config.max_tokens),
+            asked_text(
+                self.target, decoding_text(self.drafter, self.block_size), config.temperature, config.max_tokens
+            ),
             task_table(self.tasks),
             tau_text(self.tasks, self.macro, self.micro),
             "\n".join(lines),

@@ -18,7 +18,7 @@ import openai
 from pydantic import Field
 
 from benchmarks.harness.client import ReplyError, histogram_of
-from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.config import ServedProfile
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, launch, serve
@@ -32,7 +32,7 @@ ROUTER = "sglang_router"
 COUNTED = ("verify_steps", "emitted")
 
 
-class FailoverConfig(CommandConfig):
+class FailoverConfig(ServedProfile):
     """Two servers behind SGLang's router; one is killed under load, and clients that retry must lose nothing."""
 
     profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
@@ -95,8 +95,8 @@ class FailoverReport(Measured, Report):
             figures = [load.asked, load.sent, load.retried, load.lost, load.wrong, load.verify_steps, load.emitted]
             rows.append([name, *map(str, figures)])
         asked = (
-            f"{config.profile}, two servers behind sglang-router, {config.clients} clients, {config.max_tokens} tokens "
-            f"an answer, the openai client with {config.retries} retries; one server killed after "
+            f"{config.profile_text}, two servers behind sglang-router, {config.clients} clients, {config.max_tokens} "
+            f"tokens an answer, the openai client with {config.retries} retries; one server killed after "
             f"{self.answered_before} of {self.killed.asked} answers"
         )
         shares = " and ".join(f"{server['verify_steps']} verify steps" for server in self.totals)

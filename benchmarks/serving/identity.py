@@ -152,7 +152,7 @@ class IdentityReport(Measured, Report):
             cells = [row.variant, str(row.concurrency), prompts_cell(row.prompts, row.failed), identical, forks]
             rows.append([*cells, number(row.tokens_per_s, 1), number(row.tau)])
         names = [*config.tasks, *(path.name for path in config.prompts)]
-        asked = f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(names)}"
+        asked = f"{config.profile_text}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(names)}"
         outcome = "passed" if self.passed else "FAILED"
         notes = [
             f"Identity {outcome}. The reference of `unconstrained`, which promises nothing, is itself alone; of the "
@@ -185,7 +185,7 @@ class PlannedCell:
     @property
     def asked(self) -> dict[str, Any]:
         return {
-            **self.config.model_dump(mode="json", include={"profile", "max_tokens", "thinking"}),
+            **self.config.model_dump(mode="json", include={"profile", "profile_sha256", "max_tokens", "thinking"}),
             "settings": [*self.config.settings, *self.variant.settings],
             "environment": dict(self.variant.environment),
             "random_drafter_of": str(self.shape_of) if self.shape_of else None,

@@ -9,7 +9,15 @@ from pydantic import Field
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Report
 from benchmarks.harness.run import ask, chosen_prompts
-from benchmarks.reports.text import asked_text, broken_rows_text, speed_line, task_table, tau_text
+from benchmarks.reports.text import (
+    UNKNOWN,
+    asked_text,
+    broken_rows_text,
+    decoding_text,
+    speed_line,
+    task_table,
+    tau_text,
+)
 from benchmarks.stats.summary import RunSummary, summarize_run
 
 
@@ -29,7 +37,8 @@ class RunReport(RunSummary, Report):
         return not self.throughput.failed and not self.broken_rows
 
     def text(self) -> str:
-        parts = [asked_text(self.target, self.drafter, self.block_size, self.temperature, self.max_tokens)]
+        decoding = decoding_text(self.drafter, self.block_size) if self.sglang else UNKNOWN
+        parts = [asked_text(self.target, decoding, self.temperature, self.max_tokens)]
         parts.append(task_table(self.tasks))
         if self.micro.verify_steps:
             parts.append(tau_text(self.tasks, self.macro, self.micro))

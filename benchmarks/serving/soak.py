@@ -21,7 +21,7 @@ import openai
 import psutil
 from pydantic import Field, ValidationInfo, field_validator
 
-from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.config import ServedProfile
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, flush_cache, server_facts
 from benchmarks.harness.servers import Server, family, serve
@@ -36,7 +36,7 @@ GROWTH = 0.05
 """Share by which resident memory may grow, see `SoakReport.growth`."""
 
 
-class SoakConfig(CommandConfig):
+class SoakConfig(ServedProfile):
     """Mixed load on a server for minutes, checked against plain decoding; memory, files and KV slots are watched."""
 
     profile: str = Field("smollm2-135m", description="server profile, as for python -m server --profile")
@@ -157,7 +157,7 @@ class SoakReport(Measured, Report):
             figures = [getattr(self.before, name), getattr(self.after, name), most]
             rows.append([what, *(f"{figure:.0f} {unit}".strip() for figure in figures)])
         asked = (
-            f"{config.profile}, {config.minutes:g} minutes, {config.clients} clients: {sum(self.asked.values())} "
+            f"{config.profile_text}, {config.minutes:g} minutes, {config.clients} clients: {sum(self.asked.values())} "
             f"requests ({', '.join(f'{count} {kind}' for kind, count in sorted(self.asked.items()))})"
         )
         faults = ", ".join(f"{count} {what}" for what, count in self.faults.items())

@@ -89,8 +89,8 @@ class SpeedReport(Measured, Report):
             prompts = prompts_cell(level.prompts, level.failed)
             rows.append([str(level.concurrency), prompts, *speeds, *map(number, ratios)])
         asked = (
-            f"{config.profile} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} new "
-            f"tokens, {', '.join(self.tasks)}; medians of {config.rounds} interleaved rounds"
+            f"{config.profile_text} ({auf.device}, block {auf.block_size}), temperature 0, at most {config.max_tokens} "
+            f"new tokens, {', '.join(self.tasks)}; medians of {config.rounds} interleaved rounds"
         )
         lines = [
             f"- at concurrency {level.concurrency}: AUF gave the tokens of DFLASH in "
@@ -138,9 +138,9 @@ def dflash_program(auf: ServerFacts, profile: Mapping[str, Any]) -> list[str]:
     thinking = enable_thinking(TypeAdapter(Thinking).validate_python(profile.get("thinking")))
     arguments: dict[str, Any] = {
         "model_path": auf.target,
-        "revision": profile.get("target_revision"),
+        "revision": auf.revision,
         "device": auf.device,
-        "dtype": auf.dtype.removeprefix("torch."),
+        "dtype": auf.dtype and auf.dtype.removeprefix("torch."),
         "speculative_algorithm": "DFLASH",
         "speculative_draft_model_path": auf.drafter,
         "speculative_num_draft_tokens": auf.block_size,

@@ -101,7 +101,7 @@ class VariantsReport(Measured, Report):
             rows.append(cells)
         beside = f"; {config.neighbours} busy processes beside each server" if config.neighbours else ""
         asked = (
-            f"{config.profile}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(self.tasks)}; "
+            f"{config.profile_text}, temperature 0, at most {config.max_tokens} new tokens, {', '.join(self.tasks)}; "
             f"medians of {config.rounds} interleaved rounds. A step: a verify step with its drafting, or a token of "
             f"plain decoding{beside}"
         )

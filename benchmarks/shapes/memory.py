@@ -71,7 +71,7 @@ def resident(server: Server) -> int:
     return total
 
 
-def device_used(device: str) -> int | None:
+def device_used(device: str | None) -> int | None:
     """Bytes in use on the devices, by all processes; None on a CPU, or where nvidia-smi does not tell."""
     return _nvidia_smi("memory.used") if device == "cuda" else None
 

@@ -62,8 +62,8 @@ class ShapeReport(Measured, Report):
         facts = self.servers[AUF].facts
         shape = ", ".join(f"{name} {self.config.target[name]}" for name in ("hidden_size", "vocab_size"))
         lines = [
-            f"Random weights, {self.layers} layers, {shape}, {facts.dtype.removeprefix('torch.')}; {facts.device}, "
-            f"block {facts.block_size}. Prompts of {self.config.prompt_tokens} random tokens."
+            f"Random weights, {self.layers} layers, {shape}, {str(facts.dtype).removeprefix('torch.')}; "
+            f"{facts.device}, block {facts.block_size}. Prompts of {self.config.prompt_tokens} random tokens."
         ]
         lines.append(kept_text(self.kept, self.versions))
         parts = [f"Identity {'passed' if self.passed else 'FAILED'}.", self._answers(), self._memory()]

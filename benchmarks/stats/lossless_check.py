@@ -124,6 +124,12 @@ def _require_comparable(ours: RunManifest, theirs: RunManifest) -> None:
             "the speculating run first, then the plain one",
             "python -m benchmarks lossless SPECULATING PLAIN",
         )
+    if theirs.server.sglang is None:
+        raise DataError(
+            "a plain run of a server that is not SGLang",
+            "token ids in both runs: equal texts do not prove equal tokens",
+            "ask the same target by python -m server --plain",
+        )
     if ours.config.temperature != 0:
         raise ConfigError(f"temperature {ours.config.temperature}", "greedy answers", "run both with --temperature 0")
     mine, its = ours.identity(), theirs.identity()

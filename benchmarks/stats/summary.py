@@ -89,14 +89,16 @@ class Latency(StrictModel):
 class RunSummary(StrictModel):
     """What summary.json of one run holds. drafter, block_size and every tau are None for a plain baseline.
 
-    warnings: how the run's conditions differ from those that the drafter was trained for. broken_rows: of the user's
-    own files, those that were not asked.
+    target: the model's name. sglang: the server's version; None for a server that is not SGLang, of which device,
+    drafter and block_size are not known. warnings: how the run's conditions differ from those that the drafter was
+    trained for, and what is not known of its server. broken_rows: of the user's own files, those that were not asked.
     """
 
     target: str
     drafter: str | None
     block_size: int | None
-    device: str
+    device: str | None
+    sglang: str | None
     temperature: float
     max_tokens: int
     sessions: int
@@ -117,6 +119,7 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         drafter=manifest.server.drafter,
         block_size=manifest.server.block_size,
         device=manifest.server.device,
+        sglang=manifest.server.sglang,
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
         sessions=len(manifest.sessions),

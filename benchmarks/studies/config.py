@@ -123,12 +123,12 @@ class Claim(Settings):
 class Study(Settings):
     """What a study file holds.
 
-    profile, server_set: server profile of the target, and its changes. target: the same model, for the trainer. recipe,
-    set: training recipe of all arms, and its changes. cache_features: compute the target's features of the answers once
-    for all arms. seeds: every arm is trained with each. budgets: every arm is also trained for each of these numbers of
-    steps, with further changes of the recipe, such as {300: [evaluate_every=50], 2400: []}. A claim is tested at each
-    budget that has both of its arms. Each training is a run of its own: the learning rate and curricula follow the
-    share of training done, so that no run is the beginning of a longer one.
+    profile, server_set: server profile of the target, a name or a file, and its changes. target: the same model, for
+    the trainer. recipe, set: training recipe of all arms, and its changes. cache_features: compute the target's
+    features of the answers once for all arms. seeds: every arm is trained with each. budgets: every arm is also trained
+    for each of these numbers of steps, with further changes of the recipe, such as {300: [evaluate_every=50], 2400:
+    []}. A claim is tested at each budget that has both of its arms. Each training is a run of its own: the learning
+    rate and curricula follow the share of training done, so that no run is the beginning of a longer one.
     """
 
     title: str

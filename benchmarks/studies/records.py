@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
+from benchmarks.harness.servers import profile_content
 from benchmarks.studies.config import Budget, load_study
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import write_whole
+from sglang_auf.settings import read_yaml
 
-STUDY, PLAIN = "study.yaml", "plain.json"
+STUDY, PROFILE, PLAIN = "study.yaml", "profile.yaml", "plain.json"
 WITHOUT_TEXT = {"prompt_ids": None, "output_ids": None, "output_text": ""}
 
 
@@ -28,6 +32,22 @@ def require_same(path: Path, records: Path) -> None:
         raise ConfigError(
             f"{records} are of another study ({kept} and {path} differ)",
             "the study that was begun there",
+            "give another --out, or take the change back",
+        )
+
+
+def require_same_profile(profile: str, records: Path) -> None:
+    """Keep what a study's profile says, with those that it extends. Raises ConfigError where it said otherwise before.
+
+    Not compared are records of an earlier version, which kept none, and a profile that is not here: no server starts.
+    """
+    kept, content = records / PROFILE, profile_content(profile)
+    if content and not kept.is_file():
+        write_whole(kept, yaml.safe_dump(content))
+    elif content and read_yaml(kept) != content:
+        raise ConfigError(
+            f"profile {profile}, which says other than when the study in {records} was begun",
+            f"what {kept} says",
             "give another --out, or take the change back",
         )
 
@@ -62,7 +82,7 @@ def keep_origin(path: Path, manifest_file: Path) -> None:
     content = {
         "server": {
             **server.model_dump(),
-            "target": Path(server.target).name,
+            "target": server.target and Path(server.target).name,
             "drafter": server.drafter and "/".join(Path(server.drafter).parts[-2:]),
         },
         "config": manifest.config.model_dump(mode="json", exclude={"base_url", "data_dir", "prompts", "out"}),

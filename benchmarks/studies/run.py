@@ -42,6 +42,7 @@ from benchmarks.studies.records import (
     keep_origin,
     of_budget,
     require_same,
+    require_same_profile,
     served_name,
     training_name,
     walked_name,
@@ -117,6 +118,7 @@ def run_study(config: StudyConfig) -> None:
         for arm in part.arms.values():
             load_recipe(part.recipe, [*part.set, *arm.set])
     require_same(config.study, places.records)
+    require_same_profile(study.profile, places.records)
     _target_part(study, places)
     walks = Walks(study, places)
     for budget, part in study.parts.items():

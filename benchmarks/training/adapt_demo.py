@@ -22,7 +22,7 @@ from pydantic import Field
 
 from benchmarks.harness.client import FAILURES, ChatClient, Reply
 from benchmarks.harness.commands import sglang_auf
-from benchmarks.harness.config import CommandConfig, RunConfig, Workload
+from benchmarks.harness.config import RunConfig, ServedProfile, Workload
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import Measured, Report
 from benchmarks.harness.run import ask, chosen_prompts, describe
@@ -46,7 +46,7 @@ WRITTEN_S = 60.0
 NEW, OLD = "given texts", "old kinds"
 
 
-class AdaptDemoConfig(CommandConfig):
+class AdaptDemoConfig(ServedProfile):
     """A server's traffic is recorded, its drafter learns from it and is swapped in; tau and speed before and after."""
 
     profile: str = Field("smollm2-135m", description="server profile, of a server on the CPU platform")

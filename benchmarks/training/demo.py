@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from benchmarks.harness.commands import sglang_auf
-from benchmarks.harness.config import CommandConfig
+from benchmarks.harness.config import ServedProfile
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
@@ -24,7 +24,7 @@ from benchmarks.serving.compare import CompareConfig, compare_servers
 from benchmarks.serving.random_drafter import write_random_drafter
 
 
-class TrainDemoConfig(CommandConfig):
+class TrainDemoConfig(ServedProfile):
     """From prompts to a served drafter: regenerate, train, export, serve, and tau before and after."""
 
     profile: str = Field("smollm2-135m", description="server profile; its target answers and is trained for")
@@ -70,8 +70,8 @@ class TrainDemo(Measured, Report):
     def text(self) -> str:
         config = self.config
         lines = [
-            f"{self.answers} answers of {config.profile} to prompts from templates, {self.answer_tokens:,} tokens; "
-            f"recipe {config.recipe}",
+            f"{self.answers} answers of {config.profile_text} to prompts from templates, {self.answer_tokens:,} "
+            f"tokens; recipe {config.recipe}",
             f"held-out tau at the best checkpoint, by the trainer's walk: {self.held_out_tau:.3f}",
             "",
             "served: the bundled sample tasks, greedy, concurrency 1",

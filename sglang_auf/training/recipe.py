@@ -7,15 +7,14 @@ the arms of the paper are `--set objective.name=decay`, `auf+decay`, `f-auf+d` a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sglang_auf.errors import ConfigError
-from sglang_auf.settings import Settings, Thinking, apply_override, checked, merged, read_yaml, suggestion
+from sglang_auf.settings import Settings, Thinking, apply_override, checked, merged, read_settings
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES, ObjectiveSettings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -208,13 +207,9 @@ FREE_TO_DIFFER = frozenset(
 its hash."""
 
 
-def recipe_names(directory: Path = RECIPES) -> list[str]:
-    return sorted(path.stem for path in directory.glob("*.yaml"))
-
-
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or one of ours by name, with "a.b=value" overrides on top. Raises ConfigError."""
-    content = _read(_find(path_or_name))
+    content: dict[str, Any] = reduce(merged, (layer for _, layer in read_settings(path_or_name, RECIPES, "recipe")))
     for override in overrides:
         apply_override(override, content)
     return parse_recipe(content, path_or_name)
@@ -234,34 +229,6 @@ def parse_recipe(content: Mapping[str, Any], source: str) -> Recipe:
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """["optimiser.lr: 0.0006 here, 0.001 there", ...] of the settings that decide the weights."""
     return list(_differences(ours.model_dump(mode="json"), theirs.model_dump(mode="json"), ()))
-
-
-def _find(path_or_name: str) -> Path:
-    for path in (Path(path_or_name).expanduser(), RECIPES / f"{path_or_name}.yaml"):
-        if os.path.isfile(path):
-            return path
-    raise ConfigError(
-        f"recipe {path_or_name!r}{suggestion(path_or_name, recipe_names())}",
-        f"a YAML file, or one of {', '.join(recipe_names())}",
-    )
-
-
-def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a recipe file, merged over that of the recipe it extends. extending: the files that extend it."""
-    path = path.resolve()
-    if path in extending:
-        chain = " -> ".join(link.name for link in (*extending, path))
-        raise ConfigError(f"recipes that extend each other: {chain}", "a chain of recipes that ends")
-    content = read_yaml(path)
-    if (name := content.pop("extends", None)) is None:
-        return content
-    for base in (path.parent / str(name), RECIPES / f"{name}.yaml"):
-        if os.path.isfile(base):
-            return merged(_read(base, (*extending, path)), content)
-    raise ConfigError(
-        f"{path.name} extends {name}, which is no file beside it",
-        f"an existing recipe, or one of {', '.join(recipe_names())}",
-    )
 
 
 def _differences(ours: Any, theirs: Any, path: tuple[str, ...]) -> Iterator[str]:

@@ -44,7 +44,7 @@ def test_what_is_answered_is_recorded_and_learnt_from(tmp_path: Path, start_serv
             prompt = f"question {number * 37}"
             expected.append((tokenizer(prompt)["input_ids"], ask(client, prompt, 24)))
         ask(client, "nobody's business", 24, headers=OFF)
-        chat = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 16}
+        chat = {"model": target.name, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 16}
         client.post("/v1/chat/completions", json=chat | {"n": 2, "temperature": 1.0}).raise_for_status()
         with client.stream("POST", "/v1/chat/completions", json=chat | {"stream": True, "seed": 7}) as reply:
             assert reply.read()

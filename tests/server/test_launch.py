@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,6 +192,29 @@ def test_passed_probe_makes_the_server_ready(
     [ready] = [record.getMessage() for record in caplog.records if "READY" in record.getMessage()]
     assert "http://127.0.0.1:30000/v1" in ready
     assert "tiny" in ready
+
+
+@pytest.mark.parametrize("named_after_target", [False, True])
+def test_the_announcement_says_where_the_models_name_is_from(
+    named_after_target: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    start = Start(SERVER_ARGS, replace(SERVED, named_after_target=named_after_target), None)
+    start.announce()
+    [ready] = [record.getMessage() for record in caplog.records if "READY" in record.getMessage()]
+    assert "/v1 serves small" in ready
+    assert ("no served_model_name" in ready) is named_after_target
+
+
+def test_clients_see_the_targets_name_where_the_profile_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("check_device", "check_port", "load_sglang", "check_server_args"):
+        monkeypatch.setattr(launch, name, lambda *_, **__: None)
+    monkeypatch.setattr(launch, "check_models", lambda *_: SERVED)
+    monkeypatch.setattr(launch, "build_server_args", lambda arguments: arguments)
+    launched: list[Any] = []
+    monkeypatch.setattr(launch, "run", lambda arguments, *_, **__: launched.append(arguments))
+    launch.serve(Profile.model_validate({"target": "owner/target", "device": "cpu"}), plain=True)
+    assert launched[0]["served_model_name"] == SERVED.model
 
 
 def test_answers_are_recorded_from_the_announcement_on_and_a_stop_loses_none(

@@ -42,6 +42,15 @@ def test_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serve.options == {"plain": True, "api_key": "secret"}
 
 
+def test_a_profile_is_a_file_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve = Serve(monkeypatch)
+    (tmp_path / "mine.yaml").write_text("extends: smollm2-135m\nblock_size: 4\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--profile", "mine.yaml"]) == 0
+    assert serve.profile is not None
+    assert (serve.profile.block_size, serve.profile.served_model_name) == (4, "smollm2-135m")
+
+
 def test_defaults_are_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Serve(monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -189,6 +189,15 @@ def test_drafter_is_checked_as_it_will_be_served(target: Path, monkeypatch: pyte
     assert (served.model, served.target.num_layers, served.speculation.block_size) == ("name", 4, 8)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_model_without_a_name_has_its_targets(plain: bool, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Checked(monkeypatch)
+    served = preflight.check_models(profile(served_model_name=None), str(target), plain)
+    assert (served.model, served.named_after_target) == (target.name, True)
+    served = preflight.check_models(profile(), str(target), plain)
+    assert (served.model, served.named_after_target) == ("name", False)
+
+
 def test_block_size_comes_from_the_card(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Checked(monkeypatch)
     served = preflight.check_models(profile(), str(target), plain=False)

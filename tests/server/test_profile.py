@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.profile import PROFILES, default_profile, load_profile, profile_names
+from server.profile import CHECKOUT, PROFILES, Profile, default_profile, load_profile
 from sglang_auf.errors import ConfigError
+from sglang_auf.settings import settings_names
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_every_shipped_profile_is_valid() -> None:
-    assert {"qwen3-8b", "smollm2-135m"} <= set(profile_names())
-    for name in profile_names():
+    assert {"qwen3-8b", "smollm2-135m"} <= set(settings_names(PROFILES))
+    for name in settings_names(PROFILES):
         profile = load_profile(name)
         assert profile.host == "127.0.0.1", "a server must not be reachable from outside unless told"
         assert profile.server_args["enable_metrics"] is True, "acceptance is to be seen on /metrics"
@@ -117,9 +118,85 @@ def test_unknown_profile_lists_the_known() -> None:
 
 
 @pytest.mark.parametrize("name", ["../profiles/qwen3-8b", str(PROFILES / "qwen3-8b"), ""])
-def test_profile_is_a_name_and_not_a_path(name: str) -> None:
-    with pytest.raises(ConfigError):
+def test_what_is_neither_a_file_nor_a_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="profile ") as caught:
         load_profile(name)
+    assert caught.value.expected.startswith("a YAML file, or one of qwen3-8b")
+
+
+MINE = "target: models/target\ndrafter: models/drafter\ndevice: cpu\nserved_model_name: mine\n"
+
+
+def test_a_profile_of_ones_own_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its relative models count from the working directory, as a recipe's, wherever the file is."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "mine.yaml").write_text(MINE)
+    (tmp_path / "etc" / "models" / "target").mkdir(parents=True)
+    profile = load_profile(str(tmp_path / "etc" / "mine.yaml"), ["port=1"])
+    assert (profile.target, profile.drafter, profile.port) == ("models/target", "models/drafter", 1)
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("etc/mine.yaml").served_model_name == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_profile("~/etc/mine.yaml").served_model_name == "mine"
+
+
+def test_a_profile_extends_one_of_ours_and_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (tmp_path / "site.yaml").write_text("extends: smollm2-135m\nserver_args: {max_running_requests: 4}\n")
+    (tmp_path / "mine.yaml").write_text("extends: site.yaml\nport: 4000\nserver_args: {context_length: 512}\n")
+    ours, mine = load_profile("smollm2-135m"), load_profile(str(tmp_path / "mine.yaml"))
+    arguments = {**ours.server_args, "max_running_requests": 4, "context_length": 512}
+    assert mine == ours.model_copy(update={"port": 4000, "server_args": arguments})
+    assert mine.drafter == str(CHECKOUT / "drafters" / "smollm2-135m"), "ours counts from the checkout"
+
+
+@pytest.mark.parametrize("said", ["file", "--set"])
+def test_what_is_said_of_a_model_is_not_said_of_the_one_in_its_place(said: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "target: owner/one\ntarget_revision: a1\nserved_model_name: one\n"
+        "drafter: owner/drafter\ndrafter_revision: a1\ndrafter_notice: not yours\ndevice: cpu\n"
+    )
+
+    def changed(**changes: str) -> Profile:
+        if said == "--set":
+            return load_profile(str(tmp_path / "base.yaml"), [f"{key}={value}" for key, value in changes.items()])
+        (tmp_path / "top.yaml").write_text("".join(f"{key}: {value}\n" for key, value in changes.items()))
+        with (tmp_path / "top.yaml").open("a") as file:
+            file.write("extends: base.yaml\n")
+        return load_profile(str(tmp_path / "top.yaml"))
+
+    target = changed(target="owner/two")
+    assert (target.served_model_name, target.target_revision) == (None, None)
+    assert (target.drafter_revision, target.drafter_notice) == ("a1", "not yours")
+    drafter = changed(drafter="owner/other")
+    assert (drafter.served_model_name, drafter.target_revision) == ("one", "a1")
+    assert (drafter.drafter_revision, drafter.drafter_notice) == (None, None)
+    assert changed(target="owner/one").served_model_name == "one", "it is the same target"
+    named = changed(target="owner/two", served_model_name="one")
+    assert (named.target, named.served_model_name) == ("owner/two", "one"), "it was said"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- a\n", "mine.yaml holds no mapping"),
+        ("a: [1\n", "mine.yaml is not YAML"),
+        (MINE + "block_sise: 8\n", "mine.yaml: unknown key block_sise (did you mean block_size?)"),
+        (MINE + "port: 0\n", "port"),
+        ("extends: other.yaml\n", "mine.yaml extends other.yaml"),
+        ("extends: mine.yaml\n", "profiles that extend each other: mine.yaml -> mine.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_served_is_refused_by_name(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(tmp_path / "mine.yaml"))
+    assert complaint in caught.value.found
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        load_profile(str(tmp_path / "nothing.yaml"))
 
 
 def test_unknown_key_is_named_with_the_nearest(directory: Path) -> None:

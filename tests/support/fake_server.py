@@ -31,6 +31,8 @@ class FakeEngine:
 
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
     card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
+    sglang: False for another OpenAI-compatible server, which has none of SGLang's routes, and refuses its fields.
+    own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage.
     """
 
     speculative: bool = True
@@ -45,6 +47,9 @@ class FakeEngine:
     device: str = "cpu"
     answers_ids: bool = True
     card: dict[str, Any] | str | None = None
+    sglang: bool = True
+    own_info: dict[str, Any] | None = None
+    counts: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
     continued: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +66,10 @@ class FakeEngine:
         if forks:
             tokens[3] += 1000
         return tokens
+
+    def refused(self, body: dict[str, Any]) -> list[str]:
+        """The fields of a request that only SGLang knows, where this is another server."""
+        return [] if self.sglang else [name for name in body if name.startswith("return_")]
 
     def ending(self, asked: str) -> str:
         return "length" if self.cut and self.cut in asked else "tool_calls" if "CALL" in asked else "stop"
@@ -111,13 +120,20 @@ class FakeEngine:
 def make_app(engine: FakeEngine) -> FastAPI:
     app = FastAPI()
 
+    @app.middleware("http")
+    async def only_openais(request: Request, proceed: Any) -> Response:
+        known = engine.sglang or request.url.path.startswith("/v1/")
+        if not known and not (engine.own_info and request.url.path == "/server_info"):
+            return JSONResponse({"detail": "Not Found"}, status_code=404)
+        return await proceed(request)
+
     @app.get("/health_generate")
     def health() -> Response:
         return Response(status_code=200)
 
     @app.get("/server_info")
     def info() -> dict[str, Any]:
-        return {
+        return engine.own_info or {
             "model_path": "/models/toy",
             "speculative_algorithm": engine.algorithm if engine.speculative else None,
             "speculative_draft_model_path": "/drafters/toy" if engine.speculative else None,
@@ -125,6 +141,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             "device": engine.device,
             "dtype": "bfloat16",
             "disable_overlap_schedule": engine.device == "cpu",
+            "revision": None,
             "version": "0.5.23",
         }
 
@@ -153,6 +170,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: dict[str, Any], request: Request) -> Response:
         engine.requests.append(body)
+        if refused := engine.refused(body):
+            return JSONResponse({"message": f"extra fields not permitted: {refused}"}, status_code=400)
         engine.in_flight += 1
         engine.most_in_flight = max(engine.most_in_flight, engine.in_flight)
         try:
@@ -176,6 +195,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.post("/v1/completions")
     async def complete(body: dict[str, Any]) -> Response:
         engine.continued.append(body)
+        if refused := engine.refused(body):
+            return JSONResponse({"message": f"extra fields not permitted: {refused}"}, status_code=400)
         tokens = engine.tokens([{"role": "raw", "content": body["prompt"]}], body["max_tokens"])
         if body.get("stream"):
             return StreamingResponse(_stream_text(engine, body, tokens), media_type="text/event-stream")
@@ -239,7 +260,7 @@ def _part(
     sglext: bool = False,
 ) -> dict[str, Any]:
     part: dict[str, Any] = {"id": "x", "object": kind, "created": 0, "model": "toy", "choices": choices}
-    if usage:
+    if usage and engine.counts:
         part["usage"] = {"prompt_tokens": 5, "completion_tokens": len(tokens), "total_tokens": 5 + len(tokens)}
     if sglext and (extension := engine.sglext(body, tokens)):
         part["sglext"] = extension

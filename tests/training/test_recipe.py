@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from sglang_auf.errors import ConfigError
+from sglang_auf.settings import settings_names
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES
-from sglang_auf.training.recipe import RECIPES, Recipe, differences, load_recipe, parse_recipe, recipe_names
+from sglang_auf.training.recipe import RECIPES, Recipe, differences, load_recipe, parse_recipe
 from tests.support.training_runs import tiny_recipe
 
 TINY = tiny_recipe("some/target", "answers.jsonl")
@@ -32,7 +33,7 @@ def refusal(name: str, *overrides: str) -> str:
     return caught.value.found
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", settings_names(RECIPES))
 def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert name.startswith(recipe.target.split("/")[-1].lower())

@@ -297,6 +297,98 @@ def test_a_plain_baseline_has_speed_and_no_tau(fake: Start, data_dir: Path, tmp_
     assert summary["throughput"]["tokens_per_s"] > 0
 
 
+UNKNOWN = ("target", "drafter", "algorithm", "block_size", "device", "dtype", "sglang", "revision", "overlap")
+
+
+@pytest.mark.parametrize("own_info", [None, {"vllm_config": {"model": "m"}}])
+@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--concurrency", "3"]])
+def test_of_a_server_that_is_not_sglang_speed_is_measured_and_nothing_invented(
+    more: list[str],
+    own_info: dict[str, Any] | None,
+    fake: Start,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server, out = fake(sglang=False, own_info=own_info), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir, "--plain", *more)) == 0
+    assert len(server.asked()) == 18
+    records = records_of(out)
+    for record in records.values():
+        assert (record.output_ids, record.prompt_ids, record.verify_steps, record.block_size) == (None, None, 0, None)
+        assert (record.prompt_tokens, record.ttft_s is None) == (5, "--no-stream" in more)
+    for number in range(6):
+        usage = len(server.engine.tokens([{"role": "user", "content": f"sum {number}"}], 32))
+        assert records["gsm8k", f"g/{number}", 0].completion_tokens == usage
+    run = json.loads((out / "run.json").read_text())
+    assert run["server"]["model"] == "toy"
+    assert {name: run["server"][name] for name in UNKNOWN} == dict.fromkeys(UNKNOWN)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["target"] == "toy"
+    assert (summary["device"], summary["sglang"], summary["macro"]["tau"]) == (None, None, None)
+    assert summary["throughput"]["tokens_per_s"] > 0
+    printed = capsys.readouterr().out
+    assert "toy, a server that is not SGLang, decoding not known" in printed
+    assert "plain decoding" not in printed and "warning: no SGLang server" in printed
+
+
+def test_a_run_of_another_server_is_resumed_and_not_by_sglang(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, out = fake(sglang=False), tmp_path / "run"
+    assert main(flags(server.url, out, data_dir, "--plain")) == 0
+    asked = len(server.engine.requests)
+    assert main(flags(server.url, out, data_dir, "--plain", "--resume")) == 0
+    assert len(server.engine.requests) == asked
+    assert main(flags(fake(speculative=False).url, out, data_dir, "--plain", "--resume")) == 2
+    assert "server.device = 'cpu'" in capsys.readouterr().err
+
+
+def test_texts_are_continued_by_another_server_too(fake: Start, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "def f("}\n')
+    server, out = fake(sglang=False), tmp_path / "run"
+    asked = ["--prompts", str(tmp_path / "mine.jsonl"), "--raw-prompts", "--plain"]
+    assert main(["run", "--base-url", server.url, "--out", str(out), *asked]) == 0
+    (record,) = records_of(out).values()
+    assert record.completion_tokens == len(server.engine.tokens([{"role": "raw", "content": "def f("}], 512))
+    assert record.output_ids is None
+
+
+@pytest.mark.parametrize("more", [[], ["--no-stream"]])
+def test_tokens_that_nobody_counts_are_not_guessed(
+    more: list[str], fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(sglang=False, counts=False)
+    assert main(flags(server.url, tmp_path / "run", data_dir, "--plain", *more)) == 2
+    assert "completion tokens (usage)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], ["tau needs its counts", "--plain"]),
+        (["--plain", "--empty-cache"], ["--empty-cache, and", "leave --empty-cache out"]),
+    ],
+)
+def test_what_another_server_cannot_give_is_refused_before_it_is_asked(
+    more: list[str], said: list[str], fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(sglang=False)
+    assert main(flags(server.url, tmp_path / "run", data_dir, *more)) == 2
+    message = capsys.readouterr().err
+    assert "status 404" in message and all(part in message for part in said)
+    assert not server.engine.requests
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_url_with_no_model_behind_it_is_no_plain_server(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fake: Start
+) -> None:
+    assert main(flags(f"{fake().url}/elsewhere", tmp_path / "run", data_dir, "--plain", "--model", "toy")) == 2
+    assert "/elsewhere/v1/models" in capsys.readouterr().err
+
+
 def test_a_speculating_server_is_no_plain_baseline(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.harness.servers import end, neighbours, serve
+from benchmarks.harness.servers import end, neighbours, profile_content, serve
 from sglang_auf.errors import ServerError
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
@@ -58,6 +58,14 @@ def test_a_setting_may_be_a_variable_of_the_server(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert "a=1 env.=the server refuses it" in log
     assert "AUF_TEST" not in log
+
+
+def test_a_profile_is_read_with_those_that_it_extends_and_settings_on_top(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: smollm2-135m\nserver_args: {max_running_requests: 4}\n")
+    found = profile_content(str(tmp_path / "mine.yaml"), ["port=1", "env.A=1"])
+    ours = profile_content("smollm2-135m")
+    assert found == {**ours, "port": 1, "server_args": {**ours["server_args"], "max_running_requests": 4}}
+    assert profile_content("toy", ["port=1"]) == {}
 
 
 def test_neighbours_are_busy_inside_and_gone_outside() -> None:

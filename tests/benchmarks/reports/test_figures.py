@@ -27,7 +27,8 @@ def task(tau: float | None, interval: Interval | None = None) -> TaskSummary:
 
 def summary(tasks: dict[str, TaskSummary], mean: float, histogram: list[int] | None = None) -> RunSummary:
     return RunSummary(
-        target="t", drafter="d", block_size=4, device="cpu", temperature=0, max_tokens=8, sessions=1, tasks=tasks,
+        target="t", drafter="d", block_size=4, device="cpu", sglang="x", temperature=0, max_tokens=8, sessions=1,
+        tasks=tasks,
         macro=MacroSummary(tau=mean, tau_verify=mean),
         micro=MicroSummary(tau=mean, tau_verify=mean, alpha=[], verify_steps=4, accepted_histogram=histogram or []),
         throughput=Throughput(

@@ -61,6 +61,20 @@ def test_a_report_has_every_section_and_needs_nothing_beside_it(runs: Path, trai
     assert all((out / picture).is_file() for picture in pictures)
 
 
+def test_of_another_server_a_report_shows_speed_and_no_speed_up(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    asked = ["--tasks", "gsm8k", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    for name, server, more in (("auf", fake(), []), ("other", fake(sglang=False), ["--plain"])):
+        assert main(["run", "--base-url", server.url, "--out", str(tmp_path / name), *asked, *more]) == 0
+    out = tmp_path / "report"
+    assert main(["report", str(tmp_path / "auf"), str(tmp_path / "other"), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "toy, a server that is not SGLang, decoding not known" in text
+    assert "other: no SGLang server: what it runs" in text
+    assert "None" not in text and "plain decoding" not in text.split("## Where the figures come from")[1]
+    measured, _ = load_runs([tmp_path / "auf", tmp_path / "other"])
+    assert not speedup_points(measured), "nobody knows whether it is the same target on the same device"
+
+
 def test_a_report_shows_the_figures_of_the_runs_own_summary(runs: Path, tmp_path: Path) -> None:
     assert main(["report", str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")

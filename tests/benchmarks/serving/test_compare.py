@@ -44,6 +44,11 @@ def test_on_a_gpu_one_server_is_up_at_a_time(profile: str, settings: list[str], 
     assert mode_of(CompareConfig.model_validate({"profile": profile, "set": settings, "mode": asked})) == mode
 
 
+def test_the_mode_is_that_of_the_profile_that_a_file_extends(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: qwen3-8b\nport: 4000\n")
+    assert mode_of(CompareConfig(profile=str(tmp_path / "mine.yaml"))) == "sequential"
+
+
 @pytest.mark.usefixtures("no_child_left")
 @pytest.mark.parametrize("mode", ["interleaved", "sequential"])
 def test_both_servers_answer_the_same_prompts_and_the_summary_has_it_all(

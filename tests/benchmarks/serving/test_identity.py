@@ -112,6 +112,25 @@ def test_finished_cells_are_kept_and_others_measured_again() -> None:
     assert all(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items())
 
 
+def test_cells_of_a_profile_that_says_otherwise_are_measured_again(tmp_path: Path) -> None:
+    mine, flags = tmp_path / "mine.yaml", ("--variants", "auf-b4", "--limit", "1", "--profile", "mine.yaml")
+    mine.write_text("extends: base.yaml\n")
+    (tmp_path / "base.yaml").write_text("port: 1\n")
+    identity(*flags)
+    files = [Path("out/auf-b4/c16/records.jsonl"), Path("out/plain/c16/records.jsonl")]
+    stamps = [path.stat().st_mtime_ns for path in files]
+    mine.write_text("# a remark says nothing\nextends: base.yaml\n")
+    _, rows = identity(*flags)
+    assert [path.stat().st_mtime_ns for path in files] == stamps
+    sha256 = rows["report"]["config"]["profile_sha256"]
+    (tmp_path / "base.yaml").write_text("port: 2\n")
+    _, rows = identity(*flags)
+    assert all(path.stat().st_mtime_ns != stamp for path, stamp in zip(files, stamps, strict=True))
+    config = rows["report"]["config"]
+    assert config["profile"] == "mine.yaml" and config["profile_sha256"] != sha256
+    assert f"mine.yaml ({config['profile_sha256'][:8]}), temperature 0" in Path("out/identity.md").read_text()
+
+
 def test_cells_of_other_versions_are_not_presented_as_of_now() -> None:
     identity("--variants", "auf-b4", "--limit", "1")
     assert "earlier calls" not in Path("out/identity.md").read_text()

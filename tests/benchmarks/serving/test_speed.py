@@ -110,9 +110,9 @@ def test_the_built_in_server_has_the_models_of_the_other() -> None:
 
 
 def test_the_built_in_server_has_the_profiles_arguments_thinking_and_overlap() -> None:
-    settings = ["server_args.tp_size=2", "server_args.disable_overlap_schedule=true", "target_revision=abc"]
+    settings = ["server_args.tp_size=2", "server_args.disable_overlap_schedule=true"]
     profile = profile_content("qwen3-8b", settings)
-    program = dflash_program(FACTS.model_copy(update={"device": "cuda", "overlap": True}), profile)
+    program = dflash_program(FACTS.model_copy(update={"device": "cuda", "overlap": True, "revision": "abc"}), profile)
     assert "--sampling-backend auf --enable-metrics --tp-size 2" in " ".join(program)
     assert "--revision abc" in " ".join(program)
     assert program[program.index("--default-chat-template-kwargs") + 1] == '{"enable_thinking": false}'

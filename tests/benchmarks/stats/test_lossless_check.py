@@ -138,6 +138,15 @@ def test_a_server_without_token_ids(
     assert "without token ids" in capsys.readouterr().err
 
 
+def test_another_server_is_no_baseline_of_losslessness(
+    fake: Start, record_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    auf = record_run(fake(), "auf")
+    plain = record_run(fake(sglang=False), "plain", "--plain")
+    assert main(["lossless", auf, plain]) == 2
+    assert "a plain run of a server that is not SGLang" in capsys.readouterr().err
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lossless", str(tmp_path), str(tmp_path)]) == 2
     assert "run.json" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from benchmarks.studies import run as study_module
 from benchmarks.studies.config import Study, StudyConfig, load_study
 from benchmarks.studies.run import Places, _train_all, run_study
 from sglang_auf.errors import ConfigError, TrainingError
+from sglang_auf.settings import read_yaml
 
 STUDY = Path(__file__).parents[3] / "benchmarks" / "studies" / "smoke.yaml"
 
@@ -127,6 +128,27 @@ def test_a_kill_repeats_nothing_that_is_finished(
     done = list(begun)
     run_study(config)
     assert begun == done
+
+
+def test_a_study_does_not_go_on_with_a_profile_that_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, profile, out = tmp_path / "study.yaml", tmp_path / "mine.yaml", tmp_path / "out"
+    file.write_text(STUDY.read_text().replace("profile: smollm2-135m", f"profile: {profile}"))
+    profile.write_text("extends: smollm2-135m\n")
+    for part in ("_target_part", "_train_all", "_served_part"):
+        monkeypatch.setattr(study_module, part, lambda *arguments: None)
+    run_study(StudyConfig(study=file, out=out))
+    kept = read_yaml(out / "records" / "profile.yaml")
+    assert kept["target"] == "smollm2-135m"
+    profile.write_text("# the same\nextends: smollm2-135m\n")
+    run_study(StudyConfig(study=file, out=out))
+    profile.write_text("extends: smollm2-135m\ndtype: float32\n")
+    with pytest.raises(ConfigError, match="says other than when the study"):
+        run_study(StudyConfig(study=file, out=out))
+    profile.unlink()
+    run_study(StudyConfig(study=file, out=out))
+    assert read_yaml(out / "records" / "profile.yaml") == kept
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, max(1, (os.cpu_count() or 1) // 2)), (1000, 1)])
