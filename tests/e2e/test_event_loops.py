@@ -48,8 +48,8 @@ PENALTIES = (
     {"frequency_penalty": 0.4, "presence_penalty": 0.9},
     {"repetition_penalty": 1.2},
 )
-"""A factor and a summand together are applied in an order that SGLang's plain decoding draws at its start: that of a set
-of classes (sampling_batch_info.py)."""
+"""The order of a factor and a summand is that of a set of classes in SGLang's plain decoding, another at each start
+(sampling_batch_info.py)."""
 EVERY = {"normal": 1, "overlap": 4, "chains": 4}
 """Which lists are asked: all, or one of so many."""
 PATIENCE_S = 300
