@@ -178,6 +178,7 @@ def body_of(draw: random.Random, prompt: str, answer: dict[str, Any]) -> dict[st
         sampling |= {"temperature": 0.8, "sampling_seed": draw.randrange(1000)}
     elif kind < 0.25:
         sampling["json_schema"] = GRAMMAR
+        sampling.pop("min_new_tokens", None)  # a grammar that has ended allows no other token than the end
         sampling.pop("ignore_eos", None)  # plain decoding then notices the grammar's end a token late (docs/status.md)
     elif kind < 0.35:
         sampling["n"] = 2
