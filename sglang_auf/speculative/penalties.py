@@ -112,7 +112,7 @@ class PenalisedStep:
         info, anchors = batch.sampling_info, batch.spec_info.bonus_tokens
         self.asking = asking
         self._requests = [batch.reqs[index] for index in asking]
-        self._of = torch.tensor(asking, device=anchors.device)
+        self._of = torch.tensor(asking).to(anchors.device, non_blocking=True)
         self._own = Penalties.joined([_state(request, info.vocab_size, anchors.device) for request in self._requests])
         self._own.add(anchors[self._of], torch.ones_like(self._of, dtype=torch.bool))
         # SGLang's own, which have seen no token. What a forward has is a copy (scheduler.py, _forward_isolation).
@@ -161,8 +161,7 @@ def prefill(batch: Any) -> None:
         if not asks(request.sampling_params):
             continue
         state = Penalties.of(request, info.vocab_size, info.temperatures.device)
-        for token in request.output_ids:
-            one = torch.tensor([token], device=info.temperatures.device)
+        for one in torch.tensor([*request.output_ids], dtype=torch.int64).to(state.count.device).split(1):
             state.add(one, torch.ones_like(one, dtype=torch.bool))
         # SGLang's own begin anew with every prefill.
         info.acc_additive_penalties[index] = state.additive()[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sglang_auf.speculative.penalties import Penalties, asks, begin, prefill
 from sglang_auf.speculative.tree import ANCHOR, Forest, Node
+from tests.support.syncs import no_syncs
 
 VOCABULARY = 23
 PENALIZERS = (
@@ -174,8 +175,16 @@ def test_chains_have_penalties_before_their_logit_bias() -> None:
     for row in range(block):
         expected[row] = Reference(requests[0]).after(blocks[0, : row + 1].tolist(), expected[row])
     expected += bias.repeat_interleave(block, dim=0)
-    penalised.apply_to_blocks(logits, blocks)
+    with no_syncs():
+        penalised.apply_to_blocks(logits, blocks)
+        penalised.keep(blocks, torch.tensor([2, 4]))
     assert torch.equal(logits, expected)
+    requests[0].output_ids += [4, 8]  # of which the last is the next anchor
+    after = begin(batch_of(requests, [8, 1]))
+    assert after is not None
+    found = logits[:1].clone()
+    after.apply(found, *Forest.of([], [8, 1], [[], []]).ways([0]))
+    assert torch.equal(found[0], Reference(requests[0]).after([4, 4, 8], logits[0]))
 
 
 def test_a_batch_without_penalties_is_left_alone() -> None:
