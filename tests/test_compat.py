@@ -62,6 +62,7 @@ def test_rows_of_the_worker_wait_for_the_worker() -> None:
     assert all("dflash_worker_v2" not in seam.target for seam in plugin.seams())
     assert {seam.used_by for seam in WORKER_SEAMS} == {
         "speculative.algorithm",
+        "speculative.penalties",
         "speculative.worker",
         "speculative.draft_head",
         "speculative.swap",

@@ -13,12 +13,21 @@ SEAMS = (
         for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "min_p")
     ),
     Seam("sglang.srt.runtime_context:get_exec", "hooks.validation", ()),
+    Seam("sglang.srt.runtime_context:get_schedule", "hooks.validation", ()),
     Seam(
         "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.create_error_response",
         "hooks.validation",
         ("self", "message", "err_type", "status_code", "param"),
     ),
 )
+NEUTRAL_PENALTIES = {
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+}
+"""The sampling parameters that depend on the answer so far, and what they are where none is asked for."""
+
 _REMEDY = "leave it out, or ask a server without speculation"
 
 
@@ -28,21 +37,21 @@ def refusal(
     return_sampling_mask: bool = False,
     return_hidden_states: Any = False,
     deterministic: bool = False,
+    mixed_chunk: bool = False,
 ) -> str | None:
-    """Why a request cannot be honoured, or None. deterministic: the server has --enable-deterministic-inference.
+    """Why a request cannot be honoured, or None. The server has --enable-deterministic-inference, --enable-mixed-chunk.
 
-    SGLang applies penalties and min_new_tokens from a state per request, which it does not update with the tokens of
-    the answer when blocks are drafted (prepare_for_decode returns early, dflash_utils.py
-    apply_dflash_verify_logits_adjustments). The output would not be the target's.
+    Penalties are applied along the drafts (speculative/penalties.py). A mixed batch draws the next token of requests
+    that decode with SGLang's own state of their penalties, which has seen no token of the answer.
     """
-    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-    for name, value in neutral.items():
-        given = getattr(sampling_params, name)
-        if given not in (None, value):
-            return (
-                f"{name}={given} is not supported with speculative decoding (AUF): a block is verified in one pass, "
-                f"before the tokens that the penalty depends on are known; {_REMEDY}"
-            )
+    if mixed_chunk:
+        for name, value in NEUTRAL_PENALTIES.items():
+            given = getattr(sampling_params, name)
+            if given not in (None, value):
+                return (
+                    f"{name}={given} is not supported with speculative decoding (AUF) and --enable-mixed-chunk; leave "
+                    "it out, or ask a server without that flag"
+                )
     if deterministic and sampling_params.min_p > 0:
         # An assertion of SGLang's seeded sampler (layers/sampler.py), which would end the engine for every client.
         return (
@@ -61,13 +70,14 @@ def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) 
 
     SGLang runs a refused request too, for one token of a prompt of its own, with the settings that it came with.
     """
-    from sglang.srt.runtime_context import get_exec
+    from sglang.srt.runtime_context import get_exec, get_schedule
 
     reason = result or refusal(
         req.sampling_params,
         return_sampling_mask=req.return_sampling_mask,
         return_hidden_states=req.return_hidden_states,
         deterministic=bool(get_exec().deterministic.enable_deterministic_inference),
+        mixed_chunk=bool(get_schedule().enable_mixed_chunk),
     )
     if reason is not None:
         req.sampling_params.min_p = 0.0

@@ -83,7 +83,7 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             block_size=_requested_block(server_args),
             context_length=server_args.context_length,
         )
-        if server_args.sampling_defaults == "model":
+        if server_args.sampling_defaults == "model" and server_args.enable_mixed_chunk:
             refuse_penalty_by_default(
                 find_model(server_args.model_path, ("*.json",), ConfigError, server_args.revision)
             )
@@ -195,9 +195,10 @@ def refuse_penalty_by_default(target: Path) -> None:
     if penalty not in (None, 1):
         raise ConfigError(
             f"repetition_penalty {penalty} in {file}, which SGLang applies to every chat that sets none",
-            "defaults without penalties, which AUF cannot apply",
-            "start with --sampling-defaults openai (--set server_args.sampling_defaults=openai), which takes "
-            "temperature, top_p and top_k from clients alone as well; or serve this target plainly",
+            "defaults without penalties, which AUF cannot apply with --enable-mixed-chunk",
+            "leave out that flag; or start with --sampling-defaults openai "
+            "(--set server_args.sampling_defaults=openai), which takes temperature, top_p and top_k from clients alone "
+            "as well; or serve this target plainly",
         )
 
 

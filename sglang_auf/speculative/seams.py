@@ -125,6 +125,14 @@ WORKER_SEAMS = (
             "target_predict",
         ),
     ),
+    Seam(f"{_WORKER}._can_skip_verify_logits", "speculative.worker", ("self", "batch", "sampling_info")),
+    *(
+        Seam(f"{_BATCH_INFO}.{name}", "speculative.penalties")
+        for name in ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties", "vocab_size")
+    ),
+    Seam(
+        f"{_SRT}.managers.scheduler:Scheduler._forward_isolation", "speculative.penalties", ("self", "batch", "overlap")
+    ),
     Seam(
         f"{_WORKER}._measure_sampling_peak",
         "speculative.worker",
@@ -200,10 +208,6 @@ TREE_SEAMS = (
                 *("target_hidden", "cache_loc", "positions", "cache_loc_2d", "commit_lens", "extend_lens"),
             ),
         )
-    ),
-    *(
-        Seam(f"{_BATCH_INFO}.{name}", "speculative.tree_step")
-        for name in ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties", "apply_logits_bias")
     ),
     Seam(f"{_SRT}.mem_cache.kv_index_translator:KVIndexTranslator.plan", "speculative.tree_step"),
 )

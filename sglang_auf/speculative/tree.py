@@ -152,6 +152,17 @@ class Forest:
             own[at, depth] = of_row[at]
         return torch.from_numpy(own)
 
+    def ways(self, requests: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the rows of some requests: their places, whose they are (0 for the first request named), the drafts on the
+        way from the anchor to each and the row itself, [rows, deepest], and how many those are. All int64.
+        """
+        first = np.cumsum(self.rows) - self.rows
+        of_requests = [np.arange(first[request], first[request] + self.rows[request]) for request in requests]
+        places = torch.from_numpy(np.concatenate(of_requests))
+        owners = torch.arange(len(requests)).repeat_interleave(torch.tensor([len(some) for some in of_requests]))
+        ways = self.own_slots(self.tokens)[places].long()
+        return places, owners, ways[:, 1:], ways[:, 0]
+
     def walk(self, chosen: Sequence[int]) -> list[list[int]]:
         """The accepted rows of each request, its anchor first. chosen: the target's token after each row."""
         child = {

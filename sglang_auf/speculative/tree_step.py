@@ -33,8 +33,8 @@ from sglang_auf.cpu import kernels, replay
 from sglang_auf.cpu.commit import Context
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
-from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs
-from sglang_auf.speculative.stopwatch import Stopwatch
+from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs, Stopwatch
+from sglang_auf.speculative.penalties import PenalisedStep
 from sglang_auf.speculative.tree import RANKS, Forest, Node, grow
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ class TreeStep:
         self.context.write()
         self._ended = 0.0  # what passes until the next step is not that one's
 
-    def __call__(self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None) -> GenerationBatchResult:
+    def __call__(
+        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, penalised: PenalisedStep | None = None
+    ) -> GenerationBatchResult:
         """One step of a batch that decodes, as upstream's forward_batch_generation."""
         began, checks = time.perf_counter(), replay.CHECKS
         continues = began - self._ended < LONGEST_PAUSE_S
@@ -104,7 +106,7 @@ class TreeStep:
         nodes = self._choose(batch, chances, drafted) if slots else []
         forest = Forest.of(nodes, anchors.tolist(), tokens)
         self._watch.lap("tree")
-        result, paths = self._verify(batch, forest, on_publish, grammar_barrier)
+        result, paths = self._verify(batch, forest, on_publish, grammar_barrier, penalised)
         if continues:
             began = self._ended
         self._ended = time.perf_counter()
@@ -197,7 +199,7 @@ class TreeStep:
     # --- verification ---
 
     def _verify(
-        self, batch: Any, forest: Forest, on_publish: Any, grammar_barrier: Any
+        self, batch: Any, forest: Forest, on_publish: Any, grammar_barrier: Any, penalised: PenalisedStep | None
     ) -> tuple[GenerationBatchResult, list[list[int]]]:
         """The step's result, and the accepted rows of each request."""
         worker, sampling_info = self.worker, batch.sampling_info
@@ -220,7 +222,12 @@ class TreeStep:
             mask = build_grammar_vocab_mask(
                 reqs=batch.reqs, tree=tree, sampling_info=sampling_info, device=logits.device, barrier=grammar_barrier
             )
-        _adjust(logits, sampling_info, rows)
+        bias = sampling_info.logit_bias
+        if penalised is not None:
+            penalised.apply(logits, *forest.ways(penalised.asking))
+            bias = penalised.bias
+        if bias is not None:
+            logits += bias.repeat_interleave(rows, dim=0)
         if mask is not None:
             widest = max(forest.rows)
             own = torch.cat([request * widest + torch.arange(n) for request, n in enumerate(forest.rows)])
@@ -238,6 +245,8 @@ class TreeStep:
         chain = np.array([path + path[-1:] * (self.slots + 1 - len(path)) for path in paths])
         chosen_of = chosen.numpy()[chain]
         emitted, bonus = torch.from_numpy(chosen_of), torch.from_numpy(chosen_of[np.arange(len(paths)), counts - 1])
+        if penalised is not None:
+            penalised.keep(emitted, lengths)
         self._report(batch, output, torch.from_numpy(chain), emitted, lengths)
         new_lengths = committed + lengths
         if on_publish is not None:
@@ -327,14 +336,3 @@ def _plan(worker: Any, batch: Any, slots: torch.Tensor, extent: int) -> Any:
 def _samples(batch: Any) -> list[bool]:
     """Of each request, whether it draws its tokens."""
     return [request.sampling_params.top_k != 1 for request in batch.reqs]
-
-
-def _adjust(logits: torch.Tensor, sampling_info: Any, rows: torch.Tensor) -> None:
-    """Add each request's penalties and logit bias to its rows, as apply_dflash_verify_logits_adjustments does."""
-    penalizer = sampling_info.penalizer_orchestrator
-    tensors = (sampling_info.logit_bias, sampling_info.acc_additive_penalties, sampling_info.acc_scaling_penalties)
-    if all(tensor is None for tensor in tensors) and not (penalizer and penalizer.is_required):
-        return
-    added = torch.zeros(len(rows), logits.shape[1])
-    sampling_info.apply_logits_bias(added)
-    logits += added.repeat_interleave(rows, dim=0)

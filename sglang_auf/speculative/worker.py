@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
-from sglang_auf.speculative import sampler_backend, sampling
+from sglang_auf.speculative import penalties, sampler_backend, sampling
 from sglang_auf.speculative.algorithm import verifies_trees
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
 
@@ -46,6 +46,9 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     """
 
     _trees: Any = None
+    _penalised: penalties.PenalisedStep | None = None
+    """Of the step that is computed: set where a request of its batch asks for penalties."""
+
     former: Drafter | None = None
     """The drafter before the last swap, until it is known which of the two stays (swap.py)."""
 
@@ -62,11 +65,15 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
     ) -> Any:
         """One step, as upstream; with trees, those that decode are tree_step.py's."""
-        if self._trees is None or not batch.forward_mode.is_decode() or batch.is_extend_in_batch:
-            if self._trees is not None:
-                self._trees.make_way()
-            return super().forward_batch_generation(batch, on_publish, grammar_barrier, pp_proxy_tensors)
-        return self._trees(batch, on_publish, grammar_barrier)
+        decodes = batch.forward_mode.is_decode()
+        self._penalised = penalties.begin(batch) if decodes else None
+        if self._trees is not None and decodes and not batch.is_extend_in_batch:
+            return self._trees(batch, on_publish, grammar_barrier, self._penalised)
+        if self._trees is not None:
+            self._trees.make_way()
+        if batch.forward_mode.is_extend():
+            penalties.prefill(batch)
+        return super().forward_batch_generation(batch, on_publish, grammar_barrier, pp_proxy_tensors)
 
     def _likeliest(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `count` likeliest drafts of hidden states [slots, hidden]: log-probabilities and ids, [slots, count]."""
@@ -94,13 +101,15 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         A batch of greedy requests goes upstream unchanged. Otherwise the target's tokens are drawn here, and upstream's
         greedy acceptance of those tokens is exact speculative sampling (sglang_auf/speculative/sampling.py).
         """
+        if self._penalised is not None:
+            self._penalised.apply_to_blocks(next_token_logits, candidates)
         if target_predict is None and sampling_info is not None and not sampling_info.is_all_greedy:
             block = len(next_token_logits) // bs
             positions = prefix_lens[:, None] + torch.arange(block, device=prefix_lens.device)
             target_predict = self._draw(next_token_logits, sampling_info, positions.flatten(), block)
             # SGLang sends greedy choices to the other ranks too, unless SGLANG_SPEC_TP_SYNC keeps it to random ones.
             self._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE, target_predict)
-        return super()._accept_block(
+        accepted = super()._accept_block(
             candidates=candidates,
             next_token_logits=next_token_logits,
             sampling_info=sampling_info,
@@ -109,6 +118,14 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             bs=bs,
             target_predict=target_predict,
         )
+        if self._penalised is not None:
+            _, lengths, _, emitted, _ = accepted
+            self._penalised.keep(emitted.view(bs, -1), lengths)
+        return accepted
+
+    def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
+        """Upstream takes the argmax of logits that lie on several devices where nothing changes them."""
+        return self._penalised is None and bool(super()._can_skip_verify_logits(batch, sampling_info))
 
     def _draw(
         self, logits: torch.Tensor, sampling_info: Any, positions: torch.Tensor, rows: int | torch.Tensor

@@ -34,14 +34,23 @@ MODEL = "smollm2-135m"
 LISTS = 320
 IN_FLIGHT = 8
 LISTS_IN_FLIGHT = 24
-LOOPS = {
-    "normal": "server_args.disable_overlap_schedule=true",
-    "overlap": "server_args.disable_overlap_schedule=false",
-}
-"""The setting for each event loop of SGLang."""
 NODES = "tree_nodes=3"
 """As many at any load: this many requests on a busy machine may leave no node worth its time."""
-EVERY = {"normal": 1, "overlap": 4}
+LOOPS = {
+    "normal": ("server_args.disable_overlap_schedule=true", NODES),
+    "overlap": ("server_args.disable_overlap_schedule=false", NODES),
+    "chains": ("server_args.disable_overlap_schedule=false", "tree=false"),
+}
+"""The settings for each event loop of SGLang; the last one is what a GPU has."""
+PENALTIES = (
+    {"frequency_penalty": 0.4},
+    {"presence_penalty": 0.9},
+    {"frequency_penalty": 0.4, "presence_penalty": 0.9},
+    {"repetition_penalty": 1.2},
+)
+"""The order of a factor and a summand is that of a set of classes in SGLang's plain decoding, another at each start
+(sampling_batch_info.py)."""
+EVERY = {"normal": 1, "overlap": 4, "chains": 4}
 """Which lists are asked: all, or one of so many."""
 PATIENCE_S = 300
 SERVER = ["server", "--profile", MODEL, "--set", "server_args.max_total_tokens=8192"]
@@ -62,7 +71,10 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Plain:
     log = tmp_path_factory.mktemp("plain") / "log"
-    with start_server([*SERVER, "--plain"], log, **ONE_THREAD) as (url, _), ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
+    # Under the overlap schedule SGLang's plain decoding counts a token for penalties one step late, and in place of the
+    # first one the prompt's last (schedule_batch.py, cumulate_penalty_output_tokens).
+    server = [*SERVER, "--plain", "--set", LOOPS["normal"][0]]
+    with start_server(server, log, **ONE_THREAD) as (url, _), ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
 
         def ask(bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             return list(pool.map(lambda body: generate(url, body), bodies))
@@ -87,7 +99,8 @@ def loop(request: pytest.FixtureRequest, plain: Plain) -> str:
 def url(loop: str, tmp_path_factory: pytest.TempPathFactory, start_server: Any) -> Iterator[str]:
     """A server that speculates in that event loop. Plain decoding's has ended: two of them need not fit in memory."""
     log = tmp_path_factory.mktemp(loop) / "log"
-    with start_server([*SERVER, "--set", LOOPS[loop], "--set", NODES], log, **ONE_THREAD) as (address, _):
+    settings = [part for setting in LOOPS[loop] for part in ("--set", setting)]
+    with start_server([*SERVER, *settings], log, **ONE_THREAD) as (address, _):
         yield address
 
 
@@ -157,11 +170,15 @@ def body_of(draw: random.Random, prompt: str, answer: dict[str, Any]) -> dict[st
             sampling[switch] = True
     if draw.random() < 0.2:
         sampling["skip_special_tokens"] = False
+    if draw.random() < 0.25:
+        sampling |= draw.choice(PENALTIES)
+        sampling["min_new_tokens"] = draw.randint(0, sampling["max_new_tokens"])
     kind = draw.random()
     if kind < 0.15:
         sampling |= {"temperature": 0.8, "sampling_seed": draw.randrange(1000)}
     elif kind < 0.25:
         sampling["json_schema"] = GRAMMAR
+        sampling.pop("min_new_tokens", None)  # a grammar that has ended allows no other token than the end
         sampling.pop("ignore_eos", None)  # plain decoding then notices the grammar's end a token late (docs/status.md)
     elif kind < 0.35:
         sampling["n"] = 2

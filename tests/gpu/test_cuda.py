@@ -164,8 +164,10 @@ def seeded(first: int) -> list[dict[str, Any]]:
 
 
 MIXED = [GREEDY if number % 2 else one for number, one in enumerate(seeded(100))]
+PENALISED = GREEDY | {"frequency_penalty": 0.3, "presence_penalty": 0.5}
 JOBS = {
     "alone": job(GREEDY),
+    "penalised": job(PENALISED, 16),
     "together": job(GREEDY, 16),
     "seeds": job(seeded(100)),
     "seeds again": job(seeded(100)),
@@ -194,12 +196,17 @@ class Engines:
             self._arguments |= {"mem_fraction_static": 0.3, "cuda_graph_max_bs_decode": 16}
 
     def answers(self, kind: str) -> Answers:
-        """kind: plain, DFLASH, AUF, or listed (AUF with a draft vocabulary of all tokens)."""
+        """kind: plain, in turn (plain without the overlap schedule, under which SGLang counts a token for penalties one
+        step late), DFLASH, AUF, or listed (AUF with a draft vocabulary of all tokens).
+        """
         if kind not in self._answers:
             scratch = self._scratch / kind
             arguments, jobs = dict(self._arguments), dict(JOBS)
             if kind == "plain":
                 jobs = {"alone": job(GREEDY, logprobs=True, top_logprobs=VOCABULARY), "seeds": JOBS["seeds"]}
+            elif kind == "in turn":
+                jobs = {"penalised": job(PENALISED, logprobs=True, top_logprobs=VOCABULARY)}
+                arguments["disable_overlap_schedule"] = True
             else:
                 drafter = write_drafter(scratch / "drafter", BLOCK, HEAD_DIM)
                 arguments["speculative_draft_model_path"] = str(drafter)
@@ -249,6 +256,12 @@ def test_greedy_answers_are_those_of_plain_decoding_up_to_near_ties(engines: Eng
     print(f"{len(forks)} of {len(INPUTS)} fork: {forks}")
     assert all(gap <= (BAR if DEVICE == "cuda" else -1) for gap in forks)
     assert len(forks) < len(INPUTS), "an answer that always forks was not compared"
+
+
+def test_penalties_are_those_of_plain_decoding_up_to_near_ties(engines: Engines) -> None:
+    found, plain = engines.answers("AUF")["penalised"], engines.answers("in turn")["penalised"]
+    assert all(gap <= (BAR if DEVICE == "cuda" else -1) for gap in gaps(found, plain))
+    assert ids(found) != ids(engines.answers("AUF")["alone"]), "penalties that change nothing were not compared"
 
 
 def test_greedy_requests_stay_greedy_among_sampled_ones(engines: Engines) -> None:

@@ -17,18 +17,21 @@ NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalt
 
 
 @pytest.mark.parametrize(("name", "value"), PENALTIES.items())
-def test_a_penalty_is_refused_by_name_and_value(name: str, value: float) -> None:
-    reason = refusal(SamplingParams(**{name: value}))
+def test_a_penalty_is_refused_by_name_and_value_where_batches_are_mixed(name: str, value: float) -> None:
+    """There the next token is drawn with SGLang's own state of a request's penalties, which saw none of its tokens."""
+    assert refusal(SamplingParams(**{name: value})) is None
+    reason = refusal(SamplingParams(**{name: value}), mixed_chunk=True)
     assert reason is not None
     assert f"{name}={value}" in reason
-    assert "speculation" in reason
+    assert "--enable-mixed-chunk" in reason
 
 
 @pytest.mark.parametrize(("name", "value"), NEUTRAL.items())
 @pytest.mark.parametrize("none", [False, True])
 def test_a_neutral_penalty_is_accepted(name: str, value: float, none: bool) -> None:
-    assert refusal(SamplingParams(**{name: None if none else value})) is None
-    assert refusal(SimpleNamespace(**{**NEUTRAL, name: None if none else value})) is None
+    given = {name: None if none else value}
+    assert refusal(SamplingParams(**given), mixed_chunk=True) is None
+    assert refusal(SimpleNamespace(**{**NEUTRAL, **given}), mixed_chunk=True) is None
 
 
 def test_ordinary_sampling_is_accepted() -> None:
@@ -54,11 +57,12 @@ def test_min_p_is_refused_where_sglangs_seeded_sampler_draws() -> None:
 
 
 @pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """SGLang's setting, as the scheduler's process has it; off."""
-    setting = SimpleNamespace(enable_deterministic_inference=False)
-    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(deterministic=setting))
-    return setting
+def flags(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's settings, as the scheduler's process has them; off."""
+    set_flags = SimpleNamespace(enable_deterministic_inference=False, enable_mixed_chunk=False)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(deterministic=set_flags))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_schedule", lambda: set_flags)
+    return set_flags
 
 
 def request(**parameters: Any) -> SimpleNamespace:
@@ -66,11 +70,11 @@ def request(**parameters: Any) -> SimpleNamespace:
     return SimpleNamespace(sampling_params=settings, return_sampling_mask=False, return_hidden_states=False)
 
 
-def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(deterministic: SimpleNamespace) -> None:
+def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(flags: SimpleNamespace) -> None:
     assert validate_dflash_request("no hidden states", request(min_new_tokens=3), True) == "no hidden states"
-    reason = validate_dflash_request(None, request(min_new_tokens=3), True)
-    assert reason is not None
-    assert "min_new_tokens=3" in reason
+    assert validate_dflash_request(None, request(min_new_tokens=3), True) is None
+    flags.enable_mixed_chunk = True
+    assert "min_new_tokens=3" in str(validate_dflash_request(None, request(min_new_tokens=3), True))
     assert validate_dflash_request(None, request(), True) is None
     for name in ("return_sampling_mask", "return_hidden_states"):
         asking = request()
@@ -78,7 +82,7 @@ def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(deterministic: SimpleN
         assert name in str(validate_dflash_request(None, asking, False))
         assert not asking.return_sampling_mask  # SGLang runs the request all the same
     assert validate_dflash_request(None, request(min_p=0.1), True) is None
-    deterministic.enable_deterministic_inference = True
+    flags.enable_deterministic_inference = True
     refused = request(min_p=0.1)
     assert "min_p" in str(validate_dflash_request(None, refused, True))
     assert refused.sampling_params.min_p == 0  # with it SGLang's sampler would end the engine all the same

@@ -50,6 +50,7 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "lora_paths": None,
         "enable_unified_memory": False,
         "disaggregation_mode": "null",
+        "enable_mixed_chunk": False,
         "enable_deterministic_inference": False,
         "rl_on_policy_target": None,
         "attn_dp_size": 1,
@@ -295,17 +296,18 @@ def test_a_drafter_of_another_target_stops_the_server(target: Path) -> None:
 
 
 @pytest.mark.parametrize(("penalty", "refused"), [(1.05, True), (0.9, True), (1.0, False), (1, False), (None, False)])
-def test_a_penalty_that_every_chat_would_get_stops_the_server(
+def test_a_penalty_that_every_chat_would_get_stops_a_server_that_mixes_batches(
     target: Path, penalty: float | None, refused: bool
 ) -> None:
     file = target / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.7, "repetition_penalty": penalty}))
     if refused:
         with pytest.raises(ConfigError, match=f"repetition_penalty {penalty}"):
-            AUF.handle_server_args(arguments(target))
+            AUF.handle_server_args(arguments(target, enable_mixed_chunk=True))
     else:
-        AUF.handle_server_args(arguments(target))
-    AUF.handle_server_args(arguments(target, sampling_defaults="openai"))
+        AUF.handle_server_args(arguments(target, enable_mixed_chunk=True))
+    AUF.handle_server_args(arguments(target, enable_mixed_chunk=True, sampling_defaults="openai"))
+    AUF.handle_server_args(arguments(target))
 
 
 def test_what_may_lower_tau_is_logged(target: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -355,7 +355,8 @@ def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
     monkeypatch.setattr(DFlashWorkerV2, "forward_batch_generation", lambda self, *given: ("upstream", given))
 
     def batch(decodes: bool, extends: bool) -> SimpleNamespace:
-        return SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: decodes), is_extend_in_batch=extends)
+        mode = SimpleNamespace(is_decode=lambda: decodes, is_extend=lambda: not decodes)
+        return SimpleNamespace(forward_mode=mode, is_extend_in_batch=extends, reqs=[], sampling_info=None)
 
     assert worker.forward_batch_generation(batch(True, False))[0] == "upstream", "without trees"
     written: list[bool] = []

@@ -1,0 +1,214 @@
+"""Penalties along drafts: the bits of SGLang's own, which see one token a step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.sampling import penaltylib
+from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
+from torch import Tensor
+
+from sglang_auf.speculative.penalties import Penalties, asks, begin, prefill
+from sglang_auf.speculative.tree import ANCHOR, Forest, Node
+from tests.support.syncs import no_syncs
+
+VOCABULARY = 23
+PENALIZERS = (
+    penaltylib.BatchedFrequencyPenalizer,
+    penaltylib.BatchedMinNewTokensPenalizer,
+    penaltylib.BatchedPresencePenalizer,
+    penaltylib.BatchedRepetitionPenalizer,
+)
+NONE: dict[str, Any] = {
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "stop_token_ids": None,
+}
+ASKED: list[dict[str, Any]] = [
+    {"frequency_penalty": 0.3},
+    {"presence_penalty": -0.7},
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 4, "stop_token_ids": {5, 6}},
+    {"frequency_penalty": 0.1, "presence_penalty": 1.1, "repetition_penalty": 0.8, "min_new_tokens": 2},
+]
+
+
+class Request:
+    """What penalties read of SGLang's Req."""
+
+    def __init__(self, **params: Any) -> None:
+        self.sampling_params = SimpleNamespace(**{**NONE, **params})
+        self.eos_token_ids = {2}
+        self.tokenizer = SimpleNamespace(additional_stop_token_ids={3, 99}, eos_token_id=2)
+        self.output_ids: list[int] = []
+
+
+class Reference:
+    """SGLang's state of one request, by its own classes."""
+
+    def __init__(self, request: Request) -> None:
+        self._batch = _Batch([request])
+        self._penalizers = BatchedPenalizerOrchestrator(100, self._batch, set(PENALIZERS))  # type: ignore[arg-type]
+
+    def after(self, tokens: list[int], logits: Tensor) -> Tensor:
+        """logits [vocabulary] of the row behind these tokens."""
+        state = BatchedPenalizerOrchestrator(100, self._batch, set(PENALIZERS))  # type: ignore[arg-type]
+        for token in tokens:
+            state.cumulate_output_tokens(torch.tensor([token]))
+        wide = torch.zeros(1, 100)
+        wide[0, :VOCABULARY] = logits
+        added = torch.zeros(1, 100)
+        state.accumulate_additive_penalties(added)
+        wide += added
+        scaling = state.accumulate_scaling_penalties()
+        if scaling is not None:
+            wide = torch.where(wide < 0, wide * scaling, wide / scaling)
+        return wide[0, :VOCABULARY]
+
+
+class _Batch:
+    def __init__(self, reqs: list[Request]) -> None:
+        self.reqs, self.device = reqs, "cpu"
+
+
+def batch_of(requests: list[Request], anchors: list[int]) -> Any:
+    info = SimpleNamespace(
+        vocab_size=VOCABULARY,
+        temperatures=torch.ones(len(requests), 1),
+        acc_additive_penalties=torch.zeros(len(requests), VOCABULARY),
+        acc_scaling_penalties=torch.ones(len(requests), VOCABULARY),
+        logit_bias=None,
+    )
+    return SimpleNamespace(
+        reqs=requests, sampling_info=info, spec_info=SimpleNamespace(bonus_tokens=torch.tensor(anchors))
+    )
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_who_asks() -> None:
+    assert not asks(Request().sampling_params)
+    assert not asks(SimpleNamespace(**dict.fromkeys(NONE)))
+    assert all(asks(Request(**params).sampling_params) for params in ASKED)
+
+
+@pytest.mark.parametrize("params", ASKED)
+def test_tokens_one_by_one(params: dict[str, Any]) -> None:
+    request = Request(**params)
+    state, tokens = Penalties.of(request, VOCABULARY, torch.device("cpu")), [7, 7, 3, 7, 11, 3]
+    for place in range(len(tokens) + 1):
+        logits = normal(VOCABULARY, seed=place)
+        expected = Reference(request).after(tokens[:place], logits)
+        assert torch.equal(state.apply(logits[None].clone())[0], expected)
+        if place < len(tokens):
+            state.add(torch.tensor([0]), torch.tensor([False]))  # a token that does not count
+            state.add(torch.tensor([tokens[place]]), torch.tensor([True]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_trees_over_several_steps_beside_requests_that_ask_for_nothing(seed: int) -> None:
+    """Each row of a tree has its ancestors counted, and a step keeps the tokens that it emitted, its bonus excepted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def token() -> int:
+        return int(torch.randint(VOCABULARY, (), generator=generator))
+
+    requests = [Request(), *(Request(**params) for params in ASKED), Request()]
+    for request in requests:
+        request.output_ids = [token()]
+    for step in range(5):
+        anchors = [request.output_ids[-1] for request in requests]
+        # A chain of two, and beside its first node a second one with a child of its own.
+        nodes = [
+            node
+            for i in range(len(requests))
+            for node in (
+                Node(i, ANCHOR, 0, 0, False, 0.9),
+                Node(i, 4 * i, 1, 0, False, 0.8),
+                Node(i, ANCHOR, 0, 1, True, 0.7),
+                Node(i, 4 * i + 2, 1, 1, True, 0.6),
+            )
+        ]
+        drafts = [[[token(), token()], [token(), token()]] for _ in requests]
+        forest = Forest.of(nodes, anchors, drafts)
+        batch = batch_of(requests, anchors)
+        penalised = begin(batch)
+        assert penalised is not None and penalised.asking == [1, 2, 3, 4, 5]
+        assert batch.sampling_info.acc_additive_penalties is None
+        logits = normal(len(forest.parents), VOCABULARY, seed=100 * seed + step)
+        expected = logits.clone()
+        first = 0
+        for request, of, rows in zip(requests, drafts, forest.rows, strict=True):
+            ways = [[], [of[0][0]], [of[0][0], of[1][0]], [of[0][1]], [of[0][1], of[1][1]]]
+            for row, way in enumerate(ways):
+                expected[first + row] = Reference(request).after([*request.output_ids, *way], expected[first + row])
+            first += rows
+        penalised.apply(logits, *forest.ways(penalised.asking))
+        assert torch.equal(logits, expected)
+
+        lengths = [1 + (token() + step) % 3 for _ in requests]
+        emitted = [[token() for _ in range(3)] for _ in requests]
+        penalised.keep(torch.tensor(emitted), torch.tensor(lengths))
+        for request, tokens, length in zip(requests, emitted, lengths, strict=True):
+            request.output_ids += tokens[:length]
+
+
+def test_chains_have_penalties_before_their_logit_bias() -> None:
+    """Plain decoding scales logits first, and then adds the bias."""
+    requests, block = [Request(repetition_penalty=1.5), Request()], 4
+    requests[0].output_ids, requests[1].output_ids = [4], [9]
+    batch = batch_of(requests, [4, 9])
+    bias = batch.sampling_info.logit_bias = normal(2, VOCABULARY, seed=1)
+    penalised = begin(batch)
+    assert penalised is not None
+    assert batch.sampling_info.logit_bias is None, "upstream's step would add it before"
+    blocks = torch.tensor([[4, 8, 8, 1], [9, 1, 1, 1]])
+    logits = normal(2 * block, VOCABULARY, seed=2)
+    expected = logits.clone()
+    for row in range(block):
+        expected[row] = Reference(requests[0]).after(blocks[0, : row + 1].tolist(), expected[row])
+    expected += bias.repeat_interleave(block, dim=0)
+    with no_syncs():
+        penalised.apply_to_blocks(logits, blocks)
+        penalised.keep(blocks, torch.tensor([2, 4]))
+    assert torch.equal(logits, expected)
+    requests[0].output_ids += [4, 8]  # of which the last is the next anchor
+    after = begin(batch_of(requests, [8, 1]))
+    assert after is not None
+    found = logits[:1].clone()
+    after.apply(found, *Forest.of([], [8, 1], [[], []]).ways([0]))
+    assert torch.equal(found[0], Reference(requests[0]).after([4, 4, 8], logits[0]))
+
+
+def test_a_batch_without_penalties_is_left_alone() -> None:
+    batch = batch_of([Request()], [4])
+    bias = batch.sampling_info.logit_bias = normal(1, VOCABULARY, seed=1)
+    assert begin(batch) is None
+    assert batch.sampling_info.logit_bias is bias
+
+
+def test_a_request_that_is_computed_again_goes_on_with_the_penalties_of_its_answer() -> None:
+    request = Request(**ASKED[-1])
+    request.output_ids = [7, 7, 11]
+    batch = batch_of([Request(), request], [0, 0])
+    prefill(batch)
+    info = batch.sampling_info
+    logits = normal(VOCABULARY, seed=3)
+    changed = logits + info.acc_additive_penalties[1]
+    changed = torch.where(changed < 0, changed * info.acc_scaling_penalties[1], changed / info.acc_scaling_penalties[1])
+    assert torch.equal(changed, Reference(request).after(request.output_ids, logits))
+    assert not info.acc_additive_penalties[0].any() and (info.acc_scaling_penalties[0] == 1).all()
+
+    request.output_ids.append(5)  # what the prefill drew is the next step's anchor
+    penalised = begin(batch_of([request], [5]))
+    assert penalised is not None
+    found = logits[None].clone()
+    penalised.apply(found, *Forest.of([], [5], [[]]).ways([0]))
+    assert torch.equal(found[0], Reference(request).after(request.output_ids, logits))
