@@ -41,11 +41,12 @@ class WindowFigures(Figures):
 
 
 class MeasuredReply(Reply):
-    """Tau of finished requests. error: its standard error."""
+    """Tau of finished requests."""
 
     tau: float
-    error: float
+    error: float = Field(description="standard error of tau")
     requests: int
+    longest: float = Field(description="seconds that the longest of them took, from its receipt to its end")
 
 
 class SwapReply(Reply):
@@ -61,7 +62,10 @@ class SwapReply(Reply):
     )
     before: MeasuredReply | None = Field(description="before the last swap; null: too few requests, or no swap")
     after: MeasuredReply | None = Field(description="after that swap, once it is known whether tau fell")
-    watched: int = Field(description="finished requests of this drafter alone, up to `watches`")
+    watched: int = Field(
+        description="finished requests that count for this drafter, up to `watches`; watching: none before "
+        "`before.longest` seconds have passed, since the short ones end first"
+    )
     watches: int = Field(description="requests after which the new drafter is kept")
 
 
