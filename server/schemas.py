@@ -118,6 +118,7 @@ class Recording(Reply):
     rows: int = Field(description="answers on the disk, those of earlier starts included")
     bytes: int
     oldest: str | None = Field(description="when the oldest file was begun (ISO 8601); null: there is none")
+    unread: int = Field(description="files that could not be read at the start: in `bytes`, not in `rows`")
     recorded: int
     waiting_tokens: int = Field(description="tokens that are not on the disk yet")
     dropped: dict[str, int] = Field(description="; ".join(f"{reason}: {why}" for reason, why in DROPPED.items()))

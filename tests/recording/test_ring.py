@@ -160,6 +160,45 @@ def test_a_full_disk_leaves_no_half_row(tmp_path: Path, clock: Clock) -> None:
     assert (ring.rows, ring.holds(2)) == (2, False)
 
 
+def unreadable(file: Path, directory: Path) -> int:
+    """Make a file one that nobody can read, root neither; returns the bytes that it has now."""
+    file.unlink()
+    directory.mkdir()
+    file.symlink_to(directory)
+    return file.stat().st_size
+
+
+def test_a_file_that_cannot_be_read_counts_and_goes_as_the_others_do(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    for id in range(4):
+        clock.at += 2 * DAY
+        add(ring, id)
+    ring.close()
+    files = row_files(tmp_path / "rows")
+    size = sum(file.stat().st_size for file in files) - files[1].stat().st_size
+    size += unreadable(files[1], tmp_path / "elsewhere")
+    again = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    assert (again.rows, again.size, again.unread) == (3, size, 1)
+    assert f"{files[1]} cannot be read (Is a directory)" in caplog.text
+    assert [again.holds(id) for id in range(4)] == [True, False, True, True]
+    clock.at += 5 * DAY
+    again.expire()
+    assert (row_files(tmp_path / "rows"), again.rows, again.unread) == (files[2:], 2, 0)
+
+
+def test_no_row_is_added_to_a_file_that_cannot_be_read(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path / "rows", clock)
+    add(ring, 1)
+    ring.close()
+    [file] = row_files(tmp_path / "rows")
+    unreadable(file, tmp_path / "elsewhere")
+    again = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    add(again, 2)
+    assert (again.rows, again.unread, len(row_files(tmp_path / "rows"))) == (1, 1, 2)
+
+
 def test_two_servers_do_not_share_a_directory(tmp_path: Path, clock: Clock) -> None:
     first = opened(tmp_path, clock)
     with pytest.raises(ConfigError, match="another server records into"):
