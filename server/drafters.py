@@ -90,7 +90,7 @@ class Drafters:
 
     Everything but the check of files runs in the event loop of SGLang's tokenizer manager. A request is counted for the
     drafter that was there from its beginning to its end. Behind a swap that leaves the short ones, which are no measure
-    of traffic with long ones: a watched drafter's requests count once the longest of those before could have ended too.
+    of traffic with long ones: what ends counts once the longest of the requests before the swap could have ended too.
     """
 
     def __init__(self, speculation: Speculation, now: Callable[[], float] = time.perf_counter) -> None:
@@ -149,10 +149,11 @@ class Drafters:
             candidate = await asyncio.to_thread(self._checked, path)
             await self.weights()  # of the running one, whose files may change once it is the former one
             await self._tell("swap", candidate)
-            if self.swap.state == "watching":
-                before, former = self.swap.before, self._former
-            else:
-                before, former = Measured.of(self._requests), self.running
+            watching = self.swap.state == "watching"
+            former = self._former if watching else self.running
+            before = None if watching else Measured.of(self._requests)
+            if before is None and self.swap.state in ("watching", "taken back"):
+                before = self.swap.before  # of `former` too
             self._change_to(candidate)
             if former is None or before is None:  # nothing to compare with
                 await self._tell("keep")
@@ -168,14 +169,13 @@ class Drafters:
 
     def count(self, acceptance: Acceptance, received: float) -> None:
         """Note a finished request, received at that time of the clock. Decides at LOOKS."""
-        now = self._now()
-        before = self.swap.before if self.swap.state == "watching" else None
+        now, before = self._now(), self.swap.before
         if acceptance.tau is None or received < self._since:
             return
         if before is not None and now < self._since + before.longest:
             return
         self._requests.append(Finished(acceptance, now - received))
-        if before is None or self.watched not in LOOKS or self._changing:
+        if before is None or self.swap.state != "watching" or self.watched not in LOOKS or self._changing:
             return
         after = Measured.of(self._requests)
         if after is None:

@@ -63,7 +63,7 @@ class SwapReply(Reply):
     before: MeasuredReply | None = Field(description="before the last swap; null: too few requests, or no swap")
     after: MeasuredReply | None = Field(description="after that swap, once it is known whether tau fell")
     watched: int = Field(
-        description="finished requests that count for this drafter, up to `watches`; watching: none before "
+        description="finished requests that count for this drafter, up to `watches`; after a swap none before "
         "`before.longest` seconds have passed, since the short ones end first"
     )
     watches: int = Field(description="requests after which the new drafter is kept")

@@ -143,6 +143,23 @@ async def test_a_fall_is_taken_back_at_the_first_look(
     assert drafters.watched == 0, "requests of the bad drafter are no measure of the former one"
 
 
+async def test_a_drafter_that_was_taken_back_and_is_posted_again_is_watched_again(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    """Also before there are figures of the former one since it took its place again."""
+    second = drafter("second")
+    await finish(drafters, GOOD)
+    await drafters.replace(second)
+    await finish(drafters, BAD[: LOOKS[0]])
+    await finish(drafters, GOOD[: LOOKS[0] - 1])
+    again = await drafters.replace(second)
+    assert (again.generation, again.state, again.before) == (3, "watching", measured(GOOD))
+    await finish(drafters, BAD[: LOOKS[0]])
+    assert (drafters.swap.generation, drafters.swap.state) == (4, "taken back")
+    await finish(drafters, GOOD[: LOOKS[0]])
+    assert (await drafters.replace(second)).before == measured(GOOD[: LOOKS[0]]), "later figures count where there are"
+
+
 async def test_an_equal_drafter_is_kept_after_the_last_look(
     engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
 ) -> None:
