@@ -186,10 +186,18 @@ def test_too_few_rows_are_refused(models: tuple[Path, str, Path], tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recording_of_another_target_is_refused(models: tuple[Path, str, Path], tmp_path: Path) -> None:
+def test_a_recording_of_another_target_is_refused(
+    models: tuple[Path, str, Path], recorded: Path, tmp_path: Path
+) -> None:
+    """Also as data of before, whose ids would be read as this target's."""
     other = record(tmp_path / "rows", write_target(tmp_path / "other", head_dim=32))
-    with pytest.raises(DataError, match=r"is a recording of other .*target_config_hash"):
-        adapt(settings(models, other, tmp_path / "out"))
+    for given in (
+        settings(models, other, tmp_path / "out"),
+        settings(models, recorded, tmp_path / "out", data=[str(other)]),
+    ):
+        with pytest.raises(DataError, match=r"is a recording of other .*target_config_hash"):
+            adapt(given)
+    assert not (tmp_path / "out.run").exists()
     with pytest.raises(DataError, match="no recording in"):
         adapt(settings(models, tmp_path, tmp_path / "out"))
 
