@@ -272,9 +272,10 @@ def _check_memory(drafter: Path) -> None:
 
 
 def _unchanged_sha256(drafter: Path, since: float) -> str | None:
-    """The digest of weights that nobody has written since then (Unix time); None of others."""
+    """The digest of weights that nobody has written or linked since then (Unix time); None of others."""
     try:
-        if any(file.stat().st_ctime > since for file in weight_files(drafter, CardError)):
+        files = weight_files(drafter, CardError)
+        if any(max(file.stat().st_ctime, file.lstat().st_ctime) > since for file in files):
             return None
         return weights_sha256(drafter)
     except (CardError, OSError):

@@ -347,6 +347,21 @@ async def test_weights_that_were_written_after_the_start_have_no_digest(drafters
     assert await drafters.weights() is None
 
 
+async def test_weights_that_were_linked_elsewhere_after_the_start_have_no_digest(
+    engine: Engine, drafter: Callable[[str], str]
+) -> None:
+    first, second = (Path(drafter(name)) for name in ("first", "second"))
+    file = first / "model.safetensors"
+    file.rename(first / "real")
+    file.symlink_to("real")
+    time.sleep(0.05)  # the clock of files is coarser than that of Python
+    drafters = Drafters(Speculation(str(first), check(str(first)), 4, check, "cpu"))
+    time.sleep(0.05)
+    file.unlink()
+    file.symlink_to(second / "model.safetensors")
+    assert await drafters.weights() is None
+
+
 @pytest.mark.parametrize("path", ["", "drafter", "owner/name", "/nowhere", "/" + "x" * 4000, "/\0"])
 async def test_a_path_is_absolute_and_a_directory(path: str, engine: Engine, drafters: Drafters) -> None:
     with pytest.raises(CardError, match="absolute path"):
