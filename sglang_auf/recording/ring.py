@@ -172,6 +172,7 @@ class Ring:
 
     def expire(self, room: int = 0) -> None:
         """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError."""
+        self._forget_removed()
         now = datetime.fromtimestamp(self._now(), UTC)
         if self._descriptor is not None and self._full(self._files[-1], room, now):
             self._end()
@@ -180,6 +181,13 @@ class Ring:
                 self._end()
             self._files[0].path.unlink(missing_ok=True)
             del self._files[0]
+
+    def _forget_removed(self) -> None:
+        """Of files that somebody else has removed or moved away no row is kept, and none may follow."""
+        there = [file for file in self._files if file.path.exists()]
+        if there[-1:] != self._files[-1:]:
+            self._end()
+        self._files = there
 
     def _full(self, file: RowFile, room: int, now: datetime) -> bool:
         large, old = file.size + room > self._max_bytes // PARTS, now - file.begun > self._max_age / PARTS

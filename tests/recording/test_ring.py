@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,27 @@ def test_no_row_is_added_to_a_file_that_cannot_be_read(tmp_path: Path, clock: Cl
     again = opened(tmp_path / "rows", clock, max_bytes=2**20)
     add(again, 2)
     assert (again.rows, again.unread, len(row_files(tmp_path / "rows"))) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("go", [Path.unlink, lambda file: file.rename(file.with_suffix(".moved"))])
+def test_rows_follow_no_file_that_somebody_else_removed(
+    go: Callable[[Path], Any], tmp_path: Path, clock: Clock
+) -> None:
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    for id in range(3):
+        add(ring, id)
+        clock.at += 2 * DAY
+    for file in row_files(tmp_path):
+        go(file)
+    ring.expire()
+    assert (ring.rows, ring.size, ring.oldest) == (0, 0, None)
+    for id in range(2):
+        add(ring, id)
+    for file in row_files(tmp_path):
+        go(file)
+    add(ring, 1)
+    assert ids(tmp_path) == [1]
+    assert (ring.rows, ring.holds(0), ring.holds(1)) == (1, False, True)
 
 
 def test_two_servers_do_not_share_a_directory(tmp_path: Path, clock: Clock) -> None:
