@@ -171,16 +171,24 @@ class Ring:
         file.ids.add(id)
 
     def expire(self, room: int = 0) -> None:
-        """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError."""
+        """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError.
+
+        A file named as far in the future is from a clock that was wrong: when it grows too old, nobody knows.
+        """
         self._forget_removed()
         now = datetime.fromtimestamp(self._now(), UTC)
         if self._descriptor is not None and self._full(self._files[-1], room, now):
             self._end()
-        while self._files and (now - self._files[0].begun > self._max_age or self.size + room > self._max_bytes):
-            if len(self._files) == 1:
-                self._end()
-            self._files[0].path.unlink(missing_ok=True)
-            del self._files[0]
+        for file in [file for file in self._files if abs(now - file.begun) > self._max_age]:
+            self._remove(file)
+        while self._files and self.size + room > self._max_bytes:
+            self._remove(self._files[0])
+
+    def _remove(self, file: RowFile) -> None:
+        if file is self._files[-1]:
+            self._end()
+        file.path.unlink(missing_ok=True)
+        self._files.remove(file)
 
     def _forget_removed(self) -> None:
         """Of files that somebody else has removed or moved away no row is kept, and none may follow."""

@@ -130,6 +130,26 @@ def test_a_clock_that_goes_back_changes_no_order(tmp_path: Path, clock: Clock) -
     assert len(row_files(tmp_path)) > 2
 
 
+def test_a_clock_that_was_ahead_does_not_keep_rows_for_longer(tmp_path: Path, clock: Clock) -> None:
+    """Neither the rows of that time nor those that come after it, in the same file or in files behind it."""
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    add(ring, 0)
+    clock.at += 365 * DAY
+    ring.close()
+    (first,) = row_files(tmp_path)
+    ring = opened(tmp_path, clock, max_bytes=2**20, max_age=400)
+    add(ring, 1)
+    ring.close()
+    clock.at -= 365 * DAY
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    assert row_files(tmp_path) == [first], "the age of the others is not known"
+    add(ring, 2)
+    assert ids(tmp_path) == [0, 2]
+    clock.at += 8.1 * DAY
+    ring.expire()
+    assert (row_files(tmp_path), ring.rows) == ([], 0)
+
+
 def test_a_torn_row_is_cut_off_and_the_others_stay(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
