@@ -237,6 +237,12 @@ def test_two_budgets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps and --minutes are both given" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", [".", "/", "x/.."])
+def test_an_out_without_a_name_is_refused(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "x", "--recorded", "x", "--out", out]) == 2
+    assert "names no directory to make" in capsys.readouterr().err
+
+
 @pytest.mark.e2e
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(
     models: tuple[Path, str, Path], recorded: Path, tmp_path: Path, in_fork: Forks
