@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,21 +37,30 @@ class BusyError(ServerError):
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished request. seconds: from its receipt to its end."""
+
+    acceptance: Acceptance
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """Tau of finished requests, and its standard error."""
+    """Tau of finished requests, and its standard error. longest: seconds that the longest of them took."""
 
     tau: float
     error: float
     requests: int
+    longest: float
 
     @classmethod
-    def of(cls, requests: Iterable[Acceptance]) -> Self | None:
+    def of(cls, requests: Collection[Finished]) -> Self | None:
         """None of too few requests to compare with."""
-        known = list(requests)
+        known = [request.acceptance for request in requests]
         tau, error = total_acceptance(known).tau, tau_error(known)
         if len(known) < LOOKS[0] or tau is None or error is None:
             return None
-        return cls(tau, error, len(known))
+        return cls(tau, error, len(known), max(request.seconds for request in requests))
 
     def fell_to(self, after: Measured) -> bool:
         return self.tau - after.tau > DEVIATIONS * math.hypot(self.error, after.error)
@@ -80,16 +89,19 @@ class Drafters:
     """The drafter that runs, and the one before it as long as it is not known which of them stays.
 
     Everything but the check of files runs in the event loop of SGLang's tokenizer manager. A request is counted for the
-    drafter that was there from its beginning to its end.
+    drafter that was there from its beginning to its end. Behind a swap that leaves the short ones, which are no measure
+    of traffic with long ones: what ends counts once the longest of the requests before the swap could have ended too.
     """
 
-    def __init__(self, speculation: Speculation) -> None:
+    def __init__(self, speculation: Speculation, now: Callable[[], float] = time.perf_counter) -> None:
+        """now: the clock of when requests were received."""
         self.running = speculation
         self.swap = Swap(0, "started")
         self._former: Speculation | None = None
+        self._now = now
         self._since = 0.0
         self._began = time.time()
-        self._requests: deque[Acceptance] = deque(maxlen=LOOKS[-1])
+        self._requests: deque[Finished] = deque(maxlen=LOOKS[-1])
         self._changing = False
         self._verdict: asyncio.Task[None] | None = None
         self._swapping: asyncio.Task[Swap] | None = None
@@ -97,7 +109,7 @@ class Drafters:
 
     @property
     def watched(self) -> int:
-        """Finished requests that were drafted for by the running drafter alone, LOOKS[-1] at most."""
+        """Finished requests that count for the running drafter, LOOKS[-1] at most."""
         return len(self._requests)
 
     async def weights(self) -> str | None:
@@ -137,10 +149,11 @@ class Drafters:
             candidate = await asyncio.to_thread(self._checked, path)
             await self.weights()  # of the running one, whose files may change once it is the former one
             await self._tell("swap", candidate)
-            if self.swap.state == "watching":
-                before, former = self.swap.before, self._former
-            else:
-                before, former = Measured.of(self._requests), self.running
+            watching = self.swap.state == "watching"
+            former = self._former if watching else self.running
+            before = None if watching else Measured.of(self._requests)
+            if before is None and self.swap.state in ("watching", "taken back"):
+                before = self.swap.before  # of `former` too
             self._change_to(candidate)
             if former is None or before is None:  # nothing to compare with
                 await self._tell("keep")
@@ -155,14 +168,17 @@ class Drafters:
             self._changing = False
 
     def count(self, acceptance: Acceptance, received: float) -> None:
-        """Note a finished request, received at that time (time.perf_counter). Decides at LOOKS."""
+        """Note a finished request, received at that time of the clock. Decides at LOOKS."""
+        now, before = self._now(), self.swap.before
         if acceptance.tau is None or received < self._since:
             return
-        self._requests.append(acceptance)
-        if self.swap.state != "watching" or self.watched not in LOOKS or self._changing:
+        if before is not None and now < self._since + before.longest:
             return
-        before, after = self.swap.before, Measured.of(self._requests)
-        if before is None or after is None:
+        self._requests.append(Finished(acceptance, now - received))
+        if before is None or self.swap.state != "watching" or self.watched not in LOOKS or self._changing:
+            return
+        after = Measured.of(self._requests)
+        if after is None:
             return
         if before.fell_to(after):
             self._verdict = asyncio.get_running_loop().create_task(self._take_back(before, after))
@@ -222,7 +238,7 @@ class Drafters:
     def _change_to(self, other: Speculation) -> None:
         self.running = other
         self._requests.clear()
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     async def _tell(self, action: Any, candidate: Speculation | None = None) -> None:
         """Have the scheduler do it. Raises CardError when it did not, and then nothing has changed."""
@@ -256,9 +272,10 @@ def _check_memory(drafter: Path) -> None:
 
 
 def _unchanged_sha256(drafter: Path, since: float) -> str | None:
-    """The digest of weights that nobody has written since then (Unix time); None of others."""
+    """The digest of weights that nobody has written or linked since then (Unix time); None of others."""
     try:
-        if any(file.stat().st_ctime > since for file in weight_files(drafter, CardError)):
+        files = weight_files(drafter, CardError)
+        if any(max(file.stat().st_ctime, file.lstat().st_ctime) > since for file in files):
             return None
         return weights_sha256(drafter)
     except (CardError, OSError):

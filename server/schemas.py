@@ -41,11 +41,12 @@ class WindowFigures(Figures):
 
 
 class MeasuredReply(Reply):
-    """Tau of finished requests. error: its standard error."""
+    """Tau of finished requests."""
 
     tau: float
-    error: float
+    error: float = Field(description="standard error of tau")
     requests: int
+    longest: float = Field(description="seconds that the longest of them took, from its receipt to its end")
 
 
 class SwapReply(Reply):
@@ -61,7 +62,10 @@ class SwapReply(Reply):
     )
     before: MeasuredReply | None = Field(description="before the last swap; null: too few requests, or no swap")
     after: MeasuredReply | None = Field(description="after that swap, once it is known whether tau fell")
-    watched: int = Field(description="finished requests of this drafter alone, up to `watches`")
+    watched: int = Field(
+        description="finished requests that count for this drafter, up to `watches`; after a swap none before "
+        "`before.longest` seconds have passed, since the short ones end first"
+    )
     watches: int = Field(description="requests after which the new drafter is kept")
 
 
@@ -114,6 +118,7 @@ class Recording(Reply):
     rows: int = Field(description="answers on the disk, those of earlier starts included")
     bytes: int
     oldest: str | None = Field(description="when the oldest file was begun (ISO 8601); null: there is none")
+    unread: int = Field(description="files that could not be read at the start: in `bytes`, not in `rows`")
     recorded: int
     waiting_tokens: int = Field(description="tokens that are not on the disk yet")
     dropped: dict[str, int] = Field(description="; ".join(f"{reason}: {why}" for reason, why in DROPPED.items()))

@@ -113,8 +113,11 @@ class DrafterCard(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CheckedDrafter:
-    """A drafter that fits its target. warnings: sentences on what may lower tau. path: its local directory.
-    vocabulary: the tokens that it may draft, None for all. config: its config.json as it was checked."""
+    """A drafter that fits its target.
+
+    warnings: sentences on what may lower tau. path: its local directory, links resolved. vocabulary: the tokens that it
+    may draft, None for all. config: its config.json as it was checked.
+    """
 
     card: DrafterCard
     warnings: tuple[str, ...]
@@ -138,7 +141,8 @@ def check_drafter(
     drafter, target: directory or hub id. The rest as in `check_card`. Raises CardError or TargetError. No weight is
     read, no pickle is opened, and no code of the checkpoint runs: SGLang uses its own class whatever auto_map says.
     """
-    path = find_model(drafter, ("*.json", "*.safetensors", MASK_EMBEDDING), CardError, drafter_revision)
+    # What is loaded later must be what is checked now, also where a link on the way to it points elsewhere by then.
+    path = find_model(drafter, ("*.json", "*.safetensors", MASK_EMBEDDING), CardError, drafter_revision).resolve()
     if (path / MASK_EMBEDDING).exists():
         raise CardError(
             f"{MASK_EMBEDDING} in {path}",

@@ -37,6 +37,9 @@ SEAMS = tuple(
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes an incomplete character to."""
 
+PENDING = 8
+"""Most tokens whose text waits for the end of a character: one has four bytes, so more tokens hold no whole one."""
+
 
 class Spans:
     """The tokens of one choice so far, and which of them were drafted."""
@@ -45,9 +48,10 @@ class Spans:
         self._tokens: list[int] = []
         self._drafted: list[bool | None] = []
         self._verify_steps = self._accepted = 0
-        # The text of tokens before _read has been returned; tokens before _taken have been returned, but the text of
-        # the last ones may be pending. Decoding starts at _context.
+        # The text of tokens before _read has been returned, without its last character if _cut; tokens before _taken
+        # have been returned, but the text of the last ones may be pending. Decoding starts at _context.
         self._context = self._read = self._taken = 0
+        self._cut = False
 
     def add(self, tokens: Sequence[int], verify_steps: int, accepted: int) -> None:
         """Add one report of the scheduler: its new tokens, and the choice's counts so far, including them."""
@@ -71,13 +75,14 @@ class Spans:
 
     def _text_up_to(self, end: int, decode: Callable[[list[int]], str], finished: bool) -> str:
         """The text that the tokens before `end` add to what was returned. They are decoded together with earlier
-        tokens, because spaces depend on the neighbour."""
-        given = decode(self._tokens[self._context : self._read])
+        tokens, because spaces depend on the neighbour; but with few, whatever the answer is."""
+        given = len(decode(self._tokens[self._context : self._read])) - self._cut
         text = decode(self._tokens[self._context : end])
-        if text.endswith(CUT_CHARACTER) and not finished:
+        cut = text.endswith(CUT_CHARACTER) and not finished
+        if cut and end - self._read <= PENDING:
             return ""
-        self._context, self._read = self._read, end
-        return text[len(given) :]
+        self._context, self._read, self._cut = self._read, end, cut
+        return text[given : len(text) - cut]
 
 
 # The choices of the reply being made, by request id; None where the client did not ask. Only this variable keeps them

@@ -74,7 +74,17 @@ def read_manifest(directory: Path, error: type[AufError]) -> Manifest:
 
 
 def require_target(sources: str | Path | Iterable[str | Path], target: Path) -> None:
-    """Raise DataError for the first of the training sources that is a recording of another target or tokenizer."""
+    """Raise DataError for the first of the training sources that is a recording of another target or tokenizer, or that
+    this user may not look into."""
     for source in [sources] if isinstance(sources, str | Path) else sources:
-        if is_recording(directory := Path(source).expanduser()):
+        directory = Path(source).expanduser()
+        try:
+            recorded = is_recording(directory)
+        except PermissionError as problem:
+            raise DataError(
+                f"{directory} cannot be looked into ({problem.strerror})",
+                "data that this user may read; a recording is for the user alone whose server records it",
+                "run the command as that user, or copy the recording",
+            ) from problem
+        if recorded:
             Manifest.of(target).require(directory, DataError)

@@ -56,7 +56,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._waiting = self._recorded = 0
         self._dropped = dict.fromkeys(DROPPED, 0)
-        self._kept: dict[str, Any] = {"rows": 0, "bytes": 0, "oldest": None}
+        self._kept: dict[str, Any] = {"rows": 0, "bytes": 0, "oldest": None, "unread": 0}
         self._error: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -175,6 +175,7 @@ class Recorder:
                 "rows": self._ring.rows,
                 "bytes": self._ring.size,
                 "oldest": None if oldest is None else oldest.isoformat(timespec="seconds"),
+                "unread": self._ring.unread,
             }
         return done
 

@@ -40,14 +40,16 @@ def row_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.jsonl") if NAME.fullmatch(path.name))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RowFile:
-    """begun: when its first row was added. ids: of its rows, as numbers."""
+    """begun: when its first row was added. ids: of its rows, as numbers. unread: it could not be read, so its rows are
+    not known and none is added."""
 
     path: Path
     begun: datetime
     size: int = 0
     ids: set[int] = field(default_factory=set)
+    unread: bool = False
 
 
 class Ring:
@@ -70,6 +72,11 @@ class Ring:
     @property
     def rows(self) -> int:
         return sum(len(file.ids) for file in self._files)
+
+    @property
+    def unread(self) -> int:
+        """Files that could not be read. They count and go as the others do."""
+        return sum(file.unread for file in self._files)
 
     @property
     def oldest(self) -> datetime | None:
@@ -119,18 +126,27 @@ class Ring:
         self._files = []
         for path in row_files(self.directory):
             file = RowFile(path, datetime.strptime(path.name, _TIME).replace(tzinfo=UTC))
-            with path.open("rb+") as lines:
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        logger.warning("%s: a row that a kill tore is cut off", path)
-                        lines.truncate(file.size)
-                        break
-                    file.size += len(line)
-                    if found := _ID.match(line):
-                        file.ids.add(int(found[1], 16))
-            path.chmod(0o600)
+            try:
+                self._read(file)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError as problem:
+                logger.warning("%s cannot be read (%s): its rows are not known", path, problem.strerror or problem)
+                file.size, file.unread = path.stat().st_size, True
             self._files.append(file)
         self.expire()
+
+    def _read(self, file: RowFile) -> None:
+        with file.path.open("rb+") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    logger.warning("%s: a row that a kill tore is cut off", file.path)
+                    lines.truncate(file.size)
+                    break
+                file.size += len(line)
+                if found := _ID.match(line):
+                    file.ids.add(int(found[1], 16))
+        file.path.chmod(0o600)
 
     def holds(self, id: int) -> bool:
         return any(id in file.ids for file in self._files)
@@ -155,18 +171,35 @@ class Ring:
         file.ids.add(id)
 
     def expire(self, room: int = 0) -> None:
-        """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError."""
+        """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError.
+
+        A file named as far in the future is from a clock that was wrong: when it grows too old, nobody knows.
+        """
+        self._forget_removed()
         now = datetime.fromtimestamp(self._now(), UTC)
         if self._descriptor is not None and self._full(self._files[-1], room, now):
             self._end()
-        while self._files and (now - self._files[0].begun > self._max_age or self.size + room > self._max_bytes):
-            if len(self._files) == 1:
-                self._end()
-            self._files[0].path.unlink(missing_ok=True)
-            del self._files[0]
+        for file in [file for file in self._files if abs(now - file.begun) > self._max_age]:
+            self._remove(file)
+        while self._files and self.size + room > self._max_bytes:
+            self._remove(self._files[0])
+
+    def _remove(self, file: RowFile) -> None:
+        if file is self._files[-1]:
+            self._end()
+        file.path.unlink(missing_ok=True)
+        self._files.remove(file)
+
+    def _forget_removed(self) -> None:
+        """Of files that somebody else has removed or moved away no row is kept, and none may follow."""
+        there = [file for file in self._files if file.path.exists()]
+        if there[-1:] != self._files[-1:]:
+            self._end()
+        self._files = there
 
     def _full(self, file: RowFile, room: int, now: datetime) -> bool:
-        return file.size + room > self._max_bytes // PARTS or now - file.begun > self._max_age / PARTS
+        large, old = file.size + room > self._max_bytes // PARTS, now - file.begun > self._max_age / PARTS
+        return file.unread or large or old
 
     def close(self) -> None:
         """Bring the rows to the disk and let go of the directory."""

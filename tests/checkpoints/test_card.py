@@ -86,6 +86,15 @@ def warnings_about(checked: CheckedDrafter, word: str) -> list[str]:
     return [warning for warning in checked.warnings if word in warning]
 
 
+def test_a_drafter_behind_a_link_stays_the_one_that_was_checked(drafter: Path, target: Path, tmp_path: Path) -> None:
+    link = tmp_path / "served"
+    link.symlink_to(drafter)
+    checked = check(link, target)
+    link.unlink()
+    link.symlink_to(tmp_path / "newer")
+    assert checked.path == drafter.resolve()
+
+
 def test_the_shipped_drafter_fits_its_target(target: Path) -> None:
     checked = check(SHIPPED, target)
     assert checked.path == SHIPPED

@@ -226,9 +226,14 @@ def test_a_drafter_that_is_as_good_is_kept(server: Server, plain: list[str], can
     server.load(LOOKS[0])
     assert server.swap(same).raise_for_status().json()["state"] == "watching"
     assert server.http.get("/v1/auf/card").json()["draft_vocabulary"] is None
-    assert server.load(LOOKS[-1]) == plain * (LOOKS[-1] // len(plain))
-    wait_for(lambda: server.state()["state"] != "watching")
+
+    def judged() -> bool:
+        assert server.load(len(plain)) == plain
+        return server.state()["state"] != "watching"
+
+    wait_for(judged)
     found = server.state()
+    assert found["after"]["requests"] == LOOKS[-1]
     assert (found["state"], found["path"], found["other"]) == ("kept", str(same), None)
 
 

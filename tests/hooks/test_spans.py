@@ -94,6 +94,33 @@ def test_a_token_inside_a_character_has_no_text_of_its_own() -> None:
     assert spans.take(decode, finished=True) == []
 
 
+@given(st.lists(st.sampled_from([*"A🌊".encode(), 0x80, 0x80]), max_size=80), st.lists(st.integers(1, 5), min_size=1))
+def test_texts_join_to_an_answer_whose_characters_do_not_end(answer: list[int], lengths: list[int]) -> None:
+    spans, texts, at = Spans(), [], 0
+    while at < len(answer):
+        length = lengths[at % len(lengths)]
+        spans.add(answer[at : at + length], at, at)
+        at += length
+        texts += [text for text, _ in spans.take(decode, finished=at >= len(answer))]
+    assert len(texts) == len(answer)
+    assert "".join(texts) == decode(answer)
+
+
+def test_a_token_costs_the_same_however_long_no_character_ends() -> None:
+    decoded: list[int] = []
+
+    def counted(tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return decode(tokens)
+
+    spans, texts, answer = Spans(), [], [*[0x80] * 500, *"🌊!".encode()]
+    for token in answer:
+        spans.add([token], 0, 0)
+        texts += [text for text, _ in spans.take(counted, finished=False)]
+    assert "".join(texts) == decode(answer)
+    assert max(decoded) <= 20
+
+
 @pytest.fixture
 def auf(scripted_server: str) -> Iterator[str]:
     yield scripted_server

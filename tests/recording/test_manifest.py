@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,27 @@ def test_a_recording_of_another_repository_of_the_same_shape_is_refused(tmp_path
     assert ours.target_hub_id == "owner/model"
     with pytest.raises(ConfigError, match="target owner/tuned, where it is owner/model here"):
         ours.require(tmp_path, ConfigError)
+
+
+@contextmanager
+def not_root() -> Iterator[None]:
+    """Root may open every directory; nobody may not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_recording_of_another_user_is_refused_by_name(tmp_path: Path) -> None:
+    model = target(tmp_path / "model")
+    rows = recording(tmp_path / "rows", model)
+    rows.chmod(0)
+    says = r"rows cannot be looked into \(Permission denied\).*run the command as that user"
+    with not_root(), pytest.raises(DataError, match=says):
+        require_target(["owner/data", rows], model)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"format": 2}'])

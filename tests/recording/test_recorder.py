@@ -224,6 +224,19 @@ def test_a_mistake_of_ours_ends_the_recording_and_is_said(
     recorder.stop()
 
 
+def test_a_file_that_cannot_be_read_is_said_for_as_long_as_it_is_there(
+    record: Callable[..., Recorder], tmp_path: Path
+) -> None:
+    record().stop()
+    (tmp_path / "rows" / "20200101T000000000000Z.jsonl").symlink_to(tmp_path)
+    recorder = record(max_age=10**4)
+    recorder.start()
+    recorder.offer([1], [2, 3])
+    recorder.stop()
+    figures = recorder.snapshot()
+    assert (figures["recorded"], figures["rows"], figures["unread"], figures["error"]) == (1, 1, 1, None)
+
+
 def test_the_thread_survives_files_that_cannot_be_read(
     record: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,26 @@ def test_a_clock_that_goes_back_changes_no_order(tmp_path: Path, clock: Clock) -
     assert len(row_files(tmp_path)) > 2
 
 
+def test_a_clock_that_was_ahead_does_not_keep_rows_for_longer(tmp_path: Path, clock: Clock) -> None:
+    """Neither the rows of that time nor those that come after it, in the same file or in files behind it."""
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    add(ring, 0)
+    clock.at += 365 * DAY
+    ring.close()
+    (first,) = row_files(tmp_path)
+    ring = opened(tmp_path, clock, max_bytes=2**20, max_age=400)
+    add(ring, 1)
+    ring.close()
+    clock.at -= 365 * DAY
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    assert row_files(tmp_path) == [first], "the age of the others is not known"
+    add(ring, 2)
+    assert ids(tmp_path) == [0, 2]
+    clock.at += 8.1 * DAY
+    ring.expire()
+    assert (row_files(tmp_path), ring.rows) == ([], 0)
+
+
 def test_a_torn_row_is_cut_off_and_the_others_stay(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,6 +179,66 @@ def test_a_full_disk_leaves_no_half_row(tmp_path: Path, clock: Clock) -> None:
     add(ring, 3)
     assert ids(tmp_path) == [1, 3]
     assert (ring.rows, ring.holds(2)) == (2, False)
+
+
+def unreadable(file: Path, directory: Path) -> int:
+    """Make a file one that nobody can read, root neither; returns the bytes that it has now."""
+    file.unlink()
+    directory.mkdir()
+    file.symlink_to(directory)
+    return file.stat().st_size
+
+
+def test_a_file_that_cannot_be_read_counts_and_goes_as_the_others_do(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    for id in range(4):
+        clock.at += 2 * DAY
+        add(ring, id)
+    ring.close()
+    files = row_files(tmp_path / "rows")
+    size = sum(file.stat().st_size for file in files) - files[1].stat().st_size
+    size += unreadable(files[1], tmp_path / "elsewhere")
+    again = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    assert (again.rows, again.size, again.unread) == (3, size, 1)
+    assert f"{files[1]} cannot be read (Is a directory)" in caplog.text
+    assert [again.holds(id) for id in range(4)] == [True, False, True, True]
+    clock.at += 5 * DAY
+    again.expire()
+    assert (row_files(tmp_path / "rows"), again.rows, again.unread) == (files[2:], 2, 0)
+
+
+def test_no_row_is_added_to_a_file_that_cannot_be_read(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path / "rows", clock)
+    add(ring, 1)
+    ring.close()
+    [file] = row_files(tmp_path / "rows")
+    unreadable(file, tmp_path / "elsewhere")
+    again = opened(tmp_path / "rows", clock, max_bytes=2**20)
+    add(again, 2)
+    assert (again.rows, again.unread, len(row_files(tmp_path / "rows"))) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("go", [Path.unlink, lambda file: file.rename(file.with_suffix(".moved"))])
+def test_rows_follow_no_file_that_somebody_else_removed(
+    go: Callable[[Path], Any], tmp_path: Path, clock: Clock
+) -> None:
+    ring = opened(tmp_path, clock, max_bytes=2**20)
+    for id in range(3):
+        add(ring, id)
+        clock.at += 2 * DAY
+    for file in row_files(tmp_path):
+        go(file)
+    ring.expire()
+    assert (ring.rows, ring.size, ring.oldest) == (0, 0, None)
+    for id in range(2):
+        add(ring, id)
+    for file in row_files(tmp_path):
+        go(file)
+    add(ring, 1)
+    assert ids(tmp_path) == [1]
+    assert (ring.rows, ring.holds(0), ring.holds(1)) == (1, False, True)
 
 
 def test_two_servers_do_not_share_a_directory(tmp_path: Path, clock: Clock) -> None:

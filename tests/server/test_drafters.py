@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints import http_server
 
-from server.drafters import LOOKS, BusyError, Drafters, Measured
+from server.drafters import LOOKS, BusyError, Drafters, Finished, Measured
 from server.preflight import Speculation
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints.card import CheckedDrafter
@@ -73,17 +75,36 @@ def drafter(tmp_path: Path) -> Callable[[str], str]:
     return lambda name: str(write_drafter(tmp_path / name / "drafter"))
 
 
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.at = 1000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
 @pytest.fixture
-def drafters(engine: Engine, drafter: Callable[[str], str]) -> Drafters:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def drafters(engine: Engine, clock: Clock, drafter: Callable[[str], str]) -> Drafters:
     first = drafter("first")
-    return Drafters(Speculation(first, check(first), 4, check, "cpu"))
+    return Drafters(Speculation(first, check(first), 4, check, "cpu"), clock)
+
+
+def measured(requests: list[Acceptance]) -> Measured | None:
+    return Measured.of([Finished(acceptance, 0.0) for acceptance in requests])
 
 
 async def finish(drafters: Drafters, requests: list[Acceptance]) -> None:
     """Requests that begin and end now, and whatever follows from them."""
     for acceptance in requests:
         for listener in metrics.LISTENERS:
-            listener(acceptance, time.perf_counter())
+            listener(acceptance, drafters._now())
         if drafters._verdict is not None:
             await drafters._verdict
 
@@ -94,7 +115,7 @@ async def test_a_swap_begins_a_watch(engine: Engine, drafters: Drafters, drafter
     found = await drafters.replace(second)
     assert (found.generation, found.state, found.other) == (1, "watching", Path(drafter_of(drafters, "first")))
     assert drafters.running.checked.path == Path(second)
-    assert found.before == Measured.of(GOOD[:30])
+    assert found.before == measured(GOOD[:30])
     assert (engine.told, drafters.watched) == ([("swap", "second")], 0)
 
 
@@ -122,6 +143,23 @@ async def test_a_fall_is_taken_back_at_the_first_look(
     assert drafters.watched == 0, "requests of the bad drafter are no measure of the former one"
 
 
+async def test_a_drafter_that_was_taken_back_and_is_posted_again_is_watched_again(
+    engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
+) -> None:
+    """Also before there are figures of the former one since it took its place again."""
+    second = drafter("second")
+    await finish(drafters, GOOD)
+    await drafters.replace(second)
+    await finish(drafters, BAD[: LOOKS[0]])
+    await finish(drafters, GOOD[: LOOKS[0] - 1])
+    again = await drafters.replace(second)
+    assert (again.generation, again.state, again.before) == (3, "watching", measured(GOOD))
+    await finish(drafters, BAD[: LOOKS[0]])
+    assert (drafters.swap.generation, drafters.swap.state) == (4, "taken back")
+    await finish(drafters, GOOD[: LOOKS[0]])
+    assert (await drafters.replace(second)).before == measured(GOOD[: LOOKS[0]]), "later figures count where there are"
+
+
 async def test_an_equal_drafter_is_kept_after_the_last_look(
     engine: Engine, drafters: Drafters, drafter: Callable[[str], str]
 ) -> None:
@@ -130,20 +168,75 @@ async def test_an_equal_drafter_is_kept_after_the_last_look(
     await finish(drafters, GOOD)
     assert engine.told == [("swap", "second"), ("keep", "")]
     assert (drafters.swap.generation, drafters.swap.state, drafters.swap.other) == (1, "kept", None)
-    assert drafters.swap.after == Measured.of(GOOD)
+    assert drafters.swap.after == measured(GOOD)
     await finish(drafters, BAD)
     assert len(engine.told) == 2, "after the verdict nothing is taken back"
 
 
 async def test_requests_that_began_before_the_swap_count_for_no_drafter(
-    drafters: Drafters, drafter: Callable[[str], str]
+    drafters: Drafters, clock: Clock, drafter: Callable[[str], str]
 ) -> None:
     await finish(drafters, GOOD)
-    began = time.perf_counter()
+    began = clock.at
+    clock.at += 1
     await drafters.replace(drafter("second"))
     for acceptance in BAD:
         drafters.count(acceptance, began)
     assert (drafters.watched, drafters.swap.state) == (0, "watching")
+
+
+class Traffic:
+    """Clients that ask anew once they are answered. Most answers are short, with a low tau; one in five is long."""
+
+    CLIENTS = 16
+    KINDS = (*[(50, 2.5)] * 4, (2000, 5.0))
+    """Tokens, and tau with a drafter of quality 1. A step takes a second."""
+
+    def __init__(self, clock: Clock, seed: int) -> None:
+        self.clock, self.random = clock, random.Random(seed)
+        self.running: list[tuple[float, float, Acceptance]] = []
+
+    def ask(self, quality: float) -> None:
+        tokens, tau = self.random.choice(self.KINDS)
+        mean = max(self.random.gauss(quality * tau, 0.3) - 1, 0.1)
+        steps, most = round(tokens / (mean + 1)), int(mean) + 1
+        up = round(steps * (mean - int(mean)))
+        histogram = [0] * 8
+        histogram[most - 1 : most + 1] = steps - up, up
+        acceptance = Acceptance.of_request(histogram, tokens)
+        end = self.clock.at + steps + self.random.random()
+        heapq.heappush(self.running, (end, self.clock.at, acceptance))
+
+    async def run(self, drafters: Drafters, quality: float, answers: int) -> None:
+        """Until so many answers have ended, or a watch has."""
+        while len(self.running) < self.CLIENTS:
+            self.ask(quality)
+        watching = drafters.swap.state == "watching"
+        for _ in range(answers):
+            self.clock.at, received, acceptance = heapq.heappop(self.running)
+            drafters.count(acceptance, received)
+            if drafters._verdict is not None:
+                await drafters._verdict
+            if watching and drafters.swap.state != "watching":
+                return
+            self.ask(quality)
+
+
+@pytest.mark.parametrize(("quality", "verdict"), [(1.0, "kept"), (0.75, "taken back")])
+async def test_answers_of_many_lengths_do_not_decide(
+    quality: float, verdict: str, engine: Engine, clock: Clock, drafter: Callable[[str], str]
+) -> None:
+    """The first to end behind a swap are the short ones, whatever drafts for them."""
+    first, second = drafter("first"), drafter("second")
+    found = []
+    for seed in range(20):
+        drafters = Drafters(Speculation(first, check(first), 4, check, "cpu"), clock)
+        traffic = Traffic(clock, seed)
+        await traffic.run(drafters, 1.0, 300)
+        await drafters.replace(second)
+        await traffic.run(drafters, quality, 1000)
+        found.append(drafters.swap.state)
+    assert found.count(verdict) >= 19, found
 
 
 async def test_without_figures_to_compare_with_the_new_one_is_kept(
@@ -162,7 +255,7 @@ async def test_a_swap_in_a_watch_keeps_the_drafter_to_go_back_to(
     await drafters.replace(drafter("second"))
     await finish(drafters, BAD[:10])
     await drafters.replace(drafter("third"))
-    assert drafters.swap.before == Measured.of(GOOD)
+    assert drafters.swap.before == measured(GOOD)
     await finish(drafters, BAD)
     assert drafters.running.checked.path.parent.name == "first"
     assert [action for action, _ in engine.told] == ["swap", "swap", "take back"]
@@ -254,6 +347,21 @@ async def test_weights_that_were_written_after_the_start_have_no_digest(drafters
     assert await drafters.weights() is None
 
 
+async def test_weights_that_were_linked_elsewhere_after_the_start_have_no_digest(
+    engine: Engine, drafter: Callable[[str], str]
+) -> None:
+    first, second = (Path(drafter(name)) for name in ("first", "second"))
+    file = first / "model.safetensors"
+    file.rename(first / "real")
+    file.symlink_to("real")
+    time.sleep(0.05)  # the clock of files is coarser than that of Python
+    drafters = Drafters(Speculation(str(first), check(str(first)), 4, check, "cpu"))
+    time.sleep(0.05)
+    file.unlink()
+    file.symlink_to(second / "model.safetensors")
+    assert await drafters.weights() is None
+
+
 @pytest.mark.parametrize("path", ["", "drafter", "owner/name", "/nowhere", "/" + "x" * 4000, "/\0"])
 async def test_a_path_is_absolute_and_a_directory(path: str, engine: Engine, drafters: Drafters) -> None:
     with pytest.raises(CardError, match="absolute path"):
@@ -298,7 +406,7 @@ async def test_the_check_of_the_start_is_asked(drafters: Drafters, drafter: Call
 
 
 def test_too_few_requests_are_no_measure() -> None:
-    assert Measured.of(GOOD[: LOOKS[0] - 1]) is None
-    found = Measured.of(GOOD[: LOOKS[0]])
+    assert measured(GOOD[: LOOKS[0] - 1]) is None
+    found = measured(GOOD[: LOOKS[0]])
     assert found is not None
     assert not found.fell_to(found)

@@ -193,6 +193,7 @@ def test_what_is_recorded_is_said(tmp_path: Path) -> None:
         "max_bytes": 2**16,
         "max_age": 7.0,
         "rows": 1,
+        "unread": 0,
         "recorded": 1,
         "waiting_tokens": 0,
         "error": None,

@@ -24,7 +24,7 @@ from sglang_auf.checkpoints.card import Adaptation, CheckedDrafter, MeasuredTau,
 from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.errors import CardError, ConfigError, DataError, TrainingError
 from sglang_auf.files import find_model, locked, remove_unfinished, write_whole
-from sglang_auf.recording.manifest import Manifest
+from sglang_auf.recording.manifest import Manifest, require_target
 from sglang_auf.settings import Settings, checked
 from sglang_auf.training.adapt.comparison import Comparison, Walkers
 from sglang_auf.training.adapt.recipe import NEVER, recipe_for
@@ -117,6 +117,7 @@ def adapt(settings: AdaptSettings) -> Outcome:
     target = find_target(recipe.target, recipe.target_revision)
     drafter = check_drafter(str(place), str(target))
     Manifest.of(target).require(settings.recorded, DataError)
+    require_target(settings.data, target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from sglang_auf.settings import Settings
 
@@ -40,6 +40,13 @@ class AdaptSettings(Settings):
         if self.steps is not None and self.minutes is not None:
             raise ValueError("--steps and --minutes are both given; give one of them")
         return self
+
+    @field_validator("out")
+    @classmethod
+    def _named(cls, out: Path) -> Path:
+        if out.name in ("", ".."):
+            raise ValueError(f"{out} names no directory to make; give a path that ends in a name")
+        return out
 
     @property
     def directory(self) -> Path:

@@ -186,10 +186,18 @@ def test_too_few_rows_are_refused(models: tuple[Path, str, Path], tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recording_of_another_target_is_refused(models: tuple[Path, str, Path], tmp_path: Path) -> None:
+def test_a_recording_of_another_target_is_refused(
+    models: tuple[Path, str, Path], recorded: Path, tmp_path: Path
+) -> None:
+    """Also as data of before, whose ids would be read as this target's."""
     other = record(tmp_path / "rows", write_target(tmp_path / "other", head_dim=32))
-    with pytest.raises(DataError, match=r"is a recording of other .*target_config_hash"):
-        adapt(settings(models, other, tmp_path / "out"))
+    for given in (
+        settings(models, other, tmp_path / "out"),
+        settings(models, recorded, tmp_path / "out", data=[str(other)]),
+    ):
+        with pytest.raises(DataError, match=r"is a recording of other .*target_config_hash"):
+            adapt(given)
+    assert not (tmp_path / "out.run").exists()
     with pytest.raises(DataError, match="no recording in"):
         adapt(settings(models, tmp_path, tmp_path / "out"))
 
@@ -227,6 +235,12 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_behind_it(
 def test_two_budgets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapt", "x", "--recorded", "x", "--out", "x", "--steps", "1", "--minutes", "1"]) == 2
     assert "--steps and --minutes are both given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "/", "x/.."])
+def test_an_out_without_a_name_is_refused(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "x", "--recorded", "x", "--out", out]) == 2
+    assert "names no directory to make" in capsys.readouterr().err
 
 
 @pytest.mark.e2e
