@@ -156,8 +156,6 @@ class _Reader:
             raise BadRow(row.fault)
         exact = [row.fields.get(key) for key in ("prompt_ids", "response_ids")]
         ids, spans = self._rendered(row.fields) if exact == [None, None] else self._exact(row.fields, *exact)
-        if not all(0 <= token < len(self._ids) for token in ids):
-            raise BadRow(f"token ids outside the vocabulary of {len(self._ids)}")
         mask = [False] * len(ids)
         for span in spans:
             mask[span.start : span.end] = [True] * (span.end - span.start)
@@ -168,6 +166,7 @@ class _Reader:
         chat = _until_last_answer(whole)
         _require_answers(chat)
         ids, spans = self._need_template().encode(chat)
+        self._require_known(ids)
         spans = _own_ends(spans, _cut(fields, len(whole.answers))[: len(spans)])
         return ids[: spans[-1].end], _trained(chat, spans)
 
@@ -176,6 +175,7 @@ class _Reader:
         for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise BadRow(f"{name} that are no list of token ids")
+        self._require_known(prompt + response)
         if any(token in self._ends for token in response[:-1]):
             raise BadRow("response_ids that go on behind an end-of-turn token")
         return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
@@ -191,10 +191,15 @@ class _Reader:
             return []
         history = chat.first(chat.answers[-1])
         _require_answers(history)
-        rendered, spans = self._need_template().encode_prompt(history)
+        template = self._need_template()
+        rendered, spans = template.encode_prompt(template.as_of(history, prompt))
         if rendered != prompt:
             raise BadRow("prompt_ids are not what the tokenizer's chat template gives")
         return _trained(history, _own_ends(spans, _cut(fields, len(spans) + 1)[:-1]))
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        if not all(0 <= token < len(self._ids) for token in ids):
+            raise BadRow(f"token ids outside the vocabulary of {len(self._ids)}")
 
     def _need_template(self) -> ChatTemplate:
         if self._template is None:

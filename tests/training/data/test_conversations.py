@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import pytest
 
@@ -210,6 +213,42 @@ def test_earlier_answers_within_exact_ids_are_labels_too(load: Load) -> None:
     weighted = chat(QUESTION, ANSWER | {"weight": 0}, *TWO_TURNS[2:])
     [conversation] = load([exact(weighted, prompt, "Bye")]).conversations
     assert labels(conversation) == ["Bye"]
+
+
+class Clock(datetime):
+    """The next day comes with each look."""
+
+    days = itertools.count(1)
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2026, 10, next(cls.days))
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_on_every_day(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    first, second = (load([chat(*TWO_TURNS)], template=toy.DATED) for _ in range(2))
+    assert first == second
+    assert labels(first.conversations[0]) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+    assert text(first.conversations[0]).startswith("<|im_start|>system\n\nToday: 26 Jul 2024 (2024, 26 Jul 2024).")
+
+
+def test_exact_ids_keep_the_date_of_the_day_they_were_served(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=lambda: datetime(2025, 2, 3))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+    served = toy.toy_tokenizer(toy.DATED).apply_chat_template
+    prompt = served(TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True)
+    assert "Today: 03 Feb 2025 (2025, 03 Feb 2025)" in prompt
+    clock.now = lambda: datetime(2025, 2, 4)
+    [conversation] = load([exact(chat(*TWO_TURNS), prompt, "Bye.<|im_end|>")], template=toy.DATED).conversations
+    assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+    assert text(conversation) == f"{prompt}Bye.<|im_end|>"
+    two_dates = prompt.replace("03 Feb 2025)", "04 Feb 2025)")
+    for other in (two_dates, f"x{prompt}", prompt.replace("Say hi.", "Say ho.")):
+        with pytest.raises(DataError, match="prompt_ids are not what the tokenizer's chat template gives"):
+            load([exact(chat(*TWO_TURNS), other, "Bye.<|im_end|>")], template=toy.DATED)
 
 
 def test_exact_ids_behind_an_end_of_turn_or_of_no_weight_are_refused(load: Load) -> None:
