@@ -173,7 +173,7 @@ def _decoded(text: bytes) -> Any:
         return BadRow("broken JSON")
 
 
-SENT = ("messages", "conversation", "conversations", "turns", "prompt", "tools", "chat_template_kwargs")
+SENT = ("messages", "conversation", "conversations", "turns", "prompt", "completion", "tools", "chat_template_kwargs")
 """Fields of a row that reach a server or a chat template."""
 
 
@@ -200,4 +200,29 @@ def _data_set(name: str, split: str, revision: str | None, digest: _Hash) -> Ite
         ) from error
     for number, row in enumerate(rows):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        yield f"{name}[{number}]", row
+        yield f"{name}[{number}]", _as_given(row, rows.features)
+
+
+def _as_given(row: dict[str, Any], columns: Mapping[str, Any]) -> Any:
+    """A BadRow for a row of Arrow with a null where a template would print it.
+
+    A struct of Arrow has the fields that any row has, with null for the others: nobody knows which a row had.
+    """
+    if any(_has_null(row[name], kind, False) for name, kind in columns.items() if name.lower() in SENT):
+        return BadRow(
+            "a null in a call's arguments or a tool's parameters, which Arrow also writes for a field that is absent: "
+            "write them as JSON text, or give a JSONL file"
+        )
+    return row
+
+
+def _has_null(value: Any, kind: Any, printed: bool) -> bool:
+    """Whether a struct that a template prints as it is has a null. kind: the feature of `value` in the data set."""
+    if isinstance(kind, dict) and isinstance(value, dict):
+        return any(
+            (printed and value[name] is None)
+            or _has_null(value[name], inner, printed or name in ("arguments", "parameters"))
+            for name, inner in kind.items()
+        )
+    inner = getattr(kind, "feature", None)
+    return inner is not None and any(_has_null(entry, inner, printed) for entry in value or ())

@@ -417,6 +417,36 @@ def test_folder_of_data_through_the_datasets_library(tmp_path: Path, monkeypatch
         load_conversations(folder, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1, split="validation")
 
 
+def test_a_null_that_arrow_may_have_added_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A struct has the fields of all rows. JSON keeps to its own, so a null in it was given."""
+    import datasets
+
+    def calling(id: str, arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return chat(QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, id=id)
+
+    def tool(**more: Any) -> dict[str, Any]:
+        function = {"name": "weather", "parameters": {"type": "object", **more}}
+        return chat(QUESTION, ANSWER, id="f", tools=[{"type": "function", "function": function}])
+
+    def load(name: str, *rows: dict[str, Any], as_json: bool = False) -> LoadedConversations:
+        data = datasets.Dataset.from_list(list(rows), on_mixed_types="use_json" if as_json else None)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+        return load_conversations(name, toy.toy_tokenizer(toy.TOOLS), max_length=900, min_answer_tokens=1)
+
+    given = [calling("a", {"city": "Ulm"}), calling("b", {"city": "Ulm", "zone": "CET"})]
+    structs = load("owner/structs", *given, chat(QUESTION, ANSWER, id="c"))
+    assert [conversation.id for conversation in structs.conversations] == ["b", "c"]
+    assert [reason[:31] for reason in structs.rejected] == ["a null in a call's arguments or"]
+    tools = load("owner/tools", tool(default=None), tool(default="Ulm") | {"id": "g"})
+    assert [conversation.id for conversation in tools.conversations] == ["g"]
+    json_text = load("owner/text", *(calling(id, json.dumps({"city": None})) for id in "de"))
+    as_json = load("owner/json", *given, calling("d", {"city": None}), as_json=True)
+    assert [labels(loaded.conversations[-1]) for loaded in (json_text, as_json)] == [
+        ['\n<tool_call>\nweather {"city": null}\n</tool_call><|im_end|>']
+    ] * 2
+
+
 def test_a_recording_is_read_as_it_grows(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{}")
     for day, answers in ((2, [(3, [5, 6]), (4, [7])]), (1, [(1, [5, 5]), (2, [6])])):
@@ -444,9 +474,9 @@ def test_hub_data_set_at_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[tuple[str, str, str | None]] = []
 
-    def load_dataset(name: str, split: str, revision: str | None) -> list[dict[str, Any]]:
+    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
         asked.append((name, split, revision))
-        return [GOOD]
+        return datasets.Dataset.from_list([GOOD])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = load_conversations("owner/chats@abc123", toy.toy_tokenizer(), max_length=500, min_answer_tokens=1)
