@@ -53,9 +53,12 @@ DAMAGED_REMEDY = "remove this directory and run the same command again: it goes 
 class RunState(BaseModel):
     """Where a run stands.
 
-    step: optimiser steps done. recipe, data_sha256, target_config_hash: what the weights depend on. ranks: number of
-    processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps. evaluation: held-out
-    figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
+    step: optimiser steps done. recipe, data_sha256, target_config_hash, target_weights (feature_cache.py has how it is
+    made): what the weights depend on. target_revision, chat_template_hash: as TargetFacts had them at the first start.
+    ranks: number of processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps.
+    evaluation: held-out figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
+
+    A run that an earlier version began has no target_weights, and nothing is known of its revision and template.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +68,9 @@ class RunState(BaseModel):
     recipe: dict[str, Any]
     data_sha256: str
     target_config_hash: str
+    target_weights: str | None = None
+    target_revision: str | None = None
+    chat_template_hash: str | None = None
     ranks: int = Field(ge=1)
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)

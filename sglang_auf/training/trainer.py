@@ -42,6 +42,7 @@ from sglang_auf.training.checkpointer import (
     restore,
 )
 from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_cache import weights_fingerprint
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
@@ -133,6 +134,9 @@ class Trainer:
             recipe=recipe.model_dump(mode="json"),
             data_sha256=self.data.sha256,
             target_config_hash=self.facts.config_hash,
+            target_weights=weights_fingerprint(target),
+            target_revision=self.facts.revision,
+            chat_template_hash=self.facts.chat_template_hash,
             ranks=self.ranks,
             tokens=0,
             seconds=0.0,
@@ -299,9 +303,10 @@ class Trainer:
 
     def _refuse_other_run(self, state: RunState) -> None:
         different = differences(self.recipe, parse_recipe(state.recipe, f"of {self.out}"))
-        for name in ("data_sha256", "target_config_hash"):
-            if getattr(state, name) != getattr(self.state, name):
-                different.append(f"{name}: {getattr(self.state, name)} here, {getattr(state, name)} there")
+        for name in ("data_sha256", "target_config_hash", "target_weights"):
+            here, there = getattr(self.state, name), getattr(state, name)
+            if there not in (here, None):
+                different.append(f"{name}: {here} here, {there} there")
         if different:
             raise TrainingError(
                 f"the checkpoint in {self.out} belongs to another run ({'; '.join(different)})",

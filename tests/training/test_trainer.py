@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -165,6 +167,25 @@ def test_a_run_on_other_data_is_refused(models: tuple[str, str], tmp_path: Path)
     moved.write_text(moved.read_text().replace("row-3", "row-33"))
     with pytest.raises(TrainingError, match="data_sha256"):
         train(recipe.with_sources([str(moved)]), tmp_path / "run")
+
+
+def test_a_target_with_other_weights_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    target, data = models
+    other = shutil.copytree(target, tmp_path / "target")
+    recipe = tiny_recipe(str(other), data, schedule={"max_steps": 2})
+    out = tmp_path / "run"
+    train(recipe, out)
+    file = other / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="target_weights"):
+        train(recipe, out)
+    # A run of a version that did not write this down goes on.
+    for file in out.glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text())
+        unknown = ("target_weights", "target_revision", "chat_template_hash")
+        file.write_text(json.dumps({name: value for name, value in state.items() if name not in unknown}))
+    assert train(recipe, out).step == 2
 
 
 def test_how_often_is_logged_may_change(
