@@ -109,7 +109,10 @@ class Trainer:
         target = find_target(recipe.target, recipe.target_revision)
         self.facts = TargetFacts.of(target)
         self.config = shape_of(recipe.drafter, target)
-        self.data = load_data(recipe, target, self.facts.vocab_size)
+        self.checkpoints = Checkpoints(out, recipe.keep_last)
+        self.saved = self._saved()
+        apart = self.saved.apart if self.saved else "prompt"
+        self.data = load_data(recipe, target, self.facts.vocab_size, apart)
         self.plan = Plan(self.data.train, recipe)
         _require_a_step_of_each_objective(recipe, self.plan.steps)
         self.batches = BatchMaker(recipe, target, accelerator.device)
@@ -128,7 +131,6 @@ class Trainer:
         self.optimisers = [optimiser.optimizer for optimiser in wrapped]
         self.parameters = list(self.model.parameters())
 
-        self.checkpoints = Checkpoints(out, recipe.keep_last)
         self.state = RunState(
             step=0,
             recipe=recipe.model_dump(mode="json"),
@@ -137,6 +139,7 @@ class Trainer:
             target_weights=weights_fingerprint(target),
             target_revision=self.facts.revision,
             chat_template_hash=self.facts.chat_template_hash,
+            apart=apart,
             ranks=self.ranks,
             tokens=0,
             seconds=0.0,
@@ -277,15 +280,20 @@ class Trainer:
             self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        """Load the last checkpoint, if there is one. Raises TrainingError where it belongs to another run."""
+    def _saved(self) -> RunState | None:
+        """The state of the last checkpoint, if there is one."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.checkpoints.clean()
             latest = self.checkpoints.latest()
             found = [latest and read_state(latest)]
         broadcast_object_list(found)
-        state = found[0]
+        state: RunState | None = found[0]
+        return state
+
+    def _resume(self) -> None:
+        """Load the last checkpoint, if there is one. Raises TrainingError where it belongs to another run."""
+        state = self.saved
         if state is None:
             return
         self._refuse_other_run(state)

@@ -169,6 +169,24 @@ def test_a_run_on_other_data_is_refused(models: tuple[str, str], tmp_path: Path)
         train(recipe.with_sources([str(moved)]), tmp_path / "run")
 
 
+def test_a_run_of_an_earlier_version_keeps_the_rows_that_it_trains_on(models: tuple[str, str], tmp_path: Path) -> None:
+    """It left out only rows that are the same as a held-out one."""
+    target, data = models
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    other_answers = [row | {"id": f"again-{row['id']}", "response_ids": [4, *row["response_ids"][1:]]} for row in rows]
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *other_answers]))
+    recipe, out = tiny_recipe(target, str(twice), schedule={"max_steps": 2}), tmp_path / "run"
+    train(recipe, out)
+    trained = json.loads((out / "run.json").read_text())["data"]["train"]
+    for file in out.glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text())
+        assert state.pop("apart") == "prompt"
+        file.write_text(json.dumps(state))
+    train(recipe, out)
+    assert trained < json.loads((out / "run.json").read_text())["data"]["train"] == 2 * len(rows) - 4
+
+
 def test_a_target_with_other_weights_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
     target, data = models
     other = shutil.copytree(target, tmp_path / "target")

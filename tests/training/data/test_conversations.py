@@ -498,16 +498,37 @@ def test_held_out_count() -> None:
     assert split_held_out(rows, count=8, seed=1)[1] != held_out
 
 
-def test_a_row_that_is_the_same_as_a_held_out_one_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_held_out_row_asks_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     rows = conversations(50)
-    _, held_out = split_held_out(rows, count=8)
+    train, held_out = split_held_out(rows, count=8)
     asked = held_out[0].prompt
-    another = Conversation("another", [*asked, 3], [False] * len(asked) + [True])  # another answer
-    train, same = split_held_out([*rows, another], count=8)
-    assert another in train and not caplog.records
-    again = replace(held_out[0], id="again")
-    assert split_held_out([*rows, another, again], count=8) == (train, same)
-    assert "1 rows are the same as one that is held out" in caplog.text
+    again = [
+        replace(held_out[0], id="again"),
+        Conversation("another answer", [*asked, 3], [False] * len(asked) + [True]),
+        Conversation("goes on", [*asked, 3, 4, 5], [False] * len(asked) + [True, False, True]),
+    ]
+    assert split_held_out([*rows, *again], count=8) == (train, held_out)
+    assert "3 rows ask the same as one that is held out" in caplog.text
+    # As it was split by the version that began a run.
+    assert split_held_out([*rows, *again], count=8, apart="tokens") == ([*train, *again[1:]], held_out)
+
+
+def test_a_later_answer_of_a_held_out_row_is_asked_for_too() -> None:
+    """Rows of exact tokens hold one answer each, and other rows all answers of a conversation."""
+    rows = conversations(50)
+    train, held_out = split_held_out(rows, count=8)
+    first = held_out[0]
+    turns = replace(first, input_ids=[*first.input_ids, 7, 8], loss_mask=[*first.loss_mask, False, True])
+    longer = [turns if row is first else row for row in rows]
+    later = Conversation("later", [*first.input_ids, 7, 9], [False, False, False, True])
+    assert split_held_out([*longer, later], count=8)[0] == train
+
+
+def test_a_prompt_that_all_rows_share_asks_nothing() -> None:
+    rows = [Conversation(f"row/{i}", [1, 1, i + 5], [False, False, True]) for i in range(50)]
+    train, held_out = split_held_out([*rows, replace(rows[9], id="again")], count=3)
+    assert [row.id for row in held_out] == ["row/9", "row/18", "row/19"]
+    assert len(train) == 47
 
 
 def test_held_out_rows_do_not_change_between_versions() -> None:
