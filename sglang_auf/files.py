@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -187,6 +188,18 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`. Raises OSError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _remove(entry: Path) -> None:

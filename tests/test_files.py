@@ -150,7 +150,9 @@ def test_a_lock_is_held_by_one_and_free_after_a_kill(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match="another process"), files.locked(place):
             pass
+        assert files.is_held(place) and not files.is_held(tmp_path / "other")
         holder.kill()
+    assert not files.is_held(place)
     with files.locked(place), pytest.raises(BlockingIOError), files.locked(place):
         pass  # not twice in one process either
     with files.locked(place, wait=True):

@@ -85,6 +85,8 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
         try:
             check_launch(recipe, accelerator)
             with run_directory.opened(out, fresh) if accelerator.is_main_process else nullcontext():
+                if accelerator.is_main_process:
+                    run_directory.copy_recordings(out, recipe.data.sources)
                 accelerator.wait_for_everyone()
                 return Trainer(recipe, out, accelerator).run()
         finally:
@@ -112,7 +114,8 @@ class Trainer:
         self.checkpoints = Checkpoints(out, recipe.keep_last)
         self.saved = self._saved()
         apart = self.saved.apart if self.saved else "prompt"
-        self.data = load_data(recipe, target, self.facts.vocab_size, apart)
+        read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
+        self.data = load_data(read, target, self.facts.vocab_size, apart)
         self.plan = Plan(self.data.train, recipe)
         _require_a_step_of_each_objective(recipe, self.plan.steps)
         self.batches = BatchMaker(recipe, target, accelerator.device)

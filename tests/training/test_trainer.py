@@ -23,6 +23,7 @@ from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, Tra
 from sglang_auf.models import products
 from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
 from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
@@ -167,6 +168,20 @@ def test_a_run_on_other_data_is_refused(models: tuple[str, str], tmp_path: Path)
     moved.write_text(moved.read_text().replace("row-3", "row-33"))
     with pytest.raises(TrainingError, match="data_sha256"):
         train(recipe.with_sources([str(moved)]), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_rows_that_a_recording_had(models: tuple[str, str], tmp_path: Path) -> None:
+    target, data = models
+    recording = tmp_path / "recording"
+    recording.mkdir()
+    (recording / MANIFEST).write_text(Manifest.of(Path(target)).model_dump_json())
+    rows = recording / "20261101T000000000000Z.jsonl"
+    rows.write_text(Path(data).read_text() + "\n")
+    recipe, out = tiny_recipe(target, str(recording), schedule={"max_steps": 2}), tmp_path / "run"
+    train(recipe, out)
+    with rows.open("a") as newest:
+        newest.write(json.dumps({"id": "later", "prompt_ids": [5], "response_ids": [6] * 8}) + "\n")
+    assert train(recipe, out).step == 2
 
 
 def test_a_run_of_an_earlier_version_keeps_the_rows_that_it_trains_on(models: tuple[str, str], tmp_path: Path) -> None:
