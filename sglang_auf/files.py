@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -26,6 +27,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PROVENANCE = "provenance.json"
 UNFINISHED = ".writing-"
 """Part of the name of what is being written. After a kill it may remain; `remove_unfinished` removes it."""
+REPLACED = "replaced-"
+"""Follows it in the name of what is about to be replaced, which `remove_unfinished` puts back."""
 
 
 def find_model(name: str, patterns: Sequence[str], error: type[AufError], revision: str | None = None) -> Path:
@@ -133,7 +136,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """A new, empty directory to fill. When the block ends, it is on the disk as `path`; when it raises, it is removed.
 
-    A directory that `path` names already is replaced, and only then. Raises OSError.
+    A directory that `path` names already is replaced, and only then: it stays where the new one cannot take its place.
+    Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _unfinished(path)  # beside the final place, so that the rename stays inside one file system
@@ -142,10 +146,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
         yield draft
         for entry in (*draft.rglob("*"), draft):
             sync(entry)
-        replaced = _unfinished(path) if path.exists() else None
+        replaced = _unfinished(path, REPLACED) if path.exists() else None
         if replaced:
             path.rename(replaced)
-        draft.rename(path)
+        try:
+            draft.rename(path)
+        except BaseException:
+            if replaced:
+                replaced.rename(path)
+            raise
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -155,9 +164,16 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what a killed process left of writing `path`. Only for a caller who holds the lock of `path`."""
+    """Remove what a killed process left of writing `path`, and put back what it had only taken away.
+
+    Only for a caller who holds the lock of `path`.
+    """
     for entry in path.parent.glob(f".{path.name}{UNFINISHED}*"):
-        _remove(entry)
+        name, _, kind = entry.name.removeprefix(".").rpartition(UNFINISHED)
+        if kind.startswith(REPLACED) and not os.path.lexists(entry.with_name(name)):
+            entry.rename(entry.with_name(name))
+        else:
+            _remove(entry)
 
 
 def sync(path: Path) -> None:
@@ -189,6 +205,18 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`. Raises OSError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _remove(entry: Path) -> None:
     """A directory with all in it, or a file; of a link the link alone."""
     if entry.is_dir() and not entry.is_symlink():
@@ -197,5 +225,5 @@ def _remove(entry: Path) -> None:
         entry.unlink()
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}{UNFINISHED}{secrets.token_hex(4)}")
+def _unfinished(path: Path, kind: str = "") -> Path:
+    return path.with_name(f".{path.name}{UNFINISHED}{kind}{secrets.token_hex(4)}")

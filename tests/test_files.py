@@ -117,6 +117,33 @@ def test_a_directory_that_could_not_be_filled_leaves_the_earlier_one(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_directory_that_cannot_take_its_place_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    place = tmp_path / "model"
+    with files.whole_directory(place) as draft:
+        (draft / "a").write_text("kept")
+    rename = Path.rename
+    done: list[Path] = []
+
+    def stopped(self: Path, target: Path) -> Path:
+        if done and (killed or len(done) == 1):
+            done.append(self)
+            raise OSError(errno.EIO, "Input/output error")
+        done.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(OSError, match="Input/output"), files.whole_directory(place) as draft:
+            (draft / "a").write_text("new")
+    assert place.exists() is not killed
+    files.remove_unfinished(place)
+    assert (place / "a").read_text() == "kept"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_link_to_a_directory_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
@@ -133,6 +160,7 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     left.mkdir()
     (left / "a").write_text("")
     (tmp_path / f".model{files.UNFINISHED}4567").write_text("")
+    (tmp_path / f".model{files.UNFINISHED}{files.REPLACED}89ab").mkdir()  # the new one had taken its place
     others = ["model", f".other{files.UNFINISHED}0123"]
     for name in others:
         (tmp_path / name).mkdir()
@@ -150,7 +178,9 @@ def test_a_lock_is_held_by_one_and_free_after_a_kill(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match="another process"), files.locked(place):
             pass
+        assert files.is_held(place) and not files.is_held(tmp_path / "other")
         holder.kill()
+    assert not files.is_held(place)
     with files.locked(place), pytest.raises(BlockingIOError), files.locked(place):
         pass  # not twice in one process either
     with files.locked(place, wait=True):

@@ -15,14 +15,14 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sglang_auf.errors import ConfigError
-from sglang_auf.files import UNFINISHED, listing, locked, remove_unfinished, write_whole
+from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.files import UNFINISHED, is_held, listing, locked, remove_unfinished, write_whole
 from sglang_auf.recording.manifest import MANIFEST, Manifest, is_recording
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,17 @@ PARTS = 8
 def row_files(directory: Path) -> list[Path]:
     """The files with rows, oldest first."""
     return sorted(path for path in directory.glob("*.jsonl") if NAME.fullmatch(path.name))
+
+
+def require_at_rest(sources: Iterable[str | Path]) -> None:
+    """Raise DataError for the first of the training sources that is a recording which a server adds rows to now."""
+    for source in sources:
+        if is_recording(directory := Path(source).expanduser()) and is_held(directory / LOCK):
+            raise DataError(
+                f"{directory}, into which a server records now",
+                "rows that stay the same, as the training that uses them has to read them again",
+                f"give a copy: cp -r {directory} COPY",
+            )
 
 
 @dataclass(slots=True, eq=False)

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from sglang_auf.errors import TrainingError
 from sglang_auf.files import CONFIG, UNFINISHED, WEIGHTS, read_json, remove_unfinished, sync, whole_directory
 from sglang_auf.settings import checked
+from sglang_auf.training.data.conversations import Apart
 
 Tensors = dict[str, torch.Tensor]
 
@@ -53,9 +54,14 @@ DAMAGED_REMEDY = "remove this directory and run the same command again: it goes 
 class RunState(BaseModel):
     """Where a run stands.
 
-    step: optimiser steps done. recipe, data_sha256, target_config_hash: what the weights depend on. ranks: number of
-    processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps. evaluation: held-out
-    figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
+    step: optimiser steps done. recipe, data_sha256, target_config_hash, target_weights (feature_cache.py has how it is
+    made): what the weights depend on. target_revision, chat_template_hash: as TargetFacts had them at the first start.
+    ranks: number of processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps.
+    evaluation: held-out figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
+    apart: as for split_held_out.
+
+    A run that an earlier version began has no target_weights, nothing is known of its revision and template, and it
+    keeps the rows that it trains on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +71,10 @@ class RunState(BaseModel):
     recipe: dict[str, Any]
     data_sha256: str
     target_config_hash: str
+    target_weights: str | None = None
+    target_revision: str | None = None
+    chat_template_hash: str | None = None
+    apart: Apart = "tokens"
     ranks: int = Field(ge=1)
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,15 @@ def export_checkpoint(
     recipe = parse_recipe(state.recipe, f"of {checkpoint}")
     revision = None if target else recipe.target_revision
     place = find_model(resolve_target(target or recipe.target), ("*.json", "*.jinja"), TargetError, revision)
-    if TargetFacts.of(place).config_hash != state.target_config_hash:
+    facts = TargetFacts.of(place)
+    if facts.config_hash != state.target_config_hash:
         raise CardError(
             f"{checkpoint}, trained for another target than {place}",
             f"the target of its recipe, {recipe.target}",
             "name that target with --target",
         )
+    if state.target_weights is not None:  # otherwise an earlier version began the run, and only today's are known
+        facts = replace(facts, revision=state.target_revision, chat_template_hash=state.chat_template_hash)
     try:
         weights = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as problem:
@@ -68,6 +72,7 @@ def export_checkpoint(
         DrafterConfig.from_checkpoint(read_json(checkpoint / CONFIG, CardError)),
         out,
         target_dir=place,
+        trained_for=facts,
         objective=recipe.objective.description,
         thinking=recipe.data.thinking,
         max_length=recipe.data.max_length,
@@ -87,6 +92,7 @@ def export_drafter(
     out: Path,
     *,
     target_dir: Path,
+    trained_for: TargetFacts | None = None,
     objective: str | None,
     thinking: Thinking,
     max_length: int | None,
@@ -100,6 +106,7 @@ def export_drafter(
 ) -> Path:
     """Write the drafter with state dict `state` to the new directory `out`, checked against its target.
 
+    trained_for: the target as training saw it, None where it is as target_dir is now; what differs is logged.
     objective: the training loss. thinking, max_length, adapted: as in DrafterCard. recipe: plain YAML values.
     vocabulary: the tokens that it may draft, None for all. provenance: what the trainer knows (hashes of the data,
     command of the run), put beside what is known of this export. target_name: the target's hub id where target_dir is
@@ -108,7 +115,7 @@ def export_drafter(
     Returns `out`; what may lower tau is logged. Raises CardError for weights that are not this drafter's, not finite
     or not fit for the target, ConfigError when `out` cannot be written; then `out` is as it was.
     """
-    facts = TargetFacts.of(target_dir)
+    facts = trained_for or TargetFacts.of(target_dir)
     card = DrafterCard(
         target_name=target_name or facts.name,
         target_revision=facts.revision,

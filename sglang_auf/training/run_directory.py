@@ -3,30 +3,37 @@
 recipe.yaml     the resolved recipe           metrics.jsonl   one line for each logged step and each evaluation
 run.json        data, target, and every start tensorboard/    the same figures
 checkpoints/    and best, see checkpointer.py
+recorded/       copies of the recordings among the sources, as they were at the first start: a server adds rows to them
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sglang_auf.errors import TrainingError
-from sglang_auf.files import listing, locked, read_json, remove_unfinished, write_whole
+from sglang_auf.errors import DataError, TrainingError
+from sglang_auf.files import listing, locked, read_json, remove_unfinished, whole_directory, write_whole
+from sglang_auf.recording.manifest import MANIFEST, is_recording
+from sglang_auf.recording.ring import row_files
 from sglang_auf.training.checkpointer import BEST, NEW_BEST
 from sglang_auf.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
-OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, NEW_BEST, LOCK)
+RECORDED = "recorded"
+OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, NEW_BEST, LOCK, RECORDED)
 
 
 @contextmanager
@@ -54,6 +61,41 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
                 "give another --out",
             )
         yield directory
+
+
+def copy_recordings(directory: Path, sources: Sequence[str]) -> None:
+    """Copy the recordings among the sources into the run, unless an earlier start has done so.
+
+    Raises DataError where this user may not read one, OSError where the copy cannot be written.
+    """
+    for source, copy in _copies(directory, sources):
+        remove_unfinished(copy)
+        if copy.is_dir():
+            logger.info("%s goes on with the rows of %s that it began with: later ones are not read", directory, source)
+            continue
+        try:
+            with whole_directory(copy) as made:
+                made.chmod(0o700)  # its rows are what users wrote
+                for file in (source / MANIFEST, *row_files(source)):
+                    with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
+                        shutil.copy(file, made)
+        except PermissionError as problem:
+            raise DataError(
+                f"{source} cannot be copied to {copy} ({problem})", "a recording that this user may read"
+            ) from problem
+
+
+def sources_of(directory: Path, sources: Sequence[str]) -> list[str]:
+    """The sources with the run's copies in place of recordings."""
+    copied = {str(source): str(copy) for source, copy in _copies(directory, sources) if copy.is_dir()}
+    return [copied.get(str(Path(source).expanduser()), source) for source in sources]
+
+
+def _copies(directory: Path, sources: Sequence[str]) -> Iterator[tuple[Path, Path]]:
+    """(recording, its place in the run) for each source that is a recording."""
+    for number, source in enumerate(sources):
+        if is_recording(path := Path(source).expanduser()):
+            yield path, directory / RECORDED / str(number)
 
 
 def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:

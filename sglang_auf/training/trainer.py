@@ -42,6 +42,7 @@ from sglang_auf.training.checkpointer import (
     restore,
 )
 from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.feature_cache import weights_fingerprint
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
@@ -84,6 +85,8 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
         try:
             check_launch(recipe, accelerator)
             with run_directory.opened(out, fresh) if accelerator.is_main_process else nullcontext():
+                if accelerator.is_main_process:
+                    run_directory.copy_recordings(out, recipe.data.sources)
                 accelerator.wait_for_everyone()
                 return Trainer(recipe, out, accelerator).run()
         finally:
@@ -109,7 +112,11 @@ class Trainer:
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.facts = TargetFacts.of(target)
         self.config = shape_of(recipe.drafter, target)
-        self.data = load_data(recipe, target, self.facts.vocab_size)
+        self.checkpoints = Checkpoints(out, recipe.keep_last)
+        self.saved = self._saved()
+        apart = self.saved.apart if self.saved else "prompt"
+        read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
+        self.data = load_data(read, target, self.facts.vocab_size, apart)
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):
             logger.warning(
                 "drafter.mask_token_id %d is also %d tokens of the data: choose an id that no text uses, or auto",
@@ -134,12 +141,15 @@ class Trainer:
         self.optimisers = [optimiser.optimizer for optimiser in wrapped]
         self.parameters = list(self.model.parameters())
 
-        self.checkpoints = Checkpoints(out, recipe.keep_last)
         self.state = RunState(
             step=0,
             recipe=recipe.model_dump(mode="json"),
             data_sha256=self.data.sha256,
             target_config_hash=self.facts.config_hash,
+            target_weights=weights_fingerprint(target),
+            target_revision=self.facts.revision,
+            chat_template_hash=self.facts.chat_template_hash,
+            apart=apart,
             ranks=self.ranks,
             tokens=0,
             seconds=0.0,
@@ -280,15 +290,20 @@ class Trainer:
             self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        """Load the last checkpoint, if there is one. Raises TrainingError where it belongs to another run."""
+    def _saved(self) -> RunState | None:
+        """The state of the last checkpoint, if there is one."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.checkpoints.clean()
             latest = self.checkpoints.latest()
             found = [latest and read_state(latest)]
         broadcast_object_list(found)
-        state = found[0]
+        state: RunState | None = found[0]
+        return state
+
+    def _resume(self) -> None:
+        """Load the last checkpoint, if there is one. Raises TrainingError where it belongs to another run."""
+        state = self.saved
         if state is None:
             return
         self._refuse_other_run(state)
@@ -306,9 +321,10 @@ class Trainer:
 
     def _refuse_other_run(self, state: RunState) -> None:
         different = differences(self.recipe, parse_recipe(state.recipe, f"of {self.out}"))
-        for name in ("data_sha256", "target_config_hash"):
-            if getattr(state, name) != getattr(self.state, name):
-                different.append(f"{name}: {getattr(self.state, name)} here, {getattr(state, name)} there")
+        for name in ("data_sha256", "target_config_hash", "target_weights"):
+            here, there = getattr(self.state, name), getattr(state, name)
+            if there not in (here, None):
+                different.append(f"{name}: {here} here, {there} there")
         if different:
             raise TrainingError(
                 f"the checkpoint in {self.out} belongs to another run ({'; '.join(different)})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from array import array
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.recording.manifest import MANIFEST, Manifest
-from sglang_auf.recording.ring import PARTS, Ring, encoded, row_files
+from sglang_auf.recording.ring import PARTS, Ring, encoded, require_at_rest, row_files
 from tests.support.training_runs import limit_file_size
 
 MANIFEST_OF_A_TARGET = Manifest(target_name="t", target_hub_id=None, target_config_hash="c0", tokenizer_hash="t0")
@@ -53,6 +54,18 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 def ids(directory: Path) -> list[int]:
     return [int(row["id"], 16) for row in rows(directory)]
+
+
+def test_a_recording_is_at_rest_when_no_server_has_it(tmp_path: Path, clock: Clock) -> None:
+    ring = opened(tmp_path / "rows", clock)
+    add(ring, 1)
+    with pytest.raises(DataError, match="into which a server records now") as refused:
+        require_at_rest(["answers.jsonl", str(tmp_path / "rows")])
+    assert f"cp -r {tmp_path / 'rows'} COPY" in refused.value.remedy
+    copy = shutil.copytree(tmp_path / "rows", tmp_path / "copy")
+    require_at_rest([copy])
+    ring.close()
+    require_at_rest([tmp_path / "rows"])
 
 
 def test_a_row_holds_token_ids_and_nothing_else(tmp_path: Path, clock: Clock) -> None:

@@ -118,6 +118,12 @@ TRIMMING = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n\n' -}}{%- endif -%}"""
 
+# Like Llama 3.2's and GPT-OSS's: today's date is in the system prompt. The hour is asked for and not printed.
+DATED = (
+    "{%- set hour = strftime_now('%H') -%}{%- set day = strftime_now('%d %b %Y') -%}"
+    "{{- '<|im_start|>system\n\nToday: ' + day + ' (' + strftime_now('%Y') + ', ' + day + ').<|im_end|>' -}}" + TRIMMING
+)
+
 # No special token anywhere, and another header where an answer is to follow.
 UNLIKE = """
 {%- for message in messages -%}{{- message.role + ': ' + message.content + '\n' -}}{%- endfor -%}

@@ -211,6 +211,29 @@ def test_the_card_names_a_prepared_target_by_its_hub_id(tmp_path: Path, target: 
     assert load_card(out).target_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def test_the_card_says_what_the_target_was_when_it_was_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshots = tmp_path / "models--owner--tiny" / "snapshots"
+    before, now = (write_target(snapshots / revision) for revision in ("aaaa", "bbbb"))
+    (before / "chat_template.jinja").write_text(TEMPLATE)
+    (now / "chat_template.jinja").write_text(TEMPLATE + "{{ '.' }}")
+    run = run_of(tmp_path / "run", before, None)
+    file = run / "checkpoints" / "step-00000020" / "state.json"
+    state, facts = json.loads(file.read_text()), TargetFacts.of(before)
+    trained = {"target_revision": "aaaa", "chat_template_hash": facts.chat_template_hash, "target_weights": "ef" * 32}
+    file.write_text(json.dumps(state | trained))
+    with caplog.at_level(logging.WARNING):
+        card = load_card(export_checkpoint(run, tmp_path / "drafter", target=str(now)))
+    assert (card.target_revision, card.chat_template_hash) == ("aaaa", facts.chat_template_hash)
+    assert "trained for revision aaaa, the target is at bbbb" in caplog.text
+    assert "chat template is not the one the drafter was trained with" in caplog.text
+
+    file.write_text(json.dumps({name: value for name, value in state.items() if name not in trained}))
+    card = load_card(export_checkpoint(run, tmp_path / "of an earlier version", target=str(now)))
+    assert (card.target_revision, card.chat_template_hash) == ("bbbb", TargetFacts.of(now).chat_template_hash)
+
+
 def test_a_run_for_another_target_is_refused(tmp_path: Path, target: Path) -> None:
     run = run_of(tmp_path / "run", target, best=10)
     (tmp_path / "other").mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import yaml
 
 from sglang_auf.errors import TrainingError
 from sglang_auf.files import UNFINISHED
+from sglang_auf.recording.manifest import MANIFEST
 from sglang_auf.training.recipe import parse_recipe
-from sglang_auf.training.run_directory import describe, forget_after, opened
+from sglang_auf.training.run_directory import RECORDED, copy_recordings, describe, forget_after, opened, sources_of
 from tests.support.training_runs import tiny_recipe
 
 RECIPE = tiny_recipe("some/target", "answers.jsonl")
@@ -43,6 +46,29 @@ def test_other_files_are_never_mixed_with_a_run(tmp_path: Path, fresh: bool) -> 
     with pytest.raises(TrainingError, match=r"thesis\.tex"), opened(tmp_path, fresh=fresh):
         pass
     assert "thesis.tex" in names(tmp_path)
+
+
+def test_a_recording_is_copied_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recording, run, rows = tmp_path / "recording", tmp_path / "run", "20261101T000000000000Z.jsonl"
+    recording.mkdir()
+    (recording / MANIFEST).write_text("{}")
+    (recording / rows).write_text("first\n")
+    sources = ["answers.jsonl", str(recording)]
+    with opened(run, fresh=False):
+        copy_recordings(run, sources)
+    (recording / rows).write_text("first\nsecond\n")
+    (recording / "20261102T000000000000Z.jsonl").write_text("third\n")
+    make_run(run)
+    with opened(run, fresh=False), caplog.at_level(logging.INFO):
+        copy_recordings(run, sources)
+    copy = run / RECORDED / "1"
+    assert sources_of(run, sources) == ["answers.jsonl", str(copy)]
+    assert (names(copy), (copy / rows).read_text()) == ([rows, MANIFEST], "first\n")
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o700
+    assert f"goes on with the rows of {recording} that it began with" in caplog.text
+    with opened(run, fresh=True):
+        copy_recordings(run, sources)
+    assert (copy / rows).read_text() == "first\nsecond\n"
 
 
 def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +24,7 @@ from sglang_auf.errors import AufError, ConfigError, DataError, TargetError, Tra
 from sglang_auf.models import products
 from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
+from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
 from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
@@ -166,6 +169,57 @@ def test_a_run_on_other_data_is_refused(models: tuple[str, str], tmp_path: Path)
     moved.write_text(moved.read_text().replace("row-3", "row-33"))
     with pytest.raises(TrainingError, match="data_sha256"):
         train(recipe.with_sources([str(moved)]), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_rows_that_a_recording_had(models: tuple[str, str], tmp_path: Path) -> None:
+    target, data = models
+    recording = tmp_path / "recording"
+    recording.mkdir()
+    (recording / MANIFEST).write_text(Manifest.of(Path(target)).model_dump_json())
+    rows = recording / "20261101T000000000000Z.jsonl"
+    rows.write_text(Path(data).read_text() + "\n")
+    recipe, out = tiny_recipe(target, str(recording), schedule={"max_steps": 2}), tmp_path / "run"
+    train(recipe, out)
+    with rows.open("a") as newest:
+        newest.write(json.dumps({"id": "later", "prompt_ids": [5], "response_ids": [6] * 8}) + "\n")
+    assert train(recipe, out).step == 2
+
+
+def test_a_run_of_an_earlier_version_keeps_the_rows_that_it_trains_on(models: tuple[str, str], tmp_path: Path) -> None:
+    """It left out only rows that are the same as a held-out one."""
+    target, data = models
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    other_answers = [row | {"id": f"again-{row['id']}", "response_ids": [4, *row["response_ids"][1:]]} for row in rows]
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *other_answers]))
+    recipe, out = tiny_recipe(target, str(twice), schedule={"max_steps": 2}), tmp_path / "run"
+    train(recipe, out)
+    trained = json.loads((out / "run.json").read_text())["data"]["train"]
+    for file in out.glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text())
+        assert state.pop("apart") == "prompt"
+        file.write_text(json.dumps(state))
+    train(recipe, out)
+    assert trained < json.loads((out / "run.json").read_text())["data"]["train"] == 2 * len(rows) - 4
+
+
+def test_a_target_with_other_weights_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    target, data = models
+    other = shutil.copytree(target, tmp_path / "target")
+    recipe = tiny_recipe(str(other), data, schedule={"max_steps": 2})
+    out = tmp_path / "run"
+    train(recipe, out)
+    file = other / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="target_weights"):
+        train(recipe, out)
+    # A run of a version that did not write this down goes on.
+    for file in out.glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text())
+        unknown = ("target_weights", "target_revision", "chat_template_hash")
+        file.write_text(json.dumps({name: value for name, value in state.items() if name not in unknown}))
+    assert train(recipe, out).step == 2
 
 
 def test_how_often_is_logged_may_change(

@@ -6,13 +6,19 @@ as serving renders it at each of its turns, and every border is checked, both in
 
 Serving takes the text of a special token for the token, whoever wrote it. A row that holds one is refused: an answer
 would go on behind the end of its turn, or a user would open a turn.
+
+Some templates print today's date. Here they always print the same one, so that a text has the same tokens on every day:
+a run that is resumed, a cache of features and an evaluation see what the first start saw. Tokens that a server gave
+keep the date that is in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +30,10 @@ if TYPE_CHECKING:
 
 PROBE = "q7zxv"
 """A text that no template holds."""
+TODAY = datetime(2024, 7, 26)
+"""For templates that print the date: the one that Llama's print where nothing gives them another."""
+DATE = "strftime_now"
+"""The function by which templates ask for it, as transformers and SGLang name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,29 @@ class ChatTemplate:
         """The same for a conversation that ends where its next answer begins, as a server gets it."""
         self._check(chat)
         return self._locate(self._prompt(chat), chat)
+
+    def as_of(self, chat: Chat, prompt: Sequence[int]) -> Chat:
+        """The chat with the date that a template printed into `prompt`, its token ids; unchanged where it prints none.
+
+        Where the ids are of another chat or template, nothing is found and the chat is unchanged too. Raises BadRow.
+        """
+        marks: dict[str, str] = {}
+
+        def mark(layout: str) -> str:
+            return marks.setdefault(layout, f"{PROBE}{len(marks)}_")
+
+        pattern = re.escape(self._prompt(_with_date(chat, mark)))
+        for name in marks.values():
+            before, found, after = pattern.partition(name)
+            if found:  # a template may ask for the date and not print it
+                pattern = f"{before}(?P<{name}>.+){after.replace(name, f'(?P={name})')}"
+        if not marks:
+            return chat
+        printed = re.fullmatch(pattern, str(self._tokenizer.decode(prompt, clean_up_tokenization_spaces=False)))
+        if printed is None:
+            return chat
+        dates = {layout: printed[name] for layout, name in marks.items() if name in printed.groupdict()}
+        return _with_date(chat, lambda layout: dates.get(layout) or TODAY.strftime(layout))
 
     def user_turn(self) -> tuple[list[int], int]:
         """Token ids before the first user message, and the first token after that message. Raises BadRow."""
@@ -143,7 +176,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         messages = [self._as_served(message) for message in chat.messages]
-        variables = chat.template_kwargs | (self._modes[0] if mode is None else mode)
+        variables = {DATE: TODAY.strftime} | chat.template_kwargs | (self._modes[0] if mode is None else mode)
         forms = [chat.tools, [tool["function"] for tool in chat.tools]] if chat.tools else [None]
         reason: Exception | None = None
         for tools in forms:
@@ -194,6 +227,11 @@ def _without(chat: Chat, name: str) -> Chat:
     """The chat whose last message lacks a field; its content is empty then."""
     last = {"content": ""} | {key: value for key, value in chat.messages[-1].items() if key != name}
     return Chat([*chat.messages[:-1], last], chat.tools, chat.template_kwargs)
+
+
+def _with_date(chat: Chat, printed: Callable[[str], str]) -> Chat:
+    """printed: the text of the date, from a layout as strftime takes it."""
+    return replace(chat, template_kwargs=chat.template_kwargs | {DATE: printed})
 
 
 def _longest_beginning(text: str, headers: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tqdm import tqdm
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+Apart: TypeAlias = Literal["prompt", "tokens"]
+"""What no row that is trained on shares with a held-out one: the prompt of an answer, or all of its tokens. The latter
+is for runs that an earlier version began, whose rows must stay the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +121,13 @@ def load_conversations(
 
 
 def split_held_out(
-    conversations: Sequence[Conversation], *, count: int, seed: int = 0
+    conversations: Sequence[Conversation], *, count: int, seed: int = 0, apart: Apart = "prompt"
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, held out). The `count` rows whose ids have the smallest hashes are held out, in any order of rows.
 
-    A row with the tokens of a held-out row, which a greedy target gives to the same question, is neither. Raises
-    ConfigError for a count below 1, DataError where no row is left on one side.
+    A row that asks what a held-out row asks is neither, whatever the answers. A prompt with which every row begins asks
+    nothing: then a row is left out only for the same tokens. Raises ConfigError for a count below 1, DataError where no
+    row is left on one side.
     """
     if count < 1:
         raise ConfigError(f"{count} conversations held out", "1 or more")
@@ -132,11 +137,20 @@ def split_held_out(
 
     border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
     held_out = [conversation for conversation in conversations if place(conversation) < border]
-    known = {tuple(conversation.input_ids) for conversation in held_out}
+    first, last = (end((row.input_ids for row in conversations), default=[]) for end in (min, max))
+    both = enumerate(zip(first, last, strict=False))
+    common = next((place for place, (one, other) in both if one != other), len(first))
+
+    def told(conversation: Conversation) -> set[tuple[int, ...]]:
+        ids, mask = conversation.input_ids, conversation.loss_mask
+        starts = [start for start in range(common + 1, len(ids)) if mask[start] and not mask[start - 1]]
+        return {tuple(ids), *(tuple(ids[:start]) for start in starts if apart == "prompt")}
+
+    known = set().union(*map(told, held_out))
     others = [conversation for conversation in conversations if place(conversation) >= border]
-    train = [conversation for conversation in others if tuple(conversation.input_ids) not in known]
+    train = [conversation for conversation in others if known.isdisjoint(told(conversation))]
     if repeated := len(others) - len(train):
-        logger.warning("%d rows are the same as one that is held out, and are not trained on", repeated)
+        logger.warning("%d rows ask the same as one that is held out, and are not trained on", repeated)
     if not train or not held_out:
         raise DataError(
             f"{len(train)} rows to train on and {len(held_out)} held out",
@@ -162,8 +176,6 @@ class _Reader:
             raise BadRow(row.fault)
         exact = [row.fields.get(key) for key in ("prompt_ids", "response_ids")]
         ids, spans = self._rendered(row.fields) if exact == [None, None] else self._exact(row.fields, *exact)
-        if not all(0 <= token < len(self._ids) for token in ids):
-            raise BadRow(f"token ids outside the vocabulary of {len(self._ids)}")
         mask = [False] * len(ids)
         for span in spans:
             mask[span.start : span.end] = [True] * (span.end - span.start)
@@ -174,6 +186,7 @@ class _Reader:
         chat = _until_last_answer(whole)
         _require_answers(chat)
         ids, spans = self._need_template().encode(chat)
+        self._require_known(ids)
         spans = _own_ends(spans, _cut(fields, len(whole.answers))[: len(spans)])
         return ids[: spans[-1].end], _trained(chat, spans)
 
@@ -182,6 +195,7 @@ class _Reader:
         for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise BadRow(f"{name} that are no list of token ids")
+        self._require_known(prompt + response)
         if any(token in self._ends for token in response[:-1]):
             raise BadRow("response_ids that go on behind an end-of-turn token")
         return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
@@ -197,10 +211,15 @@ class _Reader:
             return []
         history = chat.first(chat.answers[-1])
         _require_answers(history)
-        rendered, spans = self._need_template().encode_prompt(history)
+        template = self._need_template()
+        rendered, spans = template.encode_prompt(template.as_of(history, prompt))
         if rendered != prompt:
             raise BadRow("prompt_ids are not what the tokenizer's chat template gives")
         return _trained(history, _own_ends(spans, _cut(fields, len(spans) + 1)[:-1]))
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        if not all(0 <= token < len(self._ids) for token in ids):
+            raise BadRow(f"token ids outside the vocabulary of {len(self._ids)}")
 
     def _need_template(self) -> ChatTemplate:
         if self._template is None:

@@ -17,6 +17,7 @@ from sglang_auf import provenance
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import locked, remove_unfinished
 from sglang_auf.recording.manifest import require_target
+from sglang_auf.recording.ring import require_at_rest
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.batching import plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations
@@ -63,6 +64,7 @@ def cache_features(
     """
     from transformers import AutoTokenizer
 
+    require_at_rest(data)
     directory = find_target(target)
     require_target(data, directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

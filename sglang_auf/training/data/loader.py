@@ -25,7 +25,7 @@ from sglang_auf.training.data.batching import (
     to_device,
     with_features,
 )
-from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
+from sglang_auf.training.data.conversations import Apart, Conversation, load_conversations, split_held_out
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.recipe import Recipe
@@ -50,8 +50,11 @@ class TrainingData:
         return sum(conversation.input_ids.count(token) for conversation in (*self.train, *self.held_out))
 
 
-def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
-    """Read, check and split the sources of a recipe. Raises DataError, or ConfigError where it has none."""
+def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt") -> TrainingData:
+    """Read, check and split the sources of a recipe. apart: as for split_held_out.
+
+    Raises DataError, or ConfigError where it has none.
+    """
     from transformers import AutoTokenizer
 
     settings = recipe.data
@@ -72,7 +75,7 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int) -> TrainingData:
         vocab_size=vocab_size,
         split=settings.split,
     )
-    train, held_out = split_held_out(loaded.conversations, count=settings.held_out)
+    train, held_out = split_held_out(loaded.conversations, count=settings.held_out, apart=apart)
     facts = {
         "sources": list(settings.sources),
         "sha256": loaded.sha256,

@@ -177,7 +177,7 @@ def _decoded(text: bytes) -> Any:
         return BadRow("broken JSON")
 
 
-SENT = ("messages", "conversation", "conversations", "turns", "prompt", "tools", "chat_template_kwargs")
+SENT = ("messages", "conversation", "conversations", "turns", "prompt", "completion", "tools", "chat_template_kwargs")
 """Fields of a row that reach a server or a chat template."""
 
 
@@ -192,11 +192,15 @@ def _strict(row: Any, text: bytes) -> Any:
 
 
 def _parquet(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
+    from datasets import Features
     from pyarrow import ArrowException, parquet
+
+    columns: dict[str, Any] = {}
 
     def rows() -> Iterator[Any]:
         try:
             with parquet.ParquetFile(path) as file:
+                columns.update(Features.from_arrow_schema(file.schema_arrow))
                 for batch in file.iter_batches(BATCH_ROWS):
                     yield from batch.to_pylist()
         except (ArrowException, ValueError, OverflowError, OSError) as error:  # text that is no UTF-8, dates too large
@@ -204,14 +208,16 @@ def _parquet(path: Path, digest: _Hash) -> Iterator[tuple[str, Any]]:
                 f"{path} cannot be read: {_reason(error)}", "a complete Parquet file", "make or copy it again"
             ) from error
 
-    yield from _numbered(path.name, rows(), digest)
+    yield from _numbered(path.name, rows(), columns, digest)
 
 
-def _numbered(name: str, rows: Iterable[Any], digest: _Hash) -> Iterator[tuple[str, Any]]:
+def _numbered(name: str, rows: Iterable[Any], columns: Mapping[str, Any], digest: _Hash) -> Iterator[tuple[str, Any]]:
+    """columns: the features of the rows' columns, as `datasets` has them."""
     for number, row in enumerate(rows):
         text = json.dumps(row, sort_keys=True, default=str).encode()
         digest.update(text)
-        yield f"{name}[{number}]", _strict(row, text)
+        read = _strict(row, text)
+        yield f"{name}[{number}]", read if isinstance(read, BadRow) else _as_given(read, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +269,7 @@ def _data_set(source: str, split: str, digest: _Hash) -> Iterator[tuple[str, Any
             f"a data set with the split {split!r} that the datasets library can load{_choices(wanted, error)}",
             "name configuration and split as in owner/name:config:split; without a network give a file",
         ) from error
-    yield from _numbered(source, rows, digest)
+    yield from _numbered(source, rows, rows.features, digest)
 
 
 def _choices(wanted: DataSet, error: Exception) -> str:
@@ -286,3 +292,28 @@ def _reason(error: BaseException) -> str:
     """The type and the first line: what `datasets` adds in further lines is how to call it from Python."""
     first, _, _ = str(error).strip().partition("\n")
     return f"{type(error).__name__}: {first}"
+
+
+def _as_given(row: dict[str, Any], columns: Mapping[str, Any]) -> Any:
+    """A BadRow for a row of Arrow with a null where a template would print it.
+
+    A struct of Arrow has the fields that any row has, with null for the others: nobody knows which a row had.
+    """
+    if any(_has_null(row[name], kind, False) for name, kind in columns.items() if name.lower() in SENT):
+        return BadRow(
+            "a null in a call's arguments or a tool's parameters, which Arrow also writes for a field that is absent: "
+            "write them as JSON text, or give a JSONL file"
+        )
+    return row
+
+
+def _has_null(value: Any, kind: Any, printed: bool) -> bool:
+    """Whether a struct that a template prints as it is has a null. kind: the feature of `value` in the data set."""
+    if isinstance(kind, dict) and isinstance(value, dict):
+        return any(
+            (printed and value[name] is None)
+            or _has_null(value[name], inner, printed or name in ("arguments", "parameters"))
+            for name, inner in kind.items()
+        )
+    inner = getattr(kind, "feature", None)
+    return inner is not None and any(_has_null(entry, inner, printed) for entry in value or ())

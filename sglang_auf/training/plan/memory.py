@@ -19,6 +19,7 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.data.features import embedding_rows
 from sglang_auf.training.data.loader import ONLINE
+from sglang_auf.training.evaluate import KEPT_BYTES
 from sglang_auf.training.losses.step import DEFAULT_CHUNK
 from sglang_auf.training.optimiser import state_numbers
 from sglang_auf.training.recipe import Recipe
@@ -30,7 +31,10 @@ OUTSIDE = 2 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The largest micro-batch. rows R, length S, blocks R * N. item: bytes of a number in the target's precision."""
+    """The largest micro-batch: the one of most blocks, and of these the one of most tokens.
+
+    rows R, length S, blocks R * N. item: bytes of a number in the target's precision.
+    """
 
     rows: int
     length: int
@@ -40,10 +44,16 @@ class Sizes:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Sizes:
-        batch, length = recipe.batch, recipe.data.max_length
-        rows = max(1, min(batch.batch_tokens // length, batch.batch_rows or batch.batch_tokens))
-        item = 2 if recipe.precision == "bf16" else FLOAT
-        return cls(rows, length, rows * min(batch.anchors_per_row, length), recipe.drafter.block_size, item)
+        batch, item = recipe.batch, 2 if recipe.precision == "bf16" else FLOAT
+
+        def full(length: int) -> Sizes:
+            """A block starts at any token but the last."""
+            rows = min(batch.batch_tokens // length, batch.batch_rows or batch.batch_tokens)
+            return cls(rows, length, rows * min(batch.anchors_per_row, length - 1), recipe.drafter.block_size, item)
+
+        # Many short rows hold more blocks than few long ones.
+        lengths = range(max(2, recipe.min_answer_tokens), recipe.data.max_length + 1)
+        return max(map(full, lengths), key=lambda sizes: (sizes.blocks, sizes.context))
 
     @property
     def tokens(self) -> int:
@@ -86,7 +96,10 @@ def plan(recipe: Recipe, config: DrafterConfig, target: Path, *, ranks: int = 1,
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     state = state_numbers(drafter, recipe.optimiser)
     parts = ranks if sharded else 1
-    features = sizes.context * len(config.target_layer_ids) * config.hidden_size * sizes.item
+    token = len(config.target_layer_ids) * config.hidden_size * sizes.item
+    features, held_out = sizes.context * token, recipe.data.held_out * recipe.data.max_length * token
+    # Domino's step goes twice over its micro-batches (accumulation.py). A cache reads one ahead.
+    held = recipe.batch.micro_batches // ranks if config.head == "domino" else 1
     online = recipe.features == ONLINE
     always = {
         "target: embedding and head": tables * sizes.item,
@@ -94,15 +107,16 @@ def plan(recipe: Recipe, config: DrafterConfig, target: Path, *, ranks: int = 1,
         "drafter: weights, float32": weights * FLOAT // parts,
         "drafter: gradients, float32": weights * FLOAT // parts,
         f"drafter: state of {recipe.optimiser.name}, float32": state * FLOAT // parts,
+        "features of held-out rows, at most": min(held_out, KEPT_BYTES),
     }
     return Plan(
         {name: size for name, size in always.items() if size},
         {
-            "features": features,
+            "features": features * held,
             "features: taps before they are put together, or the next batch": features * 2 if online else features,
         },
         {
-            "features": features * (1 if online else 2),
+            "features": features * (held if online else held + 1),
             **({"drafter: weights in bf16, for its products": weights * sizes.item} if sizes.item < FLOAT else {}),
             **_activations(config, sizes, recompute=recipe.batch.recompute),
             "head: logits of a chunk and their softmax": _head(config, sizes),

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from sglang_auf.errors import DataError
@@ -104,7 +105,8 @@ def test_old_rows_that_give_held_out_answers_away_or_cannot_be_used_are_left_out
 
 def test_old_rows_with_dates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"id": str(number), "messages": turns(number), "timestamp": datetime(2026, 1, 1)} for number in range(60)]
-    monkeypatch.setattr("datasets.load_dataset", lambda *names, split, revision: rows)
+    data = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split, revision: data)
     files = written(tmp_path, [row(number) for number in range(50)], OF_TEXT, data=("someone/dates",))
     assert len(files[OLD]) == 40
     assert files[OLD][0]["timestamp"].startswith("2026-01-01")

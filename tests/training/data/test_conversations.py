@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import pytest
 
@@ -234,6 +237,42 @@ def test_earlier_answers_within_exact_ids_are_labels_too(load: Load) -> None:
     assert labels(conversation) == ["Bye"]
 
 
+class Clock(datetime):
+    """The next day comes with each look."""
+
+    days = itertools.count(1)
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2026, 10, next(cls.days))
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_on_every_day(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    first, second = (load([chat(*TWO_TURNS)], template=toy.DATED) for _ in range(2))
+    assert first == second
+    assert labels(first.conversations[0]) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+    assert text(first.conversations[0]).startswith("<|im_start|>system\n\nToday: 26 Jul 2024 (2024, 26 Jul 2024).")
+
+
+def test_exact_ids_keep_the_date_of_the_day_they_were_served(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=lambda: datetime(2025, 2, 3))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+    served = toy.toy_tokenizer(toy.DATED).apply_chat_template
+    prompt = served(TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True)
+    assert "Today: 03 Feb 2025 (2025, 03 Feb 2025)" in prompt
+    clock.now = lambda: datetime(2025, 2, 4)
+    [conversation] = load([exact(chat(*TWO_TURNS), prompt, "Bye.<|im_end|>")], template=toy.DATED).conversations
+    assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+    assert text(conversation) == f"{prompt}Bye.<|im_end|>"
+    two_dates = prompt.replace("03 Feb 2025)", "04 Feb 2025)")
+    for other in (two_dates, f"x{prompt}", prompt.replace("Say hi.", "Say ho.")):
+        with pytest.raises(DataError, match="prompt_ids are not what the tokenizer's chat template gives"):
+            load([exact(chat(*TWO_TURNS), other, "Bye.<|im_end|>")], template=toy.DATED)
+
+
 def test_exact_ids_behind_an_end_of_turn_or_of_no_weight_are_refused(load: Load) -> None:
     rows = [
         GOOD,
@@ -400,6 +439,36 @@ def test_folder_of_data_through_the_datasets_library(tmp_path: Path, monkeypatch
         load_conversations(folder, toy.toy_tokenizer(), max_length=500, min_answer_tokens=1, split="validation")
 
 
+def test_a_null_that_arrow_may_have_added_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A struct has the fields of all rows. JSON keeps to its own, so a null in it was given."""
+    import datasets
+
+    def calling(id: str, arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return chat(QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, id=id)
+
+    def tool(**more: Any) -> dict[str, Any]:
+        function = {"name": "weather", "parameters": {"type": "object", **more}}
+        return chat(QUESTION, ANSWER, id="f", tools=[{"type": "function", "function": function}])
+
+    def load(name: str, *rows: dict[str, Any], as_json: bool = False) -> LoadedConversations:
+        data = datasets.Dataset.from_list(list(rows), on_mixed_types="use_json" if as_json else None)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+        return load_conversations(name, toy.toy_tokenizer(toy.TOOLS), max_length=900, min_answer_tokens=1)
+
+    given = [calling("a", {"city": "Ulm"}), calling("b", {"city": "Ulm", "zone": "CET"})]
+    structs = load("owner/structs", *given, chat(QUESTION, ANSWER, id="c"))
+    assert [conversation.id for conversation in structs.conversations] == ["b", "c"]
+    assert [reason[:31] for reason in structs.rejected] == ["a null in a call's arguments or"]
+    tools = load("owner/tools", tool(default=None), tool(default="Ulm") | {"id": "g"})
+    assert [conversation.id for conversation in tools.conversations] == ["g"]
+    json_text = load("owner/text", *(calling(id, json.dumps({"city": None})) for id in "de"))
+    as_json = load("owner/json", *given, calling("d", {"city": None}), as_json=True)
+    assert [labels(loaded.conversations[-1]) for loaded in (json_text, as_json)] == [
+        ['\n<tool_call>\nweather {"city": null}\n</tool_call><|im_end|>']
+    ] * 2
+
+
 def test_a_recording_is_read_as_it_grows(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{}")
     for day, answers in ((2, [(3, [5, 6]), (4, [7])]), (1, [(1, [5, 5]), (2, [6])])):
@@ -436,16 +505,37 @@ def test_held_out_count() -> None:
     assert split_held_out(rows, count=8, seed=1)[1] != held_out
 
 
-def test_a_row_that_is_the_same_as_a_held_out_one_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_held_out_row_asks_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     rows = conversations(50)
-    _, held_out = split_held_out(rows, count=8)
+    train, held_out = split_held_out(rows, count=8)
     asked = held_out[0].prompt
-    another = Conversation("another", [*asked, 3], [False] * len(asked) + [True])  # another answer
-    train, same = split_held_out([*rows, another], count=8)
-    assert another in train and not caplog.records
-    again = replace(held_out[0], id="again")
-    assert split_held_out([*rows, another, again], count=8) == (train, same)
-    assert "1 rows are the same as one that is held out" in caplog.text
+    again = [
+        replace(held_out[0], id="again"),
+        Conversation("another answer", [*asked, 3], [False] * len(asked) + [True]),
+        Conversation("goes on", [*asked, 3, 4, 5], [False] * len(asked) + [True, False, True]),
+    ]
+    assert split_held_out([*rows, *again], count=8) == (train, held_out)
+    assert "3 rows ask the same as one that is held out" in caplog.text
+    # As it was split by the version that began a run.
+    assert split_held_out([*rows, *again], count=8, apart="tokens") == ([*train, *again[1:]], held_out)
+
+
+def test_a_later_answer_of_a_held_out_row_is_asked_for_too() -> None:
+    """Rows of exact tokens hold one answer each, and other rows all answers of a conversation."""
+    rows = conversations(50)
+    train, held_out = split_held_out(rows, count=8)
+    first = held_out[0]
+    turns = replace(first, input_ids=[*first.input_ids, 7, 8], loss_mask=[*first.loss_mask, False, True])
+    longer = [turns if row is first else row for row in rows]
+    later = Conversation("later", [*first.input_ids, 7, 9], [False, False, False, True])
+    assert split_held_out([*longer, later], count=8)[0] == train
+
+
+def test_a_prompt_that_all_rows_share_asks_nothing() -> None:
+    rows = [Conversation(f"row/{i}", [1, 1, i + 5], [False, False, True]) for i in range(50)]
+    train, held_out = split_held_out([*rows, replace(rows[9], id="again")], count=3)
+    assert [row.id for row in held_out] == ["row/9", "row/18", "row/19"]
+    assert len(train) == 47
 
 
 def test_held_out_rows_do_not_change_between_versions() -> None:

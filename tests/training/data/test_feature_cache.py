@@ -18,10 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_auf import cli
 from sglang_auf.errors import AufError, ConfigError, DataError
+from sglang_auf.files import locked
+from sglang_auf.recording.manifest import MANIFEST
+from sglang_auf.recording.ring import LOCK
 from sglang_auf.training.data.batching import collate
 from sglang_auf.training.data.conversations import Conversation, load_conversations
 from sglang_auf.training.data.feature_cache import CachedFeatures, check_contents
-from sglang_auf.training.data.feature_writer import write_cache
+from sglang_auf.training.data.feature_writer import cache_features, write_cache
 from sglang_auf.training.data.features import OnlineFeatures
 from tests.support.tiny_models import VOCABULARY, target_config, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
@@ -445,3 +448,9 @@ def test_the_command_refuses_layers(chat: tuple[Path, Path], tmp_path: Path, cap
     assert cli.main([*arguments, "--layers", layers, "--out", str(tmp_path / "cache")]) == 2
     assert "layers" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
+
+
+def test_features_of_a_recording_that_grows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    with locked(tmp_path / LOCK), pytest.raises(DataError, match="into which a server records now"):
+        cache_features([tmp_path], "target", TAPS, tmp_path / "features", max_length=8)

@@ -115,9 +115,9 @@ def test_what_the_hub_is_asked_for(
 ) -> None:
     import datasets
 
-    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> list[dict[str, Any]]:
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
         assert (name, config, split, revision) == asked
-        return [asking("q")]
+        return datasets.Dataset.from_list([asking("q")])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
@@ -148,6 +148,19 @@ def test_a_parquet_file_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.M
         ("rows.parquet[4]", "NaN or Infinity, which JSON does not have"),
         ("q0 (rows.parquet[5])", "an id for the second time"),
     ]
+
+
+def test_a_null_that_a_struct_of_parquet_may_have_added_is_refused(tmp_path: Path) -> None:
+    def calling(id: str, **arguments: str) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+        return {"id": id, "messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    file = tmp_path / "rows.parquet"
+    rows = [calling("a", city="Ulm"), calling("b", city="Ulm", zone="CET")]
+    schema = pyarrow.Table.from_pylist(rows[1:]).schema
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
+    first, second = reader.read_rows(file, hashlib.sha256())
+    assert "a null in a call's arguments" in str(first.fault) and second.fault is None
 
 
 def test_another_parquet_file_has_another_digest(tmp_path: Path) -> None:
