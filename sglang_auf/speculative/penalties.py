@@ -161,7 +161,8 @@ def prefill(batch: Any) -> None:
         if not asks(request.sampling_params):
             continue
         state = Penalties.of(request, info.vocab_size, info.temperatures.device)
-        for one in torch.tensor([*request.output_ids], dtype=torch.int64).to(state.count.device).split(1):
+        for token in request.output_ids:
+            one = torch.tensor([token]).to(state.count.device, non_blocking=True)
             state.add(one, torch.ones_like(one, dtype=torch.bool))
         # SGLang's own begin anew with every prefill.
         info.acc_additive_penalties[index] = state.additive()[0]

@@ -194,6 +194,15 @@ def test_a_batch_without_penalties_is_left_alone() -> None:
     assert batch.sampling_info.logit_bias is bias
 
 
+@pytest.mark.parametrize("params", ASKED)
+def test_a_first_token_has_what_no_token_before_it_changes(params: dict[str, Any]) -> None:
+    request = Request(**params)
+    prefill(batch := batch_of([Request(), request], [0, 0]))
+    logits = normal(VOCABULARY, seed=5)
+    assert torch.equal(logits + batch.sampling_info.acc_additive_penalties[1], Reference(request).after([], logits))
+    assert (batch.sampling_info.acc_scaling_penalties == 1).all()
+
+
 def test_a_request_that_is_computed_again_goes_on_with_the_penalties_of_its_answer() -> None:
     request = Request(**ASKED[-1])
     request.output_ids = [7, 7, 11]
