@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from server.profile import default_profile, load_profile, profile_names
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError, ConfigError
-from sglang_auf.process import begin_server
+from sglang_auf.process import begin_server, end_on_sigterm
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,6 +55,7 @@ def check_key(key: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a drained SIGTERM, 2 for what the user can fix, 143 for SIGTERM before the server was up."""
+    end_on_sigterm()
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise

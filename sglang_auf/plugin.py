@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # All hooks, in the order in which they are installed; those of speculative/swap.py follow, and on the CPU platform
 # those of cpu/platform.py. Where several are on one function, the one installed last is the outermost: it runs first,
-# as AFTER last.
+# as AFTER last. What changes a request or its answer is `on_ours`, or asks `serves_auf`: other servers are left alone.
 HOOKS = (
     *redaction.HOOKS,  # keys stay out of logs and /server_info
     *replies.HOOKS,  # tau in every OpenAI reply
@@ -50,7 +50,6 @@ HOOKS = (
 )
 
 SEAMS = (
-    Seam("sglang.srt.platforms:current_platform.is_out_of_tree", "plugin", ()),
     Seam(
         "sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register",
         "plugin",
@@ -129,7 +128,6 @@ def all_seams() -> tuple[Seam, ...]:
 
 def _register() -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
-    from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from sglang_auf.speculative import swap
@@ -145,7 +143,7 @@ def _register() -> None:
     SpeculativeAlgorithm.register(
         ALGORITHM, supports_overlap=True, validate_server_args=refuse_unsupported, spec_class=AufSpecAlgo
     )(create_worker)
-    if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
+    if registry.on_cpu_platform():
         from sglang_auf.cpu import seams as cpu
 
         check_seams(cpu.SEAMS)  # before the import that would fail without a word about what moved
