@@ -10,7 +10,7 @@
 # make audit  known vulnerabilities of the pinned packages, asked of PyPI
 # make lint   ruff, mypy and the directions of imports
 #
-# The environment is .venv, or where VENV= says. It is made once and reused while the pins are the same.
+# The environment is .venv, or where VENV= says. It is made once, and anew where the pins or its place change.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,8 +18,15 @@ PROFILE ?= smollm2-135m
 MINUTES ?= 30
 INPUTS ?= 25000
 WORKERS ?= 2
-PINS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
-STAMP := $(VENV)/.installed-$(PINS)
+# Recipes name it without quotes, and one of them clears it.
+ifneq ($(words [$(VENV)])$(if $(VENV),,none)$(strip $(foreach sign,* ? [ ~,$(findstring $(sign),$(VENV)))),1)
+$(error found: VENV="$(VENV)"; expected: one path without spaces, *, ?, [ and ~; to fix it: give another, VENV=/path/to/venv)
+endif
+# The place counts too: programs of an environment that was moved begin with the path of a Python that is gone.
+MADE_FOR := $(shell { cat pyproject.toml constraints.txt; realpath -m $(VENV); } | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.installed-$(MADE_FOR)
+# Says that the directory is ours to clear. Earlier versions left $(VENV)/.linked-* alone.
+MARK := .made-by-make
 # One environment may serve several checkouts in turn: the package is linked anew when the checkout is another one.
 LINK := $(VENV)/.linked-$(shell pwd | sha256sum | cut -c1-16)
 BIN := $(VENV)/bin
@@ -34,8 +41,13 @@ $(LINK): $(STAMP)
 	touch $@
 
 $(STAMP):
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} found, 3.11 or later needed; set PYTHON="'
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), f"Python {sys.version.split()[0]} found, 3.11 or 3.12 needed; set PYTHON="'
+	@test -e $(VENV)/$(MARK) || ls $(VENV)/.linked-* > /dev/null 2>&1 || test -z "$$(ls -A $(VENV) 2> /dev/null)" || { \
+		echo 'found: $(VENV) holds files and no environment that this Makefile made; expected: an empty or absent' \
+			'directory; to fix it: give another, VENV=/path/to/venv, or remove it yourself' >&2; exit 1; }
+	mkdir -p $(VENV) && touch $(VENV)/$(MARK)
+	find -H $(VENV) -mindepth 1 -maxdepth 1 ! -name $(MARK) -exec rm -rf {} +
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -1,9 +1,6 @@
-import signal
-import sys
-
 from benchmarks.cli import main
+from sglang_auf.process import end_on_sigterm
 
 if __name__ == "__main__":
-    # After SIGTERM every `finally` runs, so that servers started here are ended.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_on_sigterm()  # servers that were started here are ended
     raise SystemExit(main())

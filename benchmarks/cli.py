@@ -7,14 +7,21 @@ something to fix; 130: interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import NamedTuple, get_type_hints
 
-from sglang_auf.errors import AufError
+from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.flags import add_flags, from_flags
+
+CANNOT_BE_WRITTEN = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOSPC, errno.EDQUOT),
+}
 
 
 class Command(NamedTuple):
@@ -64,13 +71,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = function(settings)
         place = report.write(settings.out)
     except AufError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(error)
+    except OSError as error:
+        if error.errno not in CANNOT_BE_WRITTEN:
+            raise
+        expected = "a place that can be written, with room"
+        return _failed(ConfigError(str(error), expected, "correct it, or give another with --out"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     print("\n\n".join(filter(None, [report.text().rstrip("\n"), f"written to {place}"])))
     return 0 if report.passed else 1
+
+
+def _failed(error: AufError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

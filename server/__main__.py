@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from server.profile import PROFILES, default_profile, load_profile
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError, ConfigError
-from sglang_auf.process import begin_server
+from sglang_auf.process import begin_server, end_on_sigterm
 from sglang_auf.settings import settings_names
 
 
@@ -57,6 +57,7 @@ def check_key(key: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a drained SIGTERM, 2 for what the user can fix, 143 for SIGTERM before the server was up."""
+    end_on_sigterm()
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise

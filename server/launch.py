@@ -21,9 +21,10 @@ from server.routes import auf_router
 from server.unreadable import add_replies
 from sglang_auf.checkpoints.prepare import prepare
 from sglang_auf.checkpoints.target_sources import TARGET_SOURCES
-from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, TREE_NODES
+from sglang_auf.env import BUNDLED, CPU_OVERLAP, DRAFT_VOCABULARY, TREE, TREE_NODES
 from sglang_auf.errors import ServerError, TargetError
 from sglang_auf.files import find_model
+from sglang_auf.process import end_on_sigterm
 from sglang_auf.recording import capture
 from sglang_auf.recording.recorder import Recorder
 
@@ -52,8 +53,9 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
             profile.record, find_model(target, ("*.json",), TargetError, profile.target_revision)
         )
     drafter = served.speculation.checked.path if served.speculation else None
+    os.environ[BUNDLED] = "1"  # read by the hooks, here and in children of this process
     if not profile.tree:
-        TREE.set(False)  # read by the scheduler, a child of this process
+        TREE.set(False)
     if profile.tree_nodes is not None:
         os.environ[TREE_NODES] = str(profile.tree_nodes)
     if not profile.draft_vocabulary:
@@ -85,7 +87,7 @@ def run(
     http_server.app.routes.extend(auf_router(served, closed_because, recorder).routes)
     add_all(http_server.app, closed_because, start.token, management, None if recorder is None else recorder.settings)
     add_replies(http_server.app)
-    signal.signal(signal.SIGTERM, _stopped_while_starting)
+    end_on_sigterm()  # until SGLang installs its draining handler, SIGTERM unwinds this function: no child is left
     try:
         http_server.launch_server(
             server_args,
@@ -195,8 +197,3 @@ def _init_tokenizer_manager(*arguments: Any, **options: Any) -> Any:
 def _engine_died_while_starting(signum: int, frame: FrameType | None) -> NoReturn:
     """SGLang's children report their death by SIGQUIT. SGLang's handler would kill this process without a message."""
     raise ServerError("the engine died while it was starting", "a running engine", "look above for its error")
-
-
-def _stopped_while_starting(signum: int, frame: FrameType | None) -> NoReturn:
-    """Until SGLang installs its draining handler, SIGTERM unwinds `run`, which leaves no child behind."""
-    raise SystemExit(128 + signum)

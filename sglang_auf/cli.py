@@ -11,10 +11,12 @@ from typing import Any
 
 from sglang_auf import __version__
 from sglang_auf.errors import AufError, ConfigError, DataError
+from sglang_auf.process import end_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one message on stderr for a mistake that the user can fix."""
+    """Exit code: 0, 2 with one message on stderr for a mistake that the user can fix, 128 + N after signal N."""
+    end_on_sigterm()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(*arguments[:1]).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

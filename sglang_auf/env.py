@@ -52,6 +52,9 @@ TREE_NODES = "SGLANG_AUF_TREE_NODES"
 STEP_LOG = "SGLANG_AUF_STEP_LOG"
 """Steps after which the scheduler logs how long their parts took (CPU). Default: 0, never."""
 
+BUNDLED = "SGLANG_AUF_BUNDLED"
+"""Set by `python -m server`: requests are checked and seeded as with AUF, with --plain too. Default: not set."""
+
 API_KEY = "SGLANG_AUF_API_KEY"
 """The server's API key, for `python -m server`, where `ps` does not show it. Default: no key."""
 

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 # All hooks, in the order in which they are installed; those of speculative/algorithm.py and speculative/swap.py follow,
 # and on the CPU platform those of cpu/platform.py. Where several are on one function, the one installed last is the
-# outermost: it runs first, as AFTER last.
+# outermost: it runs first, as AFTER last. What changes a request or its answer is `on_ours`, or asks `serves_auf`:
+# other servers are left alone.
 HOOKS = (
     *redaction.HOOKS,  # keys stay out of logs and /server_info
     *replies.HOOKS,  # tau in every OpenAI reply
@@ -50,7 +51,6 @@ HOOKS = (
 )
 
 SEAMS = (
-    Seam("sglang.srt.platforms:current_platform.is_out_of_tree", "plugin", ()),
     Seam(
         "sglang.srt.speculative.spec_info:SpeculativeAlgorithm.register",
         "plugin",
@@ -129,7 +129,6 @@ def all_seams() -> tuple[Seam, ...]:
 
 def _register() -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
-    from sglang.srt.platforms import current_platform
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from sglang_auf.speculative import algorithm, swap
@@ -147,7 +146,7 @@ def _register() -> None:
         validate_server_args=algorithm.refuse_unsupported,
         spec_class=algorithm.AufSpecAlgo,
     )(algorithm.create_worker)
-    if current_platform.is_out_of_tree() and type(current_platform).__module__ == "sglang_auf.cpu.platform":
+    if registry.on_cpu_platform():
         from sglang_auf.cpu import seams as cpu
 
         check_seams(cpu.SEAMS)  # before the import that would fail without a word about what moved

@@ -1,4 +1,4 @@
-"""How the processes of a server on a CPU begin: with what environment, and from what.
+"""A process of ours: its end by SIGTERM, what its control groups leave it, and how those of a CPU server begin.
 
 Importing SGLang takes long. SGLang's processes are spawned, so each imports it anew; a fork of a process that has
 imported it begins at once and shares its memory. A fork inherits no threads, and OpenMP would wait for them for ever:
@@ -7,13 +7,17 @@ so only a process of our own is forked, which computes nothing before.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import Any, NoReturn
 
 from sglang_auf.env import FORK
 
@@ -27,10 +31,74 @@ ENVIRONMENT = {
 }
 """What the C library and OpenMP read when a program begins, and never again."""
 
+THREADS = "OMP_NUM_THREADS"
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM ends this program with exit code 143, and every `finally` runs.
+
+    The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler.
+    """
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def cgroups(controller: str) -> list[Path]:
+    """Directories of the control groups that this process is in, the innermost first: each may have a limit.
+
+    controller: "cpu" or "memory". cgroup 2 has one tree, cgroup 1 one for each controller. In a container the kernel
+    may name a path that begins above what is mounted: then only the root counts, which is the container's own.
+    """
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root, own = CGROUPS / (controller if controllers else ""), PurePosixPath(path.lstrip("/"))
+        inner = [root / group for group in (own, *own.parents)] if ".." not in own.parts else [root]
+        found += [group for group in inner if group.is_dir()]
+    return found
+
+
+def quota_cores() -> int | None:
+    """Cores that the control groups' quotas leave this process, rounded up; None without a quota."""
+    cores = [-(-quota // period) for quota, period in _quotas()]
+    return min(cores, default=None)
+
+
+def _quotas() -> Iterator[tuple[int, int]]:
+    """Microseconds of all cores together that may be used in a period, and the period."""
+    for group in cgroups("cpu"):
+        with contextlib.suppress(OSError):
+            quota, period = (group / "cpu.max").read_text().split()
+            if quota != "max":
+                yield int(quota), int(period)
+        with contextlib.suppress(OSError):  # cgroup 1, where -1 is none
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:
+                yield int(quota), int(period)
+
+
+def _wanted() -> dict[str, str]:
+    """ENVIRONMENT, and a thread for each core of a quota: OpenMP counts the cores that the process may run on."""
+    cores = quota_cores()
+    if cores is None:
+        return ENVIRONMENT
+    return ENVIRONMENT | {THREADS: str(min(cores, len(os.sched_getaffinity(0))))}
+
 
 def set_environment() -> bool:
     """For programs that this process begins; what the user has set stays. Whether anything was missing."""
-    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    missing = {name: value for name, value in _wanted().items() if name not in os.environ}
     if "OMP_WAIT_POLICY" in os.environ:  # says the same in other words, and GOMP_SPINCOUNT would overrule it
         missing.pop("GOMP_SPINCOUNT", None)
     os.environ.update(missing)

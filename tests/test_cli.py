@@ -78,6 +78,18 @@ def test_check_of_an_unprepared_target_says_how_to_prepare_it(
     assert "sglang-auf prepare smollm2-135m" in capsys.readouterr().err
 
 
+def test_sigterm_unwinds() -> None:
+    code = (
+        "import os, signal, sys; from types import SimpleNamespace; from sglang_auf.cli import main\n"
+        "stop = SimpleNamespace(prepare=lambda *_: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "sys.modules['sglang_auf.checkpoints.prepare'] = stop\n"
+        "try: main(['prepare', 'smollm2-135m'])\n"
+        "finally: print('unwound')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (143, "unwound\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -125,18 +125,20 @@ print(json.dumps({
 """
 
 
-def loaded(**environment: str) -> dict[str, object]:
-    """What SGLang's own plugin loading leaves behind in a fresh process."""
-    variables = {k: v for k, v in os.environ.items() if k not in ("SGLANG_PLUGINS", "SGLANG_PLATFORM")}
+def printed(program: str, **environment: str) -> str:
+    """The last line that a program prints in a fresh process."""
+    unset = ("SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_AUF_BUNDLED")
+    variables = {name: value for name, value in os.environ.items() if name not in unset}
     variables |= {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, env=variables)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.e2e
 def test_sglang_loads_all_of_it() -> None:
-    found = loaded(SGLANG_PLATFORM="auf_cpu")
+    """What SGLang's own plugin loading leaves behind."""
+    found = json.loads(printed(REGISTERED, SGLANG_PLATFORM="auf_cpu"))
     assert found == {
         "platform": "AufCpuPlatform",
         "algorithm": "AufSpecAlgo",
@@ -149,6 +151,68 @@ def test_sglang_loads_all_of_it() -> None:
         ),
         "unapplied": [],
         "refuses": True,
+    }
+
+
+ASKED = """
+import asyncio, json, os, warnings
+warnings.simplefilter("ignore")
+from contextlib import suppress
+from types import SimpleNamespace
+from sglang.srt import runtime_context
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang_auf.hooks import registry
+
+def error_of(settings):
+    try:
+        GenerateReqInput(text="a", sampling_params=settings).normalize_batch_and_arguments()
+    except Exception as error:
+        return type(error).__name__
+
+def aborted():
+    states = {rid: SimpleNamespace(abort_sent=False) for rid in ("a", "a1")}
+    sent = []
+    TokenizerManager.abort_request(
+        SimpleNamespace(rid_to_state=states, _dispatch_to_scheduler=sent.append, enable_metrics=False), "a")
+    return [message.rid for message in sent]
+
+def next_seed():
+    shared = SamplingParams(n=2, sampling_seed=41)
+    with suppress(AttributeError):  # of a manager that has nothing to send with
+        asyncio.run(TokenizerManager._send_one_request(None, SimpleNamespace(sampling_params=shared, rid="a")))
+    return shared.sampling_seed
+
+def found():
+    return [error_of({"n": 129}), error_of(5), aborted(), next_seed()]
+
+on_cpu_platform, registry.on_cpu_platform = registry.on_cpu_platform, lambda: False
+by_server = {}
+for algorithm in ("AUF", "DFLASH", None):
+    runtime_context.get_spec = lambda: SimpleNamespace(speculative_algorithm=algorithm)
+    by_server[str(algorithm)] = found()
+os.environ["SGLANG_AUF_BUNDLED"] = "1"
+by_server["bundled"] = found()
+del os.environ["SGLANG_AUF_BUNDLED"]
+registry.on_cpu_platform = on_cpu_platform
+by_server["CPU platform"] = found()
+print(json.dumps(by_server))
+"""
+
+
+@pytest.mark.e2e
+def test_a_server_without_auf_answers_its_requests_as_sglang_alone_does() -> None:
+    """What passes there passes, and what fails there fails as it did. Plain servers of ours check as those with AUF."""
+    alone, checked = [None, "TypeError", ["a"], 41], ["ValueError", "ValueError", [], 42]
+    assert json.loads(printed(ASKED, SGLANG_PLATFORM="auf_cpu")) == {
+        "AUF": checked,
+        "DFLASH": alone,
+        "None": alone,
+        "bundled": checked,
+        "CPU platform": checked,
     }
 
 

@@ -7,22 +7,22 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sglang_auf import process
 from sglang_auf.env import FORK
-from sglang_auf.process import ENVIRONMENT
+from sglang_auf.process import ENVIRONMENT, THREADS, quota_cores, set_environment
 
 TUNABLES, SPINS = ENVIRONMENT
-SET_HERE = (*ENVIRONMENT, "OMP_WAIT_POLICY", FORK.name)
 
 
 def result(program: str, *arguments: str, **environment: str) -> Any:
     """What the program prints, a JSON value."""
-    clean = {
-        name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "OMP_WAIT_POLICY", FORK.name)
-    }
+    unset = (*ENVIRONMENT, "OMP_WAIT_POLICY", FORK.name)
+    clean = {name: value for name, value in os.environ.items() if name not in unset} | {THREADS: "1"}
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     return json.loads(subprocess.check_output(command, env=clean | environment, text=True, timeout=60))
 
@@ -48,6 +48,49 @@ def test_what_the_user_has_set_stays() -> None:
     assert result(BEGIN, **settings, OMP_WAIT_POLICY="ACTIVE") == ["1", [], "glibc.malloc.hugetlb=0", None, "0"]
     settings[SPINS] = "7"
     assert result(BEGIN, **settings) == ["1", [], "glibc.malloc.hugetlb=0", "7", "0"]
+
+
+@pytest.mark.parametrize(
+    ("own", "quotas", "cores"),
+    [
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "10000 100000"}, 1),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000", "c/cpu.max": "100000 100000"}, 3),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "250000 50000"}, 3),
+        ("0::/../../a", {"cpu.max": "200000 100000"}, 2),
+        ("1:cpu,cpuacct:/d", {"cpu/d/cpu.cfs_quota_us": "250000", "cpu/d/cpu.cfs_period_us": "100000"}, 3),
+        ("1:cpu:/host/path", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"}, 2),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("2:memory:/", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_a_server_has_a_thread_for_each_core_of_its_quota(
+    own: str, quotas: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (said := tmp_path / "own").write_text(f"{own}\n")
+    for name, content in quotas.items():
+        (file := tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    monkeypatch.setattr(process, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(process, "OWN_CGROUPS", said)
+    assert quota_cores() == cores
+    for usable, threads in ((64, cores), (1, cores and 1)):
+        variables: dict[str, str] = {}
+        monkeypatch.setattr(os, "environ", variables)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, usable=usable: set(range(usable)))
+        set_environment()
+        assert variables.get(THREADS) == (None if threads is None else str(threads))
+    variables[THREADS] = "5"
+    set_environment()
+    assert variables[THREADS] == "5"
+
+
+def test_a_machine_without_control_groups_has_no_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "OWN_CGROUPS", tmp_path / "missing")
+    assert quota_cores() is None
 
 
 FORKED = """

@@ -69,6 +69,7 @@ def test_every_module_has_its_test_in_the_same_room_or_none() -> None:
 
 
 ABOUT_MORE_THAN_A_MODULE = {
+    "tests/test_makefile.py",
     "tests/test_pins.py",
     "tests/test_rooms.py",
     "tests/test_wheel.py",

@@ -11,7 +11,7 @@ from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import StrictModel
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ServerError
-from sglang_auf.training.generation.client import tls
+from sglang_auf.training.generation.client import is_local, tls
 
 FLUSH_S = 10.0
 CARD = "/v1/auf/card"
@@ -156,9 +156,7 @@ def flush_cache(base_url: str) -> None:
     """Forget cached prefixes, so that earlier prompts are prefilled again. Raises ServerError unless it is idle."""
     url = f"{base_url}/flush_cache"
     try:
-        response = httpx.post(
-            url, params={"timeout": FLUSH_S}, headers=_authorization(), timeout=2 * FLUSH_S, verify=tls()
-        )
+        response = _send("POST", url, params={"timeout": FLUSH_S}, timeout=2 * FLUSH_S)
         response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerError(
@@ -172,12 +170,9 @@ def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s
     timeout_s: how long the server may be silent. Raises NoRoute for status 404, and ServerError when the server is down
     or refuses otherwise.
     """
-    url, headers = base_url + path, _authorization()
-    kind = ServerError
+    url, kind = base_url + path, ServerError
     try:
-        response = httpx.request(
-            "GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout_s, verify=tls()
-        )
+        response = _send("GET" if body is None else "POST", url, json=body, timeout=timeout_s)
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:
@@ -189,5 +184,6 @@ def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s
     raise kind(f"{found} from {url}", "a server that is up", remedy)
 
 
-def _authorization() -> dict[str, str]:
-    return {"Authorization": f"Bearer {client_api_key()}"}
+def _send(method: str, url: str, **options: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {client_api_key()}"}
+    return httpx.request(method, url, headers=headers, verify=tls(), trust_env=not is_local(url), **options)

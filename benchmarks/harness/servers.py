@@ -24,7 +24,7 @@ import psutil
 from benchmarks.harness.results import ROOT
 from sglang_auf.errors import ServerError
 from sglang_auf.settings import apply_override, find_settings, merged, read_settings
-from sglang_auf.training.generation.client import tls
+from sglang_auf.training.generation.client import is_local, tls
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log_file:
         if process.poll() is not None:
             raise _failed(f"the server ended with exit code {process.returncode} before it was ready", log_file)
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{base_url}/health_generate", timeout=30.0, verify=tls()).status_code == 200:
+            url = f"{base_url}/health_generate"
+            if httpx.get(url, timeout=30.0, verify=tls(), trust_env=not is_local(url)).status_code == 200:
                 return
         time.sleep(POLL_S)
     raise _failed(f"the server was not ready after {timeout_s:.0f} s", log_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -9,10 +10,19 @@ from typing import Any
 from benchmarks.stats.intervals import Interval
 from benchmarks.stats.positions import Bucket
 from benchmarks.stats.summary import RunSummary
+from sglang_auf.errors import ConfigError
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, Interval | None]
 """place, value, its interval"""
+
+
+def require_matplotlib() -> None:
+    """Raises ConfigError without it. Commands ask before they begin, since pictures come last."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "no package matplotlib", "the package that draws pictures", "pip install -c constraints.txt matplotlib"
+        )
 
 
 def tau_by_task(runs: Mapping[str, RunSummary]) -> Any:

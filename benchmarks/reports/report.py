@@ -69,7 +69,8 @@ class MeasuredRun:
 
 
 def report_runs(config: ReportConfig) -> PageReport:
-    """Raises DataError for a directory that holds no run, or one with no tau to show."""
+    """Raises ConfigError without matplotlib, DataError for a directory with no run, or one with no tau to show."""
+    figures.require_matplotlib()
     measured, trained = load_runs(config.runs)
     sections = make_sections(measured, trained, with_paper=config.paper)
     return PageReport(title=config.title, sections=sections)

@@ -25,7 +25,8 @@ class StudyReport(PageReport):
 
 
 def measure_study(config: StudyConfig) -> StudyReport:
-    """Do what is missing of a study, and report it. Raises ConfigError where config.out belongs to another study."""
+    """Do what is missing of a study, report it. Raises ConfigError as `require_same` does, and without matplotlib."""
+    figures.require_matplotlib()
     if config.report_only:
         require_same(config.study, config.out / "records")
     else:

@@ -124,7 +124,7 @@ def run_study(config: StudyConfig) -> None:
     for budget, part in study.parts.items():
         of_part = replace(places, budget=budget)
         of_part.kept.mkdir(exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
+        threads = max(1, len(os.sched_getaffinity(0)) // config.jobs) if config.jobs > 1 else None
         _train_all(part, of_part, config.jobs, threads, partial(walks.walk, of_part, threads))
         if not config.walk_only:
             _served_part(part, of_part)

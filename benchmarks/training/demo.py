@@ -18,7 +18,7 @@ from benchmarks.harness.config import ServedProfile
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.servers import serve
 from benchmarks.harness.template_prompts import demo_prompts
-from benchmarks.reports.figures import png, training_curves
+from benchmarks.reports.figures import png, require_matplotlib, training_curves
 from benchmarks.reports.numbers import number
 from benchmarks.serving.compare import CompareConfig, compare_servers
 from benchmarks.serving.random_drafter import write_random_drafter
@@ -92,7 +92,11 @@ def _served_line(name: str, served: ServedDrafter) -> str:
 
 
 def train_demo(config: TrainDemoConfig) -> TrainDemo:
-    """Run all parts under config.out. What an earlier call finished is used again, because each part can be resumed."""
+    """Run all parts under config.out. What an earlier call finished is used again, because each part can be resumed.
+
+    Raises ConfigError without matplotlib.
+    """
+    require_matplotlib()
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}

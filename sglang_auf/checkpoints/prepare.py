@@ -57,6 +57,10 @@ def prepare(name: str, out: Path | None = None) -> Path:
     source = source_of(name)
     directory = (out or default_directory(name)).expanduser().absolute()
     try:
+        # Before the lock is taken: a finished target may lie where this user cannot write.
+        if damage_of(directory, source) is None:
+            logger.info("target %s: reusing %s", source.name, directory)
+            return directory
         # Two servers that start at once make a target once; the second waits and reuses it.
         with locked(directory.parent / f".{directory.name}.lock", wait=True):
             return _prepare_locked(source, directory)
@@ -71,7 +75,7 @@ def prepare(name: str, out: Path | None = None) -> Path:
 def _prepare_locked(source: TargetSource, directory: Path) -> Path:
     damage = damage_of(directory, source)
     if damage is None:
-        logger.info("target %s: reusing %s", source.name, directory)
+        logger.info("target %s: another process has made %s", source.name, directory)
         return directory
     if directory.exists() and not (directory / PROVENANCE).exists() and any(directory.iterdir()):
         raise TargetError(

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_auf.checkpoints.target_config import language_config
 from sglang_auf.errors import TargetError
 from sglang_auf.files import CONFIG, PICKLES, read_json, weight_files
+from sglang_auf.process import cgroups
 
 GIB = 1 << 30
 # Most tokens of a pool, unless one context or --max-total-tokens is more: 32 requests of 4096 tokens.
@@ -25,7 +26,11 @@ RESERVED = 2 * GIB
 # A weight is held twice: as loaded (the drafter reads some directly) and packed for products. The third copy of a
 # drafter's keys and values is small beside what is reserved.
 WEIGHT_COPIES = 2
-CGROUP = Path("/sys/fs/cgroup")
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),  # cgroup 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # cgroup 1
+)
+"""Of a control group: its limit, what it uses, and the row of memory.stat with what it gives up for the asking."""
 
 
 class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
@@ -103,18 +108,21 @@ def _language_config(path: Path) -> Mapping[str, Any]:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container (cgroup 2) where that is less."""
-    free = int(psutil.virtual_memory().available)
+    """Bytes that this process may still take: of the machine, or of a control group around it where that is less."""
+    left = (_left_in(group, *files) for group in cgroups("memory") for files in MEMORY_FILES)
+    return min([int(psutil.virtual_memory().available), *(free for free in left if free is not None)])
+
+
+def _left_in(group: Path, limit_file: str, used_file: str, cached: str) -> int | None:
+    """Bytes that a control group may still take; None where it has no limit, or is of the other kind."""
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:  # no container, or an older kind
-        return free
-    if limit == "max":
-        return free
+        limit = (group / limit_file).read_text().strip()
+        used = int((group / used_file).read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
     # What was read from files and not used lately counts as used, and is given up for the asking.
-    return min(free, int(limit) - used + int(parts["inactive_file"]))
+    return None if limit == "max" else int(limit) - used + int(parts[cached])
 
 
 def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
@@ -128,7 +136,8 @@ def pool_tokens(size: ModelSize, context_length: int, available: int) -> int:
             f"{available / GIB:.1f} GiB of free memory",
             f"{need / GIB:.1f} GiB: weights twice ({weights / GIB:.1f}), KV of one context of {context_length} tokens "
             f"({context_length * size.kv_per_token / GIB:.1f}), {RESERVED / GIB:.0f} reserved",
-            "free memory, use a smaller model, or shorten the context with --context-length",
+            "free memory, use a smaller model, or shorten the context: --set server_args.context_length=N "
+            "(SGLang's own launcher: --context-length N)",
         )
     return int(tokens)
 

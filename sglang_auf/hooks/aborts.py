@@ -66,7 +66,7 @@ def _room_of_a_step() -> int:
 
 
 HOOKS = (
-    Hook(f"{_MANAGER}.abort_request", "AROUND", abort_one, ("self", "rid", "abort_all")),
+    Hook(f"{_MANAGER}.abort_request", "AROUND", abort_one, ("self", "rid", "abort_all")).on_ours(),
     Hook(f"{_SIZING}:get_req_to_token_extra_context_len", "AFTER", room_behind_a_context, ()),
     Hook(
         "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.max_new_tokens_for_memory",

@@ -127,13 +127,13 @@ HOOKS = (
         "AFTER",
         check_types,
         ("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs", "token_type_ids"),
-    ),
+    ).on_ours(),
     *(
-        Hook(f"{_IO}:{kind}.{method}", "AROUND", refuse_faults, parameters)
+        Hook(f"{_IO}:{kind}.{method}", "AROUND", refuse_faults, parameters).on_ours()
         for kind in ("GenerateReqInput", "EmbeddingReqInput")
         for method, parameters in (("normalize_batch_and_arguments", ("self",)), ("__getitem__", ("self", "i")))
     ),
-    Hook(f"{_MANAGER}._init_req_state", "AROUND", admit, ("self", "obj", "request")),
-    Hook(f"{_MANAGER}._tokenize_one_request", "AROUND", refuse_faults, ("self", "obj")),
-    Hook(f"{_MANAGER}._batch_tokenize_and_process", "AROUND", refuse_faults, ("self", "batch_size", "obj")),
+    Hook(f"{_MANAGER}._init_req_state", "AROUND", admit, ("self", "obj", "request")).on_ours(),
+    Hook(f"{_MANAGER}._tokenize_one_request", "AROUND", refuse_faults, ("self", "obj")).on_ours(),
+    Hook(f"{_MANAGER}._batch_tokenize_and_process", "AROUND", refuse_faults, ("self", "batch_size", "obj")).on_ours(),
 )

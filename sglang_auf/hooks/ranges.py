@@ -1,10 +1,10 @@
 """Numbers of a request that become an index, a size or an integer of fixed width are checked before anything uses them.
 
 SGLang looks at few of them (`TokenizerManager._validate_one_request`: at lengths, never at ids). A scheduler that fails
-on one request ends, and every client of the server loses its answer. The checks hold with and without a drafter, on
-every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a ValueError). Two fields
-are no numbers and are looked at here all the same, because a request with them ends the engine too: embeddings, and
-labels for metrics.
+on one request ends, and every client of the server loses its answer. The checks hold on servers of ours, with and
+without a drafter, on every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a
+ValueError). Two fields are no numbers and are looked at here all the same, because a request with them ends the engine
+too: embeddings, and labels for metrics.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def _is_finite(value: Any) -> bool:
 
 
 HOOKS = (
-    Hook(f"{_REQUEST}.normalize_batch_and_arguments", "BEFORE", check_copies, ("self",)),
+    Hook(f"{_REQUEST}.normalize_batch_and_arguments", "BEFORE", check_copies, ("self",)).on_ours(),
     Hook(
         "sglang.srt.entrypoints.openai.serving_tokenize:OpenAIServingDetokenize._handle_non_streaming_request",
         "BEFORE",
         check_detokenized,
         ("self", "adapted_request", "request", "raw_request"),
-    ),
-    Hook(f"{_MANAGER}._validate_one_request", "BEFORE", check_numbers, ("self", "obj", "input_ids")),
+    ).on_ours(),
+    Hook(f"{_MANAGER}._validate_one_request", "BEFORE", check_numbers, ("self", "obj", "input_ids")).on_ours(),
 )

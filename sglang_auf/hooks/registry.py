@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from sglang_auf import ALGORITHM
 from sglang_auf.compat import Seam
+from sglang_auf.env import BUNDLED
 
 SEAMS = (
     Seam(
@@ -20,6 +23,7 @@ SEAMS = (
         for kind in ("BEFORE", "AFTER", "AROUND", "REPLACE")
     ),
     Seam("sglang.srt.runtime_context:get_spec", "hooks.registry", ()),
+    Seam("sglang.srt.platforms:current_platform.is_out_of_tree", "hooks.registry", ()),
 )
 
 # Functions of SGLang that several modules hook.
@@ -54,6 +58,20 @@ class Hook:
         """The row to check before this hook is installed."""
         return Seam(self.target, self.function.__module__.removeprefix("sglang_auf."), self.parameters)
 
+    def on_ours(self) -> Self:
+        """This hook where the server is one of ours (`is_ours`); on others the target does what it does by itself."""
+        assert self.kind != "REPLACE", "there is no original to go back to"
+        function = self.function
+
+        @functools.wraps(function)
+        def gated(*arguments: Any, **options: Any) -> Any:
+            if is_ours():
+                return function(*arguments, **options)
+            original, *rest = arguments
+            return original(*rest, **options) if self.kind == "AROUND" else None  # None changes nothing
+
+        return replace(self, function=gated)
+
 
 _installed: set[Hook] = set()
 
@@ -73,3 +91,19 @@ def serves_auf() -> bool:
     from sglang.srt.runtime_context import get_spec
 
     return bool(get_spec().speculative_algorithm == ALGORITHM)
+
+
+def on_cpu_platform() -> bool:
+    """Whether SGLang runs on the CPU platform of this plugin."""
+    from sglang.srt.platforms import current_platform
+
+    return bool(current_platform.is_out_of_tree()) and type(current_platform).__module__ == "sglang_auf.cpu.platform"
+
+
+def is_ours() -> bool:
+    """Whether the server of this process is one of this project's: it speculates with AUF, runs on the CPU platform, or
+    was started by `python -m server`, with `--plain` too, so that both sides of a comparison answer the same requests.
+
+    The plugin may be installed beside other servers of SGLang; their requests are left as SGLang has them.
+    """
+    return BUNDLED in os.environ or on_cpu_platform() or serves_auf()

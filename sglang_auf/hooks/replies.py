@@ -158,7 +158,9 @@ HOOKS = (
         ("prompt_tokens", "reasoning_tokens", "completion_tokens", "cached_tokens", *_USAGE),
     ),
     *(
-        Hook(f"{_OLLAMA}.{name}", "AROUND", stream_whole_text, ("self", "gen_request", "raw_request", "model_name"))
+        Hook(
+            f"{_OLLAMA}.{name}", "AROUND", stream_whole_text, ("self", "gen_request", "raw_request", "model_name")
+        ).on_ours()
         for name in ("_stream_chat_response", "_stream_generate_response")
     ),
 )

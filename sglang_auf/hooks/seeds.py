@@ -28,4 +28,4 @@ def spread_seeds(manager: Any, tokenized: Any) -> None:
     shared.sampling_seed = (shared.sampling_seed + 1 + 2**63) % 2**64 - 2**63
 
 
-HOOKS = (Hook(SEND_REQUEST, "BEFORE", spread_seeds, ("self", "tokenized_obj")),)
+HOOKS = (Hook(SEND_REQUEST, "BEFORE", spread_seeds, ("self", "tokenized_obj")).on_ours(),)

@@ -73,5 +73,5 @@ HOOKS = (
         "AROUND",
         continue_session,
         ("last_req", "req", "session_params"),
-    ),
+    ).on_ours(),
 )

@@ -123,6 +123,6 @@ HOOKS = (
         "AFTER",
         validate_dflash_request,
         ("req", "enable_overlap"),
-    ),
+    ).on_ours(),
     Hook(HANDLE_REQUEST, "AROUND", handle_openai_request, ("self", "request", "raw_request")),
 )

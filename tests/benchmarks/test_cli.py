@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import pytest
 
@@ -49,6 +51,58 @@ def test_an_unknown_task_is_refused_before_any_server_is_asked(capsys: pytest.Ca
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
 def test_the_server_may_be_named_with_or_without_v1(url: str) -> None:
     assert RunConfig(base_url=url).base_url == "http://h:1"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
+    """Has `run` raise an error, or return a report."""
+
+    class Done(Report):
+        STEM: ClassVar[str] = "done"
+
+    def set_up(error: BaseException | None) -> None:
+        def function(config: RunConfig) -> Done:
+            if error is not None:
+                raise error
+            return Done()
+
+        function.__annotations__ = {"config": RunConfig, "return": Done}
+        monkeypatch.setattr("benchmarks.cli.resolve_name", lambda name: function)
+
+    return set_up
+
+
+def test_a_place_that_cannot_be_written_is_an_error_and_not_a_traceback(
+    command: Callable[[BaseException | None], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "notes.txt").write_text("mine")
+    read_only = OSError(errno.EROFS, "Read-only file system", "/mnt/runs")
+    for error, out in ((None, file), (None, file / "run"), (read_only, tmp_path / "run")):
+        command(error)
+        assert main(["run", "--base-url", "http://127.0.0.1:9", "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert ("/mnt/runs" if error else str(file)) in said
+        assert "give another with --out" in said
+    assert file.read_text() == "mine"
+
+
+def test_an_error_that_is_no_users_keeps_its_traceback(command: Callable[[BaseException | None], None]) -> None:
+    command(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    with pytest.raises(BrokenPipeError):
+        main(["run", "--base-url", "http://127.0.0.1:9"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["report", "nowhere"], ["study", "nowhere.yaml"], ["study", "nowhere.yaml", "--report-only"], ["train-demo"]],
+)
+def test_a_command_with_pictures_says_at_once_that_it_needs_matplotlib(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "pip install -c constraints.txt matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def help_of(commands: list[list[str]], unwanted: set[str]) -> str:

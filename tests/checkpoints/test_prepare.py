@@ -183,6 +183,21 @@ def test_complete_target_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (made / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("index", "source")
+def test_complete_target_is_reused_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(path: Path, wait: bool) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    made = prepare("tiny", tmp_path / "made")
+    monkeypatch.setattr(module, "locked", locked)
+    assert prepare("tiny", made) == made
+    (made / "model.safetensors").unlink()
+    with pytest.raises(TargetError, match="Read-only file system"):
+        prepare("tiny", made)
+
+
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("damage", ["truncate", "remove", "unreadable", "version"])
 def test_damaged_target_is_remade(damage: str, source: TargetSource, tmp_path: Path) -> None:

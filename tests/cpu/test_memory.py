@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_auf import process
 from sglang_auf.cpu import memory
 from sglang_auf.cpu.memory import (
     GIB,
@@ -137,7 +138,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
     assert "24.0 GiB" in caught.value.found
     for number in ("39.6 GiB", "weights twice (32.0)", "40960 tokens (5.6)", "2 reserved"):
         assert number in caught.value.expected
-    assert "--context-length" in caught.value.remedy
+    assert "--set server_args.context_length=N" in caught.value.remedy
 
 
 # --- a server's pool ---
@@ -157,12 +158,47 @@ def test_what_is_free_is_what_a_container_leaves(
     limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=900))
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    control_group(tmp_path, monkeypatch, "0::/")
     if limit is not None:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text("700\n")
-        (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 50\nactive_file 40\n")
+        limited(tmp_path, limit)
     assert memory.free_memory() == expected
+
+
+def control_group(root: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    """A machine whose control groups are directories of `root`. own: what the kernel says of this process."""
+    (root / "cgroup").write_text(f"{own}\n")
+    monkeypatch.setattr(process, "CGROUPS", root)
+    monkeypatch.setattr(process, "OWN_CGROUPS", root / "cgroup")
+
+
+def limited(group: Path, limit: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text("700\n")
+    (group / "memory.stat").write_text("anon 600\ninactive_file 50\nactive_file 40\n")
+
+
+@pytest.mark.parametrize("limits", [("max", "1000"), ("1000", "max"), ("1000", "1100"), ("1100", "1000")])
+def test_the_smallest_limit_of_the_groups_around_a_process_holds(
+    limits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a systemd service with MemoryMax, or of a slice around it; the root has no limit."""
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=900))
+    control_group(tmp_path, monkeypatch, "0::/auf.slice/auf.service")
+    for group, limit in zip(("auf.slice", "auf.slice/auf.service"), limits, strict=True):
+        limited(tmp_path / group, limit)
+    limited(tmp_path / "other.slice", "710")
+    assert memory.free_memory() == 1000 - 700 + 50
+
+
+def test_a_limit_of_cgroup_1_holds_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=900))
+    control_group(tmp_path, monkeypatch, "4:memory:/docker/abc")
+    (group := tmp_path / "memory").mkdir()  # a container sees its own group as the root
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("700\n")
+    (group / "memory.stat").write_text("inactive_file 20\ntotal_inactive_file 50\n")
+    assert memory.free_memory() == 1000 - 700 + 50
 
 
 def planned(target: Path, drafter: Path | str | None = None, context: int | None = None) -> int | None:

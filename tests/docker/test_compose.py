@@ -84,6 +84,14 @@ def test_the_key_comes_from_outside(services: dict[str, Any]) -> None:
         assert services[name]["environment"]["SGLANG_AUF_API_KEY"] is None
 
 
+def test_mirrors_are_those_of_the_shell(services: dict[str, Any]) -> None:
+    for name in ("server", "server-cuda", "server-2"):
+        mirrors = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "PIP_INDEX_URL")
+        assert [services[name]["environment"].get(mirror, "missing") for mirror in mirrors] == [None] * 3
+    for service in services.values():
+        assert "build" not in service or service["build"]["args"] == {"PIP_INDEX_URL": None}
+
+
 def test_ports_are_this_machines_alone(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert len(ports) == len(set(ports)) == 5

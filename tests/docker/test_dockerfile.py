@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI, Response
 
 from tests.docker.conftest import ROOT, program
 from tests.docker.dockerfile import DOCKERFILE, Copy, Instruction, chain, parse
+from tests.support.http_servers import serving
 
 STAGES = parse(DOCKERFILE.read_text())
 IMAGES = ("cpu", "cuda", "train", "router")
@@ -103,6 +106,38 @@ def test_what_is_compiled_at_the_first_start_outlives_the_container(image: str) 
 def test_the_cpu_and_cuda_images_install_in_the_same_way() -> None:
     pip = [[text for text in instructions(image, "RUN") if "pip install" in text] for image in ("cpu", "cuda", "train")]
     assert pip[0] == pip[1] == pip[2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_that_installs_takes_another_package_index(stage: str) -> None:
+    names = [one.text if one.name == "ARG" else one.name for one in STAGES[stage].instructions]
+    pip = [at for at, one in enumerate(STAGES[stage].instructions) if one.name == "RUN" and "pip install" in one.text]
+    assert not pip or "PIP_INDEX_URL" in names[: pip[0]]
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda", "train"])
+def test_what_was_copied_is_readable_for_the_user_whatever_its_modes_were(image: str) -> None:
+    steps = [(one.name, one.text) for one in chain(STAGES, image)[1]]
+    last_copy = max(at for at, (name, _) in enumerate(steps) if name == "COPY")
+    user = steps.index(("USER", "10001:10001"))
+    assert last_copy < steps.index(("RUN", "chmod -R a+rX /app")) < user
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda", "router"])
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_the_health_check_asks_the_server_itself(
+    image: str, status: int, healthy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = FastAPI()
+    app.get("/health")(lambda: Response(status_code=status))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with serving(app) as url:
+        check = instructions(image, "HEALTHCHECK")[-1].partition("CMD ")[2]
+        _, *arguments = Instruction("CMD", check.replace("http://127.0.0.1:30000", url)).words
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
+    assert (done.returncode == 0) is healthy
 
 
 def test_the_version_in_the_labels_is_that_of_the_package() -> None:

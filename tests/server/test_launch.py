@@ -26,7 +26,7 @@ from server.preflight import ServedModel
 from server.probe import Probe
 from server.profile import Profile
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES, tree_nodes
+from sglang_auf.env import BUNDLED, CPU_OVERLAP, TREE, TREE_NODES, tree_nodes
 from sglang_auf.errors import ServerError
 from sglang_auf.recording import capture
 from sglang_auf.recording.recorder import THREAD as RECORDER
@@ -329,20 +329,22 @@ def test_the_scheduler_is_told_of_trees_by_its_environment(
         monkeypatch.setattr(launch, name, lambda *_, **__: None)
     monkeypatch.setattr(launch, "check_models", lambda *_: SERVED)
     monkeypatch.setattr(launch, "run", lambda *_, **__: None)
-    for name in (TREE.name, TREE_NODES):  # so that what `serve` sets is undone
+    for name in (TREE.name, TREE_NODES, BUNDLED):  # so that what `serve` sets is undone
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     profile = {"target": "owner/target", "device": "cpu", "served_model_name": "small"}
     launch.serve(Profile.model_validate(profile | settings), plain=True)
     assert (TREE.is_on(), tree_nodes()) == (on, nodes)
     assert not TREE.is_asked_for(), "a default is no request, which a GPU would refuse"
+    assert BUNDLED in os.environ, "requests are checked without a drafter too"
 
 
 @pytest.mark.parametrize(("given", "on"), [({}, False), ({OVERLAP_FLAG: True}, False), ({OVERLAP_FLAG: False}, True)])
 def test_a_profile_that_wants_the_overlap_schedule_gets_it_on_a_cpu_too(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, bool], on: bool
 ) -> None:
-    monkeypatch.setenv(CPU_OVERLAP.name, "0")  # restored after the test
+    for name in (CPU_OVERLAP.name, BUNDLED):
+        monkeypatch.setenv(name, "0")  # restored after the test
     for name in ("check_device", "check_port", "load_sglang", "build_server_args", "run"):
         monkeypatch.setattr(launch, name, lambda *_, **__: None)
     monkeypatch.setattr(launch, "check_models", lambda *_: SERVED)
@@ -353,6 +355,7 @@ def test_a_profile_that_wants_the_overlap_schedule_gets_it_on_a_cpu_too(
 
 def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
+    monkeypatch.setenv(BUNDLED, "1")  # restored after the test
 
     def step(name: str) -> Callable[..., ServedModel]:
         def record(*_: Any, **__: Any) -> ServedModel:

@@ -95,6 +95,27 @@ def test_interrupt_is_no_stack_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--profile", "smollm2-135m"]) == 130
 
 
+STOPPED = """
+import os, signal, sys
+from types import SimpleNamespace
+from server.__main__ import main
+
+def serve(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+sys.modules["server.launch"] = SimpleNamespace(serve=serve)
+try:
+    main(["--profile", "smollm2-135m"])
+finally:
+    print("unwound")
+"""
+
+
+def test_sigterm_before_the_launch_unwinds() -> None:
+    run = subprocess.run([sys.executable, "-c", STOPPED], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (143, "unwound\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

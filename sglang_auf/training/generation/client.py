@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -43,6 +44,16 @@ def tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
+def is_local(url: str) -> bool:
+    """Whether a server is on this machine: `localhost`, 127.0.0.1 and the like. No proxy is asked for it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
+
+
 def openai_client(
     base_url: str,
     *,
@@ -63,7 +74,9 @@ def openai_client(
         api_key=client_api_key(),
         max_retries=retries,
         timeout=httpx.Timeout(timeout_s, connect=min(30.0, timeout_s), pool=None),
-        http_client=openai.DefaultAsyncHttpxClient(limits=limits, event_hooks=hooks, verify=tls()),
+        http_client=openai.DefaultAsyncHttpxClient(
+            limits=limits, event_hooks=hooks, verify=tls(), trust_env=not is_local(base_url)
+        ),
     )
 
 

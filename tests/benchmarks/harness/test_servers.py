@@ -48,6 +48,14 @@ def test_a_server_is_up_inside_and_gone_outside(tmp_path: Path) -> None:
     assert gone(child)
 
 
+def test_a_server_is_awaited_without_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with serve("toy", plain=True, log_file=tmp_path / "log", timeout_s=60):
+        pass
+
+
 def test_a_setting_may_be_a_variable_of_the_server(tmp_path: Path) -> None:
     settings = ["a=1", "env.AUF_TEST_LETTERS=x=y", "env.=the server refuses it"]
     with serve(

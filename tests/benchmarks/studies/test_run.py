@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -151,12 +150,13 @@ def test_a_study_does_not_go_on_with_a_profile_that_says_otherwise(
     assert read_yaml(out / "records" / "profile.yaml") == kept
 
 
-@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, max(1, (os.cpu_count() or 1) // 2)), (1000, 1)])
+@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, 3), (1000, 1)])
 def test_a_part_of_a_study_does_no_more_with_its_share_of_the_cores(
     jobs: int, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(STUDY.read_text() + "budgets: {30: [], 60: []}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(7)))
     done: list[tuple[str, int | None, str, int, int | None]] = []
 
     def train(study: Study, places: Places, arm: str, seed: int, threads: int | None) -> None:

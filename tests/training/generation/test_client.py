@@ -21,6 +21,7 @@ from sglang_auf.training.generation.client import (
     AnswerError,
     SglExt,
     TargetClient,
+    is_local,
     openai_client,
     template_fields,
 )
@@ -68,6 +69,36 @@ def test_no_more_connections_are_open_than_asked_for() -> None:
     with serving(app) as url:
         asyncio.run(ask(f"{url}/v1"))
     assert most == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        *((f"http://{host}:30000/v1", True) for host in ("localhost", "127.0.0.1", "127.8.9.1", "[::1]", "0.0.0.0")),
+        *((f"http://{host}:30000/v1", False) for host in ("gpu-1", "10.0.0.7", "localhost.example.com", "[fe80::1]")),
+        ("nonsense", False),
+    ],
+)
+def test_which_servers_are_on_this_machine(url: str, local: bool) -> None:
+    assert is_local(url) is local
+
+
+def test_a_proxy_does_not_carry_what_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, proxied = FastAPI(), FastAPI()
+    app.get("/v1/models")(lambda: {"object": "list", "data": []})
+
+    async def ask(url: str) -> None:
+        async with openai_client(url, connections=1, timeout_s=9, retries=0) as client:
+            await client.models.list()
+
+    with serving(app) as url, serving(proxied) as proxy:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        asyncio.run(ask(f"{url}/v1"))
+        with pytest.raises(openai.NotFoundError):  # the proxy's answer
+            asyncio.run(ask("http://elsewhere.invalid/v1"))
 
 
 def reply(**extra: Any) -> ChatCompletion:
