@@ -270,6 +270,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     ).conversations
     if limit is not None and limit < len(conversations):
         conversations = split_held_out(conversations, count=limit)[1]
+    conversations = [conversation.as_served() for conversation in conversations]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = OnlineFeatures(directory, model.config.target_layer_ids, device=device)

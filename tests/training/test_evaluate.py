@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -398,6 +399,17 @@ def test_a_limit_walks_what_training_held_out(overlong: str, tmp_path: Path, mon
     monkeypatch.setattr(evaluate, "heldout_tau", heldout_tau)
     evaluate.evaluate_drafter(str(drafter), target, data, limit=recipe.data.held_out)
     assert sorted(walked) == sorted(conversation.id for conversation in held_out)
+
+
+def test_answers_that_serving_never_has_so_are_not_walked(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = [False, False, *[True] * 4, False, *[True] * 5]
+    chat = Conversation("chat", [7, 8, *range(10, 20)], mask, unserved=((2, 6),))
+    loaded = SimpleNamespace(conversations=[chat])
+    monkeypatch.setattr(evaluate, "load_conversations", lambda *_, **__: loaded)
+    found = evaluate.evaluate_drafter(str(models["drafter"]), str(models["target"]), "rows.jsonl")
+    assert (found.answers, sum(found.histogram) <= 4) == (1, True)
 
 
 def test_command_names_a_missing_file(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

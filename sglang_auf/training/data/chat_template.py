@@ -38,11 +38,15 @@ DATE = "strftime_now"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens start..end-1 are an answer; the last of them is the end-of-turn token if `closed`."""
+    """Tokens start..end-1 are an answer; the last of them is the end-of-turn token if `closed`.
+
+    served: whether the text before it is what a server is asked with for this answer.
+    """
 
     start: int
     end: int
     closed: bool
+    served: bool = True
 
 
 class ChatTemplate:
@@ -128,16 +132,17 @@ class ChatTemplate:
         for message in chat.messages:
             if message["role"] != "assistant" and any(said.strip() not in text for said in texts(message)):
                 raise BadRow(f"the chat template leaves out what role {message['role']!r} says")
-        borders = [border for index in chat.answers for border in self._borders(text, chat, index)]
+        found = [self._borders(text, chat, index) for index in chat.answers]
+        borders = [border for start, end, _ in found for border in (start, end)]
         ids, *beginnings = self._tokens([text, *(text[:border] for border in borders)])
         for beginning in beginnings:
             if ids[: len(beginning)] != beginning:
                 raise BadRow("a token reaches across the border of an answer")
-        places = [len(beginning) for beginning in beginnings]
-        return ids, [self._span(ids, *places[k : k + 2]) for k in range(0, len(places), 2)]
+        places = iter([len(beginning) for beginning in beginnings])
+        return ids, [self._span(ids, next(places), next(places), served) for *_, served in found]
 
-    def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int]:
-        """Characters of `text` where answer `index` begins, and where what the template adds after it ends."""
+    def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int, bool]:
+        """Where answer `index` begins in `text`, and where what the template adds after it ends; as Span: `served`."""
         headers = [self._render(chat.first(index), mode, add_generation_prompt=True) for mode in self._modes]
         alone = self._render(chat.first(index + 1))
         said = [name for name in ("content", "reasoning_content", "tool_calls") if chat.messages[index].get(name)]
@@ -148,9 +153,9 @@ class ChatTemplate:
         answer = alone[_longest_beginning(alone, headers) :]
         if not text.startswith(answer, start):
             raise BadRow("the chat template changes an answer when the conversation goes on (reasoning left out?)")
-        return start, start + len(answer)
+        return start, start + len(answer), text.startswith(headers[0])
 
-    def _span(self, ids: Sequence[int], start: int, end: int) -> Span:
+    def _span(self, ids: Sequence[int], start: int, end: int, served: bool) -> Span:
         """Up to the first end of turn. What the template writes behind it (a newline) is not the answer's.
 
         Some templates end a turn with tool calls by another special token: then it is the last one.
@@ -158,7 +163,7 @@ class ChatTemplate:
         place = next((k for k in range(start, end) if ids[k] in self.ends), None)
         if place is None:
             place = next((k for k in reversed(range(start, end)) if ids[k] in self._special), None)
-        return Span(start, end if place is None else place + 1, place is not None)
+        return Span(start, end if place is None else place + 1, place is not None, served)
 
     def _prompt(self, chat: Chat) -> str:
         return self._render(chat, add_generation_prompt=True)
