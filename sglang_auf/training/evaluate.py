@@ -35,7 +35,7 @@ from sglang_auf.settings import enable_thinking, read_yaml
 from sglang_auf.speculative.tree import RANKS, accepted_along
 from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
-from sglang_auf.training.losses.cross_entropy import leading_matches, likeliest
+from sglang_auf.training.losses.cross_entropy import corrected_leading_matches, leading_matches, likeliest
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import Terms, TrainingStep
 from sglang_auf.training.recipe import Recipe, parse_recipe
@@ -57,6 +57,9 @@ SAMPLED = 16
 
 TREES = (8, 16)
 """Nodes of the trees that a checkpoint is evaluated with, beside the chain."""
+
+POOL = 2048
+"""Tokens that serving scores with Domino's correction: the default of --speculative-domino-candidate-pool-size."""
 
 KEPT_BYTES = 2**31
 """Features are kept between evaluations up to this size, and computed again above it."""
@@ -201,8 +204,10 @@ def _accepted(
     given = step.embedding[tokens[:, :-1]]
     projector = step.drafter.embed_proj
     states = F.pad(correction_inputs(step.drafter.prefix_gru, projector, hidden[:, 1:-1], given), (0, 0, 1, 0))
-    correction = (states, projector[2].weight)
-    chain = leading_matches(hidden[:, :-1], step.head, labels, mask, chunk=step.chunk, correction=correction)
+    weight = projector[2].weight
+    chain = corrected_leading_matches(
+        hidden[:, :-1], states, step.head, weight, labels, mask, pool=POOL, chunk=step.chunk
+    )
     return torch.stack([chain, *(chain.clamp(max=nodes) for nodes in trees)])
 
 
@@ -265,6 +270,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
     ).conversations
     if limit is not None and limit < len(conversations):
         conversations = split_held_out(conversations, count=limit)[1]
+    conversations = [conversation.as_served() for conversation in conversations]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = OnlineFeatures(directory, model.config.target_layer_ids, device=device)

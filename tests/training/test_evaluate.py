@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,17 +174,23 @@ def domino_drafts(step: TrainingStep, hidden: Tensor, anchor: int) -> list[int]:
 
     read(anchor)
     drafts = [int((step.head @ hidden[0]).argmax())]
+    largest = (step.head @ hidden[1:-1].T).amax(-1).tolist() if len(hidden) > 2 else [0.0] * VOCABULARY
+    pool = sorted(range(VOCABULARY), key=lambda token: -largest[token])[: evaluate.POOL]
     for slot in hidden[1:-1]:
         read(drafts[-1])
         corrected = torch.nn.functional.silu(first.weight @ torch.cat([slot, state]))
-        drafts.append(int((step.head @ slot + second.weight @ corrected).argmax()))
+        logits = step.head @ slot + second.weight @ corrected
+        drafts.append(max(pool, key=lambda token: float(logits[token])))
     return drafts
 
 
-@pytest.mark.parametrize("head", ["dflash", "domino"])
+@pytest.mark.parametrize(("head", "pool"), [("dflash", VOCABULARY), ("domino", 2048), ("domino", 2)])
 @pytest.mark.parametrize("block_size", [2, 4, 8])
-def test_equals_a_walk_one_block_at_a_time(head: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_walk_one_block_at_a_time(
+    head: str, pool: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(evaluate.BLOCKS, "cpu", 12)  # several calls of the drafter a batch
+    monkeypatch.setattr(evaluate, "POOL", pool)
     step = random_step(block_size, head)
     batches = [make_batch(ROWS, 64), make_batch(ROWS[1:], 64)]
     answers = [answer for batch in batches for answer in one_by_one(step, batch)]
@@ -241,10 +248,13 @@ def test_a_tree_of_a_domino_drafter_is_its_path() -> None:
     assert total_acceptance(short).nodes_per_step == 1
 
 
-def test_domino_correction_matters() -> None:
-    """Otherwise the walk above would pass without it."""
+def test_domino_correction_and_pool_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the walk above would pass without them."""
     step, batch = random_step(4, "domino"), make_batch(ROWS, 64)
     corrected = heldout_tau(step, [batch], precision="fp32").histogram
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "POOL", 2)
+        assert heldout_tau(step, [batch], precision="fp32").histogram != corrected
     torch.nn.init.zeros_(step.drafter.embed_proj[2].weight)
     assert heldout_tau(step, [batch], precision="fp32").histogram != corrected
 
@@ -389,6 +399,17 @@ def test_a_limit_walks_what_training_held_out(overlong: str, tmp_path: Path, mon
     monkeypatch.setattr(evaluate, "heldout_tau", heldout_tau)
     evaluate.evaluate_drafter(str(drafter), target, data, limit=recipe.data.held_out)
     assert sorted(walked) == sorted(conversation.id for conversation in held_out)
+
+
+def test_answers_that_serving_never_has_so_are_not_walked(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = [False, False, *[True] * 4, False, *[True] * 5]
+    chat = Conversation("chat", [7, 8, *range(10, 20)], mask, unserved=((2, 6),))
+    loaded = SimpleNamespace(conversations=[chat])
+    monkeypatch.setattr(evaluate, "load_conversations", lambda *_, **__: loaded)
+    found = evaluate.evaluate_drafter(str(models["drafter"]), str(models["target"]), "rows.jsonl")
+    assert (found.answers, sum(found.histogram) <= 4) == (1, True)
 
 
 def test_command_names_a_missing_file(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

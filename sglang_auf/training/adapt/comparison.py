@@ -64,7 +64,7 @@ class Walkers:
         taus: tuple[list[float], list[float]] = ([], [])
         plan = plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0)
         for rows in tqdm(plan, f"walking {name}", unit="batch", disable=None):
-            batch = with_features([conversations[row] for row in rows], self._features)
+            batch = with_features([conversations[row].as_served() for row in rows], self._features)
             with torch.no_grad(), bf16_products(), torch.autocast(batch.input_ids.device.type, torch.bfloat16):
                 walked = [next(walks(step, batch, self._vocabulary)) for step in self._steps]
             for of_drafter, answers in zip(taus, walked, strict=True):

@@ -41,12 +41,14 @@ class Span:
     """Tokens start..end-1 are an answer; the last of them is the end-of-turn token if `closed`.
 
     unthought: it stands behind the longer header of the other thinking mode, which ends with an empty think block.
+    served: whether the text before it is what a server is asked with for this answer.
     """
 
     start: int
     end: int
     closed: bool
     unthought: bool = False
+    served: bool = True
 
 
 class ChatTemplate:
@@ -132,19 +134,18 @@ class ChatTemplate:
         for message in chat.messages:
             if message["role"] != "assistant" and any(said.strip() not in text for said in texts(message)):
                 raise BadRow(f"the chat template leaves out what role {message['role']!r} says")
-        borders = [self._borders(text, chat, index) for index in chat.answers]
-        ids, *beginnings = self._tokens([text, *(text[:end] for *ends, _ in borders for end in ends)])
+        found = [self._borders(text, chat, index) for index in chat.answers]
+        borders = [border for start, end, _, _ in found for border in (start, end)]
+        ids, *beginnings = self._tokens([text, *(text[:border] for border in borders)])
         for beginning in beginnings:
             if ids[: len(beginning)] != beginning:
                 raise BadRow("a token reaches across the border of an answer")
-        places = [len(beginning) for beginning in beginnings]
-        found = zip(places[::2], places[1::2], borders, strict=True)
-        return ids, [self._span(ids, start, end, unthought) for start, end, (*_, unthought) in found]
+        places = iter([len(beginning) for beginning in beginnings])
+        return ids, [self._span(ids, next(places), next(places), *kinds) for _, _, *kinds in found]
 
-    def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int, bool]:
-        """Characters of `text` where answer `index` begins, and where what the template adds after it ends.
-
-        Also whether its header is longer than that of the row's thinking mode.
+    def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int, bool, bool]:
+        """Where answer `index` begins in `text`, and where what the template adds after it ends; as Span: `unthought`
+        and `served`.
         """
         headers = [self._render(chat.first(index), mode, add_generation_prompt=True) for mode in self._modes]
         alone = self._render(chat.first(index + 1))
@@ -156,9 +157,9 @@ class ChatTemplate:
         answer = alone[_longest_beginning(alone, headers) :]
         if not text.startswith(answer, start):
             raise BadRow("the chat template changes an answer when the conversation goes on (reasoning left out?)")
-        return start, start + len(answer), start > len(headers[0])
+        return start, start + len(answer), start > len(headers[0]), text.startswith(headers[0])
 
-    def _span(self, ids: Sequence[int], start: int, end: int, unthought: bool) -> Span:
+    def _span(self, ids: Sequence[int], start: int, end: int, unthought: bool, served: bool) -> Span:
         """Up to the first end of turn. What the template writes behind it (a newline) is not the answer's.
 
         Some templates end a turn with tool calls by another special token: then it is the last one.
@@ -166,7 +167,7 @@ class ChatTemplate:
         place = next((k for k in range(start, end) if ids[k] in self.ends), None)
         if place is None:
             place = next((k for k in reversed(range(start, end)) if ids[k] in self._special), None)
-        return Span(start, end if place is None else place + 1, place is not None, unthought)
+        return Span(start, end if place is None else place + 1, place is not None, unthought, served)
 
     def _prompt(self, chat: Chat) -> str:
         return self._render(chat, add_generation_prompt=True)

@@ -17,7 +17,7 @@ import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from tqdm import tqdm
 
@@ -38,11 +38,16 @@ is for runs that an earlier version began, whose rows must stay the same."""
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Token ids of one row; loss_mask, of the same length, is True on every token that is a label."""
+    """Token ids of one row; loss_mask, of the same length, is True on every token that is a label.
+
+    unserved: (start, end) of the answers before which a server has another text, since the template writes an earlier
+    answer otherwise than one that is asked for (Qwen3 leaves out an empty think block).
+    """
 
     id: str
     input_ids: list[int]
     loss_mask: list[bool]
+    unserved: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,6 +56,21 @@ class Conversation:
     def prompt(self) -> list[int]:
         """What comes before the first label."""
         return self.input_ids[: self.loss_mask.index(True)]
+
+    def first(self, count: int) -> Self:
+        """Cut to so many tokens."""
+        unserved = tuple((start, min(end, count)) for start, end in self.unserved if start < count)
+        return replace(self, input_ids=self.input_ids[:count], loss_mask=self.loss_mask[:count], unserved=unserved)
+
+    def as_served(self) -> Self:
+        """With no labels but those that serving drafts: without unserved answers, or with the last where all are."""
+        for left_out in (self.unserved, self.unserved[:-1]):
+            mask = self.loss_mask.copy()
+            for start, end in left_out:
+                mask[start:end] = [False] * (end - start)
+            if any(mask):
+                return replace(self, loss_mask=mask, unserved=())
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +122,7 @@ def load_conversations(
             conversation, spans = reader.read(row)
             if len(conversation) > max_length and overlong == "truncate":
                 truncated.append(row.name)
-                conversation = Conversation(
-                    row.id, conversation.input_ids[:max_length], conversation.loss_mask[:max_length]
-                )
+                conversation = conversation.first(max_length)
             _require_size(conversation, max_length, min_answer_tokens)
         except BadRow as fault:
             faults.append((str(fault), row.name))
@@ -179,7 +197,8 @@ class _Reader:
         mask = [False] * len(ids)
         for span in spans:
             mask[span.start : span.end] = [True] * (span.end - span.start)
-        return Conversation(row.id, [self._ids[token] for token in ids], mask), spans
+        unserved = tuple((span.start, span.end) for span in spans if not span.served)
+        return Conversation(row.id, [self._ids[token] for token in ids], mask, unserved), spans
 
     def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span]]:
         whole = chat_of(fields)

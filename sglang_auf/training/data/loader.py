@@ -51,8 +51,9 @@ class TrainingData:
 
 
 def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt") -> TrainingData:
-    """Read, check and split the sources of a recipe. apart: as for split_held_out.
+    """Read, check and split the sources of a recipe; held-out rows have labels where serving drafts (as_served).
 
+    apart: as for split_held_out. With "tokens" held-out rows have all labels, as in the runs of earlier versions.
     Raises DataError, or ConfigError where it has none.
     """
     from transformers import AutoTokenizer
@@ -76,6 +77,8 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "pro
         split=settings.split,
     )
     train, held_out = split_held_out(loaded.conversations, count=settings.held_out, apart=apart)
+    if apart == "prompt":
+        held_out = [conversation.as_served() for conversation in held_out]
     facts = {
         "sources": list(settings.sources),
         "sha256": loaded.sha256,

@@ -120,30 +120,47 @@ def head_argmax(hidden: Tensor, head: Tensor, *, chunk: int) -> Tensor:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def leading_matches(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    *,
-    chunk: int,
-    correction: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def leading_matches(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, *, chunk: int) -> Tensor:
     """Number of leading slots of each block whose argmax is the label: [blocks], what verification accepts.
 
-    hidden, head, labels, mask as in head_loss; a slot that is not valid ends the block. correction: `states` and
-    `correction` of corrected_head_loss.
+    hidden, head, labels, mask as in head_loss; a slot that is not valid ends the block.
     """
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
     correct = torch.zeros_like(mask)
     for rows in _waves(mask, correct, 1, chunk):
         for some in rows.split(chunk):
             logits = flat[some].to(head.dtype) @ head.T
-            if correction is not None:
-                states, weight = correction
-                logits = logits + states.flatten(0, 1)[some] @ weight.T
             correct.view(-1)[some] = logits.argmax(-1) == flat_labels[some]
     return correct.cumprod(-1).sum(-1)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def corrected_leading_matches(
+    hidden: Tensor,
+    states: Tensor,
+    head: Tensor,
+    correction: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    pool: int,
+    chunk: int,
+) -> Tensor:
+    """The same for Domino's drafts, as SGLang makes them: the slots behind the first choose among a pool of tokens.
+
+    states, correction as in corrected_head_loss. pool: so many tokens of each block, those whose logits without the
+    correction are the largest at any of these slots.
+    """
+    accepted = leading_matches(hidden[:, :1], head, labels[:, :1], mask[:, :1], chunk=chunk)
+    going = (accepted.bool() & mask[:, 1:].any(-1)).nonzero()[:, 0]
+    for some in going.split(max(1, chunk // hidden.shape[1])) if len(going) else ():
+        logits = hidden[some, 1:].to(head.dtype) @ head.T
+        tokens = logits.amax(1).topk(min(pool, len(head)), sorted=False).indices.sort().values
+        logits = logits.gather(2, tokens[:, None].expand(-1, logits.shape[1], -1))
+        logits = logits + states[some, 1:] @ correction[tokens].mT
+        right = (tokens.gather(1, logits.argmax(-1)) == labels[some, 1:]) & mask[some, 1:]
+        accepted[some] += right.cumprod(-1).sum(-1)
+    return accepted
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

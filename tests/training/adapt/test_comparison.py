@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,12 @@ def test_each_tau_is_that_of_the_walk(tmp_path: Path, listed: tuple[int, ...] | 
         data, toy_tokenizer(), max_length=40, min_answer_tokens=4, vocab_size=VOCABULARY
     ).conversations
     vocabulary = None if listed is None else DraftVocabulary(tokens=listed)
-    compared = Walkers(Path(target), old, new, vocabulary).compare("answers", conversations)
+    # Of two answers one that no server is asked for so: it is not walked.
+    ids, mask = conversations[0].input_ids, conversations[0].loss_mask
+    earlier = replace(conversations[0], input_ids=[7, 8, 9, *ids], loss_mask=[False, True, True, *mask])
+    with_earlier = [replace(earlier, unserved=((1, 3),)), *conversations[1:]]
+    conversations = [replace(earlier, loss_mask=[False] * 3 + mask), *conversations[1:]]
+    compared = Walkers(Path(target), old, new, vocabulary).compare("answers", with_earlier)
 
     source = OnlineFeatures(target, (1, 2))
     step = TrainingStep(load_drafter(old), source.embedding, source.head, ObjectiveSettings(name="full"))

@@ -181,6 +181,36 @@ def test_empty_think_block_of_the_last_turn_is_no_label(load: Load, thinking: bo
     assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("template", "thinking", "served"),
+    [
+        (toy.THINKING, False, ["Bye.<|im_end|>"]),  # the server's prompt for "Hi." ends with an empty think block
+        (toy.THINKING, True, ["Hi.<|im_end|>", "Bye.<|im_end|>"]),
+        (toy.THINKING, None, ["Hi.<|im_end|>", "Bye.<|im_end|>"]),
+        (toy.CHATML, None, ["Hi.<|im_end|>", "Bye.<|im_end|>"]),
+    ],
+)
+def test_answers_that_a_server_is_asked_for_so(
+    load: Load, template: str, thinking: bool | None, served: list[str]
+) -> None:
+    rendered = toy.toy_tokenizer(template).apply_chat_template
+    prompt = rendered(TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    rows = [chat(*TWO_TURNS), exact(chat(*TWO_TURNS, id="b"), prompt, "Bye.<|im_end|>")]
+    for conversation in load(rows, template=template, thinking=thinking).conversations:
+        assert labels(conversation) == ["Hi.<|im_end|>", "Bye.<|im_end|>"]
+        assert labels(conversation.as_served()) == served
+        assert conversation.as_served().input_ids == conversation.input_ids
+
+
+def test_of_a_row_that_is_cut_before_its_last_answer_the_last_one_left_counts(load: Load) -> None:
+    three = chat(QUESTION, ANSWER, *TWO_TURNS)
+    whole = load([three], template=toy.THINKING, thinking=False).conversations[0]
+    assert labels(whole.as_served()) == ["Bye.<|im_end|>"]
+    length = whole.unserved[-1][1] - 1
+    [cut] = load([three], template=toy.THINKING, thinking=False, max_length=length, overlong="truncate").conversations
+    assert [labels(cut), labels(cut.as_served())] == [["Hi.<|im_end|>", "Hi."], ["Hi."]]
+
+
 def test_reasoning_is_a_label_when_thinking_is_on_and_a_fault_when_it_is_off(load: Load) -> None:
     in_text = chat(QUESTION, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHi."})
     beside = chat(QUESTION, ANSWER | {"reasoning_content": "Hm."})

@@ -13,8 +13,9 @@ import torch
 from transformers import masking_utils
 
 from sglang_auf.errors import DataError
+from sglang_auf.training.data import loader
 from sglang_auf.training.data.batching import anchor_positions
-from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.data.conversations import Apart, Conversation, LoadedConversations
 from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.data.loader import BatchMaker, Plan, one_ahead
@@ -163,3 +164,18 @@ def test_one_item_is_made_ahead_and_no_more() -> None:
     next(abandoned)
     abandoned.close()
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+@pytest.mark.parametrize(("apart", "labels"), [("prompt", 5), ("tokens", 8)])
+def test_held_out_rows_have_labels_where_serving_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: Apart, labels: int
+) -> None:
+    """In the runs of earlier versions they had all."""
+    recipe = tiny_recipe(*write_models(tmp_path))
+    mask = [False, *[True] * 3, False, *[True] * 5]
+    chats = [Conversation(f"row-{n}", [n, *range(10, 19)], mask, unserved=((1, 4),)) for n in range(30)]
+    loaded = LoadedConversations(chats, {}, [], "")
+    monkeypatch.setattr(loader, "load_conversations", lambda *_, **__: loaded)
+    data = loader.load_data(recipe, Path(recipe.target), 64, apart)
+    assert {sum(chat.loss_mask) for chat in data.held_out} == {labels}
+    assert {sum(chat.loss_mask) for chat in data.train} == {8}
