@@ -44,6 +44,7 @@ SEAMS = (
     Seam(f"{_MANAGER}:TokenizerManager.server_status", "server.launch"),
     Seam(f"{_MANAGER}:TokenizerManager.gracefully_exit", "server.launch"),
     Seam(f"{_MANAGER}:TokenizerManager.get_loads", "server.routes", ("self", "include", "dp_rank")),
+    Seam("sglang.srt.managers.load_snapshot:LoadSnapshot.timestamp", "server.routes"),
     Seam("sglang.srt.platforms:current_platform.device_type", "server.preflight"),
     Seam("sglang.srt.platforms:current_platform.device_name", "server.preflight"),
     *(

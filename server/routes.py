@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -102,13 +102,15 @@ def auf_router(
         """Running and waiting requests, and tokens made so far. A server without a drafter has this route too."""
         from sglang.srt.entrypoints.http_server import get_global_state
 
-        snapshots = await get_global_state().tokenizer_manager.get_loads(include=["core"])
+        manager = get_global_state().tokenizer_manager
+        snapshots = await manager.get_loads(include=["core"])
         return LoadReply(
             model=served.model,
             started=started,
             closed_because=closed_because(),
             running=sum(snapshot.num_running_reqs for snapshot in snapshots),
             queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
+            silence=_silence(manager.rid_to_state.values(), snapshots),
             generated_tokens=metrics.TOTALS.generated,
         )
 
@@ -119,6 +121,17 @@ def auf_router(
         return RecordingReply(model=served.model, recording=kept)
 
     return router
+
+
+def _silence(requests: Iterable[Any], snapshots: Iterable[Any]) -> float:
+    """Seconds without a step while a request waits, as LoadReply has them. A scheduler says its load after each step.
+
+    requests: SGLang's records of those that are not answered. snapshots: the last that each scheduler said.
+    """
+    now = time.perf_counter()
+    waited = max((now - float(request.time_stats.created_time) for request in requests), default=0.0)
+    said = max((float(snapshot.timestamp) for snapshot in snapshots), default=0.0)
+    return max(0.0, min(waited, time.time() - said))
 
 
 def swap_of(drafters: Drafters) -> SwapReply:

@@ -140,7 +140,10 @@ class LoadReply(Reply):
     closed_because: str | None = Field(description="why requests for tokens get 503 right now; null: they do not")
     running: int = Field(description="requests being answered")
     queued: int = Field(description="requests that wait for room")
+    silence: float = Field(
+        description="seconds for which a request has waited and no step has ended; 0: no request waits"
+    )
     generated_tokens: int = Field(
-        description="tokens made since the start, those of running streams included; of an answer that is not "
-        "streamed, SGLang hands them over when it ends, or 50 at a time"
+        description="tokens made since the start, those of running answers included; of an answer that is not "
+        "streamed, up to a second late"
     )

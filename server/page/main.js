@@ -7,6 +7,7 @@ import * as samples from "./samples.js";
 
 const EVERY_MS = 1000;
 const SLOWEST_MS = 10_000;
+const SILENT_S = 20;
 const element = (id) => document.getElementById(id);
 const server = { model: "", drafts: true, started: null, generation: null };
 
@@ -29,6 +30,7 @@ async function poll() {
     failures = 0;
     lastAnswer = new Date();
     if (load.closed_because) say(`No answers right now: ${load.closed_because}`, "bad");
+    else if (load.silence > SILENT_S) say(`No step for over ${SILENT_S} s: a very long prompt, or the engine hangs`, "bad");
     else say("Live", "live");
   } catch (error) {
     failures += 1;

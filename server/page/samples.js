@@ -29,7 +29,8 @@ export function add(now, load, acceptance) {
     tau: acceptance?.window.tau ?? null,
     tauTotal: acceptance?.total.tau ?? null,
   };
-  // A mean over some seconds, because answers that are not streamed arrive in lots. A restarted server counts from 0.
+  // A mean over some seconds, because answers that are not streamed bring the tokens of a second at once. A restarted
+  // server counts from 0.
   const base = samples.find((other) => other.t >= now - RATE_MS && other.started === load.started);
   if (base && now > base.t) sample.rate = ((sample.generated - base.generated) * 1000) / (now - base.t);
   samples = [...samples.filter((other) => other.t > now - KEPT_MS && other.t < now), sample];

@@ -13,6 +13,7 @@ With `--enable-metrics` the same counts are Prometheus counters on SGLang's own 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,12 @@ WINDOW = 100
 
 PREFIX_PREFILL = {"type": "length", "length": 0}
 """The finish reason of a request with `max_new_tokens=0`."""
+
+REPORT_SECONDS = 1.0
+"""How long tokens of an answer that is not streamed may wait in the scheduler before they are counted."""
+
+REPORTED = "auf_reported"
+"""Attribute of SGLang's record of a request in the scheduler: when tokens of it were last handed over because of us."""
 
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
 COUNTERS = {
@@ -173,12 +180,34 @@ def _count_tokens(manager: Any, output: Any) -> None:
             TOTALS.generated += len(tokens)
 
 
+def _report_in_time(accept: Callable[..., None], reports: Any, *, req: Any) -> None:
+    """Around `_GenerationStreamAccumulator.accept`, in the scheduler.
+
+    Of an answer that is not streamed it hands tokens over where their number is a multiple of an interval (50), which
+    steps of several tokens pass by, so that a slow server seemed to stand still.
+    """
+    if req.stream:
+        accept(reports, req=req)
+        return
+    now, interval = time.monotonic(), reports.default_force_stream_interval
+    if not hasattr(req, REPORTED):
+        setattr(req, REPORTED, now)
+    if len(req.output_ids) > req.send_token_offset and now - getattr(req, REPORTED) >= REPORT_SECONDS:
+        setattr(req, REPORTED, now)
+        reports.default_force_stream_interval = 1
+    accept(reports, req=req)
+    reports.default_force_stream_interval = interval
+
+
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+_REPORTS = "sglang.srt.managers.scheduler_components.output_streamer:_GenerationStreamAccumulator"
 SEAMS = (
     Seam("sglang.srt.managers.tokenizer_manager:ReqState.time_stats", "hooks.metrics"),
     Seam("sglang.srt.observability.req_time_stats:APIServerReqTimeStats.created_time", "hooks.metrics"),
+    Seam(f"{_REPORTS}.default_force_stream_interval", "hooks.metrics"),
 )
 HOOKS = (
+    Hook(f"{_REPORTS}.accept", "AROUND", _report_in_time, ("self", "req")),
     Hook(RECEIVE_BATCH, "BEFORE", _count_tokens, ("self", "recv_obj")),
     Hook(f"{_MANAGER}.init_metric_collector_watchdog", "AFTER", _start_metrics, ("self",)),
     Hook(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from sglang_auf.checkpoints.card import Adaptation
@@ -317,6 +318,23 @@ def test_a_swap_of_the_drafter_is_told_and_brings_its_card(server: Server, page:
     )
     expect(page.locator("#card-fields")).to_contain_text("/drafters/old")
     expect(page.locator("#card-fields")).not_to_contain_text("generation 3")
+
+
+def test_an_engine_that_hangs_is_not_live(server: Server, page: Page) -> None:
+    open_with_key(page, server)
+    expect(page.locator("#status")).to_have_text("Live")
+    engine = psutil.Process(server.process.pid).children(recursive=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for process in engine:
+            process.suspend()
+        try:
+            asked = pool.submit(server.ask)
+            expect(page.locator("#status")).to_contain_text("No step for over 20 s")
+        finally:
+            for process in engine:
+                process.resume()
+        assert asked.result().status_code == 200
+    expect(page.locator("#status")).to_have_text("Live")
 
 
 def test_it_outlives_a_restart_of_the_server(server: Server, page: Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components import output_streamer
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.hooks import metrics
 from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
+from tests.support.toy_tokenizer import toy_tokenizer
 
 BLOCK = 4
 EMPTY = Acceptance()
@@ -200,6 +207,40 @@ def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, al
     assert generated() - before == 2 * 12
     served.post("/generate", text=SCRIPT, log_metrics=False, sampling_params={"max_new_tokens": 100})
     assert generated() - before == 2 * 12
+
+
+def test_an_answer_that_is_not_streamed_is_handed_over_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of three tokens pass by the multiples of 50 at which SGLang hands over; streams are as they were."""
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    accept = output_streamer._GenerationStreamAccumulator.accept
+    handed: dict[bool, list[list[int]]] = {}
+    for stream in (False, True):
+        request = Req("r", "", array("q", [1]), SamplingParams(max_new_tokens=900), vocab_size=64, stream=stream)
+        request.sampling_params.normalize(None)
+        request.tokenizer = toy_tokenizer()
+        handed[stream] = []
+        for _ in range(16):
+            now += 0.3
+            request.output_ids.extend([5, 6, 7])
+            reports = output_streamer._GenerationStreamAccumulator(**REPORTS)
+            metrics._report_in_time(accept, reports, req=request)
+            assert reports.default_force_stream_interval == 50
+            handed[stream] += map(list, reports.output_ids)
+    assert handed[True] == [[5, 6, 7]] * 16
+    assert handed[False] == [[5, 6, 7] * 5, [5, 6, 7] * 4, [5, 6, 7] * 4]
+
+
+REPORTS: dict[str, Any] = {
+    **dict.fromkeys(("return_logprob", "return_hidden_states", "return_routed_experts", "return_indexer_topk"), False),
+    "spec_algorithm": SpeculativeAlgorithm.NONE,
+    "disaggregation_mode": DisaggregationMode.NULL,
+    "default_stream_interval": 1,
+    "default_force_stream_interval": 50,
+    "get_cached_tokens_details": lambda _: None,
+    "is_request_level_customized_info_key": lambda _: False,
+    "current_weight_version": None,
+}
 
 
 def test_listeners_are_told_of_counted_requests_and_when_they_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ KEY = "the key"
 
 
 async def loads(include: list[str]) -> list[Any]:
-    return [SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0)]
+    return [SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, timestamp=0.0)]
 
 
 def app() -> FastAPI:
@@ -39,7 +39,7 @@ schema.app = app()
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = SimpleNamespace(get_loads=loads)
+    manager = SimpleNamespace(get_loads=loads, rid_to_state={})
     monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import add_api_key_middleware
 
+from server import routes
 from server.drafters import BusyError, Drafters
 from server.preflight import ServedModel, Speculation
 from server.routes import auf_router
@@ -256,19 +258,26 @@ def test_a_swap_asks_for_the_admin_key_where_there_is_one(key: str | None, statu
 
 
 @pytest.fixture
-def reading(monkeypatch: pytest.MonkeyPatch) -> TestClient:
+def waiting() -> dict[str, SimpleNamespace]:
+    """Requests that are not answered, by id, as SGLang keeps them."""
+    return {}
+
+
+@pytest.fixture
+def reading(waiting: dict[str, SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> TestClient:
     async def get_loads(include: list[str]) -> list[SimpleNamespace]:
         assert include == ["core"]
         return [
-            SimpleNamespace(num_running_reqs=3, num_waiting_reqs=1),
-            SimpleNamespace(num_running_reqs=2, num_waiting_reqs=0),
+            SimpleNamespace(num_running_reqs=3, num_waiting_reqs=1, timestamp=1500.0),
+            SimpleNamespace(num_running_reqs=2, num_waiting_reqs=0, timestamp=1700.0),
         ]
 
-    manager = SimpleNamespace(get_loads=get_loads)
+    manager = SimpleNamespace(get_loads=get_loads, rid_to_state=waiting)
     monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
     monkeypatch.setattr(metrics, "TOTALS", metrics.AcceptanceTotals())
+    monkeypatch.setattr(routes, "time", SimpleNamespace(time=lambda: 2000.0, perf_counter=lambda: 50_000.0))
     app = FastAPI()
-    reasons = iter([None, "the server is stopping"])
+    reasons = itertools.cycle([None, "the server is stopping"])
     app.include_router(auf_router(PLAIN, lambda: next(reasons)))
     return TestClient(app)
 
@@ -278,6 +287,24 @@ def test_load_sums_the_schedulers_and_counts_tokens(reading: TestClient) -> None
     assert (first["model"], first["running"], first["queued"], first["generated_tokens"]) == ("small", 5, 1, 0)
     metrics.TOTALS.generated += 7
     assert reading.get("/v1/auf/load").json()["generated_tokens"] == 7
+
+
+def test_load_says_for_how_long_requests_have_waited_without_a_step(
+    reading: TestClient, waiting: dict[str, SimpleNamespace]
+) -> None:
+    """Nobody waited while the server was idle, and of two schedulers the one that makes steps counts."""
+
+    def silence() -> float:
+        return float(reading.get("/v1/auf/load").json()["silence"])
+
+    def received(seconds_ago: int) -> SimpleNamespace:
+        return SimpleNamespace(time_stats=SimpleNamespace(created_time=50_000 - seconds_ago))
+
+    assert silence() == 0
+    waiting["a"] = received(100)
+    assert silence() == 100
+    waiting["b"] = received(1000)
+    assert silence() == 300
 
 
 def test_load_says_why_there_are_no_answers(reading: TestClient) -> None:
