@@ -38,46 +38,60 @@ CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes an incomplete character to."""
 
 
+class TokenTexts:
+    """The text that each token adds to an answer, as a detokenizer sends it that gets one token at a time."""
+
+    def __init__(self) -> None:
+        self._before: list[int] = []
+        self._pending: list[int] = []
+
+    @property
+    def inside_character(self) -> bool:
+        """Whether the text of the last tokens is still to come."""
+        return bool(self._pending)
+
+    def add(self, token: int, decode: Callable[[list[int]], str], last: bool = False) -> str:
+        """The text of the answer's next token, and of those before it that stood inside the same character.
+
+        They are decoded together with earlier tokens, because spaces depend on the neighbour. last: no more will come.
+        """
+        self._pending.append(token)
+        before, text = decode(self._before), decode(self._before + self._pending)
+        if text.endswith(CUT_CHARACTER) and not last:
+            return ""
+        self._before, self._pending = self._pending, []
+        return text[len(before) :]
+
+
 class Spans:
     """The tokens of one choice so far, and which of them were drafted."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._drafted: list[bool | None] = []
+        self._texts = TokenTexts()
+        self._new: list[tuple[int, bool | None]] = []
+        """Tokens that were not taken yet, and whether they were drafted."""
         self._verify_steps = self._accepted = 0
-        # The text of tokens before _read has been returned; tokens before _taken have been returned, but the text of
-        # the last ones may be pending. Decoding starts at _context.
-        self._context = self._read = self._taken = 0
 
     def add(self, tokens: Sequence[int], verify_steps: int, accepted: int) -> None:
         """Add one report of the scheduler: its new tokens, and the choice's counts so far, including them."""
         steps, self._verify_steps = verify_steps - self._verify_steps, verify_steps
         confirmed, self._accepted = accepted - self._accepted, accepted
-        self._tokens += tokens
+        drafted: list[bool | None]
         if confirmed == 0:  # prefill's token, or steps that accepted nothing
-            self._drafted += [False] * len(tokens)
+            drafted = [False] * len(tokens)
         elif steps == 1 and len(tokens) <= confirmed + 1:  # fewer where a stop cut the step off
-            self._drafted += [place < confirmed for place in range(len(tokens))]
+            drafted = [place < confirmed for place in range(len(tokens))]
         else:
-            self._drafted += [None] * len(tokens)
+            drafted = [None] * len(tokens)
+        self._new += zip(tokens, drafted, strict=True)
 
     def take(self, decode: Callable[[list[int]], str], finished: bool) -> list[tuple[str, bool | None]]:
         """(text, drafted) of the tokens added since the last call. finished: no more will come."""
-        first, self._taken = self._taken, len(self._tokens)
+        new, self._new = self._new, []
         return [
-            (self._text_up_to(end, decode, finished and end == self._taken), self._drafted[end - 1])
-            for end in range(first + 1, self._taken + 1)
+            (self._texts.add(token, decode, finished and place == len(new)), drafted)
+            for place, (token, drafted) in enumerate(new, 1)
         ]
-
-    def _text_up_to(self, end: int, decode: Callable[[list[int]], str], finished: bool) -> str:
-        """The text that the tokens before `end` add to what was returned. They are decoded together with earlier
-        tokens, because spaces depend on the neighbour."""
-        given = decode(self._tokens[self._context : self._read])
-        text = decode(self._tokens[self._context : end])
-        if text.endswith(CUT_CHARACTER) and not finished:
-            return ""
-        self._context, self._read = self._read, end
-        return text[len(given) :]
 
 
 # The choices of the reply being made, by request id; None where the client did not ask. Only this variable keeps them

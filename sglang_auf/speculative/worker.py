@@ -65,6 +65,10 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
         if self._trees is None or not batch.forward_mode.is_decode() or batch.is_extend_in_batch:
             if self._trees is not None:
                 self._trees.make_way()
+            if grammar_barrier is not None and batch.has_grammar and batch.forward_mode.is_mixed():
+                # Upstream calls it in a verification alone. Here requests that decode take part beside a prompt, and
+                # the sampler's masks would be those before their last tokens.
+                grammar_barrier()
             return super().forward_batch_generation(batch, on_publish, grammar_barrier, pp_proxy_tensors)
         return self._trees(batch, on_publish, grammar_barrier)
 

@@ -6,9 +6,9 @@ CUDA does not work in a fork of a process that has used it.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
 "environment": variables, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per input, "concurrency": n,
-"logprobs": bool, "swaps": [drafters]}]}. Each job's result is a list of {"ids", "meta"} and behind them of {"swap"}: of
-n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. Standard output: the exit status of
-each list's process, a line each.
+"logprobs": bool, "swaps": [drafters], "session": bool}]}. Each job's result is a list of {"ids", "meta"} and behind
+them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. With "session"
+the inputs are the turns of one streaming session. Standard output: the exit status of each list's process, a line each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     gate = asyncio.Semaphore(job.get("concurrency", 1))
+    session = await open_session(engine) if job.get("session") else None
 
     answers, swaps = len(job["inputs"]), job.get("swaps", [])
     done = 0
@@ -45,6 +46,7 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
                 sampling_params=sampling,
                 return_logprob=job.get("logprobs", False),
                 top_logprobs_num=job.get("top_logprobs", 0),
+                session_params=session,
             )
         done += 1
         for place, event in enumerate(reached, 1):
@@ -55,10 +57,18 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     return list(await asyncio.gather(*map(one, range(answers)), *map(swap, range(len(swaps)))))
 
 
+async def open_session(engine: Any) -> dict[str, str]:
+    """The session parameters of requests that are its turns."""
+    from sglang.srt.managers.io_struct import OpenSessionReqInput
+
+    opened = OpenSessionReqInput(capacity_of_str_len=1 << 16, streaming=True)
+    return {"id": await engine.tokenizer_manager.open_session(opened, None)}
+
+
 def run_list(task: dict[str, Any]) -> None:
     import sglang
 
-    engine = sglang.Engine(log_level="warning", skip_tokenizer_init=True, **task["engine"])
+    engine = sglang.Engine(**{"log_level": "warning", "skip_tokenizer_init": True} | task["engine"])
     try:
         results = [engine.loop.run_until_complete(run(engine, job)) for job in task["jobs"]]
         Path(task["out"]).write_text(json.dumps(results))
