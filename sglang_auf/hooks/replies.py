@@ -18,18 +18,22 @@ place for it, the native /generate, whose meta_info always has the counts, and S
 not run this code.
 
 The streams of Ollama's routes have no place for it either. They only get text here that SGLang would leave out.
+
+And what SGLang reads from the text of a streamed reply, tool calls and thoughts, is read token by token here: its
+parsers take one event from each piece of text, which plain decoding's pieces of one token are the right size for.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any
 
 from sglang_auf.acceptance import Acceptance, total_acceptance
 from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
+from sglang_auf.hooks.spans import TokenTexts
 
 FLAG = "return_spec_tokens_details"
 FIGURES = ("tau", "tau_verify", "verify_steps", "proposed", "accepted_histogram", "alpha")
@@ -45,9 +49,14 @@ EMBEDDING = (
 )
 
 _OPENAI = "sglang.srt.entrypoints.openai"
+_DETOKENIZER = "sglang.srt.managers.detokenizer_manager"
+_CHAT = f"{_OPENAI}.serving_chat:OpenAIServingChat"
 SEAMS = (
     *(Seam(f"{_OPENAI}.protocol:{name}.model_config", "hooks.replies") for name in WIDENED),
     *(Seam(f"{_OPENAI}.protocol:{name}.model_rebuild", "hooks.replies") for name in (*WIDENED, *EMBEDDING)),
+    Seam(f"{_CHAT}._tool_call_parsing_active", "hooks.replies", ("self", "request")),
+    Seam(f"{_OPENAI}.protocol:ChatCompletionRequest.separate_reasoning", "hooks.replies"),
+    Seam(f"{_DETOKENIZER}:DecodeStatus.sent_offset", "hooks.replies"),
 )
 
 # Acceptance of the choices of the reply being made, by request id; None outside a reply that reports it. SGLang's
@@ -140,6 +149,110 @@ def stream_whole_text(original: Any, serving: Any, request: Any, http: Any, mode
     return original(front, request, http, model_name)
 
 
+class _TokenByToken:
+    """A tokenizer manager whose reports bring one token each, as plain decoding's do."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    async def generate_request(self, request: Any, http: Any) -> AsyncIterator[dict[str, Any]]:
+        flags = ("skip_special_tokens", "spaces_between_special_tokens")
+        settings = {name: request.sampling_params.get(name, True) for name in flags}
+
+        def decode(tokens: list[int]) -> str:
+            return str(self._manager.tokenizer.decode(tokens, **settings))
+
+        choices: dict[str, _Choice] = {}
+        async for report in self._manager.generate_request(request, http):
+            rid = report["meta_info"]["id"]
+            choice = choices.setdefault(rid, _Choice(decode, self._manager.incremental_streaming_output))
+            for part in choice.parts(report):
+                yield part
+
+
+class _Choice:
+    """A choice whose reports are taken apart.
+
+    increments: its reports have what is new (--incremental-streaming-output), and not all of the answer so far.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], increments: bool) -> None:
+        self._decode, self._increments = decode, increments
+        self._texts = TokenTexts()
+        self._tokens = self._length = 0
+        # Where a report ends inside a character, SGLang sends the words before it and holds the rest back.
+        self._ahead = 0
+        """Characters that came although their token's last ones have not."""
+        self._held: list[int] = []
+        """The numbers of characters of tokens that have not come although the tokens have."""
+
+    def parts(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+        """`report` once for each new token, with what there is up to it; only the last one may end the answer."""
+        ids, text = report["output_ids"], report["text"]
+        old, start = (0, 0) if self._increments else (self._tokens, self._length)
+        self._tokens, self._length = len(ids), len(text)
+        due = [(old, length) for length in self._held]
+        due += [(place, len(self._texts.add(token, self._decode))) for place, token in enumerate(ids[old:], old + 1)]
+        at, ends, held = start - self._ahead, [], []
+        for place, length in due:
+            at += length
+            ends.append((place, min(max(at, start), len(text))))
+            if at > len(text) and length:
+                held.append(min(length, at - len(text)))
+        ends[-1:] = [(len(ids), len(text))]  # also where a stop was trimmed
+        inside = self._texts.inside_character
+        self._held, self._ahead = (held, max(len(text) - at, 0)) if inside else ([], 0)
+        meta = report["meta_info"]
+        parts, first, begin = [], 0, 0
+        for place, end in ends:
+            part = report | {"text": text[begin:end], "output_ids": ids[first:place]}
+            if missing := len(ids) - place:
+                counts = {"finish_reason": None, "completion_tokens": meta["completion_tokens"] - missing}
+                part["meta_info"] = meta | counts
+            parts.append(part)
+            if self._increments:
+                first, begin = place, end
+        return parts
+
+
+def stream_token_by_token(original: Any, serving: Any, adapted_request: Any, request: Any, raw_request: Any) -> Any:
+    """Around `OpenAIServingChat._generate_chat_stream`, a coroutine function. Anthropic's messages pass there too."""
+    parsed = serving._tool_call_parsing_active(request) or (serving.reasoning_parser and request.separate_reasoning)
+    return original(_front(serving) if parsed and serves_auf() else serving, adapted_request, request, raw_request)
+
+
+def respond_token_by_token(
+    original: Any, serving: Any, request_id: str, request_prompt: Any, adapted_request: Any, *rest: Any, **more: Any
+) -> Any:
+    """Around `OpenAIServingResponses._generate_with_builtin_tools`, a coroutine function."""
+    parsed = adapted_request.stream and (serving.tool_call_parser or serving.reasoning_parser)
+    front = _front(serving) if parsed and serves_auf() else serving
+    return original(front, request_id, request_prompt, adapted_request, *rest, **more)
+
+
+def _front(serving: Any) -> Any:
+    front = copy.copy(serving)
+    front.tokenizer_manager = _TokenByToken(serving.tokenizer_manager)
+    return front
+
+
+def send_once(original: Any, detokenizer: Any, batch: Any) -> list[str]:
+    """Around `DetokenizerManager._decode_batch_token_id_output`: no text of a stream is sent twice.
+
+    While an answer ends inside a character, SGLang sends the words before it, and notes how much that is. It may note
+    less at the next step, and then sends the rest again: with several tokens a step, Chinese before two emojis.
+    """
+    sent = {rid: detokenizer.decode_status[rid].sent_offset for rid in batch.rids if rid in detokenizer.decode_status}
+    texts: list[str] = original(detokenizer, batch)
+    for rid, offset in sent.items():
+        if (status := detokenizer.decode_status.get(rid)) is not None:
+            status.sent_offset = max(status.sent_offset, offset)
+    return texts
+
+
 _OLLAMA = "sglang.srt.entrypoints.ollama.serving:OllamaServing"
 _USAGE = ("n_choices", "enable_cache_report", "image_tokens", "audio_tokens", "video_tokens")
 HOOKS = (
@@ -162,5 +275,21 @@ HOOKS = (
             f"{_OLLAMA}.{name}", "AROUND", stream_whole_text, ("self", "gen_request", "raw_request", "model_name")
         ).on_ours()
         for name in ("_stream_chat_response", "_stream_generate_response")
+    ),
+    Hook(f"{_DETOKENIZER}:DetokenizerManager._decode_batch_token_id_output", "AROUND", send_once, ("self", "recv_obj")),
+    Hook(
+        f"{_CHAT}._generate_chat_stream",
+        "AROUND",
+        stream_token_by_token,
+        ("self", "adapted_request", "request", "raw_request"),
+    ),
+    Hook(
+        f"{_OPENAI}.serving_responses:OpenAIServingResponses._generate_with_builtin_tools",
+        "AROUND",
+        respond_token_by_token,
+        (
+            *("self", "request_id", "request_prompt", "adapted_request", "sampling_params", "context"),
+            *("raw_request", "priority", "kwargs"),
+        ),
     ),
 )

@@ -41,48 +41,65 @@ PENDING = 8
 """Most tokens whose text waits for the end of a character: one has four bytes, so more tokens hold no whole one."""
 
 
+class TokenTexts:
+    """The text that each token adds to an answer, as a detokenizer sends it that gets one token at a time."""
+
+    def __init__(self) -> None:
+        self._before: list[int] = []
+        self._pending: list[int] = []
+        self._cut = False
+        """Whether the text of the tokens before was returned without its last character, of which the rest is to come."""
+
+    @property
+    def inside_character(self) -> bool:
+        """Whether text of the last tokens is still to come."""
+        return bool(self._pending) or self._cut
+
+    def add(self, token: int, decode: Callable[[list[int]], str], last: bool = False) -> str:
+        """The text of the answer's next token, and of those before it that stood inside the same character.
+
+        They are decoded together with earlier tokens, because spaces depend on the neighbour; but with few, whatever
+        the answer is. last: no more will come.
+        """
+        self._pending.append(token)
+        given = len(decode(self._before)) - self._cut
+        text = decode(self._before + self._pending)
+        cut = text.endswith(CUT_CHARACTER) and not last
+        if cut and len(self._pending) <= PENDING:
+            return ""
+        self._before, self._pending, self._cut = self._pending, [], cut
+        return text[given : len(text) - cut]
+
+
 class Spans:
     """The tokens of one choice so far, and which of them were drafted."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._drafted: list[bool | None] = []
+        self._texts = TokenTexts()
+        self._new: list[tuple[int, bool | None]] = []
+        """Tokens that were not taken yet, and whether they were drafted."""
         self._verify_steps = self._accepted = 0
-        # The text of tokens before _read has been returned, without its last character if _cut; tokens before _taken
-        # have been returned, but the text of the last ones may be pending. Decoding starts at _context.
-        self._context = self._read = self._taken = 0
-        self._cut = False
 
     def add(self, tokens: Sequence[int], verify_steps: int, accepted: int) -> None:
         """Add one report of the scheduler: its new tokens, and the choice's counts so far, including them."""
         steps, self._verify_steps = verify_steps - self._verify_steps, verify_steps
         confirmed, self._accepted = accepted - self._accepted, accepted
-        self._tokens += tokens
+        drafted: list[bool | None]
         if confirmed == 0:  # prefill's token, or steps that accepted nothing
-            self._drafted += [False] * len(tokens)
+            drafted = [False] * len(tokens)
         elif steps == 1 and len(tokens) <= confirmed + 1:  # fewer where a stop cut the step off
-            self._drafted += [place < confirmed for place in range(len(tokens))]
+            drafted = [place < confirmed for place in range(len(tokens))]
         else:
-            self._drafted += [None] * len(tokens)
+            drafted = [None] * len(tokens)
+        self._new += zip(tokens, drafted, strict=True)
 
     def take(self, decode: Callable[[list[int]], str], finished: bool) -> list[tuple[str, bool | None]]:
         """(text, drafted) of the tokens added since the last call. finished: no more will come."""
-        first, self._taken = self._taken, len(self._tokens)
+        new, self._new = self._new, []
         return [
-            (self._text_up_to(end, decode, finished and end == self._taken), self._drafted[end - 1])
-            for end in range(first + 1, self._taken + 1)
+            (self._texts.add(token, decode, finished and place == len(new)), drafted)
+            for place, (token, drafted) in enumerate(new, 1)
         ]
-
-    def _text_up_to(self, end: int, decode: Callable[[list[int]], str], finished: bool) -> str:
-        """The text that the tokens before `end` add to what was returned. They are decoded together with earlier
-        tokens, because spaces depend on the neighbour; but with few, whatever the answer is."""
-        given = len(decode(self._tokens[self._context : self._read])) - self._cut
-        text = decode(self._tokens[self._context : end])
-        cut = text.endswith(CUT_CHARACTER) and not finished
-        if cut and end - self._read <= PENDING:
-            return ""
-        self._context, self._read, self._cut = self._read, end, cut
-        return text[given : len(text) - cut]
 
 
 # The choices of the reply being made, by request id; None where the client did not ask. Only this variable keeps them

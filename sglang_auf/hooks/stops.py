@@ -2,7 +2,8 @@
 
 SGLang looks at stop strings and stop regexes once a step, over all tokens of the step, and before it looks at stop
 tokens (managers/schedule_batch.py, `Req.update_finish_state`). So a stop string behind the end token wins over the end
-token, and of two stop strings the one that is listed first wins, not the one that is reached first.
+token, and of two stop strings the one that is listed first wins, not the one that is reached first. And in places it
+counts or keeps what a step brought as a whole: reasoning tokens, turns of sessions, answers of no token.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import Hook, serves_auf
 
 _REQUEST = "sglang.srt.managers.schedule_batch:Req"
+_STREAMING = "sglang.srt.session.streaming_session"
 
 SEAMS = (
     Seam(f"{_REQUEST}.finished", "hooks.stops", ("self",)),
     Seam(f"{_REQUEST}.output_ids_through_stop", "hooks.stops"),
+    Seam("sglang.srt.managers.schedule_batch:ReqKvInfo.kv_committed_len", "hooks.stops"),
     *(
         Seam(f"sglang.srt.sampling.sampling_params:SamplingParams.{name}", "hooks.stops")
         for name in ("stop_strs", "stop_regex_strs")
@@ -26,10 +29,8 @@ SEAMS = (
 
 
 def update_finish_state(original: Any, request: Any, new_accepted_len: int = 1) -> None:
-    """Around `Req.update_finish_state`: asks it after each token of the step and not after all of them.
+    """Around `Req.update_finish_state`: where an answer ends, and how much of it is reasoning.
 
-    Tokens behind the one that finishes the request stay in `output_ids`, as SGLang leaves them there: `finished_len`
-    says where the answer ends. Without stop strings and regexes SGLang ends the answer at the right token by itself.
     Other algorithms than AUF are left as SGLang has them.
     """
     settings = request.sampling_params
@@ -37,7 +38,19 @@ def update_finish_state(original: Any, request: Any, new_accepted_len: int = 1) 
     # to_finish: an abort, which takes all tokens
     if not one_by_one or request.finished() or request.to_finish or not serves_auf():
         original(request, new_accepted_len)
-        return
+    else:
+        _ask_after_each_token(original, request, new_accepted_len)
+    if request.finished_len is not None and serves_auf():
+        # Reasoning begins with the answer, and SGLang has counted it up to the end of the step.
+        request.reasoning_tokens = min(request.reasoning_tokens, request.finished_len)
+
+
+def _ask_after_each_token(original: Any, request: Any, new_accepted_len: int) -> None:
+    """Ask SGLang after each token of the step whether it ends the answer, and not after all of them.
+
+    Tokens behind the one that finishes the request stay in `output_ids`, as SGLang leaves them there: `finished_len`
+    says where the answer ends. Without stop strings and regexes SGLang ends the answer at the right token by itself.
+    """
     tokens, grammar = request.output_ids, request.grammar
     step = tokens[-new_accepted_len:]
     del tokens[-new_accepted_len:]
@@ -66,6 +79,31 @@ def continue_session(original: Any, last_request: Any, request: Any, session_par
     return original(answered, request, session_params)
 
 
+def keep_computed_keys(kept: bool, streaming: Any, request: Any) -> bool:
+    """After `StreamingSession.try_cache_finished_req`: the next turn computes the key of the answer's last token.
+
+    The last token of a verify step is not in any forward yet, but has a slot: SGLang gives slots for two blocks ahead,
+    and takes a token with a slot for one with a key. Without blocks no token has a slot that early.
+    """
+    if kept and serves_auf():
+        kv = streaming.slots[request.session.session_id].kv
+        computed = len(request.origin_input_ids) + max(len(request.output_ids) - 1, 0)
+        kv.kv_committed_len = min(kv.kv_committed_len, computed)
+    return kept
+
+
+def leave_unsampled(
+    _: Any, processor: Any, i: int, req: Any, pt: int, next_token_ids: Any, num_input_logprobs: int, output: Any
+) -> None:
+    """After `SchedulerLogprobResultProcessor.add_logprob_return_values`, which adds those of the first token.
+
+    A request with max_new_tokens 0 has no token. SGLang samples one all the same where it speculates.
+    """
+    if req.sampling_params.max_new_tokens == 0 and serves_auf():
+        req.logprob.output_token_logprobs_val.clear()
+        req.logprob.output_token_logprobs_idx.clear()
+
+
 HOOKS = (
     Hook(f"{_REQUEST}.update_finish_state", "AROUND", update_finish_state, ("self", "new_accepted_len")),
     Hook(
@@ -74,4 +112,12 @@ HOOKS = (
         continue_session,
         ("last_req", "req", "session_params"),
     ).on_ours(),
+    Hook(
+        "sglang.srt.managers.scheduler_components.logprob_result_processor:"
+        "SchedulerLogprobResultProcessor.add_logprob_return_values",
+        "AFTER",
+        leave_unsampled,
+        ("self", "i", "req", "pt", "next_token_ids", "num_input_logprobs", "output"),
+    ),
+    Hook(f"{_STREAMING}:StreamingSession.try_cache_finished_req", "AFTER", keep_computed_keys, ("self", "req")),
 )

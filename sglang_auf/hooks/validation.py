@@ -36,6 +36,7 @@ def refusal(
     *,
     return_sampling_mask: bool = False,
     return_hidden_states: Any = False,
+    token_indices_to_pool: Any = None,
     deterministic: bool = False,
     mixed_chunk: bool = False,
 ) -> str | None:
@@ -62,6 +63,13 @@ def refusal(
         return f"return_sampling_mask is not supported with the AUF sampler; {_REMEDY}"
     if return_hidden_states:  # SGLang refuses it under the overlap schedule, and answers with none without it
         return f"return_hidden_states is not supported with speculative decoding (AUF); {_REMEDY}"
+    if token_indices_to_pool is not None:
+        # SGLang reads scores there only from requests that it knows to be prompts alone, which it knows of none with
+        # speculation (Req.is_prefill_only), and would answer with those of other positions.
+        return (
+            "token_indices_to_pool (score_extraction_token_id of /v1/score) is not supported with speculative decoding "
+            f"(AUF); {_REMEDY}"
+        )
     return None
 
 
@@ -76,6 +84,7 @@ def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) 
         req.sampling_params,
         return_sampling_mask=req.return_sampling_mask,
         return_hidden_states=req.return_hidden_states,
+        token_indices_to_pool=req.token_indices_to_pool,
         deterministic=bool(get_exec().deterministic.enable_deterministic_inference),
         mixed_chunk=bool(get_schedule().enable_mixed_chunk),
     )

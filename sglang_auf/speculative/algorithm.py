@@ -264,6 +264,11 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
             bool(a.enable_custom_logit_processor),
             "--enable-custom-logit-processor: verification does not apply it, and requests would carry pickled code",
         ),
+        (
+            a.grammar_backend == "outlines",
+            "--grammar-backend outlines: verification tries drafts in a grammar and takes them back, which it cannot",
+        ),
+        (bool(a.enable_mis), "--enable-mis: SGLang scores several items at once without speculation only"),
         # SGLang has turned --enable-dp-attention into --attn-dp-size by now (arg_groups/parallel_hook.py).
         (a.attn_dp_size > 1, f"--attn-dp-size {a.attn_dp_size} (--enable-dp-attention): not tried with AUF"),
     ]

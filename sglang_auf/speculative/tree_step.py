@@ -302,18 +302,20 @@ class TreeStep:
         masked = getattr(batch.sampling_info, "sampling_mask_batch_indices", None) is not None
         if not (batch.return_logprob or masked):
             return
+        width = int(lengths.max())  # what is as wide as the vocabulary is made for no place that no path has
+        chain, emitted = chain[:, :width], emitted[:, :width]
         output.next_token_logits = output.next_token_logits[chain.flatten()]
         if masked:
             capture = SpeculativeSamplingMaskCapture.from_logits(
                 batch.sampling_info,
                 next_token_logits=output.next_token_logits,
                 draft_input=batch.spec_info,
-                draft_token_num=self.slots + 1,
+                draft_token_num=width,
                 bs=len(lengths),
             )
             output.sampling_mask_output = capture.build_output(out_tokens=emitted, commit_lens=lengths.int())
         if batch.return_logprob:
-            compute_spec_logprobs(batch, output, emitted.flatten(), chain_stride=self.slots + 1)
+            compute_spec_logprobs(batch, output, emitted.flatten(), chain_stride=width)
 
 
 def _slots(worker: Any, pool_rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

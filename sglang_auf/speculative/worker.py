@@ -73,6 +73,10 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             self._trees.make_way()
         if batch.forward_mode.is_extend():
             penalties.prefill(batch)
+        if grammar_barrier is not None and batch.has_grammar and batch.forward_mode.is_mixed():
+            # Upstream calls it in a verification alone. Here requests that decode take part beside a prompt, and the
+            # sampler's masks would be those before their last tokens.
+            grammar_barrier()
         return super().forward_batch_generation(batch, on_publish, grammar_barrier, pp_proxy_tensors)
 
     def _likeliest(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
 from sglang_auf.env import CPU_OVERLAP, TREE, TREE_NODES
 from tests.support.engines import run_engine
-from tests.support.tiny_models import write_target
+from tests.support.tiny_models import write_drafter, write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 pytestmark = pytest.mark.e2e
 
@@ -129,6 +130,59 @@ def test_an_answer_that_fills_the_pool_ends_by_length(
         assert auf["meta"]["finish_reason"]["type"] == plain["meta"]["finish_reason"]["type"] == "length"
         assert auf["ids"] == plain["ids"][: len(auf["ids"])]
     assert [len(auf["ids"]) for auf in drafted] == [256 - 20 - 32, 1]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_turns_of_a_streaming_session_are_answered_as_by_plain_decoding(
+    overlap: bool, tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each turn begins behind an answer whose last token no forward has seen, at many places of a block."""
+    engine = {"model_path": str(tiny_target), "context_length": 256, "enable_streaming_session": True}
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(8))}
+    turns = [prompt[:8] for prompt in prompts(16)]
+    jobs = [
+        job(turns, 1) | {"session": True, "sampling": [GREEDY | {"max_new_tokens": 1 + turn % 9} for turn in range(16)]}
+    ]
+    (alone,) = run_engine(tmp_path / "plain", engine, jobs)
+    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, jobs, **{CPU_OVERLAP.name: str(int(overlap))})
+    assert tokens(drafted) == tokens(alone)
+    # All tokens before the turn but the answer's last.
+    for before, turn in pairwise(drafted):
+        assert turn["meta"]["cached_tokens"] == before["meta"]["prompt_tokens"] + len(before["ids"]) - 1
+
+
+def test_grammars_beside_prompts_are_followed_under_overlap(tmp_path: Path) -> None:
+    """Each character allows others than the one before, so masks that are one step old would be seen."""
+    target = write_target(tmp_path / "target", vocabulary=272)
+    toy_tokenizer().save_pretrained(target)
+    drafter = write_drafter(tmp_path / "drafter", 4, vocabulary=272)
+    inputs = prompts(24)
+    engine = {
+        "model_path": str(target),
+        "context_length": 256,
+        "skip_tokenizer_init": False,
+        "enable_mixed_chunk": True,
+        "chunked_prefill_size": 32,
+    }
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(drafter)}
+    jobs = [job(inputs, 6, max_new_tokens=24, regex="([ab][cd][ef]){40}")]
+    (alone,) = run_engine(tmp_path / "plain", engine, jobs)
+    (drafted,) = run_engine(tmp_path / "auf", engine | drafts, jobs, **{CPU_OVERLAP.name: "1"})
+    assert tokens(drafted) == tokens(alone)
+
+
+def test_a_request_for_no_token_is_answered_as_by_plain_decoding(
+    tiny_target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = {"model_path": str(tiny_target), "context_length": 256}
+    drafts = {"speculative_algorithm": "AUF", "speculative_draft_model_path": str(tiny_drafter(4))}
+    jobs = [job(prompts(3), 1, max_new_tokens=0) | {"logprobs": True, "top_logprobs": 2}]
+    names = ("output_token_logprobs", "output_top_logprobs", "completion_tokens", "finish_reason")
+    found = []
+    for name, arguments in (("plain", engine), ("auf", engine | drafts)):
+        (answers,) = run_engine(tmp_path / name, arguments, jobs)
+        found.append([(answer["ids"], [answer["meta"].get(name) for name in names]) for answer in answers])
+    assert found[0] == found[1]
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

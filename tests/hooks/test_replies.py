@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails
 
 from sglang_auf.acceptance import Acceptance, total_acceptance
-from sglang_auf.hooks.replies import FIGURES
+from sglang_auf.hooks.replies import FIGURES, _Choice, send_once
+from tests.support.scripted_server import CALL
+from tests.support.tool_calls import TEXTS, joined, tokens_of, tools
+from tests.support.toy_tokenizer import toy_tokenizer
 
 BLOCK = 8
 SHAPES = [(chat, stream) for chat in (True, False) for stream in (True, False)]
@@ -238,3 +245,185 @@ def test_ollamas_streams_bring_all_of_the_text(auf: str, route: str, field: str)
     texts = [chunk[field]["content"] if field == "message" else chunk[field] for chunk in (whole, *chunks)]
     assert texts[0] == "".join(texts[1:]) == "a " * (1 + 4 + 1 + 8)
     assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+TOY = toy_tokenizer()
+
+
+def decode(tokens: list[int]) -> str:
+    return str(TOY.decode(tokens))
+
+
+def sent(tokens: list[int], sizes: list[int], finished: bool) -> list[str]:
+    """The texts that SGLang's detokenizer sends for tokens that come so many at a time."""
+    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+
+    detokenizer: Any = object.__new__(DetokenizerManager)
+    detokenizer.__dict__ |= {"tokenizer": TOY, "vocab_size": len(TOY), "decode_status": {}, "tool_close_token_ids": ()}
+    detokenizer.disable_tokenizer_batch_decode = detokenizer.is_tool_call_parser_gpt_oss = False
+    original = DetokenizerManager._decode_batch_token_id_output
+    original = getattr(original, "__wrapped__", original)  # without the hook that an installed plugin may have put
+    texts, at = [], 0
+    for step, size in enumerate(sizes, 1):
+        ends = finished and step == len(sizes)
+        batch = SimpleNamespace(
+            rids=["a"],
+            decoded_texts=[""],
+            decode_ids=[tokens[at : at + size]],
+            read_offsets=[0],
+            finished_reasons=[{"type": "length"} if ends else None],
+            no_stop_trim=[False],
+            skip_special_tokens=[True],
+            spaces_between_special_tokens=[True],
+        )
+        texts += send_once(original, detokenizer, batch)
+        at += size
+    return texts
+
+
+def reports(tokens: list[Any], texts: list[str], sizes: list[int], increments: bool) -> list[dict[str, Any]]:
+    """As the tokenizer manager gives them."""
+    made, at, text = [], 0, ""
+    for size, new in zip(sizes, texts, strict=True):
+        begin, at = at, at + size
+        text += new
+        meta = {"id": "a", "completion_tokens": at, "finish_reason": {"type": "stop"} if at == len(tokens) else None}
+        part = (new, tokens[begin:at]) if increments else (text, tokens[:at])
+        made.append({"text": part[0], "output_ids": part[1], "meta_info": meta})
+    return made
+
+
+def cut(draw: random.Random, length: int) -> list[int]:
+    """Sizes of verify steps, which sum to length."""
+    sizes = []
+    while sum(sizes) < length:
+        sizes.append(min(draw.randint(1, 6), length - sum(sizes)))
+    return sizes
+
+
+@given(
+    st.text("ab é天🌊\n", min_size=1, max_size=12).map(lambda text: list(TOY.encode(text))),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
+def test_the_parts_of_reports_are_the_reports_of_single_tokens(
+    tokens: list[int], draw: random.Random, increments: bool
+) -> None:
+    sizes, ones = cut(draw, len(tokens)), [1] * len(tokens)
+    whole = reports(tokens, sent(tokens, sizes, finished=True), sizes, increments)
+    single = reports(tokens, sent(tokens, ones, finished=True), ones, increments)
+    choice = _Choice(decode, increments)
+    parts = [part for report in whole for part in choice.parts(report)]
+    assert pieces(parts, increments) == pieces(single, increments)
+    ends = [part["meta_info"]["finish_reason"] for part in parts]
+    assert ends == [None] * (len(parts) - 1) + [{"type": "stop"}]
+    reached = {part["meta_info"]["completion_tokens"]: part for part in parts}
+    assert list(reached) == list(range(1, len(tokens) + 1))
+    for report in single:
+        part = reached[report["meta_info"]["completion_tokens"]]
+        assert increments or part["output_ids"] == report["output_ids"]
+    assert [token for part in parts for token in part["output_ids"]] == tokens or not increments
+
+
+def pieces(parts: list[dict[str, Any]], increments: bool) -> list[str]:
+    """The texts that came one after the other."""
+    texts = [part["text"] for part in parts]
+    new = texts if increments else [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
+    return [text for text in new if text]
+
+
+def test_words_before_a_cut_character_are_held_back_and_cut_all_the_same() -> None:
+    tokens, sizes = list(TOY.encode("a bcé!")), [1, 4, 2]
+    made = reports(tokens, sent(tokens, sizes, finished=True), sizes, increments=True)
+    assert [report["text"] for report in made] == ["a", " ", "bcé!"]
+    choice = _Choice(decode, increments=True)
+    assert [part["text"] for report in made for part in choice.parts(report)] == [
+        *("a", " ", "", "", ""),
+        *("b", "c", "é", "!"),
+    ]
+
+
+@given(st.text("ab é天🌊\n", min_size=1, max_size=12), st.randoms(use_true_random=False))
+@example("天éé", [4, 2, 1])
+def test_a_stream_sends_its_text_once(text: str, draw: random.Random | list[int]) -> None:
+    tokens = list(TOY.encode(text))
+    sizes = draw if isinstance(draw, list) else cut(draw, len(tokens))
+    assert "".join(sent(tokens, sizes, finished=True)) == text
+
+
+def test_a_stop_that_was_trimmed_comes_in_no_part() -> None:
+    choice = _Choice(decode, increments=False)
+    report = {"text": "ab", "output_ids": list(TOY.encode("abcd")), "meta_info": {"id": "a", "completion_tokens": 4}}
+    assert [part["text"] for part in choice.parts(report)] == ["a", "ab", "ab", "ab"]
+
+
+def test_an_aborted_answer_of_which_nothing_new_came_has_one_report() -> None:
+    choice, report = _Choice(decode, increments=False), {"text": "", "output_ids": [], "meta_info": {"id": "a"}}
+    assert choice.parts(report) == [report]
+
+
+def parsers() -> list[str]:
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    return sorted(FunctionCallParser.ToolCallParserEnum.keys() - {"response_template"})  # the tokenizer has its format
+
+
+@pytest.mark.parametrize("name", parsers())
+def test_a_cut_answer_has_the_tool_calls_of_one_token_a_time(name: str) -> None:
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    def read(chunks: list[str]) -> Any:
+        parser = FunctionCallParser(tools(), name)
+        return joined([*(parser.parse_stream_chunk(chunk) for chunk in chunks), parser.parse_stream_end()])
+
+    draw = random.Random(name)
+    for text in TEXTS:
+        tokens = tokens_of(text)
+        expected = read(tokens)
+        for _ in range(3):
+            sizes, chunks, at = cut(draw, len(tokens)), [], 0
+            for size in sizes:
+                chunks.append("".join(tokens[at : at + size]))
+                at += size
+            choice = _Choice("".join, increments=True)  # type: ignore[arg-type]
+            parts = [
+                part for report in reports(tokens, chunks, sizes, increments=True) for part in choice.parts(report)
+            ]
+            assert read([part["text"] for part in parts]) == expected
+
+
+CUTS = ["0 " * (len(CALL) - 1), "3 0 7 5 6 1 7 3", "7 7 7 7 7", "1 4 2 7 7 6 2 4 5"]
+"""Steps that reach the end of CALL, one token each and several."""
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+CALLED = ("Let me look.", [("look", '{"city": "Bern"}'), ("now", "{}")])
+
+
+@pytest.mark.parametrize("steps", CUTS)
+def test_streamed_chats_have_their_text_and_tool_calls(auf: str, steps: str) -> None:
+    reply = ask(auf, f"call {steps}", chat=True, stream=True, tools=[LOOK, NOW])
+    deltas = [choice["delta"] for chunk in reply.chunks for choice in chunk["choices"]]
+    calls: list[tuple[str, str]] = []
+    for call in (call for delta in deltas for call in delta.get("tool_calls") or []):
+        if call["function"].get("name"):
+            calls.append((call["function"]["name"], ""))
+        name, arguments = calls[call["index"]]
+        calls[call["index"]] = (name, arguments + (call["function"]["arguments"] or ""))
+    assert ("".join(delta.get("content") or "" for delta in deltas).strip(), calls) == CALLED
+    ends = [choice["finish_reason"] for chunk in reply.chunks for choice in chunk["choices"]]
+    assert [end for end in ends if end] == ["tool_calls"]
+    tokens = 1 + sum(1 + int(step) for step in steps.split())
+    assert reply.usage is not None and reply.usage.completion_tokens == tokens
+    assert ours(reply.details) == figures(counted(*map(int, steps.split())))
+
+
+@pytest.mark.parametrize("steps", CUTS)
+def test_streamed_responses_have_their_text_and_tool_calls(auf: str, steps: str) -> None:
+    asked = {"model": "scripted", "input": f"call {steps}", "stream": True, "max_output_tokens": 100}
+    flat = [{"type": "function", **tool["function"]} for tool in (LOOK, NOW)]
+    body = httpx.post(f"{auf}/v1/responses", json={**asked, "tools": flat}, timeout=60).raise_for_status().text
+    lines = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: {")]
+    [end] = [line["response"] for line in lines if line["type"] == "response.completed"]
+    texts = [part["text"] for item in end["output"] if item["type"] == "message" for part in item["content"]]
+    calls = [(item["name"], item["arguments"]) for item in end["output"] if item["type"] == "function_call"]
+    assert ("".join(texts).strip(), calls) == CALLED

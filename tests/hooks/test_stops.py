@@ -16,7 +16,7 @@ from sglang.srt.session.session_controller import Session
 from transformers import PreTrainedTokenizerFast
 
 from sglang_auf.hooks import stops
-from sglang_auf.hooks.stops import continue_session, update_finish_state
+from sglang_auf.hooks.stops import continue_session, keep_computed_keys, leave_unsampled, update_finish_state
 from tests.support.toy_tokenizer import toy_tokenizer
 
 # SGLang's own, without the hook that an installed plugin may have put around it.
@@ -153,3 +153,52 @@ def test_a_session_goes_on_where_the_answer_ended(size: int) -> None:
     assert len(last.output_ids) >= 3  # the last request itself is not changed
     cut = in_steps(request(max_new_tokens=4), [10, 11, 12, 13, 14, 15], [size])
     assert next_turn(cut) == [1, 10, 11, 12, 13, 7, 8]
+
+
+THINK_END = 99
+
+
+@pytest.mark.parametrize("parameters", [{"max_new_tokens": 5}, {"stop_token_ids": [14]}, {"stop": ["e"]}])
+@pytest.mark.parametrize("thought", [2, 4, 7, 64])
+def test_reasoning_is_counted_up_to_the_end_of_the_answer(parameters: dict[str, Any], thought: int) -> None:
+    """thought: so many tokens belong to it, the one that ends it included."""
+    tokens = [*ids("abcdef"), 13, 14] if "stop" in parameters else [10, 11, 12, 13, 14, 15, 16, 17]
+    tokens[thought - 1 : thought] = [THINK_END] * (thought <= len(tokens))
+
+    def counted(made: Req, steps: list[list[int]], finish: Any) -> int:
+        for step in steps:
+            made.update_reasoning_tokens(step, [THINK_END])  # where SGLang does it: before it looks for the end
+            made.output_ids.extend(step)
+            finish(made, len(step))
+            if made.finished():
+                break
+        assert made.finished()
+        return int(made.reasoning_tokens)
+
+    whole = counted(request(**parameters), [tokens], lambda *step: update_finish_state(ORIGINAL, *step))
+    assert whole == counted(request(**parameters), [[token] for token in tokens], ORIGINAL)
+
+
+@pytest.mark.parametrize(("answer", "committed"), [([10, 11, 12], 5), ([10], 3), ([], 3)])
+def test_a_streaming_session_keeps_the_keys_that_are_computed(answer: list[int], committed: int) -> None:
+    """A prompt of 3. The last token of a step has a slot before it has a key."""
+    kv = SimpleNamespace(kv_committed_len=3 + len(answer))
+    turn = SimpleNamespace(origin_input_ids=[1, 2, 3], output_ids=answer, session=SimpleNamespace(session_id="s"))
+    streaming = SimpleNamespace(slots={"s": SimpleNamespace(kv=kv)})
+    assert keep_computed_keys(True, streaming, turn)
+    assert kv.kv_committed_len == committed
+    kv.kv_committed_len = 1
+    keep_computed_keys(True, streaming, turn)
+    assert kv.kv_committed_len == 1, "what SGLang could not keep stays lost"
+
+
+def test_an_aborted_turn_keeps_nothing() -> None:
+    assert not keep_computed_keys(False, SimpleNamespace(slots={}), request())
+
+
+@pytest.mark.parametrize(("limit", "left"), [(0, []), (1, [-0.5])])
+def test_a_request_for_no_token_has_no_log_probability_of_one(limit: int, left: list[float]) -> None:
+    made = request(max_new_tokens=limit)
+    made.logprob = SimpleNamespace(output_token_logprobs_val=[-0.5], output_token_logprobs_idx=[7])
+    leave_unsampled(None, None, 0, made, 0, [7], 1, None)
+    assert (made.logprob.output_token_logprobs_val, len(made.logprob.output_token_logprobs_idx)) == (left, len(left))

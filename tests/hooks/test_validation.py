@@ -47,6 +47,13 @@ def test_a_sampling_mask_is_refused() -> None:
     assert "return_sampling_mask" in reason
 
 
+def test_scores_inside_a_prompt_are_refused() -> None:
+    """SGLang would answer with other positions' scores, and without a word."""
+    reason = refusal(SamplingParams(max_new_tokens=0), token_indices_to_pool=[3, 5])
+    assert reason is not None
+    assert "token_indices_to_pool" in reason and "score_extraction_token_id" in reason
+
+
 def test_min_p_is_refused_where_sglangs_seeded_sampler_draws() -> None:
     """Its assertion would end the engine."""
     reason = refusal(SamplingParams(min_p=0.1), deterministic=True)
@@ -67,7 +74,8 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def request(**parameters: Any) -> SimpleNamespace:
     settings = SamplingParams(**parameters)
-    return SimpleNamespace(sampling_params=settings, return_sampling_mask=False, return_hidden_states=False)
+    asked = {"return_sampling_mask": False, "return_hidden_states": False, "token_indices_to_pool": None}
+    return SimpleNamespace(sampling_params=settings, **asked)
 
 
 def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(flags: SimpleNamespace) -> None:
@@ -76,7 +84,7 @@ def test_the_hook_keeps_sglangs_own_refusal_and_adds_ours(flags: SimpleNamespace
     flags.enable_mixed_chunk = True
     assert "min_new_tokens=3" in str(validate_dflash_request(None, request(min_new_tokens=3), True))
     assert validate_dflash_request(None, request(), True) is None
-    for name in ("return_sampling_mask", "return_hidden_states"):
+    for name in ("return_sampling_mask", "return_hidden_states", "token_indices_to_pool"):
         asking = request()
         setattr(asking, name, True)
         assert name in str(validate_dflash_request(None, asking, False))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative import dflash_worker_v2
@@ -356,7 +357,8 @@ def test_steps_that_decode_are_the_trees_and_all_others_upstreams(
 
     def batch(decodes: bool, extends: bool) -> SimpleNamespace:
         mode = SimpleNamespace(is_decode=lambda: decodes, is_extend=lambda: not decodes)
-        return SimpleNamespace(forward_mode=mode, is_extend_in_batch=extends, reqs=[], sampling_info=None)
+        of_none = {"reqs": [], "sampling_info": None, "has_grammar": False}
+        return SimpleNamespace(forward_mode=mode, is_extend_in_batch=extends, **of_none)
 
     assert worker.forward_batch_generation(batch(True, False))[0] == "upstream", "without trees"
     written: list[bool] = []
@@ -417,6 +419,23 @@ def test_rows_of_trees_are_drawn_at_their_own_temperature_and_position(worker: A
         alone.sampling_seed = given.sampling_seed[request : request + 1]
         p = torch.softmax(logits[row : row + 1] / given.temperatures[request], dim=-1)
         assert drawn[row] == sampler_backend.draw(p, alone, positions[row : row + 1])[0]
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.MIXED, ForwardMode.EXTEND, ForwardMode.DECODE])
+@pytest.mark.parametrize("grammar", [True, False])
+def test_masks_beside_a_prompt_follow_the_tokens_of_the_step_before(
+    mode: ForwardMode, grammar: bool, worker: AufWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a verification SGLang's own worker catches up."""
+    done: list[str] = []
+    monkeypatch.setattr(DFlashWorkerV2, "forward_batch_generation", lambda *_: done.append("step"))
+    batch = SimpleNamespace(
+        forward_mode=mode, has_grammar=grammar, is_extend_in_batch=False, reqs=[], sampling_info=None
+    )
+    worker.forward_batch_generation(batch, grammar_barrier=lambda: done.append("grammar"))
+    assert done == (["grammar"] if mode.is_mixed() and grammar else []) + ["step"]
+    worker.forward_batch_generation(batch)  # SGLang's loop without overlap gives no barrier
+    assert done[-1] == "step"
 
 
 def test_other_heads_are_left_to_sglang(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ CUDA does not work in a fork of a process that has used it.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
 "environment": variables, "features": path or null, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per
-input, "concurrency": n, "logprobs": bool, "swaps": [drafters]}]}. Each job's result is a list of {"ids", "meta"} and
-behind them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers are there. Standard
-output: the exit status of each list's process, a line each.
+input, "concurrency": n, "logprobs": bool, "swaps": [drafters], "session": bool}]}. Each job's result is a list of {"ids",
+"meta"} and behind them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers are there.
+With "session" the inputs are the turns of one streaming session. Standard output: the exit status of each list's process,
+a line each.
 
 features: the hidden states that the drafter is given, one pickled (positions [n], states [n, taps * hidden]) after the
 other. Only the CPU platform's scheduler is a fork of the process that hooks it, and writes them.
@@ -28,6 +29,7 @@ from typing import Any
 
 async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     gate = asyncio.Semaphore(job.get("concurrency", 1))
+    session = await open_session(engine) if job.get("session") else None
 
     answers, swaps = len(job["inputs"]), job.get("swaps", [])
     done = 0
@@ -49,6 +51,7 @@ async def run(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
                 sampling_params=sampling,
                 return_logprob=job.get("logprobs", False),
                 top_logprobs_num=job.get("top_logprobs", 0),
+                session_params=session,
             )
         done += 1
         for place, event in enumerate(reached, 1):
@@ -70,12 +73,20 @@ def keep_features(file: str) -> None:
     HookRegistry.register(f"{worker}._append_target_hidden_to_draft_kv_by_loc", keep, HookType.BEFORE)
 
 
+async def open_session(engine: Any) -> dict[str, str]:
+    """The session parameters of requests that are its turns."""
+    from sglang.srt.managers.io_struct import OpenSessionReqInput
+
+    opened = OpenSessionReqInput(capacity_of_str_len=1 << 16, streaming=True)
+    return {"id": await engine.tokenizer_manager.open_session(opened, None)}
+
+
 def run_list(task: dict[str, Any]) -> None:
     import sglang
 
     if task["features"]:
         keep_features(task["features"])
-    engine = sglang.Engine(log_level="warning", skip_tokenizer_init=True, **task["engine"])
+    engine = sglang.Engine(**{"log_level": "warning", "skip_tokenizer_init": True} | task["engine"])
     try:
         results = [engine.loop.run_until_complete(run(engine, job)) for job in task["jobs"]]
         Path(task["out"]).write_text(json.dumps(results))

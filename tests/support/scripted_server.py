@@ -7,6 +7,7 @@ in a separate process, so that the hooks reach no other test. A prompt is a scri
                             off by a stop; choice 1: the first token, then one step that accepts 1 draft
     "5 abort"               ends as a running request that is aborted does; "queue" ends like one aborted in the queue
     "think 2 5"             2 of the tokens are reasoning
+    "call 3 0 7"            the tokens of the answer are those of CALL, as far as they reach
 
 It starts as an AUF server. POST /algorithm?name=DFLASH turns it into a server of SGLang's own algorithm, and POST
 /algorithm into one that decodes plainly. GET /totals returns the totals of this process, and GET /spans the number of
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import time
 from array import array
@@ -28,7 +30,14 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 8
-WORDS = [str(number) for number in range(BLOCK)] + ["cut", "next", "abort", "queue", "think", "</s>", "<unk>"]
+WORDS = [str(number) for number in range(BLOCK)] + ["cut", "next", "abort", "queue", "think", "</s>", "<unk>", "call"]
+CALL = re.findall(
+    r"</?tool_call>|\n|[^\w\n<]+|\w+",
+    'Let me look. <tool_call>\n{"name": "look", "arguments": {"city": "Bern"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+)
+"""The tokens of an answer with two tool calls, in the format of Qwen 2.5."""
+VOCABULARY = {word: token for token, word in enumerate(dict.fromkeys([*WORDS, *CALL]))}
 
 
 @dataclass
@@ -39,6 +48,14 @@ class Answer:
     cut: int = 0
     ending: str = "stop"
     reasoning_tokens: int = 0
+    calls: bool = False
+
+    def tokens(self, first: int, last: int) -> tuple[list[int], str]:
+        """Ids and text of the tokens from `first` up to `last`."""
+        if not self.calls:
+            return [0] * (last - first), "a " * (last - first)
+        words = (CALL + ["</s>"] * last)[first:last]
+        return [VOCABULARY[word] for word in words], "".join(words).replace("</s>", "")
 
 
 def answers(words: list[str]) -> list[Answer]:
@@ -52,6 +69,8 @@ def answers(words: list[str]) -> list[Answer]:
                 found[-1].cut = int(next(rest))
             case "think":
                 found[-1].reasoning_tokens = int(next(rest))
+            case "call":
+                found[-1].calls = True
             case "abort" | "queue":
                 found[-1].ending = word
             case _:
@@ -61,17 +80,18 @@ def answers(words: list[str]) -> list[Answer]:
 
 def write_model(directory: Path) -> None:
     """A configuration and a tokenizer; no weights, nothing loads them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(directory)
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=len(WORDS),
+        vocab_size=len(VOCABULARY),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
@@ -134,14 +154,15 @@ class Playback:
         steps = answer.accepted if get_spec().speculative_algorithm else []
         # SGLang grows its histogram only as far as it needs: schedule_batch.py, update_spec_correct_drafts_histogram.
         histogram = [steps.count(accepted) for accepted in range(max(steps, default=-1) + 1)]
+        ids, text = answer.tokens(done - new, done)
         unused = {name: [] for name in BatchStrOutput.__struct_fields__ if "logprobs" in name and "flat" not in name}
         self.manager.last_receive_tstamp = time.time()  # as handle_loop does; the health check reads it
         await self.manager._handle_batch_output(
             BatchStrOutput(
                 rids=[request.rid],
                 finished_reasons=[reason],
-                output_strs=["a " * new],
-                output_ids=[array("q", [0] * new)],
+                output_strs=[text],
+                output_ids=[array("q", ids)],
                 prompt_tokens=[len(request.input_ids)],
                 completion_tokens=[done],
                 reasoning_tokens=[answer.reasoning_tokens],
@@ -252,6 +273,7 @@ def main(directory: Path, port: int) -> None:
         host="127.0.0.1",
         port=port,
         log_level="warning",
+        tool_call_parser="qwen25",
     )
     arguments.resolve_once()
     set_prometheus_multiproc_dir()
