@@ -48,7 +48,7 @@ class TokenTexts:
         self._before: list[int] = []
         self._pending: list[int] = []
         self._cut = False
-        """Whether the text of the tokens before was returned without its last character, of which the rest is to come."""
+        """Whether the text of the tokens before was returned without its last character, whose rest is to come."""
 
     @property
     def inside_character(self) -> bool:

@@ -5,11 +5,11 @@ SGLang once for all of them and does nothing else. Where there is a GPU it has n
 CUDA does not work in a fork of a process that has used it.
 
 Standard input: a JSON object a line, {"engine": Engine arguments, "out": path, "log": path of its output,
-"environment": variables, "features": path or null, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one per
-input, "concurrency": n, "logprobs": bool, "swaps": [drafters], "session": bool}]}. Each job's result is a list of {"ids",
-"meta"} and behind them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers are there.
-With "session" the inputs are the turns of one streaming session. Standard output: the exit status of each list's process,
-a line each.
+"environment": variables, "features": path or null, "jobs": [{"inputs": [[token ids]], "sampling": {...} or one of each
+input, "concurrency": n, "logprobs": bool, "swaps": [drafters], "session": bool}]}. Each job's result is a list of
+{"ids", "meta"} and behind them of {"swap"}: of n drafters the k-th is swapped in when k of n + 1 parts of the answers
+are there. With "session" the inputs are the turns of one streaming session. Standard output: the exit status of each
+list's process, a line each.
 
 features: the hidden states that the drafter is given, one pickled (positions [n], states [n, taps * hidden]) after the
 other. Only the CPU platform's scheduler is a fork of the process that hooks it, and writes them.
