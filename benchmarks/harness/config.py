@@ -133,6 +133,12 @@ class ServedProfile(CommandConfig):
 
     _profile_sha256: str | None = PrivateAttr(None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _computed_again(cls, fields: Any) -> Any:
+        """A report that is read back has the digest too."""
+        return {name: value for name, value in fields.items() if name != "profile_sha256"}
+
     def model_post_init(self, context: Any) -> None:
         """Now, because a file may say something else when the command has ended."""
         if content := profile_content(self.profile):

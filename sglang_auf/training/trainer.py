@@ -29,6 +29,7 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TrainingError
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.products import bf16_products
+from sglang_auf.recording.manifest import require_target
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import (
@@ -84,6 +85,7 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
         accelerator = make_accelerator(recipe, out)
         try:
             check_launch(recipe, accelerator)
+            require_target(recipe.data.sources, find_target(recipe.target, recipe.target_revision))
             with run_directory.opened(out, fresh) if accelerator.is_main_process else nullcontext():
                 if accelerator.is_main_process:
                     run_directory.copy_recordings(out, recipe.data.sources)
@@ -120,8 +122,7 @@ class Trainer:
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):
             logger.warning(
                 "drafter.mask_token_id %d is also %d tokens of the data: choose an id that no text uses, or auto",
-                self.config.mask_token_id,
-                count,
+                *(self.config.mask_token_id, count),
             )
         self.plan = Plan(self.data.train, recipe)
         _require_a_step_of_each_objective(recipe, self.plan.steps)
@@ -309,13 +310,12 @@ class Trainer:
         self._refuse_other_run(state)
         if state.ranks != self.ranks:
             logger.warning("saved by %d ranks, resumed by %d: rounding will differ", state.ranks, self.ranks)
-        weights: Tensors = {}
-        optimiser: Tensors = {}
+        saved: tuple[Tensors, Tensors] = {}, {}
         if self.accelerator.is_main_process:
-            weights, optimiser = read_tensors(self.checkpoints.path(state.step))
+            saved = read_tensors(self.checkpoints.path(state.step))
             if state.best_step is not None:  # the process may have been killed between saving and linking
                 self.checkpoints.link_best(state.best_step)
-        restore(self.model, self.optimisers, weights, optimiser, self.ranks)
+        restore(self.model, self.optimisers, *saved, self.ranks)
         self.state = state.model_copy(update={"recipe": self.state.recipe, "ranks": self.ranks})
         logger.info("resumed %s after step %d", self.out, state.step)
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.errors import ConfigError, TargetError
+from sglang_auf.models.products import bf16_products
 from sglang_auf.training.data import features as module
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures, find_target
 from tests.support.tiny_models import LAYERS, VOCABULARY, target_config, write_gemma4, write_qwen2, write_target
@@ -76,7 +77,7 @@ def batch(seed: int = 0) -> tuple[list[str], Tensor, Tensor]:
 
 def reference(directory: Path, dtype: torch.dtype, input_ids: Tensor) -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
-    with torch.no_grad():
+    with torch.no_grad(), bf16_products():
         return model(input_ids, output_hidden_states=True, use_cache=False)
 
 

@@ -174,7 +174,7 @@ def test_held_out_rows_have_labels_where_serving_drafts(
     recipe = tiny_recipe(*write_models(tmp_path))
     mask = [False, *[True] * 3, False, *[True] * 5]
     chats = [Conversation(f"row-{n}", [n, *range(10, 19)], mask, unserved=((1, 4),)) for n in range(30)]
-    loaded = LoadedConversations(chats, {}, [], "")
+    loaded = LoadedConversations(chats, {}, [], [], "")
     monkeypatch.setattr(loader, "load_conversations", lambda *_, **__: loaded)
     data = loader.load_data(recipe, Path(recipe.target), 64, apart)
     assert {sum(chat.loss_mask) for chat in data.held_out} == {labels}
