@@ -15,11 +15,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positional: Collection[str] = ()) -> None:
-    """Add a flag (or, for the fields in `positional`, an argument) for each field of `model`.
+    """Add a flag (or, for the fields in `positional`, an argument) for each field of `model` that has a description.
 
-    A flag that is not given is absent from the parsed options, so that defaults live in the model alone.
+    A field without one is not for users to set. A flag that is not given is absent from the parsed options, so that
+    defaults live in the model alone.
     """
     for name, field in model.model_fields.items():
+        if field.description is None:
+            continue
         if name in positional:
             several: dict[str, Any] = {"nargs": "+"} if _takes_several(field.annotation) else {}
             parser.add_argument(name, metavar=name.upper(), help=field.description, **several)

@@ -19,6 +19,7 @@ class Walk(Settings):
     stops: tuple[str, ...] = Field(default=(), description="may be repeated")
     rain: bool = Field(default=False, description="in any weather")
     guide: str | None = Field(default=None, alias="led-by", description="who leads")
+    hours: float = Field(default_factory=lambda given: 20 / given["pace_kmh"])
 
     @model_validator(mode="after")
     def _dry(self) -> Self:
@@ -40,6 +41,12 @@ def parsed(*arguments: str) -> dict[str, Any]:
 def test_flags_that_are_not_given_are_absent() -> None:
     assert parsed("a", "b") == {"places": ["a", "b"]}
     assert from_flags(Walk, parsed("a")).pace_kmh == 4.5
+
+
+def test_a_field_without_a_description_is_no_flag() -> None:
+    with pytest.raises(SystemExit):
+        parsed("a", "--hours", "1")
+    assert from_flags(Walk, parsed("a", "--pace-kmh", "5")).hours == 4
 
 
 def test_flags_are_read_by_the_model() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, computed_field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from benchmarks.harness.servers import PROFILES, profile_content
 from sglang_auf.settings import Settings, settings_names
@@ -126,29 +126,17 @@ class RunConfig(Workload):
         return self
 
 
+def profile_digest(path_or_name: str) -> str | None:
+    """SHA-256 of what a profile and those that it extends say, without --set; None where there is no such profile."""
+    content = profile_content(path_or_name)
+    return hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest() if content else None
+
+
 class ServedProfile(CommandConfig):
-    """What commands share that start servers of a profile."""
+    """What commands share that start servers of a profile. profile_sha256: as it was when the command began."""
 
     profile: str = Field(description="server profile, a name or a file, as for python -m server --profile")
-
-    _profile_sha256: str | None = PrivateAttr(None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _computed_again(cls, fields: Any) -> Any:
-        """A report that is read back has the digest too."""
-        return {name: value for name, value in fields.items() if name != "profile_sha256"}
-
-    def model_post_init(self, context: Any) -> None:
-        """Now, because a file may say something else when the command has ended."""
-        if content := profile_content(self.profile):
-            self._profile_sha256 = hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def profile_sha256(self) -> str | None:
-        """Of what the profile and those that it extends say, without --set; None where there is no such profile."""
-        return self._profile_sha256
+    profile_sha256: str | None = Field(default_factory=lambda given: profile_digest(given["profile"]))
 
     @property
     def profile_text(self) -> str:
