@@ -17,7 +17,7 @@ import torch
 from sglang_auf import compat, plugin
 from sglang_auf.cpu import platform
 from sglang_auf.errors import CompatError
-from sglang_auf.speculative import swap
+from sglang_auf.speculative import algorithm, swap
 
 PLATFORM = "sglang_auf.cpu.platform.AufCpuPlatform"
 
@@ -147,7 +147,7 @@ def test_sglang_loads_all_of_it() -> None:
         "attention": True,
         "hooks": sorted(
             f"{hook.kind} {hook.target.replace(':', '.')} {hook.function.__name__}"
-            for hook in (*plugin.HOOKS, *swap.HOOKS, *platform.HOOKS)
+            for hook in (*plugin.HOOKS, *algorithm.HOOKS, *swap.HOOKS, *platform.HOOKS)
         ),
         "unapplied": [],
         "refuses": True,
