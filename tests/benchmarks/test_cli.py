@@ -100,6 +100,7 @@ def test_a_command_with_pictures_says_at_once_that_it_needs_matplotlib(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("benchmarks.training.demo.serve", lambda *_, **__: pytest.fail("it began"))
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "pip install -c constraints.txt matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
