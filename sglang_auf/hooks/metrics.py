@@ -184,9 +184,10 @@ def _report_in_time(accept: Callable[..., None], reports: Any, *, req: Any) -> N
     """Around `_GenerationStreamAccumulator.accept`, in the scheduler.
 
     Of an answer that is not streamed it hands tokens over where their number is a multiple of an interval (50), which
-    steps of several tokens pass by, so that a slow server seemed to stand still.
+    steps of several tokens pass by, so that a slow server seemed to stand still. What is handed over is not taken back
+    if it turns out to be the beginning of a stop, so a text with stops is left to SGLang.
     """
-    if req.stream:
+    if req.stream or req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs:
         accept(reports, req=req)
         return
     now, interval = time.monotonic(), reports.default_force_stream_interval

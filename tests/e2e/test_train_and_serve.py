@@ -25,6 +25,7 @@ LEARNT = TOKENS + BLOCK
 """The last verify step may look past the end of what is asked for."""
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
 MASK = 3
+HELD_OUT = 2
 
 
 class Agreeing:
@@ -62,10 +63,11 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Ten prompts and what the engine answers without speculation, as rows of training data."""
+def rows(target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Twelve prompts and what the engine answers without speculation, as rows of training data."""
     generator = random.Random(3)
-    prompts = [[generator.randrange(4, VOCABULARY) for _ in range(generator.randint(5, 30))] for _ in range(10)]
+    count = 10 + HELD_OUT
+    prompts = [[generator.randrange(4, VOCABULARY) for _ in range(generator.randint(5, 30))] for _ in range(count)]
     engine = {"model_path": str(target), "context_length": 256}
     job = {"inputs": prompts, "sampling": GREEDY | {"max_new_tokens": LEARNT}, "concurrency": 4}
     (replies,) = run_engine(tmp_path_factory.mktemp("plain"), engine, [job])
@@ -75,25 +77,36 @@ def answers(target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     ]
 
 
-def trained(target: Path, answers: list[dict[str, Any]], directory: Path, **drafter: Any) -> Path:
-    """A drafter overfitted on the answers, as it would be exported for a user."""
+@pytest.fixture(scope="module")
+def answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ten rows that a training learns. The other two it holds out, and they say nothing here."""
+    from sglang_auf.training.data.conversations import Conversation, split_held_out
+
+    conversations = [
+        Conversation(
+            row["id"],
+            row["prompt_ids"] + row["response_ids"],
+            [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"]),
+        )
+        for row in rows
+    ]
+    learnt = {conversation.id for conversation in split_held_out(conversations, count=HELD_OUT)[0]}
+    return [row for row in rows if row["id"] in learnt]
+
+
+def trained(target: Path, rows: list[dict[str, Any]], directory: Path, **drafter: Any) -> Path:
+    """A drafter overfitted on the rows, as it would be exported for a user."""
     from sglang_auf.training.export import export_checkpoint
     from sglang_auf.training.recipe import parse_recipe
     from sglang_auf.training.trainer import train
 
-    # A held-out row is a copy but for its last token, because the question is whether the answers were learnt.
-    copies = [
-        {**row, "id": f"{row['id']}/{copy}", "response_ids": row["response_ids"][: len(row["response_ids"]) - copy]}
-        for row in answers
-        for copy in range(2)
-    ]
     data = directory / "answers.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in copies))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     objective = "b-auf" if drafter.get("head") == "domino" else "auf"
     recipe = parse_recipe(
         {
             "target": str(target),
-            "data": {"sources": [str(data)], "max_length": 128, "held_out": 2},
+            "data": {"sources": [str(data)], "max_length": 128, "held_out": HELD_OUT},
             "drafter": {
                 "num_layers": 1,
                 "target_layer_ids": [1, 2],
@@ -119,14 +132,14 @@ def trained(target: Path, answers: list[dict[str, Any]], directory: Path, **draf
     "shape", [{}, {"head": "domino", "gru_hidden_dim": 32, "emb_dim": 16}], ids=["dflash", "domino"]
 )
 def test_overfitted_drafter_is_served_as_the_torch_models_decode(
-    target: Path, answers: list[dict[str, Any]], tmp_path: Path, shape: dict[str, Any]
+    target: Path, rows: list[dict[str, Any]], answers: list[dict[str, Any]], tmp_path: Path, shape: dict[str, Any]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     from sglang_auf.models.loading import load_drafter
     from tests.reference.rollout import rollout
 
-    drafter = trained(target, answers, tmp_path, **shape)
+    drafter = trained(target, rows, tmp_path, **shape)
     engine = {
         "model_path": str(target),
         "context_length": 256,

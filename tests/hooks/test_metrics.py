@@ -210,25 +210,31 @@ def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, al
 
 
 def test_an_answer_that_is_not_streamed_is_handed_over_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of three tokens pass by the multiples of 50 at which SGLang hands over; streams are as they were."""
+    """Steps of three tokens pass by the multiples of 50 at which SGLang hands over; streams are as they were.
+
+    Nothing is handed over that a stop may cut off later.
+    """
     now = 0.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     accept = output_streamer._GenerationStreamAccumulator.accept
-    handed: dict[bool, list[list[int]]] = {}
-    for stream in (False, True):
-        request = Req("r", "", array("q", [1]), SamplingParams(max_new_tokens=900), vocab_size=64, stream=stream)
-        request.sampling_params.normalize(None)
+    handed: dict[str, list[list[int]]] = {}
+    kinds: dict[str, dict[str, Any]] = {"whole": {}, "stream": {}, "stop": {"stop": "x"}, "regex": {"stop_regex": "x"}}
+    for kind, stops in kinds.items():
+        settings = SamplingParams(max_new_tokens=900, **stops)
+        request = Req("r", "", array("q", [1]), settings, vocab_size=64, stream=kind == "stream")
         request.tokenizer = toy_tokenizer()
-        handed[stream] = []
+        request.sampling_params.normalize(request.tokenizer)
+        handed[kind] = []
         for _ in range(16):
             now += 0.3
             request.output_ids.extend([5, 6, 7])
             reports = output_streamer._GenerationStreamAccumulator(**REPORTS)
             metrics._report_in_time(accept, reports, req=request)
             assert reports.default_force_stream_interval == 50
-            handed[stream] += map(list, reports.output_ids)
-    assert handed[True] == [[5, 6, 7]] * 16
-    assert handed[False] == [[5, 6, 7] * 5, [5, 6, 7] * 4, [5, 6, 7] * 4]
+            handed[kind] += map(list, reports.output_ids)
+    assert handed["stream"] == [[5, 6, 7]] * 16
+    assert handed["whole"] == [[5, 6, 7] * 5, [5, 6, 7] * 4, [5, 6, 7] * 4]
+    assert handed["stop"] == handed["regex"] == []
 
 
 REPORTS: dict[str, Any] = {
