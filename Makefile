@@ -69,7 +69,7 @@ study-smoke: env
 
 test: env
 	$(BIN)/sglang-auf prepare smollm2-135m
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30 $(ARGS)
 
 serve: env
 	$(BIN)/python -m server --profile $(PROFILE) $(ARGS)

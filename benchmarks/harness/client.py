@@ -1,8 +1,10 @@
-"""One request to a server, and the speculation counts that SGLang adds to its reply.
+"""One request to a server, and what it adds to its reply: token ids, and counts of verify steps.
 
-Messages go to the chat route. A text goes to the route of completions, which puts it into no chat template; there the
-token ids come in the choice, where a chat's reply has them in sglext. A server that is not SGLang gives neither counts
-nor ids; how many tokens there are is what the reply's usage says.
+Messages go to the chat route. A text goes to the route of completions, which puts it into no chat template. SGLang has
+token ids in the choice of a completion, and in sglext of a chat; vLLM has them in the choice, and a chat's prompt in
+the reply. SGLang counts verify steps in sglext.spec_tokens_details, vLLM in metrics.speculative_decoding, where it was
+started with --per-request-spec-decode-metrics (docs.vllm.ai, "Per-Request Acceptance Metrics"). Any other server gives
+neither; how many tokens there are is what the reply's usage says.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 import openai
@@ -25,7 +27,15 @@ from benchmarks.harness.config import Workload
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER
 from sglang_auf.training.data.chats import Message
-from sglang_auf.training.generation.client import EXACT_IDS, UNSHAPED, SglExt, openai_client, template_fields
+from sglang_auf.training.generation.client import (
+    EXACT_IDS,
+    TOKEN_IDS,
+    UNSHAPED,
+    SglExt,
+    openai_client,
+    template_fields,
+    token_ids,
+)
 
 
 class ReplyError(Exception):
@@ -34,8 +44,10 @@ class ReplyError(Exception):
 
 COUNTS = {"return_spec_tokens_details": True}
 CHAT_DETAILS = {**COUNTS, **EXACT_IDS}
-TEXT_DETAILS = {**COUNTS, "return_token_ids": True}
+TEXT_DETAILS = {**COUNTS, **TOKEN_IDS}
 """SGLang's request fields for the counts of drafts and the token ids in the reply."""
+
+Engine = Literal["sglang", "vllm", "other"]
 
 FAILURES = (openai.APIError, httpx.HTTPError, ReplyError, ValueError)
 """What a request may raise. In the middle of a stream the openai client lets httpx's errors through, and anywhere a
@@ -92,17 +104,23 @@ class ChatClient:
     """Asks one server. Nothing is retried, because a failed request is a result too."""
 
     def __init__(
-        self, base_url: str, model: str, workload: Workload, stream: bool, spans: bool = False, sglang: bool = True
+        self,
+        base_url: str,
+        model: str,
+        workload: Workload,
+        stream: bool,
+        spans: bool = False,
+        engine: Engine = "sglang",
     ) -> None:
         """spans: have a stream say of each token whether it was a draft; only AUF servers do, and only of chats.
 
-        sglang: ask for token ids and counts of drafts, with fields that other servers may refuse.
+        engine: what the server is, which decides with which fields it is asked for token ids and counts of drafts.
         """
         self._openai = openai_client(
             f"{base_url}/v1", connections=workload.concurrency, timeout_s=workload.timeout_s, retries=0
         )
         self._stream = stream
-        self._sglang = sglang
+        self._engine = engine
         self._thinking: dict[str, Any] = template_fields(workload.thinking).get("chat_template_kwargs", {})
         self._options: dict[str, Any] = {
             "model": model,
@@ -137,20 +155,23 @@ class ChatClient:
         create: Any
         if isinstance(asked, str):
             create = self._openai.completions.create
-            details = TEXT_DETAILS if self._sglang else {}
+            details = self._details(TEXT_DETAILS)
             arguments |= {"prompt": asked, "extra_body": {**UNSHAPED, **details}}
         else:
             create = self._openai.chat.completions.create
             fields = dict(request or {})
             if variables := {**fields.pop("chat_template_kwargs", {}), **self._thinking}:
                 fields["chat_template_kwargs"] = variables
-            details = CHAT_DETAILS if self._sglang else {}
+            details = self._details(CHAT_DETAILS)
             arguments |= {"messages": asked, "extra_body": {**UNSHAPED, **details, **fields}}
         reply = Reply()
         await (self._read_stream if self._stream else self._read_whole)(create, arguments, reply)
         if reply.finish_reason in (None, "abort"):
             raise ReplyError(f"the server ended the answer with finish_reason {reply.finish_reason!r}")
         return reply
+
+    def _details(self, sglangs: dict[str, Any]) -> dict[str, Any]:
+        return {"sglang": sglangs, "vllm": TOKEN_IDS, "other": {}}[self._engine]
 
     async def _read_whole(self, create: Any, arguments: dict[str, Any], reply: Reply) -> None:
         completion: Any = await create(**arguments)  # the openai client hands over whatever came with status 200
@@ -184,15 +205,22 @@ Part = ChatCompletion | ChatCompletionChunk | Completion
 def _read_choice(reply: Reply, choice: Choice | ChunkChoice | CompletionChoice) -> bool:
     """Add the text, the end and the token ids of a choice, or of a part of one. Whether it has text."""
     if isinstance(choice, CompletionChoice):
-        text, more = choice.text, choice.model_extra or {}
-        reply.prompt_ids = more.get("prompt_token_ids") or reply.prompt_ids
-        if more.get("token_ids") is not None:
-            reply.output_ids = (reply.output_ids or []) + more["token_ids"]
+        text = choice.text
+        reply.prompt_ids = _ids(choice, "prompt_token_ids") or reply.prompt_ids
     else:
         text = (choice.delta if isinstance(choice, ChunkChoice) else choice.message).content or ""
+    if (ids := _ids(choice, "token_ids")) is not None:
+        reply.output_ids = (reply.output_ids or []) + ids
     reply.text += text
     reply.finish_reason = choice.finish_reason or reply.finish_reason
     return bool(text)
+
+
+def _ids(part: Part | Choice | ChunkChoice | CompletionChoice, name: str) -> list[int] | None:
+    try:
+        return token_ids(part, name)
+    except ValueError as error:
+        raise ReplyError(str(error)) from None
 
 
 def _count(reply: Reply, part: Part) -> None:
@@ -202,7 +230,11 @@ def _count(reply: Reply, part: Part) -> None:
 
 
 def _extend(reply: Reply, part: Part) -> None:
-    """Add to `reply` the SGLang extension of a reply, or of one chunk of it."""
+    """Add to `reply` what SGLang or vLLM adds to a reply, or to one chunk of it."""
+    reply.prompt_ids = _ids(part, "prompt_token_ids") or reply.prompt_ids
+    metrics = (part.model_extra or {}).get("metrics")
+    if isinstance(metrics, dict) and (counts := metrics.get("speculative_decoding")) is not None:
+        _count_drafts(reply, *_vllms_counts(counts))
     try:
         extension = SglExt.of(part)
     except ValueError as error:
@@ -217,12 +249,30 @@ def _extend(reply: Reply, part: Part) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(f"spans cannot be read: {type(error).__name__}: {error}") from None
     if extension.spec_tokens_details is not None:
-        reply.histogram = histogram_of(extension.spec_tokens_details)
-        reply.proposed = extension.spec_tokens_details.get("proposed")
-        try:
-            Acceptance.of_request(reply.histogram, reply.completion_tokens, reply.proposed)
-        except (TypeError, ValueError) as error:
-            raise ReplyError(f"spec_tokens_details counts {reply.proposed!r} proposed drafts: {error}") from None
+        _count_drafts(reply, histogram_of(extension.spec_tokens_details), extension.spec_tokens_details.get("proposed"))
+
+
+def _count_drafts(reply: Reply, histogram: list[int], proposed: int | None) -> None:
+    reply.histogram, reply.proposed = histogram, proposed
+    try:
+        Acceptance.of_request(histogram, reply.completion_tokens, proposed)
+    except (TypeError, ValueError) as error:
+        raise ReplyError(f"the reply counts {proposed!r} proposed drafts: {error}") from None
+
+
+def _vllms_counts(counts: Any) -> tuple[list[int], int]:
+    """The histogram and the number of proposed drafts in metrics.speculative_decoding."""
+    try:
+        histogram = [int(n) for n in counts["acceptance_histogram"]]
+        steps, proposed = int(counts["num_spec_steps"]), int(counts["num_draft_tokens"])
+        histogram += [0] * (int(counts["num_spec_tokens"]) + 1 - len(histogram))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplyError(f"metrics.speculative_decoding cannot be read: {type(error).__name__}: {error}") from None
+    if sum(histogram) != steps:
+        raise ReplyError(
+            f"metrics.speculative_decoding counts {steps} verify steps and a histogram of {sum(histogram)}"
+        )
+    return histogram, proposed
 
 
 def histogram_of(details: dict[str, Any]) -> list[int]:

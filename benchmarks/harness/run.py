@@ -38,6 +38,7 @@ OTHER_SERVER = (
     "no SGLang server: what it runs, and on what, is not known, nor whether it decodes plainly. Tokens are those that "
     "its replies count (usage)"
 )
+VLLM_SERVER = "a server of vLLM: its drafter, device and dtype are not known. Tokens are those that its replies count"
 
 
 def chosen_prompts(questions: AskedTasks) -> list[Selection]:
@@ -74,7 +75,7 @@ def ask(
     if run.unfinished(prompts):
         run.prepare()
         if config.empty_cache:
-            flush_cache(config.base_url)
+            flush_cache(config.base_url, vllm=run.manifest.server.vllm is not None)
         run.ask(prompts, label)
         run.require_same_drafter()
     run.require_tau()
@@ -106,7 +107,7 @@ class BenchmarkRun:
                 "leave --record-steps out",
             )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = [OTHER_SERVER] if server.sglang is None else [] if config.plain else card_warnings(config)
+        manifest.warnings = _warnings(config, server)
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -137,7 +138,7 @@ class BenchmarkRun:
             config,
             config.stream,
             spans=config.record_steps,
-            sglang=server.sglang is not None,
+            engine="sglang" if server.sglang else "vllm" if server.vllm else "other",
         )
 
     def unfinished(self, prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -163,7 +164,7 @@ class BenchmarkRun:
     def _require_kind(self, verify_steps: Iterable[int]) -> None:
         if self.config.plain == any(verify_steps):
             found = "replies with verify steps" if self.config.plain else "no verify step in any reply"
-            raise _wrong_server(self.config, found)
+            raise _wrong_server(self.config, found, self.manifest.server.vllm)
 
     def require_tau(self) -> None:
         """After the last request: a run without a verify step has no tau. Raises ServerError, as `begin` does."""
@@ -302,31 +303,45 @@ def _answered(outcome: Reply | BaseException) -> Reply:
 
 
 def _facts(config: RunConfig) -> ServerFacts:
-    """What the server says of itself; one that is not SGLang is asked only where config.plain says so."""
+    """What the server says of itself; one that is neither SGLang nor vLLM is asked only where config.plain says so."""
     try:
         return server_facts(config.base_url, config.model)
     except OtherServer as error:
-        if not config.plain:
-            raise ServerError(
-                error.found,
-                "an SGLang server: tau needs its counts of verify steps",
-                "check the URL, or add --plain to measure the speed of another server alone",
-            ) from None
-        if config.empty_cache:
-            raise ServerError(
-                f"--empty-cache, and {error.found}",
-                "an SGLang server, whose prefix cache can be emptied",
-                "leave --empty-cache out",
-            ) from None
-        return other_facts(config.base_url, config.model)
+        found = error.found
+    facts = other_facts(config.base_url, config.model)
+    if facts.vllm is None and not config.plain:
+        raise ServerError(
+            found,
+            "a server of SGLang or vLLM: tau needs its counts of verify steps",
+            "check the URL, or add --plain to measure the speed of another server alone",
+        )
+    if facts.vllm is None and config.empty_cache:
+        raise ServerError(
+            f"--empty-cache, and {found}",
+            "a server of SGLang or vLLM, whose prefix cache can be emptied",
+            "leave --empty-cache out",
+        )
+    return facts
 
 
-def _wrong_server(config: RunConfig, found: str) -> ServerError:
+def _warnings(config: RunConfig, server: ServerFacts) -> list[str]:
+    if server.sglang is None:
+        return [OTHER_SERVER if server.vllm is None else VLLM_SERVER]
+    return [] if config.plain else card_warnings(config)
+
+
+def _wrong_server(config: RunConfig, found: str, vllm: str | None = None) -> ServerError:
     if config.plain:
         return ServerError(
             f"{found} at {config.base_url}",
             "a server that decodes plainly, as --plain says",
             "leave --plain out, or start the baseline with python -m server --plain",
+        )
+    if vllm is not None:
+        return ServerError(
+            f"{found} at {config.base_url}",
+            "a vLLM server that counts the verify steps of each request",
+            "start it with --per-request-spec-decode-metrics summary",
         )
     return ServerError(
         f"{found} at {config.base_url}",

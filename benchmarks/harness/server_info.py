@@ -1,4 +1,7 @@
-"""What a server is, and SGLang's own routes (those that OpenAI lacks): log-probabilities, an empty prefix cache."""
+"""What a server is, and routes that OpenAI lacks: log-probabilities, an empty prefix cache.
+
+Of SGLang's servers, and of vLLM's as its documentation (0.32) has them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from sglang_auf.training.generation.client import is_local, tls
 
 FLUSH_S = 10.0
 CARD = "/v1/auf/card"
+DRAFTS = "vllm:spec_decode_num_drafts"
+"""A counter in vLLM's /metrics where it speculates."""
+VLLMS_METRICS = "vllm:"
 SAID_BY_CARD = ("tree", "tree_nodes", "draft_vocabulary", "weights")
 
 
@@ -25,8 +31,8 @@ class ServerFacts(StrictModel):
     draft_vocabulary, weights: of the running drafter, as /v1/auf/card has them; swaps: of drafters, since the server's
     start. These seven are None where nobody says it: SGLang's own server has no card, and earlier versions did not ask.
 
-    sglang: its version; None for a server that is not SGLang, of which nothing is known but `model`. What is None then
-    is unknown, drafter and algorithm included.
+    sglang: its version; None for a server that is not SGLang. vllm: the version of one that is vLLM, of which target
+    and algorithm ("speculative") are known; of any other server nothing is but `model`. What is None then is unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,6 +45,7 @@ class ServerFacts(StrictModel):
     device: str | None
     dtype: str | None
     sglang: str | None
+    vllm: str | None = None
     revision: str | None = None
     overlap: bool | None = None
     tree: bool | None = None
@@ -90,18 +97,44 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
 
 
 def other_facts(base_url: str, model: str | None = None) -> ServerFacts:
-    """Of any OpenAI-compatible server: the name of its model, and nothing else. model: as for `server_facts`."""
-    listed = first_model(base_url)
-    unknown = dict.fromkeys(("target", "drafter", "algorithm", "block_size", "device", "dtype", "sglang"))
-    return ServerFacts(model=model or listed, **unknown)
+    """What a server says of itself that is not SGLang. model: as for `server_facts`. Raises ServerError."""
+    listed = _listed_models(base_url)
+    facts: dict[str, Any] = dict.fromkeys(("target", "drafter", "algorithm", "block_size", "device", "dtype", "sglang"))
+    card = next((card for card in listed if card["id"] == model), listed[0])
+    if card.get("owned_by") == "vllm":
+        facts |= _vllm_facts(base_url, card.get("root"))
+    return ServerFacts(model=model or str(card["id"]), **facts)
+
+
+def _vllm_facts(base_url: str, target: str | None) -> dict[str, Any]:
+    """Of a server of vLLM; {} for one behind a router that hides its routes. Raises ServerError."""
+    try:
+        version, counters = call(base_url, "/version"), call(base_url, "/metrics", text=True)
+    except NoRoute:
+        return {}
+    if VLLMS_METRICS not in counters or not isinstance(version, dict):
+        raise ServerError(
+            f"no counter of vLLM in {base_url}/metrics",
+            "vLLM's counters, which say whether it speculates",
+            "start vLLM without --disable-log-stats",
+        )
+    algorithm = "speculative" if DRAFTS in counters else None
+    return {"target": target, "vllm": str(version.get("version")), "algorithm": algorithm}
 
 
 def first_model(base_url: str) -> str:
     """The first name that /v1/models lists. Raises ServerError."""
+    return str(_listed_models(base_url)[0]["id"])
+
+
+def _listed_models(base_url: str) -> list[dict[str, Any]]:
+    """What /v1/models says of its models, of which there is one or more. Raises ServerError."""
     try:
-        return str(call(base_url, "/v1/models")["data"][0]["id"])
+        listed: list[dict[str, Any]] = call(base_url, "/v1/models")["data"]
+        _ = [model["id"] for model in listed], listed[0]
     except (KeyError, IndexError, TypeError) as error:
         raise ServerError(f"{base_url}/v1/models without {error}", "an OpenAI-compatible server") from None
+    return listed
 
 
 def drafter_card(base_url: str) -> dict[str, Any] | None:
@@ -152,20 +185,23 @@ def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[in
     return chosen, best
 
 
-def flush_cache(base_url: str) -> None:
+def flush_cache(base_url: str, vllm: bool = False) -> None:
     """Forget cached prefixes, so that earlier prompts are prefilled again. Raises ServerError unless it is idle."""
-    url = f"{base_url}/flush_cache"
+    url = f"{base_url}/reset_prefix_cache" if vllm else f"{base_url}/flush_cache"
     try:
-        response = _send("POST", url, params={"timeout": FLUSH_S}, timeout=2 * FLUSH_S)
+        response = _send("POST", url, params={} if vllm else {"timeout": FLUSH_S}, timeout=2 * FLUSH_S)
         response.raise_for_status()
     except httpx.HTTPError as error:
-        raise ServerError(
-            f"{type(error).__name__} from {url}: {error}", "an idle SGLang server", "send it no other requests"
-        ) from None
+        expected, remedy = "an idle SGLang server", "send it no other requests"
+        if vllm:
+            expected, remedy = "an idle vLLM server with that route", "start it with VLLM_SERVER_DEV_MODE=1"
+        raise ServerError(f"{type(error).__name__} from {url}: {error}", expected, remedy) from None
 
 
-def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120.0) -> Any:
-    """The JSON reply to a GET, or to a POST of `body`.
+def call(
+    base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120.0, text: bool = False
+) -> Any:
+    """The JSON reply to a GET, or to a POST of `body`. text: the reply is text.
 
     timeout_s: how long the server may be silent. Raises NoRoute for status 404, and ServerError when the server is down
     or refuses otherwise.
@@ -174,7 +210,7 @@ def call(base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s
     try:
         response = _send("GET" if body is None else "POST", url, json=body, timeout=timeout_s)
         response.raise_for_status()
-        return response.json()
+        return response.text if text else response.json()
     except httpx.HTTPStatusError as error:
         found = f"status {error.response.status_code}: {error.response.text[:200]}"
         remedy = f"check the URL; an API key is read from {CLIENT_API_KEY}"

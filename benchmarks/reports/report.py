@@ -19,7 +19,7 @@ from benchmarks.reports import figures, paper
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import UNKNOWN, broken_rows_text, drafting_text, interrupted_text
+from benchmarks.reports.text import UNKNOWN, broken_rows_text, drafting_text, interrupted_text, vllm_text
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -60,7 +60,7 @@ class MeasuredRun:
         asked = (prompts, config.temperature, config.max_tokens, config.thinking)
         how = (config.stream, config.record_steps, config.empty_cache)
         machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
-        return (*asked, *how, server.target, server.device, server.dtype, *sorted(machines))
+        return (*asked, *how, server.target, server.device, server.dtype, server.vllm, *sorted(machines))
 
     @property
     def questions(self) -> tuple[Any, ...]:
@@ -181,7 +181,10 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
         if faster is not None:
             server, config = run.manifest.server, run.manifest.config
             drafter = "/".join(Path(server.drafter or "").parts[-2:])
-            name = f"{drafter} ({drafting_text(server)}, T={config.temperature:g})"
+            if server.vllm is not None:
+                name = f"{vllm_text(server.vllm, run.summary.block_size)} (T={config.temperature:g})"
+            else:
+                name = f"{drafter} ({drafting_text(server)}, T={config.temperature:g})"
             line = (*run.conditions, server.model_copy(update={"swaps": None}))
             if line not in names:
                 names[line] = f"{name}, {run.name}" if name in names.values() else name
@@ -258,6 +261,8 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
 
 def _server_text(run: MeasuredRun) -> str:
     server = run.manifest.server
+    if server.vllm is not None:
+        return f"{server.model}, {vllm_text(server.vllm, run.summary.block_size)}"
     if server.sglang is None:
         return f"{server.model}, {UNKNOWN}"
     how = "plain decoding" if run.plain else f"{drafting_text(server)}, {server.drafter}"

@@ -28,6 +28,11 @@ def decoding_text(drafter: str | None, block_size: int | None) -> str:
     return "plain decoding" if block_size is None else f"drafter {drafter}, block {block_size}"
 
 
+def vllm_text(version: str, block_size: int | None) -> str:
+    """How a server of vLLM decodes."""
+    return f"vLLM {version}, " + ("plain decoding" if block_size is None else f"block {block_size}")
+
+
 def asked_text(target: str, decoding: str, temperature: float, max_tokens: int) -> str:
     """What was asked, and how it was decoded."""
     return f"{target}, {decoding}, temperature {temperature:g}, at most {max_tokens} new tokens"

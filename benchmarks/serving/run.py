@@ -17,6 +17,7 @@ from benchmarks.reports.text import (
     speed_line,
     task_table,
     tau_text,
+    vllm_text,
 )
 from benchmarks.stats.summary import RunSummary, summarize_run
 
@@ -37,7 +38,10 @@ class RunReport(RunSummary, Report):
         return not self.throughput.failed and not self.broken_rows
 
     def text(self) -> str:
-        decoding = decoding_text(self.drafter, self.block_size) if self.sglang else UNKNOWN
+        if self.vllm is not None:
+            decoding = vllm_text(self.vllm, self.block_size)
+        else:
+            decoding = decoding_text(self.drafter, self.block_size) if self.sglang else UNKNOWN
         parts = [asked_text(self.target, decoding, self.temperature, self.max_tokens)]
         parts.append(task_table(self.tasks))
         if self.micro.verify_steps:

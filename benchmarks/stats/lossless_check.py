@@ -124,9 +124,9 @@ def _require_comparable(ours: RunManifest, theirs: RunManifest) -> None:
             "the speculating run first, then the plain one",
             "python -m benchmarks lossless SPECULATING PLAIN",
         )
-    if theirs.server.sglang is None:
+    if theirs.server.sglang is None and theirs.server.vllm is None:
         raise DataError(
-            "a plain run of a server that is not SGLang",
+            "a plain run of a server that is neither SGLang nor vLLM",
             "token ids in both runs: equal texts do not prove equal tokens",
             "ask the same target by python -m server --plain",
         )

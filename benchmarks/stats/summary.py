@@ -89,9 +89,10 @@ class Latency(StrictModel):
 class RunSummary(StrictModel):
     """What summary.json of one run holds. drafter, block_size and every tau are None for a plain baseline.
 
-    target: the model's name. sglang: the server's version; None for a server that is not SGLang, of which device,
-    drafter and block_size are not known. warnings: how the run's conditions differ from those that the drafter was
-    trained for, and what is not known of its server. broken_rows: of the user's own files, those that were not asked.
+    target: the model's name. sglang, vllm: the version of a server that is one. Of a server that is not SGLang, device
+    and drafter are not known, and block_size is what its replies say. warnings: how the run's conditions differ from
+    those that the drafter was trained for, and what is not known of its server. broken_rows: of the user's own files,
+    those that were not asked.
     """
 
     target: str
@@ -99,6 +100,7 @@ class RunSummary(StrictModel):
     block_size: int | None
     device: str | None
     sglang: str | None
+    vllm: str | None = None
     temperature: float
     max_tokens: int
     sessions: int
@@ -114,12 +116,14 @@ class RunSummary(StrictModel):
 def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummary:
     """The figures of a run. records: one per request. What run.json says (prompts, versions, machine) stays there."""
     tasks = summarize_tasks(records)
+    said = (record.block_size for record in records if record.block_size)
     return RunSummary(
         target=manifest.server.model,
         drafter=manifest.server.drafter,
-        block_size=manifest.server.block_size,
+        block_size=manifest.server.block_size or next(said, None),
         device=manifest.server.device,
         sglang=manifest.server.sglang,
+        vllm=manifest.server.vllm,
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
         sessions=len(manifest.sessions),

@@ -32,6 +32,8 @@ class FakeEngine:
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
     card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
     sglang: False for another OpenAI-compatible server, which has none of SGLang's routes, and refuses its fields.
+    vllm: that one is vLLM; "router": behind a router, which hides vLLM's own routes. spec_metrics: it was started with
+    --per-request-spec-decode-metrics. log_stats: it was not started with --disable-log-stats.
     own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage.
     """
 
@@ -48,6 +50,9 @@ class FakeEngine:
     answers_ids: bool = True
     card: dict[str, Any] | str | None = None
     sglang: bool = True
+    vllm: bool | str = False
+    spec_metrics: bool = True
+    log_stats: bool = True
     own_info: dict[str, Any] | None = None
     counts: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +74,8 @@ class FakeEngine:
 
     def refused(self, body: dict[str, Any]) -> list[str]:
         """The fields of a request that only SGLang knows, where this is another server."""
-        return [] if self.sglang else [name for name in body if name.startswith("return_")]
+        known = {"return_token_ids"} if self.vllm else set()
+        return [] if self.sglang else [name for name in body if name.startswith("return_") and name not in known]
 
     def ending(self, asked: str) -> str:
         return "length" if self.cut and self.cut in asked else "tool_calls" if "CALL" in asked else "stop"
@@ -104,6 +110,21 @@ class FakeEngine:
             extension["spec_tokens_details"] = self._details(counts)
         return extension or None
 
+    def vllms(self, body: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+        """metrics of a reply of vLLM, whose histogram ends at its num_spec_tokens."""
+        counts, drafts = self.histogram(tokens), self.block - 1
+        if not (self.vllm and self.speculative and self.spec_metrics and sum(counts)):
+            return {}
+        return {
+            "speculative_decoding": {
+                "mean_acceptance_length": 9.0,  # not what is read
+                "acceptance_histogram": counts,
+                "num_spec_steps": sum(counts),
+                "num_draft_tokens": sum(counts) * drafts,
+                "num_spec_tokens": drafts,
+            }
+        }
+
     def _details(self, counts: list[int]) -> dict[str, Any]:
         steps = sum(counts)
         if self.fields == "plugin":
@@ -123,6 +144,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.middleware("http")
     async def only_openais(request: Request, proceed: Any) -> Response:
         known = engine.sglang or request.url.path.startswith("/v1/")
+        known |= engine.vllm is True and request.url.path in ("/version", "/metrics", "/reset_prefix_cache")
         if not known and not (engine.own_info and request.url.path == "/server_info"):
             return JSONResponse({"detail": "Not Found"}, status_code=404)
         return await proceed(request)
@@ -147,7 +169,23 @@ def make_app(engine: FakeEngine) -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": "toy", "object": "model"}]}
+        of_vllm = {"owned_by": "vllm", "root": "/models/toy"} if engine.vllm else {}
+        return {"object": "list", "data": [{"id": "toy", "object": "model", **of_vllm}]}
+
+    @app.get("/version")
+    def version() -> dict[str, str]:
+        return {"version": "0.32.0"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        lines = ["python_info 1"] + ["vllm:num_requests_running 0"] * engine.log_stats
+        lines += ["vllm:spec_decode_num_drafts_total 0"] * (engine.log_stats and engine.speculative)
+        return Response("\n".join(lines), media_type="text/plain")
+
+    @app.post("/reset_prefix_cache")
+    def reset() -> Response:
+        engine.flushed += 1
+        return Response()
 
     @app.get("/v1/auf/card")
     def card() -> Response:
@@ -190,6 +228,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             return StreamingResponse(_stream(engine, body, tokens, spans), media_type="text/event-stream")
         ending = engine.ending(body["messages"][-1]["content"])
         choice = {"index": 0, "message": {"role": "assistant", "content": text_of(tokens)}, "finish_reason": ending}
+        choice |= _vllms_ids(engine, body, tokens)
         return JSONResponse(_part(engine, body, tokens, "chat.completion", [choice], usage=True, sglext=True))
 
     @app.post("/v1/completions")
@@ -238,7 +277,8 @@ async def _stream(
 
     yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
     for token in tokens:
-        yield event([{"index": 0, "delta": {"content": text_of([token])}, "finish_reason": None}])
+        choice = {"index": 0, "delta": {"content": text_of([token])}, "finish_reason": None}
+        yield event([choice | _vllms_ids(engine, body, [token])])
     for part in engine.spans(tokens) if spans else []:
         told = _part(engine, body, tokens, "chat.completion.chunk", []) | {"sglext": {"spans": {"tokens": part}}}
         yield f"data: {json.dumps(told)}\n\n"
@@ -248,6 +288,10 @@ async def _stream(
     yield event([], sglext=True)
     yield event([], usage=True)
     yield "data: [DONE]\n\n"
+
+
+def _vllms_ids(engine: FakeEngine, body: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+    return {"token_ids": tokens} if engine.vllm and body.get("return_token_ids") else {}
 
 
 def _part(
@@ -260,6 +304,10 @@ def _part(
     sglext: bool = False,
 ) -> dict[str, Any]:
     part: dict[str, Any] = {"id": "x", "object": kind, "created": 0, "model": "toy", "choices": choices}
+    if engine.vllm and body.get("return_token_ids") and "messages" in body:
+        part["prompt_token_ids"] = ids_of(body["messages"])
+    if usage and engine.vllm:
+        part["metrics"] = engine.vllms(body, tokens) or None
     if usage and engine.counts:
         part["usage"] = {"prompt_tokens": 5, "completion_tokens": len(tokens), "total_tokens": 5 + len(tokens)}
     if sglext and (extension := engine.sglext(body, tokens)):

@@ -108,7 +108,7 @@ class SglExt(BaseModel):
 _IDS: TypeAdapter[list[int] | None] = TypeAdapter(list[int] | None)
 
 
-def _ids(part: BaseModel, name: str) -> list[int] | None:
+def token_ids(part: BaseModel, name: str) -> list[int] | None:
     """Token ids in a field of a reply or choice that OpenAI does not have. Raises ValueError if they are none."""
     try:
         return _IDS.validate_python((part.model_extra or {}).get(name))
@@ -252,8 +252,8 @@ def _read(reply: object) -> Answer:
     if choice.finish_reason not in FINISHED:
         raise AnswerError(f"the answer ended with finish_reason {choice.finish_reason!r}", server=False)
     extension = SglExt.of(reply)
-    prompt_ids = extension.input_ids or _ids(reply, "prompt_token_ids")
-    response_ids = extension.output_ids[0] if extension.output_ids else _ids(choice, "token_ids")
+    prompt_ids = extension.input_ids or token_ids(reply, "prompt_token_ids")
+    response_ids = extension.output_ids[0] if extension.output_ids else token_ids(choice, "token_ids")
     calls = choice.message.tool_calls
     return Answer(
         text=choice.message.content or "",

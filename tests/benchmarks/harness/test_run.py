@@ -332,6 +332,64 @@ def test_of_a_server_that_is_not_sglang_speed_is_measured_and_nothing_invented(
     assert "plain decoding" not in printed and "warning: no SGLang server" in printed
 
 
+@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--empty-cache"]])
+def test_tau_of_a_vllm_server_is_that_of_sglang_with_the_same_steps(
+    more: list[str], fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mean_acceptance_length is another figure: it counts drafts behind the end of an answer, too."""
+    vllm, sglang = fake(sglang=False, vllm=True), fake()
+    assert main(flags(vllm.url, tmp_path / "vllm", data_dir, *more)) == 0
+    printed = capsys.readouterr().out
+    assert "toy, vLLM 0.32.0, block 4" in printed and "its drafter, device and dtype are not known" in printed
+    assert main(flags(sglang.url, tmp_path / "sglang", data_dir, *more)) == 0
+    ours, theirs = records_of(tmp_path / "sglang"), records_of(tmp_path / "vllm")
+    said = ("prompt_ids", "output_ids", "accepted_histogram", "completion_tokens", "block_size", "finish_reason")
+    for key, record in ours.items():
+        assert {name: getattr(theirs[key], name) for name in said} == {name: getattr(record, name) for name in said}
+        assert theirs[key].proposed == record.verify_steps * 3
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("vllm", "sglang")]
+    assert summaries[0]["macro"] == summaries[1]["macro"] and summaries[0]["macro"]["tau"] > 1
+    assert (summaries[0]["vllm"], summaries[0]["block_size"], summaries[1]["vllm"]) == ("0.32.0", 4, None)
+    run = json.loads((tmp_path / "vllm" / "run.json").read_text())
+    assert (run["server"]["target"], run["server"]["drafter"], run["server"]["vllm"]) == ("/models/toy", None, "0.32.0")
+    assert vllm.engine.flushed == ("--empty-cache" in more)
+
+
+@pytest.mark.parametrize(
+    ("server", "more", "said"),
+    [
+        ({"spec_metrics": False}, [], ["no verify step", "--per-request-spec-decode-metrics summary"]),
+        ({"spec_metrics": False}, ["--plain"], ["speculative", "leave --plain out"]),
+        ({"speculative": False}, [], ["speculative_algorithm None", "--plain"]),
+        ({"log_stats": False}, ["--plain"], ["no counter of vLLM", "--disable-log-stats"]),
+        ({"vllm": "router"}, [], ["status 404", "add --plain"]),
+    ],
+)
+def test_a_vllm_server_of_the_other_kind_is_refused(
+    server: dict[str, Any],
+    more: list[str],
+    said: list[str],
+    fake: Start,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started = fake(**{"sglang": False, "vllm": True, **server})
+    assert main(flags(started.url, tmp_path / "run", data_dir, *more)) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in said), message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("server", "known"), [({"vllm": True}, True), ({"vllm": "router"}, False)])
+def test_a_plain_vllm_server_is_a_baseline_whose_tokens_are_known_unless_a_router_hides_it(
+    server: dict[str, Any], known: bool, fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    started, out = fake(sglang=False, speculative=False, **server), tmp_path / "run"
+    assert main(flags(started.url, out, data_dir, "--plain")) == 0
+    assert all((record.output_ids is not None) == known for record in records_of(out).values())
+
+
 def test_a_run_of_another_server_is_resumed_and_not_by_sglang(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,21 @@ def test_a_report_has_every_section_and_needs_nothing_beside_it(runs: Path, trai
     assert all((out / picture).is_file() for picture in pictures)
 
 
+def test_a_report_shows_vllm_beside_its_own_plain_decoding(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    asked = ["--tasks", "gsm8k", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    servers = {"auf": fake(), "vllm": fake(sglang=False, vllm=True)}
+    servers["plain"] = fake(sglang=False, vllm=True, speculative=False)
+    for name, server in servers.items():
+        more = ["--plain"] * (name == "plain")
+        assert main(["run", "--base-url", server.url, "--out", str(tmp_path / name), *asked, *more]) == 0
+    directories = [tmp_path / name for name in servers]
+    assert main(["report", *map(str, directories), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "toy, vLLM 0.32.0, block 4" in text and "toy, vLLM 0.32.0, plain decoding" in text and "None" not in text
+    measured, _ = load_runs(directories)
+    assert list(speedup_points(measured)) == ["vLLM 0.32.0, block 4 (T=0)"]
+
+
 def test_of_another_server_a_report_shows_speed_and_no_speed_up(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     asked = ["--tasks", "gsm8k", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
     for name, server, more in (("auf", fake(), []), ("other", fake(sglang=False), ["--plain"])):

@@ -144,7 +144,18 @@ def test_another_server_is_no_baseline_of_losslessness(
     auf = record_run(fake(), "auf")
     plain = record_run(fake(sglang=False), "plain", "--plain")
     assert main(["lossless", auf, plain]) == 2
-    assert "a plain run of a server that is not SGLang" in capsys.readouterr().err
+    assert "a plain run of a server that is neither SGLang nor vLLM" in capsys.readouterr().err
+
+
+def test_two_runs_of_vllm_are_compared_by_their_tokens(
+    fake: Start, record_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    speculating = record_run(fake(sglang=False, vllm=True), "speculating")
+    plain = record_run(fake(sglang=False, vllm=True, speculative=False), "plain", "--plain")
+    assert main(["lossless", speculating, plain]) == 0
+    other = record_run(fake(sglang=False, vllm=True, speculative=False, forked="sum 3"), "other", "--plain")
+    assert main(["lossless", speculating, other]) == 2
+    assert "that differ at token 3, and no server to ask" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
