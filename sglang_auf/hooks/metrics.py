@@ -12,6 +12,7 @@ With `--enable-metrics` the same counts are Prometheus counters on SGLang's own 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -185,15 +186,17 @@ def _report_in_time(accept: Callable[..., None], reports: Any, *, req: Any) -> N
 
     Of an answer that is not streamed it hands tokens over where their number is a multiple of an interval (50), which
     steps of several tokens pass by, so that a slow server seemed to stand still. What is handed over is not taken back
-    if it turns out to be the beginning of a stop, so a text with stops is left to SGLang.
+    where it turns out to be the beginning of a stop, so an answer with stops is handed over when it has ended.
     """
-    if req.stream or req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs:
+    if req.stream:
         accept(reports, req=req)
         return
     now, interval = time.monotonic(), reports.default_force_stream_interval
     if not hasattr(req, REPORTED):
         setattr(req, REPORTED, now)
-    if len(req.output_ids) > req.send_token_offset and now - getattr(req, REPORTED) >= REPORT_SECONDS:
+    if req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs:
+        reports.default_force_stream_interval = sys.maxsize
+    elif len(req.output_ids) > req.send_token_offset and now - getattr(req, REPORTED) >= REPORT_SECONDS:
         setattr(req, REPORTED, now)
         reports.default_force_stream_interval = 1
     accept(reports, req=req)
@@ -208,7 +211,7 @@ SEAMS = (
     Seam(f"{_REPORTS}.default_force_stream_interval", "hooks.metrics"),
 )
 HOOKS = (
-    Hook(f"{_REPORTS}.accept", "AROUND", _report_in_time, ("self", "req")),
+    Hook(f"{_REPORTS}.accept", "AROUND", _report_in_time, ("self", "req")).on_ours(),
     Hook(RECEIVE_BATCH, "BEFORE", _count_tokens, ("self", "recv_obj")),
     Hook(f"{_MANAGER}.init_metric_collector_watchdog", "AFTER", _start_metrics, ("self",)),
     Hook(

@@ -209,32 +209,42 @@ def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, al
     assert generated() - before == 2 * 12
 
 
-def test_an_answer_that_is_not_streamed_is_handed_over_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of three tokens pass by the multiples of 50 at which SGLang hands over; streams are as they were.
-
-    Nothing is handed over that a stop may cut off later.
-    """
+def handed_over(
+    monkeypatch: pytest.MonkeyPatch, step: list[int], stream: bool = False, **settings: Any
+) -> list[list[int]]:
+    """What an answer of 16 steps hands over, one every 0.3 seconds."""
     now = 0.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     accept = output_streamer._GenerationStreamAccumulator.accept
-    handed: dict[str, list[list[int]]] = {}
-    kinds: dict[str, dict[str, Any]] = {"whole": {}, "stream": {}, "stop": {"stop": "x"}, "regex": {"stop_regex": "x"}}
-    for kind, stops in kinds.items():
-        settings = SamplingParams(max_new_tokens=900, **stops)
-        request = Req("r", "", array("q", [1]), settings, vocab_size=64, stream=kind == "stream")
-        request.tokenizer = toy_tokenizer()
-        request.sampling_params.normalize(request.tokenizer)
-        handed[kind] = []
-        for _ in range(16):
-            now += 0.3
-            request.output_ids.extend([5, 6, 7])
-            reports = output_streamer._GenerationStreamAccumulator(**REPORTS)
-            metrics._report_in_time(accept, reports, req=request)
-            assert reports.default_force_stream_interval == 50
-            handed[kind] += map(list, reports.output_ids)
-    assert handed["stream"] == [[5, 6, 7]] * 16
-    assert handed["whole"] == [[5, 6, 7] * 5, [5, 6, 7] * 4, [5, 6, 7] * 4]
-    assert handed["stop"] == handed["regex"] == []
+    request = Req(
+        "r", "", array("q", [1]), SamplingParams(max_new_tokens=900, **settings), vocab_size=64, stream=stream
+    )
+    request.tokenizer = toy_tokenizer()
+    request.sampling_params.normalize(request.tokenizer)
+    handed: list[list[int]] = []
+    for _ in range(16):
+        now += 0.3
+        request.output_ids.extend(step)
+        reports = output_streamer._GenerationStreamAccumulator(**REPORTS)
+        metrics._report_in_time(accept, reports, req=request)
+        assert reports.default_force_stream_interval == 50
+        handed += map(list, reports.output_ids)
+    return handed
+
+
+def test_an_answer_that_is_not_streamed_is_handed_over_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of three tokens pass by the multiples of 50 at which SGLang hands over; streams are as they were."""
+    step = [5, 6, 7]
+    assert handed_over(monkeypatch, step, stream=True) == [step] * 16
+    assert handed_over(monkeypatch, step) == [step * 5, step * 4, step * 4]
+
+
+@pytest.mark.parametrize("stops", [{"stop": "x"}, {"stop_regex": "x"}])
+def test_of_an_answer_with_stops_nothing_is_handed_over_that_a_stop_may_cut_off(
+    stops: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of five tokens end at 50, where SGLang hands over the beginning of a stop, too."""
+    assert handed_over(monkeypatch, [5] * 5, **stops) == []
 
 
 REPORTS: dict[str, Any] = {
