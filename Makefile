@@ -18,6 +18,9 @@ PROFILE ?= smollm2-135m
 MINUTES ?= 30
 INPUTS ?= 25000
 WORKERS ?= 2
+ifeq ($(strip $(PYTHON)),)
+$(error found: PYTHON=""; expected: Python 3.11 or 3.12; to fix it: give its path, or leave PYTHON out)
+endif
 # Recipes name it without quotes, and one of them clears it.
 ifneq ($(words [$(VENV)])$(if $(VENV),,none)$(strip $(foreach sign,* ? [ ~,$(findstring $(sign),$(VENV)))),1)
 $(error found: VENV="$(VENV)"; expected: one path without spaces, *, ?, [ and ~; to fix it: give another, VENV=/path/to/venv)
@@ -40,14 +43,15 @@ $(LINK): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# $(PYTHON) may be the environment's own. What made it is asked for before it is gone.
 $(STAMP):
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), f"Python {sys.version.split()[0]} found, 3.11 or 3.12 needed; set PYTHON="'
 	@test -e $(VENV)/$(MARK) || ls $(VENV)/.linked-* > /dev/null 2>&1 || test -z "$$(ls -A $(VENV) 2> /dev/null)" || { \
 		echo 'found: $(VENV) holds files and no environment that this Makefile made; expected: an empty or absent' \
 			'directory; to fix it: give another, VENV=/path/to/venv, or remove it yourself' >&2; exit 1; }
 	mkdir -p $(VENV) && touch $(VENV)/$(MARK)
-	find -H $(VENV) -mindepth 1 -maxdepth 1 ! -name $(MARK) -exec rm -rf {} +
-	$(PYTHON) -m venv $(VENV)
+	base="$$($(PYTHON) -c 'import sys; print(sys._base_executable)')" && test -x "$$base" && \
+		find -H $(VENV) -mindepth 1 -maxdepth 1 ! -name $(MARK) -exec rm -rf {} + && "$$base" -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -39,9 +39,13 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 def end_on_sigterm() -> None:
     """From now on SIGTERM ends this program with exit code 143, and every `finally` runs.
 
-    The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler.
+    The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler. Ranks
+    of a training are left alone: a handler waits for Python, and a rank that waits for others may wait for ever.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return
     signal.signal(signal.SIGTERM, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # begin_server keeps it back
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -114,6 +118,8 @@ def begin_server() -> None:
     if set_environment():
         sys.stdout.flush()
         sys.stderr.flush()
+        # The new program has no handler yet; what is kept back comes when it has one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

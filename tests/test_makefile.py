@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FILES = ("Makefile", "pyproject.toml", "constraints.txt")
 PYTHON = """#!/bin/sh
 # Python that makes an environment with a pip that notes what it is called with.
-[ "$1" = -c ] && exec {python} -c 'import sys; sys.version_info = ({version}); exec(sys.argv[1])' "$2"
+[ "$1" = -c ] && exec {python} -c 'import sys; sys.version_info = ({version}); sys._base_executable = "{base}"
+exec(sys.argv[1])' "$2"
 shift 2
 for word; do
     [ "$word" = --clear ] && clear=yes && continue
@@ -40,11 +41,15 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def run(checkout: Path, venv: str | None = None, version: str = "3, 11, 2") -> subprocess.CompletedProcess[str]:
-        (python := tmp_path / "python").write_text(
-            PYTHON.format(python=sys.executable, version=version, log=tmp_path / "log")
-        )
-        python.chmod(0o755)
+    def run(
+        checkout: Path, venv: str | None = None, version: str = "3, 11, 2", python: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """python: None for one that no environment holds, which is the base of any other."""
+        base = tmp_path / "python"
+        python = python or base
+        for program in (base, python):
+            program.write_text(PYTHON.format(python=sys.executable, version=version, base=base, log=tmp_path / "log"))
+            program.chmod(0o755)
         clean = {name: value for name, value in os.environ.items() if name not in ("VENV", "MAKEFLAGS")}
         (home := tmp_path / "user").mkdir(exist_ok=True)  # never the home of whoever runs the test
         environment = clean | {"HOME": str(home)} | ({} if venv is None else {"VENV": venv})
@@ -132,6 +137,21 @@ def test_checkouts_share_an_environment_by_linking_in_turn(checkout: Path, make:
         assert len(list(Path(shared).glob(".linked-*"))) == 1
     assert installs(tmp_path) == 1
     assert len((tmp_path / "log").read_text().splitlines()) == 4
+
+
+def test_the_environments_own_python_makes_it_anew(checkout: Path, make: Make, tmp_path: Path) -> None:
+    make(checkout)
+    for stamp in (checkout / ".venv").glob(".[il]n*"):
+        stamp.unlink()
+    own = checkout / ".venv/bin/python"
+    assert make(checkout, python=own).returncode == 0
+    assert installs(tmp_path) == 2 and not own.exists(), "cleared, and the stand-in makes no Python"
+
+
+def test_no_python_is_refused_before_anything_is_cleared(checkout: Path, tmp_path: Path) -> None:
+    done = subprocess.run(["make", "env", "PYTHON="], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "leave PYTHON out" in done.stderr
+    assert sorted(path.name for path in checkout.iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from sglang_auf.hooks.spans import HEADER
 from sglang_auf.training.data.chats import Message
 from sglang_auf.training.generation.client import (
     EXACT_IDS,
+    THOUGHTS,
     TOKEN_IDS,
     UNSHAPED,
     SglExt,
@@ -203,17 +204,23 @@ Part = ChatCompletion | ChatCompletionChunk | Completion
 
 
 def _read_choice(reply: Reply, choice: Choice | ChunkChoice | CompletionChoice) -> bool:
-    """Add the text, the end and the token ids of a choice, or of a part of one. Whether it has text."""
+    """Add the text, the end and the token ids of a choice, or of a part of one.
+
+    Whether it has tokens: text, a thought that the server took out of the text, or a call of a tool.
+    """
+    begun = False
     if isinstance(choice, CompletionChoice):
         text = choice.text
         reply.prompt_ids = _ids(choice, "prompt_token_ids") or reply.prompt_ids
     else:
-        text = (choice.delta if isinstance(choice, ChunkChoice) else choice.message).content or ""
+        message = choice.delta if isinstance(choice, ChunkChoice) else choice.message
+        text, more = message.content or "", message.model_extra or {}
+        begun = bool(message.tool_calls) or any(more.get(name) for name in THOUGHTS)
     if (ids := _ids(choice, "token_ids")) is not None:
         reply.output_ids = (reply.output_ids or []) + ids
     reply.text += text
     reply.finish_reason = choice.finish_reason or reply.finish_reason
-    return bool(text)
+    return begun or bool(text)
 
 
 def _ids(part: Part | Choice | ChunkChoice | CompletionChoice, name: str) -> list[int] | None:

@@ -16,14 +16,7 @@ from benchmarks.harness.client import FAILURES, ChatClient, Reply
 from benchmarks.harness.config import AskedTasks, PromptSources, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
-from benchmarks.harness.server_info import (
-    OtherServer,
-    ServerFacts,
-    card_warnings,
-    flush_cache,
-    other_facts,
-    server_facts,
-)
+from benchmarks.harness.server_info import asked_facts, flush_cache, run_warnings, server_facts, wrong_server
 from benchmarks.harness.sources.files import select_from_files
 from benchmarks.harness.tasks import Prompt, Selection, messages_of, resolve, select
 from sglang_auf import ALGORITHM
@@ -34,11 +27,6 @@ logger = logging.getLogger(__name__)
 
 WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
-OTHER_SERVER = (
-    "no SGLang server: what it runs, and on what, is not known, nor whether it decodes plainly. Tokens are those that "
-    "its replies count (usage)"
-)
-VLLM_SERVER = "a server of vLLM: its drafter, device and dtype are not known. Tokens are those that its replies count"
 
 
 def chosen_prompts(questions: AskedTasks) -> list[Selection]:
@@ -97,9 +85,9 @@ class BenchmarkRun:
         A run in config.out is continued where `resume` is set and its settings are the same. Raises ConfigError
         otherwise, ServerError where the server is down or not of the kind that config.plain says.
         """
-        server = _facts(config)
+        server = asked_facts(config)
         if config.plain != (server.algorithm is None):
-            raise _wrong_server(config, f"a server with speculative_algorithm {server.algorithm}")
+            raise wrong_server(config, server, f"a server with speculative_algorithm {server.algorithm}")
         if config.record_steps and server.algorithm != ALGORITHM:
             raise ServerError(
                 f"--record-steps, and a server with speculative_algorithm {server.algorithm} at {config.base_url}",
@@ -107,7 +95,7 @@ class BenchmarkRun:
                 "leave --record-steps out",
             )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = _warnings(config, server)
+        manifest.warnings = run_warnings(config, server)
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -160,11 +148,22 @@ class BenchmarkRun:
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):
             self._require_kind(reply.verify_steps for reply in replies)
+        self._require_same_block({len(reply.histogram) for reply in replies} - {0})
+
+    def _require_same_block(self, said: set[int]) -> None:
+        """Of vLLM, whose facts do not say it: a resumed run must go on with as many drafts. Raises ConfigError."""
+        kept = {record.block_size for record in self.records.values() if record.block_size}
+        if said and kept and said != kept:
+            raise ConfigError(
+                f"replies with blocks of {sorted(said)} tokens at {self.config.base_url}",
+                f"blocks of {sorted(kept)}, as the run in {self.config.out} has them",
+                "resume with the run's own server, or start a new run with another --out",
+            )
 
     def _require_kind(self, verify_steps: Iterable[int]) -> None:
         if self.config.plain == any(verify_steps):
             found = "replies with verify steps" if self.config.plain else "no verify step in any reply"
-            raise _wrong_server(self.config, found, self.manifest.server.vllm)
+            raise wrong_server(self.config, self.manifest.server, found)
 
     def require_tau(self) -> None:
         """After the last request: a run without a verify step has no tau. Raises ServerError, as `begin` does."""
@@ -300,51 +299,3 @@ def _answered(outcome: Reply | BaseException) -> Reply:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
-
-
-def _facts(config: RunConfig) -> ServerFacts:
-    """What the server says of itself; one that is neither SGLang nor vLLM is asked only where config.plain says so."""
-    try:
-        return server_facts(config.base_url, config.model)
-    except OtherServer as error:
-        found = error.found
-    facts = other_facts(config.base_url, config.model)
-    if facts.vllm is None and not config.plain:
-        raise ServerError(
-            found,
-            "a server of SGLang or vLLM: tau needs its counts of verify steps",
-            "check the URL, or add --plain to measure the speed of another server alone",
-        )
-    if facts.vllm is None and config.empty_cache:
-        raise ServerError(
-            f"--empty-cache, and {found}",
-            "a server of SGLang or vLLM, whose prefix cache can be emptied",
-            "leave --empty-cache out",
-        )
-    return facts
-
-
-def _warnings(config: RunConfig, server: ServerFacts) -> list[str]:
-    if server.sglang is None:
-        return [OTHER_SERVER if server.vllm is None else VLLM_SERVER]
-    return [] if config.plain else card_warnings(config)
-
-
-def _wrong_server(config: RunConfig, found: str, vllm: str | None = None) -> ServerError:
-    if config.plain:
-        return ServerError(
-            f"{found} at {config.base_url}",
-            "a server that decodes plainly, as --plain says",
-            "leave --plain out, or start the baseline with python -m server --plain",
-        )
-    if vllm is not None:
-        return ServerError(
-            f"{found} at {config.base_url}",
-            "a vLLM server that counts the verify steps of each request",
-            "start it with --per-request-spec-decode-metrics summary",
-        )
-    return ServerError(
-        f"{found} at {config.base_url}",
-        "a speculating server: tau is a figure of speculative decoding",
-        "start it with python -m server --profile NAME, or add --plain to record a baseline without tau",
-    )

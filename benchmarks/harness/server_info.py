@@ -18,9 +18,13 @@ from sglang_auf.training.generation.client import is_local, tls
 
 FLUSH_S = 10.0
 CARD = "/v1/auf/card"
-DRAFTS = "vllm:spec_decode_num_drafts"
-"""A counter in vLLM's /metrics where it speculates."""
-VLLMS_METRICS = "vllm:"
+COUNTERS, DRAFTS = "vllm:generation_tokens", "vllm:spec_decode_num_drafts"
+"""A counter in the /metrics of every vLLM server, and one of those that speculate. A router in front has neither."""
+OTHER_SERVER = (
+    "no SGLang server: what it runs, and on what, is not known, nor whether it decodes plainly. Tokens are those that "
+    "its replies count (usage)"
+)
+VLLM_SERVER = "a server of vLLM: its drafter, device and dtype are not known. Tokens are those that its replies count"
 SAID_BY_CARD = ("tree", "tree_nodes", "draft_vocabulary", "weights")
 
 
@@ -56,7 +60,7 @@ class ServerFacts(StrictModel):
 
 
 class NoRoute(ServerError):
-    """A server that is up and has no such route."""
+    """A server that is up and has no such route, or shows it to nobody."""
 
 
 class OtherServer(ServerError):
@@ -69,7 +73,7 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
     Raises OtherServer for a server of another kind, and ServerError for one that is down or refuses.
     """
     try:
-        info = call(base_url, "/server_info")
+        info = call(base_url, "/server_info", hidden=True)
     except NoRoute as error:
         raise OtherServer(error.found, "an SGLang server", "check the URL") from None
     if not isinstance(info, dict) or "speculative_algorithm" not in info:  # vLLM may have a route of this name, too
@@ -107,19 +111,70 @@ def other_facts(base_url: str, model: str | None = None) -> ServerFacts:
 
 
 def _vllm_facts(base_url: str, target: str | None) -> dict[str, Any]:
-    """Of a server of vLLM; {} for one behind a router that hides its routes. Raises ServerError."""
+    """Of a server of vLLM; {} for one behind a router or a proxy that hides its routes. Raises ServerError."""
     try:
-        version, counters = call(base_url, "/version"), call(base_url, "/metrics", text=True)
+        version = call(base_url, "/version", hidden=True)
+        counters = call(base_url, "/metrics", text=True, hidden=True)
     except NoRoute:
         return {}
-    if VLLMS_METRICS not in counters or not isinstance(version, dict):
+    if "vllm:" not in counters:
         raise ServerError(
             f"no counter of vLLM in {base_url}/metrics",
             "vLLM's counters, which say whether it speculates",
             "start vLLM without --disable-log-stats",
         )
+    if COUNTERS not in counters or not isinstance(version, dict):
+        return {}
     algorithm = "speculative" if DRAFTS in counters else None
     return {"target": target, "vllm": str(version.get("version")), "algorithm": algorithm}
+
+
+def asked_facts(config: RunConfig) -> ServerFacts:
+    """What the server of a run says of itself; one that is neither SGLang nor vLLM is asked with config.plain only.
+
+    Raises ServerError.
+    """
+    try:
+        return server_facts(config.base_url, config.model)
+    except OtherServer as error:
+        found = error.found
+    facts = other_facts(config.base_url, config.model)
+    if facts.vllm is None and not config.plain:
+        raise ServerError(
+            found,
+            "a server of SGLang or vLLM: tau needs its counts of verify steps",
+            "check the URL (of vLLM itself, where /version and /metrics can be read), or add --plain to measure the "
+            "speed of another server alone",
+        )
+    if facts.vllm is None and config.empty_cache:
+        raise ServerError(
+            f"--empty-cache, and {found}",
+            "a server of SGLang or vLLM, whose prefix cache can be emptied",
+            "leave --empty-cache out",
+        )
+    return facts
+
+
+def run_warnings(config: RunConfig, server: ServerFacts) -> list[str]:
+    """What a reader of a run must know of its server."""
+    if server.sglang is None:
+        return [OTHER_SERVER if server.vllm is None else VLLM_SERVER]
+    return [] if config.plain else card_warnings(config)
+
+
+def wrong_server(config: RunConfig, server: ServerFacts, found: str) -> ServerError:
+    """A server that decodes otherwise than config.plain says."""
+    expected = "a server that decodes plainly, as --plain says"
+    remedy = "leave --plain out, or start the baseline with python -m server --plain"
+    if config.plain and server.sglang is None and server.vllm is None:
+        remedy = "leave --plain out, and give the URL of vLLM itself, where /version and /metrics can be read"
+    elif not config.plain and server.algorithm is not None and server.vllm is not None:
+        expected = "a vLLM server that counts the verify steps of each request"
+        remedy = "start it with --per-request-spec-decode-metrics summary"
+    elif not config.plain:
+        expected = "a speculating server: tau is a figure of speculative decoding"
+        remedy = "start it with python -m server --profile NAME, or add --plain to record a baseline without tau"
+    return ServerError(f"{found} at {config.base_url}", expected, remedy)
 
 
 def first_model(base_url: str) -> str:
@@ -188,23 +243,31 @@ def next_token_logprobs(base_url: str, input_ids: list[int], candidates: list[in
 def flush_cache(base_url: str, vllm: bool = False) -> None:
     """Forget cached prefixes, so that earlier prompts are prefilled again. Raises ServerError unless it is idle."""
     url = f"{base_url}/reset_prefix_cache" if vllm else f"{base_url}/flush_cache"
+    expected, remedy = "an idle SGLang server", "send it no other requests"
+    if vllm:
+        expected, remedy = "an idle vLLM server with that route", "start it with VLLM_SERVER_DEV_MODE=1"
     try:
         response = _send("POST", url, params={} if vllm else {"timeout": FLUSH_S}, timeout=2 * FLUSH_S)
         response.raise_for_status()
     except httpx.HTTPError as error:
-        expected, remedy = "an idle SGLang server", "send it no other requests"
-        if vllm:
-            expected, remedy = "an idle vLLM server with that route", "start it with VLLM_SERVER_DEV_MODE=1"
         raise ServerError(f"{type(error).__name__} from {url}: {error}", expected, remedy) from None
+    if vllm and '"success":false' in response.text.replace(" ", ""):
+        raise ServerError(f"{response.text} from {url}", "an idle vLLM server", "send it no other requests")
 
 
 def call(
-    base_url: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120.0, text: bool = False
+    base_url: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    timeout_s: float = 120.0,
+    *,
+    text: bool = False,
+    hidden: bool = False,
 ) -> Any:
     """The JSON reply to a GET, or to a POST of `body`. text: the reply is text.
 
     timeout_s: how long the server may be silent. Raises NoRoute for status 404, and ServerError when the server is down
-    or refuses otherwise.
+    or refuses otherwise. hidden: a refusal, a redirect and a reply of another kind are NoRoute too: a proxy may answer.
     """
     url, kind = base_url + path, ServerError
     try:
@@ -212,11 +275,15 @@ def call(
         response.raise_for_status()
         return response.text if text else response.json()
     except httpx.HTTPStatusError as error:
-        found = f"status {error.response.status_code}: {error.response.text[:200]}"
+        status = error.response.status_code
+        found = f"status {status}: {error.response.text[:200]}"
         remedy = f"check the URL; an API key is read from {CLIENT_API_KEY}"
-        kind = NoRoute if error.response.status_code == httpx.codes.NOT_FOUND else ServerError
+        if status == httpx.codes.NOT_FOUND or (hidden and status < httpx.codes.INTERNAL_SERVER_ERROR):
+            kind = NoRoute
     except (httpx.HTTPError, ValueError) as error:
         found, remedy = f"{type(error).__name__}: {error}", "start the server (python -m server) or check the URL"
+        if hidden and isinstance(error, ValueError):
+            kind = NoRoute
     raise kind(f"{found} from {url}", "a server that is up", remedy)
 
 

@@ -186,6 +186,8 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
             else:
                 name = f"{drafter} ({drafting_text(server)}, T={config.temperature:g})"
             line = (*run.conditions, server.model_copy(update={"swaps": None}))
+            if server.vllm is not None:  # says no drafter: the levels of one sweep have one, and no other runs
+                line = (*line, run.summary.block_size, run.name.removesuffix(f"/auf-c{config.concurrency}"))
             if line not in names:
                 names[line] = f"{name}, {run.name}" if name in names.values() else name
             points.setdefault(names[line], []).append((config.concurrency, faster))

@@ -68,7 +68,8 @@ class Sweep(Measured, Report):
 
     def markdown(self) -> str:
         config, first = self.config, self.levels[0].auf
-        names = ["AUF", "plain"] if config.plain_url else ["AUF"]
+        speculating = "AUF" if first.vllm is None else "vLLM"
+        names = [speculating, "plain"] if config.plain_url else [speculating]
         rows = [["concurrency", "requests", "tau", *(f"{name} tokens/s" for name in names)]]
         rows[0] += [*(["speed-up"] if config.plain_url else []), *(f"{name} TTFT p50 / p90 / p99 ms" for name in names)]
         rows[0] += [f"{name} ITL p50 / p90 / p99 ms" for name in names]
@@ -80,14 +81,15 @@ class Sweep(Measured, Report):
             cells += [_milliseconds(run.latency.ttft) for run in level.runs]
             cells += [_milliseconds(run.latency.itl) for run in level.runs]
             rows.append(cells)
+        device = first.device if first.vllm is None else f"vLLM {first.vllm}"
         asked = (
-            f"{first.target} ({first.device}, block {first.block_size}), temperature {config.temperature:g}, at most "
+            f"{first.target} ({device}, block {first.block_size}), temperature {config.temperature:g}, at most "
             f"{config.max_tokens} new tokens, {', '.join(first.tasks)}, streamed"
         )
         note = (
             "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together. "
             "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
-            "plain decoding, a step of AUF) raises the speed-up. `compare` and `speed` do not."
+            "plain decoding, a verify step) raises the speed-up. `compare` and `speed` do not."
         )
         sessions = {
             f"{name} at {level.concurrency}": run.sessions

@@ -23,6 +23,9 @@ from benchmarks.harness.results import StrictModel
 from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total_acceptance
 
+UNDRAFTED = 0.02
+"""Share of tokens that no counted step gave, from which on a run says so."""
+
 
 class TaskSummary(StrictModel):
     """One task. prompts: conversations; requests: turns; without_steps: answered requests without tau.
@@ -127,7 +130,7 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
         sessions=len(manifest.sessions),
-        warnings=manifest.warnings,
+        warnings=[*manifest.warnings, *_undrafted(manifest, records)],
         broken_rows=manifest.broken_rows,
         tasks=tasks,
         macro=macro(tasks.values(), records),
@@ -135,6 +138,19 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         throughput=throughput(records, manifest.config.concurrency),
         latency=latency(records),
     )
+
+
+def _undrafted(manifest: RunManifest, records: Iterable[Record]) -> list[str]:
+    """A warning where a vLLM server took steps without a draft, which its replies do not count."""
+    if manifest.server.vllm is None:
+        return []
+    counted = [record for record in records if not record.failed and record.verify_steps]
+    tokens = sum(record.completion_tokens - 1 for record in counted)
+    given = sum(record.acceptance.accepted + record.verify_steps for record in counted)
+    share = 1 - given / tokens if tokens else 0.0
+    if share < UNDRAFTED:
+        return []
+    return [f"{share:.0%} of the tokens come from steps that drafted nothing: tau is that of the other steps"]
 
 
 def summarize_task(records: Sequence[Record]) -> TaskSummary:

@@ -33,10 +33,14 @@ from typing import Any
 from sglang_auf.acceptance import Acceptance, total_acceptance
 from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
-from sglang_auf.hooks.spans import TokenTexts
+from sglang_auf.hooks.spans import MORE, TokenTexts
 
 FLAG = "return_spec_tokens_details"
 FIGURES = ("tau", "tau_verify", "verify_steps", "proposed", "accepted_histogram", "alpha")
+
+COUNTED = ("completion_tokens", "output_token_logprobs_length")
+OF_TOKENS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
+"""What `meta_info` counts, and what it has of each token."""
 
 WIDENED = ("SpecTokensDetails", "CompletionTokensDetails")
 EMBEDDING = (
@@ -191,7 +195,9 @@ class _Choice:
 
     def parts(self, report: dict[str, Any]) -> list[dict[str, Any]]:
         """`report` once for each new token, with what there is up to it; only the last one may end the answer."""
-        ids, text = report["output_ids"], report["text"]
+        meta, text = report["meta_info"], report["text"]
+        # SGLang's list grows on while a report of several choices waits to be sent.
+        ids = report["output_ids"] if self._increments else report["output_ids"][: meta.get("completion_tokens")]
         old, start = (0, 0) if self._increments else (self._tokens, self._length)
         self._tokens, self._length = len(ids), len(text)
         due = [(old, length) for length in self._held]
@@ -205,17 +211,26 @@ class _Choice:
         ends[-1:] = [(len(ids), len(text))]  # also where a stop was trimmed
         inside = self._texts.inside_character
         self._held, self._ahead = (held, max(len(text) - at, 0)) if inside else ([], 0)
-        meta = report["meta_info"]
         parts, first, begin = [], 0, 0
         for place, end in ends:
             part = report | {"text": text[begin:end], "output_ids": ids[first:place]}
-            if missing := len(ids) - place:
-                counts = {"finish_reason": None, "completion_tokens": meta["completion_tokens"] - missing}
-                part["meta_info"] = meta | counts
+            part["meta_info"] = self._meta_of(meta, first, place, len(ids))
             parts.append(part)
             if self._increments:
                 first, begin = place, end
         return parts
+
+    def _meta_of(self, meta: dict[str, Any], first: int, place: int, last: int) -> dict[str, Any]:
+        """Of the part with a report's tokens `first` to `place`, of `last`."""
+        said = dict(meta)
+        if self._increments:
+            said |= {name: meta[name][first:place] for name in OF_TOKENS if meta.get(name)}
+        if missing := last - place:
+            said |= {"finish_reason": None, MORE: True}
+            said |= {name: meta[name] - missing for name in COUNTED if meta.get(name) is not None}
+            if meta.get("reasoning_tokens"):
+                said["reasoning_tokens"] = min(meta["reasoning_tokens"], said["completion_tokens"])
+        return said
 
 
 def stream_token_by_token(original: Any, serving: Any, adapted_request: Any, request: Any, raw_request: Any) -> Any:
@@ -276,7 +291,9 @@ HOOKS = (
         ).on_ours()
         for name in ("_stream_chat_response", "_stream_generate_response")
     ),
-    Hook(f"{_DETOKENIZER}:DetokenizerManager._decode_batch_token_id_output", "AROUND", send_once, ("self", "recv_obj")),
+    Hook(
+        f"{_DETOKENIZER}:DetokenizerManager._decode_batch_token_id_output", "AROUND", send_once, ("self", "recv_obj")
+    ).on_ours(),
     Hook(
         f"{_CHAT}._generate_chat_stream",
         "AROUND",

@@ -34,6 +34,9 @@ SEAMS = tuple(
     for name in ("rids", "output_ids", "spec_verify_ct", "spec_num_correct_drafts")
 )
 
+MORE = "auf_more"
+"""In the meta_info of a report that was taken apart (replies.py): whether another part of it follows."""
+
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes an incomplete character to."""
 
@@ -140,6 +143,8 @@ async def _stream(original: Any, serving: Any, **arguments: Any) -> AsyncIterato
     async for chunk in original(serving, **arguments):
         yield chunk
     meta_info = arguments["content"]["meta_info"]
+    if MORE in meta_info:
+        return
     reply, finished = _reply.get() or {}, meta_info["finish_reason"] is not None
     spans = reply.pop(meta_info["id"], None) if finished else reply.get(meta_info["id"])
     if spans is None:

@@ -21,6 +21,7 @@ SEAMS = (
     Seam(f"{_REQUEST}.finished", "hooks.stops", ("self",)),
     Seam(f"{_REQUEST}.output_ids_through_stop", "hooks.stops"),
     Seam("sglang.srt.managers.schedule_batch:ReqKvInfo.kv_committed_len", "hooks.stops"),
+    Seam(f"{_STREAMING}:StreamingSession.borrowed_slot", "hooks.stops", ("self", "req")),
     *(
         Seam(f"sglang.srt.sampling.sampling_params:SamplingParams.{name}", "hooks.stops")
         for name in ("stop_strs", "stop_regex_strs")
@@ -40,6 +41,8 @@ def update_finish_state(original: Any, request: Any, new_accepted_len: int = 1) 
         original(request, new_accepted_len)
     else:
         _ask_after_each_token(original, request, new_accepted_len)
+    if request.finished():  # a session remembers its requests
+        request.auf_penalties = None
     if request.finished_len is not None and serves_auf():
         # Reasoning begins with the answer, and SGLang has counted it up to the end of the step.
         request.reasoning_tokens = min(request.reasoning_tokens, request.finished_len)
@@ -79,16 +82,18 @@ def continue_session(original: Any, last_request: Any, request: Any, session_par
     return original(answered, request, session_params)
 
 
-def keep_computed_keys(kept: bool, streaming: Any, request: Any) -> bool:
-    """After `StreamingSession.try_cache_finished_req`: the next turn computes the key of the answer's last token.
+def keep_computed_keys(original: Any, streaming: Any, request: Any) -> bool:
+    """Around `StreamingSession.try_cache_finished_req`: the next turn computes the key of the answer's last token.
 
     The last token of a verify step is not in any forward yet, but has a slot: SGLang gives slots for two blocks ahead,
-    and takes a token with a slot for one with a key. Without blocks no token has a slot that early.
+    and takes a token with a slot for one with a key. Without blocks no token has a slot that early. The slot is looked
+    for before: a turn that was retracted and then ends has no session afterwards.
     """
-    if kept and serves_auf():
-        kv = streaming.slots[request.session.session_id].kv
+    slot = streaming.borrowed_slot(request)
+    kept: bool = original(streaming, request)
+    if kept and slot is not None and serves_auf():
         computed = len(request.origin_input_ids) + max(len(request.output_ids) - 1, 0)
-        kv.kv_committed_len = min(kv.kv_committed_len, computed)
+        slot.kv.kv_committed_len = min(slot.kv.kv_committed_len, computed)
     return kept
 
 
@@ -119,5 +124,5 @@ HOOKS = (
         leave_unsampled,
         ("self", "i", "req", "pt", "next_token_ids", "num_input_logprobs", "output"),
     ),
-    Hook(f"{_STREAMING}:StreamingSession.try_cache_finished_req", "AFTER", keep_computed_keys, ("self", "req")),
+    Hook(f"{_STREAMING}:StreamingSession.try_cache_finished_req", "AROUND", keep_computed_keys, ("self", "req")),
 )

@@ -31,6 +31,8 @@ LOCK = ".lock"
 NAME = re.compile(r"\d{8}T\d{12}Z\.jsonl")
 _TIME = "%Y%m%dT%H%M%S%fZ.jsonl"
 _ID = re.compile(rb'\{"id":"([0-9a-f]{32})"')
+WRITTEN = datetime(2026, 11, 30, tzinfo=UTC)
+"""When this was written. A clock that shows less is wrong."""
 PARTS = 8
 """A file is at most this part of the bytes and of the days that are allowed."""
 
@@ -184,13 +186,14 @@ class Ring:
     def expire(self, room: int = 0) -> None:
         """Remove what is too old, and the oldest until `room` bytes more fit. Raises OSError.
 
-        A file named as far in the future is from a clock that was wrong: when it grows too old, nobody knows.
+        A file named as far in the future is from a clock that was wrong: when it grows too old, nobody knows. A clock
+        that is wrong now, as before a machine without a battery has asked for the time, removes nothing by age.
         """
         self._forget_removed()
         now = datetime.fromtimestamp(self._now(), UTC)
         if self._descriptor is not None and self._full(self._files[-1], room, now):
             self._end()
-        for file in [file for file in self._files if abs(now - file.begun) > self._max_age]:
+        for file in [file for file in self._files if now > WRITTEN and abs(now - file.begun) > self._max_age]:
             self._remove(file)
         while self._files and self.size + room > self._max_bytes:
             self._remove(self._files[0])

@@ -145,7 +145,8 @@ class PenalisedStep:
         for slot in range(emitted.shape[1] - 1):
             self._own.add(emitted[:, slot], slot < drafts)
         for place, request in enumerate(self._requests):
-            request.auf_penalties = self._own.rows(slice(place, place + 1))
+            # A copy: a request that waits or is remembered must not keep the whole batch's.
+            request.auf_penalties = self._own.rows(torch.tensor([place]).to(lengths.device, non_blocking=True))
 
 
 def begin(batch: Any) -> PenalisedStep | None:

@@ -269,7 +269,7 @@ def evaluate_drafter(drafter: str, target: str, data: str, *, limit: int | None 
         **_read_as(checked, model.config, limit),
     ).conversations
     if limit is not None and limit < len(conversations):
-        conversations = split_held_out(conversations, count=limit)[1]
+        conversations = split_held_out(conversations, count=limit, apart="tokens")[1]  # nothing is trained
     conversations = [conversation.as_served() for conversation in conversations]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

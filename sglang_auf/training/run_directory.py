@@ -3,11 +3,12 @@
 recipe.yaml     the resolved recipe           metrics.jsonl   one line for each logged step and each evaluation
 run.json        data, target, and every start tensorboard/    the same figures
 checkpoints/    and best, see checkpointer.py
-recorded/       copies of the recordings among the sources, as they were at the first start: a server adds rows to them
+recorded/       copies of the recordings among the sources, as they were when the run began: a server adds rows to them
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -20,9 +21,9 @@ import yaml
 
 from sglang_auf.errors import DataError, TrainingError
 from sglang_auf.files import listing, locked, read_json, remove_unfinished, whole_directory, write_whole
-from sglang_auf.recording.manifest import MANIFEST, is_recording
+from sglang_auf.recording.manifest import MANIFEST, is_recording, require_target
 from sglang_auf.recording.ring import row_files
-from sglang_auf.training.checkpointer import BEST, NEW_BEST
+from sglang_auf.training.checkpointer import BEST, NEW_BEST, Checkpoints
 from sglang_auf.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -63,39 +64,61 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
         yield directory
 
 
+def check_sources(directory: Path, sources: Sequence[str], target: Path, fresh: bool) -> None:
+    """Before the directory is opened. What the run has copies of is read from there, and checked then.
+
+    Raises DataError for a recording of another target, TrainingError for a source that fresh would remove.
+    """
+    for source in sources if fresh else ():
+        if Path(source).expanduser().resolve().is_relative_to((directory / RECORDED).resolve()):
+            raise TrainingError(
+                f"--fresh on {directory}, in which {source} is", "data outside the run", f"copy it: cp -r {source} COPY"
+            )
+    require_target([source for source in sources if not _copy_of(directory, source).is_dir()], target)
+
+
 def copy_recordings(directory: Path, sources: Sequence[str]) -> None:
-    """Copy the recordings among the sources into the run, unless an earlier start has done so.
+    """Copy the recordings among the sources into the run, which goes on with these rows once it has a checkpoint.
 
     Raises DataError where this user may not read one, OSError where the copy cannot be written.
     """
-    for source, copy in _copies(directory, sources):
+    begun = Checkpoints(directory, 1).latest() is not None
+    for source in sources:
+        copy = _copy_of(directory, source)
         remove_unfinished(copy)
-        if copy.is_dir():
+        if begun and copy.is_dir():
             logger.info("%s goes on with the rows of %s that it began with: later ones are not read", directory, source)
-            continue
-        try:
-            with whole_directory(copy) as made:
-                made.chmod(0o700)  # its rows are what users wrote
-                for file in (source / MANIFEST, *row_files(source)):
-                    with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
-                        shutil.copy(file, made)
-        except PermissionError as problem:
-            raise DataError(
-                f"{source} cannot be copied to {copy} ({problem})", "a recording that this user may read"
-            ) from problem
+        elif not begun:
+            _copy(Path(source).expanduser(), copy)
+
+
+def _copy(source: Path, copy: Path) -> None:
+    """One recording; nothing for another source."""
+    try:
+        if not is_recording(source):
+            return
+        if copy.is_dir():  # of a start that ended before it saved anything
+            shutil.rmtree(copy)
+        with whole_directory(copy) as made:
+            made.chmod(0o700)  # its rows are what users wrote
+            for file in (source / MANIFEST, *row_files(source)):
+                with suppress(FileNotFoundError):  # the server may have removed it since, because it grew too old
+                    shutil.copy(file, made)
+    except PermissionError as problem:
+        raise DataError(
+            f"{source} cannot be copied to {copy} ({problem})", "a recording that this user may read"
+        ) from problem
 
 
 def sources_of(directory: Path, sources: Sequence[str]) -> list[str]:
-    """The sources with the run's copies in place of recordings."""
-    copied = {str(source): str(copy) for source, copy in _copies(directory, sources) if copy.is_dir()}
-    return [copied.get(str(Path(source).expanduser()), source) for source in sources]
+    """The sources with the run's copies in place of recordings, which may be gone by now."""
+    return [str(copy) if (copy := _copy_of(directory, source)).is_dir() else source for source in sources]
 
 
-def _copies(directory: Path, sources: Sequence[str]) -> Iterator[tuple[Path, Path]]:
-    """(recording, its place in the run) for each source that is a recording."""
-    for number, source in enumerate(sources):
-        if is_recording(path := Path(source).expanduser()):
-            yield path, directory / RECORDED / str(number)
+def _copy_of(directory: Path, source: str) -> Path:
+    """Named after the place of the recording: another one is never taken for it."""
+    place = str(Path(source).expanduser().absolute())
+    return directory / RECORDED / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
@@ -125,7 +148,8 @@ def forget_after(directory: Path, step: int) -> None:
 
 
 def _foreign(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in OURS)
+    ours = set(OURS) - ({RECORDED} if is_recording(directory / RECORDED) else set())  # a user's, into which one records
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in ours)
 
 
 def _remove_run(directory: Path) -> None:

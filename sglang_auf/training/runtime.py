@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.recipe import Recipe
 
 COMPILED_PRODUCTS = 128
@@ -38,6 +38,16 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("sglang_auf").setLevel(logging.ERROR)
     return accelerator
+
+
+def require_same_rows(sha256: str) -> None:
+    """Raises DataError on every rank where one read other rows: the others would wait for batches that it has not."""
+    if len(read := set(gather_object([sha256]))) > 1:
+        raise DataError(
+            f"{len(read)} kinds of rows on the ranks",
+            "the same rows on each",
+            "give every machine the same data, and --out on a file system that they share",
+        )
 
 
 def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:

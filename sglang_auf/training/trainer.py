@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from sglang_auf import provenance
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.errors import ConfigError, TrainingError
+from sglang_auf.errors import TargetError, TrainingError
+from sglang_auf.files import weight_files
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.products import bf16_products
-from sglang_auf.recording.manifest import require_target
 from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import (
@@ -43,7 +43,7 @@ from sglang_auf.training.checkpointer import (
     restore,
 )
 from sglang_auf.training.data.conversations import Conversation
-from sglang_auf.training.data.feature_cache import weights_fingerprint
+from sglang_auf.training.data.feature_cache import fingerprint
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
 from sglang_auf.training.evaluate import HeldOutAnswers
@@ -57,6 +57,7 @@ from sglang_auf.training.runtime import (
     give_back_free_memory,
     limit_compiled_products,
     make_accelerator,
+    require_same_rows,
     stop_signals,
 )
 
@@ -85,7 +86,8 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
         accelerator = make_accelerator(recipe, out)
         try:
             check_launch(recipe, accelerator)
-            require_target(recipe.data.sources, find_target(recipe.target, recipe.target_revision))
+            target = find_target(recipe.target, recipe.target_revision)
+            run_directory.check_sources(out, recipe.data.sources, target, fresh)
             with run_directory.opened(out, fresh) if accelerator.is_main_process else nullcontext():
                 if accelerator.is_main_process:
                     run_directory.copy_recordings(out, recipe.data.sources)
@@ -119,13 +121,13 @@ class Trainer:
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
         self.data = load_data(read, target, self.facts.vocab_size, apart)
+        require_same_rows(self.data.sha256)
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):
             logger.warning(
                 "drafter.mask_token_id %d is also %d tokens of the data: choose an id that no text uses, or auto",
                 *(self.config.mask_token_id, count),
             )
         self.plan = Plan(self.data.train, recipe)
-        _require_a_step_of_each_objective(recipe, self.plan.steps)
         self.batches = BatchMaker(recipe, target, accelerator.device)
         self.batches.require([*self.data.train, *self.data.held_out])
         self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
@@ -147,7 +149,7 @@ class Trainer:
             recipe=recipe.model_dump(mode="json"),
             data_sha256=self.data.sha256,
             target_config_hash=self.facts.config_hash,
-            target_weights=weights_fingerprint(target),
+            target_weights=fingerprint(weight_files(target, TargetError)),
             target_revision=self.facts.revision,
             chat_template_hash=self.facts.chat_template_hash,
             apart=apart,
@@ -335,16 +337,3 @@ class Trainer:
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state
         return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
-
-
-def _require_a_step_of_each_objective(recipe: Recipe, steps: int) -> None:
-    """Raises ConfigError where an earlier objective would end before its first step."""
-    objective = recipe.objective
-    reached = {objective.phase(index / steps) for index in range(steps)}
-    missed = [name for phase, name in enumerate(objective.names) if phase not in reached]
-    if missed:
-        raise ConfigError(
-            f"objective {objective.description}: none of the {steps} steps of this run would train {', '.join(missed)}",
-            "a step of each objective",
-            "move objective.earlier's shares apart, or train for more steps",
-        )

@@ -25,6 +25,7 @@ from openai.types.completion_usage import CompletionTokensDetails
 
 from sglang_auf.acceptance import Acceptance, total_acceptance
 from sglang_auf.hooks.replies import FIGURES, _Choice, send_once
+from sglang_auf.hooks.spans import MORE
 from tests.support.scripted_server import CALL
 from tests.support.tool_calls import TEXTS, joined, tokens_of, tools
 from tests.support.toy_tokenizer import toy_tokenizer
@@ -287,7 +288,15 @@ def reports(tokens: list[Any], texts: list[str], sizes: list[int], increments: b
     for size, new in zip(sizes, texts, strict=True):
         begin, at = at, at + size
         text += new
-        meta = {"id": "a", "completion_tokens": at, "finish_reason": {"type": "stop"} if at == len(tokens) else None}
+        logprobs = [(-0.5, token, None) for token in tokens[begin if increments else 0 : at]]
+        meta = {
+            "id": "a",
+            "completion_tokens": at,
+            "finish_reason": {"type": "stop"} if at == len(tokens) else None,
+            "output_token_logprobs": logprobs,
+            "output_token_logprobs_length": at,
+            "reasoning_tokens": min(at, 2),
+        }
         part = (new, tokens[begin:at]) if increments else (text, tokens[:at])
         made.append({"text": part[0], "output_ids": part[1], "meta_info": meta})
     return made
@@ -322,7 +331,23 @@ def test_the_parts_of_reports_are_the_reports_of_single_tokens(
     for report in single:
         part = reached[report["meta_info"]["completion_tokens"]]
         assert increments or part["output_ids"] == report["output_ids"]
+        said = ("output_token_logprobs_length", "reasoning_tokens")
+        assert [part["meta_info"][name] for name in said] == [report["meta_info"][name] for name in said]
+    for part in parts if increments else []:
+        assert [token for _, token, _ in part["meta_info"]["output_token_logprobs"]] == part["output_ids"]
     assert [token for part in parts for token in part["output_ids"]] == tokens or not increments
+
+
+def test_what_a_report_has_later_is_of_the_next_one() -> None:
+    """SGLang's reports of several choices have the list of tokens itself, which grows on."""
+    tokens = list(TOY.encode("abcd"))
+    made = reports(tokens, ["ab", "cd"], [2, 2], increments=False)
+    choice = _Choice(decode, increments=False)
+    late = made[0] | {"output_ids": tokens}
+    parts = [part for report in (late, made[1]) for part in choice.parts(report)]
+    assert [part["text"] for part in parts] == ["a", "ab", "abc", "abcd"]
+    assert [part["meta_info"]["completion_tokens"] for part in parts] == [1, 2, 3, 4]
+    assert [MORE in part["meta_info"] for part in parts] == [True, False, True, False]
 
 
 def pieces(parts: list[dict[str, Any]], increments: bool) -> list[str]:

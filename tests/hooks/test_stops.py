@@ -184,16 +184,23 @@ def test_a_streaming_session_keeps_the_keys_that_are_computed(answer: list[int],
     """A prompt of 3. The last token of a step has a slot before it has a key."""
     kv = SimpleNamespace(kv_committed_len=3 + len(answer))
     turn = SimpleNamespace(origin_input_ids=[1, 2, 3], output_ids=answer, session=SimpleNamespace(session_id="s"))
-    streaming = SimpleNamespace(slots={"s": SimpleNamespace(kv=kv)})
-    assert keep_computed_keys(True, streaming, turn)
+    streaming = SimpleNamespace(borrowed_slot=lambda turn: turn.session and SimpleNamespace(kv=kv))
+
+    def original(_: Any, turn: Any) -> bool:
+        turn.session = None  # as SGLang leaves a turn that was retracted before
+        return True
+
+    assert keep_computed_keys(original, streaming, turn)
     assert kv.kv_committed_len == committed
-    kv.kv_committed_len = 1
-    keep_computed_keys(True, streaming, turn)
+    kv.kv_committed_len, turn.session = 1, "s"
+    keep_computed_keys(original, streaming, turn)
     assert kv.kv_committed_len == 1, "what SGLang could not keep stays lost"
 
 
-def test_an_aborted_turn_keeps_nothing() -> None:
-    assert not keep_computed_keys(False, SimpleNamespace(slots={}), request())
+@pytest.mark.parametrize("kept", [False, True])
+def test_another_request_is_kept_as_sglang_keeps_it(kept: bool) -> None:
+    streaming = SimpleNamespace(borrowed_slot=lambda _: None)
+    assert keep_computed_keys(lambda *_: kept, streaming, request()) is kept
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0, []), (1, [-0.5])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import stat
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from sglang_auf.errors import TrainingError
 from sglang_auf.files import UNFINISHED
 from sglang_auf.recording.manifest import MANIFEST
 from sglang_auf.training.recipe import parse_recipe
-from sglang_auf.training.run_directory import RECORDED, copy_recordings, describe, forget_after, opened, sources_of
+from sglang_auf.training.run_directory import (
+    RECORDED,
+    check_sources,
+    copy_recordings,
+    describe,
+    forget_after,
+    opened,
+    sources_of,
+)
 from tests.support.training_runs import tiny_recipe
 
 RECIPE = tiny_recipe("some/target", "answers.jsonl")
@@ -48,27 +57,71 @@ def test_other_files_are_never_mixed_with_a_run(tmp_path: Path, fresh: bool) -> 
     assert "thesis.tex" in names(tmp_path)
 
 
-def test_a_recording_is_copied_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recording, run, rows = tmp_path / "recording", tmp_path / "run", "20261101T000000000000Z.jsonl"
-    recording.mkdir()
-    (recording / MANIFEST).write_text("{}")
-    (recording / rows).write_text("first\n")
-    sources = ["answers.jsonl", str(recording)]
-    with opened(run, fresh=False):
+ROWS = "20261101T000000000000Z.jsonl"
+
+
+def recording_of(directory: Path, rows: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).write_text("{}")
+    (directory / ROWS).write_text(rows)
+    return directory
+
+
+def start(run: Path, *sources: str, fresh: bool = False) -> str:
+    """The rows that a start of the run reads from its last source."""
+    with opened(run, fresh=fresh):
         copy_recordings(run, sources)
-    (recording / rows).write_text("first\nsecond\n")
-    (recording / "20261102T000000000000Z.jsonl").write_text("third\n")
+    return (Path(sources_of(run, sources)[-1]) / ROWS).read_text()
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recording, run = recording_of(tmp_path / "recording", "first\n"), tmp_path / "run"
+    assert start(run, "answers.jsonl", str(recording)) == "first\n"
     make_run(run)
-    with opened(run, fresh=False), caplog.at_level(logging.INFO):
-        copy_recordings(run, sources)
-    copy = run / RECORDED / "1"
-    assert sources_of(run, sources) == ["answers.jsonl", str(copy)]
-    assert (names(copy), (copy / rows).read_text()) == ([rows, MANIFEST], "first\n")
-    assert stat.S_IMODE(copy.stat().st_mode) == 0o700
+    recording_of(recording, "first\nsecond\n")
+    (recording / "20261102T000000000000Z.jsonl").write_text("third\n")
+    with caplog.at_level(logging.INFO):
+        assert start(run, "answers.jsonl", str(recording)) == "first\n"
     assert f"goes on with the rows of {recording} that it began with" in caplog.text
-    with opened(run, fresh=True):
-        copy_recordings(run, sources)
-    assert (copy / rows).read_text() == "first\nsecond\n"
+    first, copy = sources_of(run, ["answers.jsonl", str(recording)])
+    assert first == "answers.jsonl" and Path(copy).parent == run / RECORDED
+    assert names(Path(copy)) == [ROWS, MANIFEST]
+    assert stat.S_IMODE(Path(copy).stat().st_mode) == 0o700
+    shutil.rmtree(recording)
+    assert start(run, "answers.jsonl", str(recording)) == "first\n", "whatever becomes of the recording"
+    recording_of(recording, "other\n")
+    assert start(run, str(recording), fresh=True) == "other\n"
+
+
+def test_a_start_that_saved_nothing_leaves_no_rows_to_the_next(tmp_path: Path) -> None:
+    recording, run = recording_of(tmp_path / "recording", "too few\n"), tmp_path / "run"
+    start(run, str(recording))
+    recording_of(recording, "too few\nand more\n")
+    assert start(run, str(recording)) == "too few\nand more\n"
+    other = recording_of(tmp_path / "other", "others\n")
+    assert start(run, str(other)) == "others\n"
+
+
+def test_another_recording_is_not_taken_for_the_one_of_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, str(recording_of(tmp_path / "recording", "first\n")))
+    make_run(run)
+    other = str(recording_of(tmp_path / "other", "others\n"))
+    assert sources_of(run, [other]) == [other]
+
+
+def test_fresh_keeps_rows_that_are_nowhere_else(tmp_path: Path) -> None:
+    run, recording = tmp_path / "run", str(recording_of(tmp_path / "recording", "first\n"))
+    start(run, recording)
+    (copy,) = sources_of(run, [recording])
+    shutil.rmtree(recording)
+    with pytest.raises(TrainingError, match="cp -r"):
+        check_sources(run, [copy], tmp_path / "target", fresh=True)
+    live = recording_of(tmp_path / "server" / RECORDED, "of a server\n")
+    for fresh in (False, True):
+        with pytest.raises(TrainingError, match=RECORDED), opened(tmp_path / "server", fresh=fresh):
+            pass
+    assert (live / ROWS).exists()
 
 
 def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def split_held_out(
         raise DataError(
             f"{len(train)} rows to train on and {len(held_out)} held out",
             "some of each",
-            "give more rows, or hold out fewer",
+            "give rows with other prompts, or hold out fewer" if repeated else "give more rows, or hold out fewer",
         )
     return train, held_out
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -217,12 +217,17 @@ def token_hash(input_ids: Sequence[int]) -> str:
 
 
 def weights_fingerprint(target: Path) -> str:
+    """`fingerprint` of every weight file in the directory, loaded or not."""
+    return fingerprint(sorted((*target.glob("*.safetensors"), *target.glob("*.bin"))))
+
+
+def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over samples spread evenly over every weight file, so that a model trained further has another one.
 
     Complete files would take minutes for a large target, and a fine-tune changes every matrix.
     """
     digest = hashlib.sha256()
-    for path in sorted((*target.glob("*.safetensors"), *target.glob("*.bin"))):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{size}\n".encode())
         with path.open("rb") as file:

@@ -96,6 +96,7 @@ class Plan:
     """The micro-batches of every step of a run, which depend on lengths, seed and sizes alone."""
 
     def __init__(self, conversations: Sequence[Conversation], recipe: Recipe) -> None:
+        """Raises ConfigError where an earlier objective would end before its first step."""
         self._lengths = [len(conversation) for conversation in conversations]
         self._recipe = recipe
         self._epochs: list[list[list[int]]] = []
@@ -105,6 +106,7 @@ class Plan:
         while len(self._epochs) < (schedule.epochs or 1) or (schedule.max_steps or 0) > self._ends[-1]:
             self._plan_epoch()
         self.steps: int = schedule.max_steps or self._ends[-1]
+        self._require_a_step_of_each_objective()
 
     def at(self, step: int) -> tuple[int, list[list[int]]]:
         """(epoch, row numbers of each micro-batch) of a step, 0..steps-1."""
@@ -112,6 +114,18 @@ class Plan:
         first = step - (self._ends[epoch - 1] if epoch else 0)
         size = self._recipe.batch.micro_batches
         return epoch, self._epochs[epoch][first * size : (first + 1) * size]
+
+    def _require_a_step_of_each_objective(self) -> None:
+        objective, steps = self._recipe.objective, self.steps
+        reached = {objective.phase(index / steps) for index in range(steps)}
+        missed = [name for phase, name in enumerate(objective.names) if phase not in reached]
+        if missed:
+            raise ConfigError(
+                f"objective {objective.description}: none of the {steps} steps of this run would train "
+                f"{', '.join(missed)}",
+                "a step of each objective",
+                "move objective.earlier's shares apart, or train for more steps",
+            )
 
     def _plan_epoch(self) -> None:
         batch = self._recipe.batch

@@ -246,7 +246,7 @@ class DataSet:
         folder = Path(name).expanduser()
         if folder.is_dir() and not revision:
             name = str(folder)
-        elif not found or folder.exists() or not HUB_ID.fullmatch(name) or folder.suffix in FILES:
+        elif not found or folder.exists() or not HUB_ID.fullmatch(name) or {folder.suffix, path.suffix} & set(FILES):
             raise DataError(
                 f"no file {path.absolute()}",
                 "a JSONL, JSON or Parquet file, a recording, a folder of data, or a hub data set (owner/name, "
