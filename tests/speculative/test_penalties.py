@@ -11,6 +11,7 @@ from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from torch import Tensor
 
+from sglang_auf.speculative import penalties
 from sglang_auf.speculative.penalties import Penalties, asks, begin, prefill
 from sglang_auf.speculative.tree import ANCHOR, Forest, Node
 from tests.support.syncs import no_syncs
@@ -113,8 +114,11 @@ def test_tokens_one_by_one(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_trees_over_several_steps_beside_requests_that_ask_for_nothing(seed: int) -> None:
+def test_trees_over_several_steps_beside_requests_that_ask_for_nothing(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each row of a tree has its ancestors counted, and a step keeps the tokens that it emitted, its bonus excepted."""
+    monkeypatch.setattr(penalties, "ROWS_AT_ONCE", (128, 128, 7, 1)[seed])
     generator = torch.Generator().manual_seed(seed)
 
     def token() -> int:

@@ -32,8 +32,10 @@ class FakeEngine:
     gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
     card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
     sglang: False for another OpenAI-compatible server, which has none of SGLang's routes, and refuses its fields.
-    vllm: that one is vLLM; "router": behind a router, which hides vLLM's own routes. spec_metrics: it was started with
-    --per-request-spec-decode-metrics. log_stats: it was not started with --disable-log-stats.
+    vllm: that one is vLLM; "router": behind a router, which has a version and metrics of its own; "proxy": behind a
+    proxy, which refuses these routes. spec_metrics: it was started with --per-request-spec-decode-metrics. log_stats:
+    it was not started with --disable-log-stats. busy: its prefix cache cannot be emptied. extra_tokens: that steps
+    without a draft, which it does not count, have added to each answer. thoughts: a parser takes all text out as such.
     own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage.
     """
 
@@ -53,6 +55,9 @@ class FakeEngine:
     vllm: bool | str = False
     spec_metrics: bool = True
     log_stats: bool = True
+    busy: bool = False
+    extra_tokens: int = 0
+    thoughts: bool = False
     own_info: dict[str, Any] | None = None
     counts: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -144,7 +149,10 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.middleware("http")
     async def only_openais(request: Request, proceed: Any) -> Response:
         known = engine.sglang or request.url.path.startswith("/v1/")
-        known |= engine.vllm is True and request.url.path in ("/version", "/metrics", "/reset_prefix_cache")
+        own = request.url.path in ("/version", "/metrics", "/reset_prefix_cache")
+        if own and engine.vllm == "proxy":
+            return JSONResponse({"detail": "Forbidden"}, status_code=403)
+        known |= bool(engine.vllm) and own
         if not known and not (engine.own_info and request.url.path == "/server_info"):
             return JSONResponse({"detail": "Not Found"}, status_code=404)
         return await proceed(request)
@@ -179,13 +187,16 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.get("/metrics")
     def metrics() -> Response:
         lines = ["python_info 1"] + ["vllm:num_requests_running 0"] * engine.log_stats
+        if engine.vllm == "router":
+            return Response("\n".join(lines), media_type="text/plain")
+        lines += ["vllm:generation_tokens_total 0"] * engine.log_stats
         lines += ["vllm:spec_decode_num_drafts_total 0"] * (engine.log_stats and engine.speculative)
         return Response("\n".join(lines), media_type="text/plain")
 
     @app.post("/reset_prefix_cache")
     def reset() -> Response:
-        engine.flushed += 1
-        return Response()
+        engine.flushed += not engine.busy
+        return JSONResponse({"success": not engine.busy})
 
     @app.get("/v1/auf/card")
     def card() -> Response:
@@ -277,7 +288,8 @@ async def _stream(
 
     yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
     for token in tokens:
-        choice = {"index": 0, "delta": {"content": text_of([token])}, "finish_reason": None}
+        name = "reasoning" if engine.thoughts else "content"
+        choice = {"index": 0, "delta": {name: text_of([token])}, "finish_reason": None}
         yield event([choice | _vllms_ids(engine, body, [token])])
     for part in engine.spans(tokens) if spans else []:
         told = _part(engine, body, tokens, "chat.completion.chunk", []) | {"sglext": {"spans": {"tokens": part}}}
@@ -309,7 +321,8 @@ def _part(
     if usage and engine.vllm:
         part["metrics"] = engine.vllms(body, tokens) or None
     if usage and engine.counts:
-        part["usage"] = {"prompt_tokens": 5, "completion_tokens": len(tokens), "total_tokens": 5 + len(tokens)}
+        count = len(tokens) + engine.extra_tokens
+        part["usage"] = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}
     if sglext and (extension := engine.sglext(body, tokens)):
         part["sglext"] = extension
     return part

@@ -362,7 +362,10 @@ def test_tau_of_a_vllm_server_is_that_of_sglang_with_the_same_steps(
         ({"spec_metrics": False}, ["--plain"], ["speculative", "leave --plain out"]),
         ({"speculative": False}, [], ["speculative_algorithm None", "--plain"]),
         ({"log_stats": False}, ["--plain"], ["no counter of vLLM", "--disable-log-stats"]),
-        ({"vllm": "router"}, [], ["status 404", "add --plain"]),
+        ({"vllm": "router"}, [], ["/version and /metrics can be read", "add --plain"]),
+        ({"vllm": "proxy"}, [], ["/version and /metrics can be read", "add --plain"]),
+        ({"vllm": "proxy"}, ["--plain"], ["replies with verify steps", "the URL of vLLM itself"]),
+        ({"busy": True}, ["--empty-cache"], ['"success":false', "send it no other requests"]),
     ],
 )
 def test_a_vllm_server_of_the_other_kind_is_refused(
@@ -378,10 +381,41 @@ def test_a_vllm_server_of_the_other_kind_is_refused(
     assert main(flags(started.url, tmp_path / "run", data_dir, *more)) == 2
     message = capsys.readouterr().err
     assert all(part in message for part in said), message
-    assert not (tmp_path / "run").exists()
+    assert "busy" in server or not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("server", "known"), [({"vllm": True}, True), ({"vllm": "router"}, False)])
+def test_a_run_of_vllm_is_not_resumed_with_another_number_of_drafts(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(flags(fake(sglang=False, vllm=True).url, out, data_dir)) == 0
+    lines = (out / "records.jsonl").read_text().splitlines(keepends=True)
+    (out / "records.jsonl").write_text("".join(lines[:4]))
+    assert main(flags(fake(sglang=False, vllm=True, block=5).url, out, data_dir, "--resume")) == 2
+    assert "blocks of [4], as the run" in capsys.readouterr().err
+    assert main(flags(fake(sglang=False, vllm=True).url, out, data_dir, "--resume")) == 0
+
+
+@pytest.mark.parametrize(("extra", "said"), [(0, False), (9, True)])
+def test_tokens_of_vllms_steps_without_a_draft_are_told(
+    extra: int, said: bool, fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(sglang=False, vllm=True, extra_tokens=extra)
+    assert main(flags(server.url, tmp_path / "run", data_dir)) == 0
+    assert ("of the tokens come from steps that drafted nothing" in capsys.readouterr().out) is said
+
+
+@pytest.mark.parametrize("server", [{}, {"sglang": False, "vllm": True}])
+def test_a_thought_that_the_server_takes_out_of_the_text_starts_the_clock(
+    server: dict[str, Any], fake: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    assert main(flags(fake(thoughts=True, **server).url, tmp_path / "run", data_dir)) == 0
+    assert all(record.ttft_s is not None and not record.output_text for record in records_of(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("server", "known"), [({"vllm": True}, True), ({"vllm": "router"}, False), ({"vllm": "proxy"}, False)]
+)
 def test_a_plain_vllm_server_is_a_baseline_whose_tokens_are_known_unless_a_router_hides_it(
     server: dict[str, Any], known: bool, fake: Start, data_dir: Path, tmp_path: Path
 ) -> None:
