@@ -42,9 +42,8 @@ def end_on_sigterm() -> None:
     The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler. Ranks
     of a training are left alone: a handler waits for Python, and a rank that waits for others may wait for ever.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return
-    signal.signal(signal.SIGTERM, _end)
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        signal.signal(signal.SIGTERM, _end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # begin_server keeps it back
 
 

@@ -124,3 +124,44 @@ def test_a_child_is_a_copy_of_the_server_and_leaves_it_to_answer_signals() -> No
 @pytest.mark.parametrize(("fork", "argument"), [("0", ""), ("1", "thread")])
 def test_children_are_spawned_unless_asked_for_and_where_a_thread_runs(fork: str, argument: str) -> None:
     assert result(FORKED, argument, SGLANG_AUF_FORK=fork) == "spawn"
+
+
+BEGINS = """
+import os, signal, sys, time
+from sglang_auf import process
+if os.environ.get("BEGUN"):
+    time.sleep(0.2)  # what a program imports before it handles signals
+    process.end_on_sigterm()
+    sys.exit("still here")
+process.end_on_sigterm()
+os.environ["BEGUN"] = "1"
+process.set_environment = lambda: True
+begin, process.os.execv = os.execv, lambda *arguments: (os.kill(os.getpid(), signal.SIGTERM), begin(*arguments))
+process.begin_server()
+"""
+
+
+def test_a_sigterm_between_the_programs_of_a_server_is_not_lost(tmp_path: Path) -> None:
+    """Process 1 of a container would never hear of it."""
+    (program := tmp_path / "program.py").write_text(BEGINS)
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, check=False, env=environment()
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+@pytest.mark.parametrize(("ranks", "handled"), [(None, True), ("1", True), ("2", False)])
+def test_ranks_of_a_training_end_at_once(ranks: str | None, handled: bool) -> None:
+    """A rank that waits for others in C++ runs no handler."""
+    told = "import signal; from sglang_auf.process import end_on_sigterm; end_on_sigterm(); "
+    told += "print(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)"
+    world = {} if ranks is None else {"WORLD_SIZE": ranks}
+    done = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment() | world
+    )
+    assert done.stdout.strip() == str(handled)
+
+
+def environment() -> dict[str, str]:
+    known = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "BEGUN")}
+    return known | {"PYTHONPATH": os.pathsep.join(sys.path)}

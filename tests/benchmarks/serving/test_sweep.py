@@ -42,6 +42,15 @@ def test_every_level_is_asked_of_both_servers(
     assert "| 3 | 6 |" in table
 
 
+def test_a_sweep_of_vllm_is_named_so(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    server, plain = (fake(sglang=False, vllm=True, speculative=speculative) for speculative in (True, False))
+    out = tmp_path / "sweep"
+    assert main(flags(server.url, out, data_dir, "--plain-url", plain.url, "--concurrency", "1,2")) == 0
+    assert server.engine.flushed == plain.engine.flushed == 2
+    text = (out / "sweep.md").read_text()
+    assert "toy (vLLM 0.32.0, block 4)" in text and "| vLLM tokens/s |" in text and "AUF" not in text
+
+
 def test_a_finished_level_is_not_asked_again(fake: Start, data_dir: Path, tmp_path: Path) -> None:
     server, out = fake(), tmp_path / "sweep"
     main(flags(server.url, out, data_dir, "--concurrency", "1"))
