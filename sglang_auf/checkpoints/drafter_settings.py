@@ -132,9 +132,10 @@ def ignored_settings(config: Mapping[str, Any], head: str) -> list[str]:
     head: "dflash" or "domino".
     """
     nested = config.get("dflash_config") or {}
-    kinds = config.get("layer_types") or ()
+    given = config.get("layer_types")
+    kinds = given if isinstance(given, list) else []
     found = [key for key in UNREAD if draft_setting(config, key)]
-    if kinds and set(kinds) == {"sliding_attention"} and "causal" in found:
+    if kinds and all(kind == "sliding_attention" for kind in kinds) and "causal" in found:
         found.remove("causal")  # as SGLang computes sliding layers in any case
     found += [f"dflash_config.{key}" for key in UNREAD_IN_DFLASH_CONFIG if nested.get(key) and not config.get(key)]
     if head != "domino" and draft_setting(config, "shift_label"):

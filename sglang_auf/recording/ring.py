@@ -43,9 +43,15 @@ def row_files(directory: Path) -> list[Path]:
 
 
 def require_at_rest(sources: Iterable[str | Path]) -> None:
-    """Raise DataError for the first of the training sources that is a recording which a server adds rows to now."""
+    """Raise DataError for the first of the training sources that is a recording which a server adds rows to now.
+
+    One that this user may not look into is left to `require_target`.
+    """
     for source in sources:
-        if is_recording(directory := Path(source).expanduser()) and is_held(directory / LOCK):
+        directory, held = Path(source).expanduser(), False
+        with suppress(PermissionError):
+            held = is_recording(directory) and is_held(directory / LOCK)
+        if held:
             raise DataError(
                 f"{directory}, into which a server records now",
                 "rows that stay the same, as the training that uses them has to read them again",

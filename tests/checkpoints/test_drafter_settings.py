@@ -31,6 +31,8 @@ def test_settings_are_looked_up_as_sglang_does() -> None:
         (drafter(sample_from_anchor=True), "sample_from_anchor"),
         (drafter({"shift_label": True}), "shift_label without a domino head"),
         (drafter({"use_swa": True}), "use_swa without sliding layer_types"),
+        (drafter({"use_swa": True}, layer_types=[["sliding_attention"]]), "use_swa without sliding layer_types"),
+        (drafter({"use_swa": True}, layer_types=7), "use_swa without sliding layer_types"),
         (drafter({"swa_window_size": 128}, layer_types=["full_attention"]), "swa_window_size without sliding"),
         (drafter({"is_causal": True}), "dflash_config.is_causal"),
         (drafter({"use_gemma_norm": True}), "dflash_config.use_gemma_norm"),

@@ -64,9 +64,9 @@ def cache_features(
     """
     from transformers import AutoTokenizer
 
-    directory = find_target(target)
-    require_target(data, directory)  # also says whose recording this user may not read
     require_at_rest(data)
+    directory = find_target(target)
+    require_target(data, directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = OnlineFeatures(directory, layer_ids, dtype=dtype, device=device)
     loaded = load_conversations(
