@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -32,6 +32,9 @@ class StudyConfig(CommandConfig):
         (), description="only these of the study's seeds; another machine may do the others"
     )
     budgets: Counts = Field((), description="only these of the study's budgets")
+    arms: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), description="only these of the study's arms, and claims between them"
+    )
     join: tuple[Path, ...] = Field(
         (), description="an OUT of the same study with other seeds, of another machine, to report with; may be repeated"
     )
@@ -207,14 +210,24 @@ class Study(Settings):
             tuple(seed for seed in self.seeds if seeds is None or seed in seeds),
         )
 
-    def only(self, seeds: Sequence[int] = (), budgets: Sequence[int] = ()) -> Study:
-        """The study with some of its seeds and budgets, or all. Raises ConfigError for one that it does not have."""
-        for name, wanted, known in (("seed", seeds, self.seeds), ("budget", budgets, self.budgets)):
+    def only(self, seeds: Sequence[int] = (), budgets: Sequence[int] = (), arms: Sequence[str] = ()) -> Study:
+        """The study with some of its seeds, budgets and arms, or all. Raises ConfigError for one that it does not have.
+
+        Of claims those between these arms.
+        """
+        asked: list[tuple[str, Sequence[Any], Collection[Any]]] = [
+            ("seed", seeds, self.seeds),
+            ("budget", budgets, self.budgets),
+            ("arm", arms, self.arms),
+        ]
+        for name, wanted, known in asked:
             if others := [each for each in wanted if each not in known]:
                 raise ConfigError(f"{name} {others[0]}", f"one of the study's: {', '.join(map(str, known)) or 'none'}")
         chosen = {steps: changes for steps, changes in self.budgets.items() if not budgets or steps in budgets}
         of_these = tuple(seed for seed in self.seeds if not seeds or seed in seeds)
-        return self.model_copy(update={"seeds": of_these, "budgets": chosen})
+        named = {name: arm for name, arm in self.arms.items() if not arms or name in arms}
+        claims = tuple(claim for claim in self.claims if claim.arm in named and claim.against in named)
+        return self.model_copy(update={"seeds": of_these, "budgets": chosen, "arms": named, "claims": claims})
 
     def _arms_of(self, steps: int) -> dict[str, Arm]:
         return {name: arm for name, arm in self.arms.items() if arm.budgets is None or steps in arm.budgets}

@@ -72,16 +72,20 @@ class Finding:
     verdict: Verdict
 
 
-def read_results(records: Path, walk_only: bool = False, others: Sequence[Path] = ()) -> dict[Budget, Results]:
+def read_results(
+    records: Path, walk_only: bool = False, others: Sequence[Path] = (), arms: Sequence[str] = ()
+) -> dict[Budget, Results]:
     """The results of each budget, of those seeds that are done for all of its arms. walk_only: without what was served.
 
-    others: records of the same study with other seeds, of other machines. Raises ConfigError where there is no study,
-    where one is another study, where no seed is done yet, or where the arms of a seed do not compare.
+    others: records of the same study with other seeds, of other machines. arms: those that count; none: all.
+    Raises ConfigError where there is no study, where one is another study, where no seed is done yet, or where the arms
+    of a seed do not compare.
     """
     whole = load_study(records / STUDY)
     for other in others:
         if load_study(other / STUDY) != whole:
             raise ConfigError(f"{other} are records of another study", f"records of the same study as {records}")
+    whole = whole.only(arms=arms)
     found: dict[Budget, Results] = {}
     missing: list[Path] = []
     for budget, study in whole.parts.items():

@@ -34,7 +34,7 @@ def measure_study(config: StudyConfig) -> StudyReport:
 
         run_study(config)
     others = [other / "records" for other in config.join]
-    return study_report(read_results(config.out / "records", config.walk_only, others))
+    return study_report(read_results(config.out / "records", config.walk_only, others, config.arms))
 
 
 def study_report(by_budget: Mapping[Budget, Results]) -> StudyReport:

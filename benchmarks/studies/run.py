@@ -112,7 +112,7 @@ def run_study(config: StudyConfig) -> None:
 
     Raises ConfigError for an arm whose recipe is refused, and where config.out belongs to another study.
     """
-    study = load_study(config.study).only(config.seeds, config.budgets)
+    study = load_study(config.study).only(config.seeds, config.budgets, config.arms)
     places = Places(config.out, config.data_dir, settings=config.settings)
     for part in study.parts.values():  # before hours are spent on the arms in front of a wrong one
         for arm in part.arms.values():

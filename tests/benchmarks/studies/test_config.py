@@ -131,6 +131,19 @@ def test_a_part_of_a_study_has_some_of_its_seeds_and_budgets(tmp_path: Path) -> 
         load_study(written(tmp_path)).only(budgets=[30])
 
 
+def test_a_part_of_a_study_has_some_of_its_arms_and_the_claims_between_them(tmp_path: Path) -> None:
+    claims = [
+        {"id": "a", "text": "t", "arm": "auf", "against": "decay"},
+        {"id": "v", "text": "t", "arm": "vat", "against": "auf"},
+    ]
+    study = load_study(written(tmp_path, arms={"decay": {}, "auf": {}, "vat": {}}, claims=claims, served={}))
+    part = study.only(arms=["auf", "decay"])
+    assert (list(part.arms), [claim.id for claim in part.claims]) == (["decay", "auf"], ["a"])
+    assert part.served_runs[0] == ("decay", "auf")
+    with pytest.raises(ConfigError, match="arm l2r; expected: one of the study's: decay, auf, vat"):
+        study.only(arms=["l2r"])
+
+
 def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:
     earlier = "objective.earlier=[{name: decay, until: 0.25}]"
     arms = {

@@ -223,6 +223,19 @@ def test_a_seed_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path, caplog: 
     assert set(results.served) == {("auf", 3, 0.0)}, "seed 2 is left out, and seed 1 was not to be served"
 
 
+def test_a_seed_that_one_arm_lacks_counts_for_the_others(tmp_path: Path) -> None:
+    study = {
+        **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1, 2]},
+        **{"answers": {"own": {"demo": 8}}, "arms": {"decay": {}, "auf": {}, "vat": {}}},
+        **{"budgets": {30: []}, "measured": {"trees": [8]}},
+    }
+    write(tmp_path / "one", study, [30], seeds=[1, 2])  # and no vat
+    with pytest.raises(ConfigError, match="not done yet"):
+        read_results(tmp_path / "one")
+    results = read_results(tmp_path / "one", arms=["auf", "decay"])[30]
+    assert (results.study.seeds, list(results.study.arms)) == ((1, 2), ["decay", "auf"])
+
+
 def test_parts_of_a_study_are_joined_by_seed_and_budget(tmp_path: Path) -> None:
     study = {
         **{"title": "t", "profile": "p", "target": "t", "recipe": "r", "seeds": [1, 2, 3]},
