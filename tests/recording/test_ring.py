@@ -143,6 +143,19 @@ def test_a_clock_that_goes_back_changes_no_order(tmp_path: Path, clock: Clock) -
     assert len(row_files(tmp_path)) > 2
 
 
+def test_a_clock_that_is_years_behind_removes_nothing(tmp_path: Path, clock: Clock) -> None:
+    """A machine without a battery for its clock begins in 1970, until it has asked for the time."""
+    ring = opened(tmp_path, clock)
+    ring.append(7, encoded(7, array("q", [1]), array("q", [2])))
+    ring.close()
+    now, clock.at = clock.at, 100.0
+    opened(tmp_path, clock).close()
+    assert ids(tmp_path) == [7]
+    clock.at = now + 9 * DAY
+    opened(tmp_path, clock).close()
+    assert ids(tmp_path) == []
+
+
 def test_a_clock_that_was_ahead_does_not_keep_rows_for_longer(tmp_path: Path, clock: Clock) -> None:
     """Neither the rows of that time nor those that come after it, in the same file or in files behind it."""
     ring = opened(tmp_path, clock, max_bytes=2**20)

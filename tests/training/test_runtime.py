@@ -12,14 +12,23 @@ import pytest
 from accelerate.utils import DistributedType
 
 from sglang_auf.cpu import linear
-from sglang_auf.errors import ConfigError
-from sglang_auf.training.runtime import check_launch, give_back_free_memory
+from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.training import runtime
+from sglang_auf.training.runtime import check_launch, give_back_free_memory, require_same_rows
 from tests.support.training_runs import tiny_recipe
 
 
 def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU, version: int = 2) -> Any:
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
     return SimpleNamespace(num_processes=ranks, distributed_type=kind, state=state)
+
+
+def test_ranks_that_read_different_rows_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise those with more batches would wait for ever. What the other rank read is put in place of a gather."""
+    monkeypatch.setattr(runtime, "gather_object", lambda own: [*own, "a"])
+    require_same_rows("a")
+    with pytest.raises(DataError, match="2 kinds of rows"):
+        require_same_rows("b")
 
 
 def test_ranks_share_micro_batches_evenly() -> None:
