@@ -145,5 +145,5 @@ class LoadReply(Reply):
     )
     generated_tokens: int = Field(
         description="tokens made since the start, those of running answers included; of an answer that is not "
-        "streamed, up to a second late"
+        "streamed, up to a second late, and of one with stop strings or stop regexes when it has ended"
     )

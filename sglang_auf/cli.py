@@ -16,8 +16,8 @@ from sglang_auf.process import end_on_sigterm
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 with one message on stderr for a mistake that the user can fix, 128 + N after signal N."""
-    end_on_sigterm()
     arguments = sys.argv[1:] if arguments is None else arguments
+    end_on_sigterm(trains=arguments[:1] == ["train"])
     options = _parser(*arguments[:1]).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("httpx", "openai"):  # they log a line for every request, or for every repeated one

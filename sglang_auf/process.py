@@ -36,13 +36,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-def end_on_sigterm() -> None:
+def end_on_sigterm(*, trains: bool = False) -> None:
     """From now on SIGTERM ends this program with exit code 143, and every `finally` runs.
 
-    The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler. Ranks
-    of a training are left alone: a handler waits for Python, and a rank that waits for others may wait for ever.
+    The first thing that a program does: to process 1 of a container the kernel sends no signal without a handler. One
+    that trains is left alone where it is one rank of several: a handler waits for Python, and a rank that waits for
+    others may wait for ever. Other programs get a handler whatever a platform says of ranks.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if not trains or os.environ.get("WORLD_SIZE", "") in ("", "1"):
         signal.signal(signal.SIGTERM, _end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # begin_server keeps it back
 

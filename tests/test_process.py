@@ -150,10 +150,15 @@ def test_a_sigterm_between_the_programs_of_a_server_is_not_lost(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (143, "")
 
 
-@pytest.mark.parametrize(("ranks", "handled"), [(None, True), ("1", True), ("2", False)])
-def test_ranks_of_a_training_end_at_once(ranks: str | None, handled: bool) -> None:
+@pytest.mark.parametrize(
+    ("trains", "ranks", "handled"),
+    [(True, None, True), (True, "1", True), (True, "2", False), (False, "2", True), (False, "two", True)],
+)
+def test_ranks_of_a_training_end_at_once_and_other_programs_in_order(
+    trains: bool, ranks: str | None, handled: bool
+) -> None:
     """A rank that waits for others in C++ runs no handler."""
-    told = "import signal; from sglang_auf.process import end_on_sigterm; end_on_sigterm(); "
+    told = f"import signal; from sglang_auf.process import end_on_sigterm; end_on_sigterm(trains={trains}); "
     told += "print(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)"
     world = {} if ranks is None else {"WORLD_SIZE": ranks}
     done = subprocess.run(

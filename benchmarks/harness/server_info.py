@@ -75,7 +75,9 @@ def server_facts(base_url: str, model: str | None = None) -> ServerFacts:
     try:
         info = call(base_url, "/server_info", hidden=True)
     except NoRoute as error:
-        raise OtherServer(error.found, "an SGLang server", "check the URL") from None
+        raise OtherServer(
+            error.found, "an SGLang server", f"check the URL; an API key is read from {CLIENT_API_KEY}"
+        ) from None
     if not isinstance(info, dict) or "speculative_algorithm" not in info:  # vLLM may have a route of this name, too
         raise OtherServer(f"{base_url}/server_info is not SGLang's", "an SGLang server", "check the URL")
     try:
@@ -167,7 +169,7 @@ def wrong_server(config: RunConfig, server: ServerFacts, found: str) -> ServerEr
     expected = "a server that decodes plainly, as --plain says"
     remedy = "leave --plain out, or start the baseline with python -m server --plain"
     if config.plain and server.sglang is None and server.vllm is None:
-        remedy = "leave --plain out, and give the URL of vLLM itself, where /version and /metrics can be read"
+        remedy = "leave --plain out, and give the server's own URL, where /server_info or /metrics can be read"
     elif not config.plain and server.algorithm is not None and server.vllm is not None:
         expected = "a vLLM server that counts the verify steps of each request"
         remedy = "start it with --per-request-spec-decode-metrics summary"

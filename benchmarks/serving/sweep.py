@@ -7,6 +7,7 @@ SGLang's bench_serving and guidellm measure latency under load too, but not tau.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -120,9 +121,11 @@ def measure_sweep(config: SweepConfig) -> Sweep:
             "levels that compare",
             "give another --out: levels that are finished are not asked again",
         )
+    measured = [_level(level, run) for level, run in zip(levels, runs, strict=True)]
+    _require_same_servers(measured, config.out)
     return Sweep(
         config=config,
-        levels=[_level(level, run) for level, run in zip(levels, runs, strict=True)],
+        levels=measured,
         versions=origins[0][0],
         machine=origins[0][1],
     )
@@ -132,6 +135,27 @@ def _level(concurrency: int, runs: dict[str, AskedRun]) -> SweepLevel:
     auf, plain = runs[AUF][0], runs[PLAIN][0] if PLAIN in runs else None
     speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain else None)
     return SweepLevel(concurrency=concurrency, auf=auf, plain=plain, speedup=ratio(*speeds))
+
+
+def _require_same_servers(levels: Sequence[SweepLevel], out: Path) -> None:
+    """Raises ConfigError for levels whose drafts are of other lengths, or whose two servers are of other engines.
+
+    vLLM tells the number of its drafts in its replies alone.
+    """
+    if len(blocks := sorted({level.auf.block_size or 0 for level in levels})) > 1:
+        raise ConfigError(
+            f"levels in {out} with blocks of {blocks}",
+            "one server for all levels",
+            "give another --out: levels that are finished are not asked again",
+        )
+    engines = {(run.sglang, run.vllm) for level in levels for run in level.runs}
+    if len(engines) > 1:
+        named = sorted(f"SGLang {sglang}" if vllm is None else f"vLLM {vllm}" for sglang, vllm in engines)
+        raise ConfigError(
+            f"servers of {' and '.join(named)}",
+            "--plain-url of the same engine, so that the speed-up is that of speculative decoding",
+            "sweep each alone, and put them side by side with python -m benchmarks report",
+        )
 
 
 def _asked(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> AskedRun:

@@ -142,12 +142,11 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
 
 def _undrafted(manifest: RunManifest, records: Iterable[Record]) -> list[str]:
     """A warning where a vLLM server took steps without a draft, which its replies do not count."""
-    if manifest.server.vllm is None:
+    if manifest.server.vllm is None or manifest.config.plain:
         return []
-    counted = [record for record in records if not record.failed and record.verify_steps]
-    tokens = sum(record.completion_tokens - 1 for record in counted)
-    given = sum(record.acceptance.accepted + record.verify_steps for record in counted)
-    share = 1 - given / tokens if tokens else 0.0
+    answered = [record for record in records if record.completion_tokens and not record.failed]
+    tokens = sum(record.completion_tokens - 1 for record in answered)
+    share = 1 - sum(record.acceptance.emitted for record in answered) / tokens if tokens else 0.0
     if share < UNDRAFTED:
         return []
     return [f"{share:.0%} of the tokens come from steps that drafted nothing: tau is that of the other steps"]

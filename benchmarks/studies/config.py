@@ -223,7 +223,17 @@ class Study(Settings):
         for name, wanted, known in asked:
             if others := [each for each in wanted if each not in known]:
                 raise ConfigError(f"{name} {others[0]}", f"one of the study's: {', '.join(map(str, known)) or 'none'}")
-        chosen = {steps: changes for steps, changes in self.budgets.items() if not budgets or steps in budgets}
+        steps_of = {steps for steps in self.budgets if not arms or set(arms) & set(self._arms_of(steps))}
+        if self.budgets and not steps_of.intersection(budgets or self.budgets):
+            raise ConfigError(
+                f"arms {', '.join(arms)} with budgets {', '.join(map(str, budgets or self.budgets))}",
+                "an arm that is trained with one of these budgets",
+            )
+        chosen = {
+            steps: changes
+            for steps, changes in self.budgets.items()
+            if steps in steps_of and (not budgets or steps in budgets)
+        }
         of_these = tuple(seed for seed in self.seeds if not seeds or seed in seeds)
         named = {name: arm for name, arm in self.arms.items() if not arms or name in arms}
         claims = tuple(claim for claim in self.claims if claim.arm in named and claim.against in named)

@@ -69,12 +69,22 @@ def check_sources(directory: Path, sources: Sequence[str], target: Path, fresh: 
 
     Raises DataError for a recording of another target, TrainingError for a source that fresh would remove.
     """
-    for source in sources if fresh else ():
-        if Path(source).expanduser().resolve().is_relative_to((directory / RECORDED).resolve()):
+    if not fresh:
+        require_target([source for source in sources if not _copy_of(directory, source).is_dir()], target)
+        return
+    for source in sources:
+        place, copy = Path(source).expanduser(), _copy_of(directory, source)
+        if place.resolve().is_relative_to((directory / RECORDED).resolve()):
             raise TrainingError(
                 f"--fresh on {directory}, in which {source} is", "data outside the run", f"copy it: cp -r {source} COPY"
             )
-    require_target([source for source in sources if not _copy_of(directory, source).is_dir()], target)
+        if copy.is_dir() and not place.exists():
+            raise TrainingError(
+                f"--fresh on {directory}, which has the only copy of {source}",
+                "the recording, or its copy outside the run",
+                f"copy it, and give the copy as --data: cp -r {copy} COPY",
+            )
+    require_target(sources, target)
 
 
 def copy_recordings(directory: Path, sources: Sequence[str]) -> None:
@@ -96,6 +106,10 @@ def _copy(source: Path, copy: Path) -> None:
     """One recording; nothing for another source."""
     try:
         if not is_recording(source):
+            if copy.is_dir() and source.exists():
+                shutil.rmtree(copy)  # of a recording in whose place there is something else now
+            elif copy.is_dir():
+                logger.warning("%s is gone: its rows are read from %s", source, copy)
             return
         if copy.is_dir():  # of a start that ended before it saved anything
             shutil.rmtree(copy)

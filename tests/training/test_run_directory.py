@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_auf.errors import TrainingError
+from sglang_auf.errors import DataError, TrainingError
 from sglang_auf.files import UNFINISHED
 from sglang_auf.recording.manifest import MANIFEST
 from sglang_auf.training.recipe import parse_recipe
@@ -24,6 +24,8 @@ from sglang_auf.training.run_directory import (
     opened,
     sources_of,
 )
+from tests.support.tiny_models import write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 from tests.support.training_runs import tiny_recipe
 
 RECIPE = tiny_recipe("some/target", "answers.jsonl")
@@ -102,6 +104,28 @@ def test_a_start_that_saved_nothing_leaves_no_rows_to_the_next(tmp_path: Path) -
     assert start(run, str(other)) == "others\n"
 
 
+def test_rows_of_a_recording_are_not_taken_for_what_lies_in_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recording, run = recording_of(tmp_path / "recording", "recorded\n"), tmp_path / "run"
+    start(run, str(recording))
+    shutil.rmtree(recording)
+    assert start(run, str(recording)) == "recorded\n"
+    assert f"{recording} is gone" in caplog.text
+    recording.mkdir()
+    (recording / ROWS).write_text("written by hand\n")
+    assert start(run, str(recording)) == "written by hand\n"
+
+
+def test_a_recording_of_another_target_does_not_end_the_run_that_it_should_replace(tmp_path: Path) -> None:
+    recording, run = recording_of(tmp_path / "recording", "first\n"), tmp_path / "run"
+    start(run, str(recording))
+    toy_tokenizer().save_pretrained(target := write_target(tmp_path / "target"))
+    check_sources(run, [str(recording)], target, fresh=False)  # its rows are read from the run
+    with pytest.raises(DataError, match="manifest of a recording"):  # its manifest is {}
+        check_sources(run, [str(recording)], target, fresh=True)
+
+
 def test_another_recording_is_not_taken_for_the_one_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     start(run, str(recording_of(tmp_path / "recording", "first\n")))
@@ -115,8 +139,9 @@ def test_fresh_keeps_rows_that_are_nowhere_else(tmp_path: Path) -> None:
     start(run, recording)
     (copy,) = sources_of(run, [recording])
     shutil.rmtree(recording)
-    with pytest.raises(TrainingError, match="cp -r"):
-        check_sources(run, [copy], tmp_path / "target", fresh=True)
+    for source in (copy, recording):
+        with pytest.raises(TrainingError, match=f"cp -r {copy}"):
+            check_sources(run, [source], tmp_path / "target", fresh=True)
     live = recording_of(tmp_path / "server" / RECORDED, "of a server\n")
     for fresh in (False, True):
         with pytest.raises(TrainingError, match=RECORDED), opened(tmp_path / "server", fresh=fresh):

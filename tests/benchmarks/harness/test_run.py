@@ -364,7 +364,7 @@ def test_tau_of_a_vllm_server_is_that_of_sglang_with_the_same_steps(
         ({"log_stats": False}, ["--plain"], ["no counter of vLLM", "--disable-log-stats"]),
         ({"vllm": "router"}, [], ["/version and /metrics can be read", "add --plain"]),
         ({"vllm": "proxy"}, [], ["/version and /metrics can be read", "add --plain"]),
-        ({"vllm": "proxy"}, ["--plain"], ["replies with verify steps", "the URL of vLLM itself"]),
+        ({"vllm": "proxy"}, ["--plain"], ["replies with verify steps", "the server's own URL"]),
         ({"busy": True}, ["--empty-cache"], ['"success":false', "send it no other requests"]),
     ],
 )

@@ -86,6 +86,28 @@ def test_levels_of_other_versions_are_not_mixed(
     assert "other versions" in capsys.readouterr().err
 
 
+def test_levels_with_other_blocks_are_not_mixed(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server of vLLM tells its number of drafts only in its replies."""
+    out = tmp_path / "sweep"
+    assert main(flags(fake(sglang=False, vllm=True).url, out, data_dir, "--concurrency", "1")) == 0
+    other = fake(sglang=False, vllm=True, block=5)
+    assert main(flags(other.url, out, data_dir, "--concurrency", "1,2")) == 2
+    assert "with blocks of [4, 5]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vllm_plain", [True, False])
+def test_no_speed_up_is_told_of_two_engines(
+    vllm_plain: bool, fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speculating = fake(sglang=vllm_plain, vllm=not vllm_plain)
+    plain = fake(sglang=not vllm_plain, vllm=vllm_plain, speculative=False)
+    more = ("--plain-url", plain.url, "--concurrency", "1")
+    assert main(flags(speculating.url, tmp_path / "sweep", data_dir, *more)) == 2
+    assert "and vLLM 0.32.0" in capsys.readouterr().err
+
+
 def test_more_in_flight_than_there_are_prompts_is_refused(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,15 @@ def test_a_part_of_a_study_has_some_of_its_arms_and_the_claims_between_them(tmp_
         study.only(arms=["l2r"])
 
 
+def test_a_budget_without_any_of_the_chosen_arms_is_left_out(tmp_path: Path) -> None:
+    arms = {"decay": {}, "auf": {}, "vat": {"budgets": [30]}}
+    study = load_study(written(tmp_path, arms=arms, budgets={30: [], 60: []}))
+    assert list(study.only(arms=["vat"]).parts) == [30]
+    assert list(study.only(arms=["vat", "auf"]).parts) == [30, 60]
+    with pytest.raises(ConfigError, match="arms vat with budgets 60"):
+        study.only(arms=["vat"], budgets=[60])
+
+
 def test_an_arm_may_be_any_objective_or_a_curriculum(tmp_path: Path) -> None:
     earlier = "objective.earlier=[{name: decay, until: 0.25}]"
     arms = {
