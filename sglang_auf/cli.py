@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_auf import __version__
-from sglang_auf.errors import AufError, ConfigError, DataError
+from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.process import end_on_sigterm
 
 
@@ -51,10 +51,18 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="tau of a drafter over answers of the target, without a server")
     evaluate.add_argument("drafter", metavar="DRAFTER", help="directory or hub id")
     evaluate.add_argument("target", metavar="TARGET", help="directory, hub id or prepared target")
-    evaluate.add_argument("--data", metavar="FILE", required=True, help="rows with answers: a file or hub data set")
+    evaluate.add_argument(
+        "--data",
+        metavar="SOURCE",
+        action="append",
+        required=True,
+        help="rows with answers, as for train; may be repeated",
+    )
+    evaluate.add_argument("--against", metavar="DRAFTER", help="another drafter, compared answer by answer")
     evaluate.add_argument(
         "--limit", metavar="N", type=int, help="only the N conversations that data.held_out N keeps from training"
     )
+    evaluate.add_argument("--out", metavar="FILE", type=Path, help="JSON file to write")
     evaluate.set_defaults(run=_evaluate)
 
     train = commands.add_parser(
@@ -180,32 +188,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from tabulate import tabulate
+    from sglang_auf.training.evaluation.evaluate import evaluate
 
-    from sglang_auf.training.evaluate import evaluate_drafter
-
-    held_out = evaluate_drafter(options.drafter, options.target, options.data, limit=options.limit)
-    if held_out.tau_macro is None or held_out.tau_micro is None:
-        raise DataError(f"no answer of two tokens or more in {options.data}", "answers of two tokens or more")
-    steps = sum(held_out.histogram)
-    figures = [
-        ("answers", f"{held_out.answers}", ""),
-        ("tau", f"{held_out.tau_macro:.4f}", "mean over answers (macro)"),
-        ("", f"{held_out.tau_micro:.4f}", f"over all {steps} steps (micro)"),
-        *(
-            (f"tau_tree_{nodes}", f"{tau:.4f}", f"with trees of {nodes} nodes (macro)")
-            for nodes, tau in held_out.tau_trees.items()
-        ),
-        ("accuracy", f"{held_out.accuracy:.4f}", "of all slots, given the text before the block"),
-        ("loss", f"{held_out.loss:.4f}", ""),
-    ]
-    alphas = (None, *held_out.alpha)
-    rows = [
-        (accepted, count, count / steps, alpha)
-        for accepted, (count, alpha) in enumerate(zip(held_out.histogram, alphas, strict=True))
-    ]
-    print(tabulate(figures, tablefmt="plain", disable_numparse=True))
-    print(tabulate(rows, ("accepted", "steps", "share", "alpha"), tablefmt="plain", floatfmt=".4f"))
+    asked = {"against": options.against, "limit": options.limit, "out": options.out}
+    print(evaluate(options.drafter, options.target, options.data, **asked))
     return 0
 
 

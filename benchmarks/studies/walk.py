@@ -22,7 +22,8 @@ from sglang_auf.models.products import bf16_products
 from sglang_auf.training.data.batching import Batch, plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
-from sglang_auf.training.evaluate import BATCH_TOKENS, walks
+from sglang_auf.training.evaluation.comparison import BATCH_TOKENS
+from sglang_auf.training.evaluation.walk import walks
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 

@@ -47,10 +47,18 @@ class Difference:
     low: float | None
     high: float | None
 
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f}{interval}"
+
+
+def interval_of_mean(name: str, values: Sequence[float]) -> tuple[float, float] | None:
+    """Of the mean of values, by draws that depend on `name` and their number; None with fewer than three."""
+    drawn = drawn_sums(name, np.array(values, dtype=np.float64)[:, None])
+    return None if drawn is None else bounds(drawn[:, 0] / (len(values) - 1))
+
 
 def paired_difference(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """How much larger the second value of each pair is, in the mean. Pairs are drawn together."""
     apart = np.array(theirs, dtype=np.float64) - np.array(ours, dtype=np.float64)
-    drawn = drawn_sums(name, apart[:, None])
-    low, high = (None, None) if drawn is None else bounds(drawn[:, 0] / (len(apart) - 1))
-    return Difference(float(apart.mean()), low, high)
+    return Difference(float(apart.mean()), *(interval_of_mean(name, list(apart)) or (None, None)))

@@ -46,7 +46,7 @@ from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_cache import fingerprint
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
-from sglang_auf.training.evaluate import HeldOutAnswers
+from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import chosen, initial_drafter, shape_of
 from sglang_auf.training.logger import MetricLogger, training_figures
 from sglang_auf.training.losses.step import TrainingStep

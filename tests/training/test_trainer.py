@@ -26,7 +26,7 @@ from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
-from sglang_auf.training.evaluate import HeldOutAnswers
+from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, train

@@ -26,12 +26,12 @@ from sglang_auf.errors import CardError, ConfigError, DataError, TrainingError
 from sglang_auf.files import find_model, locked, remove_unfinished, write_whole
 from sglang_auf.recording.manifest import Manifest, require_target
 from sglang_auf.settings import Settings, checked
-from sglang_auf.training.adapt.comparison import Comparison, Walkers
 from sglang_auf.training.adapt.recipe import NEVER, recipe_for
 from sglang_auf.training.adapt.rows import HELD_OUT, OLD, OLD_HELD_OUT, TRAINED, load, write_rows
 from sglang_auf.training.adapt.settings import AdaptSettings
 from sglang_auf.training.checkpointer import Checkpoints, read_state
 from sglang_auf.training.data.features import find_target
+from sglang_auf.training.evaluation.comparison import Comparison, Walkers
 from sglang_auf.training.export import export_checkpoint
 from sglang_auf.training.recipe import Recipe
 from sglang_auf.training.trainer import train
@@ -164,15 +164,18 @@ class _Adaptation:
         if signal := train(self._recipe(plan.steps), training).signal:
             return Outcome(plan.rows, signal=signal)
         candidate = export_checkpoint(training, self.directory / "candidate", target=str(self.target), force=True)
-        walkers = Walkers(self.target, self.drafter.path, candidate, self.drafter.vocabulary)
-        comparison = walkers.compare(HELD_OUT, load(self.directory / HELD_OUT, self.recipe, self.tokenizer))
-        old_data = None
-        if self.settings.data:
-            old_data = walkers.compare(OLD_HELD_OUT, load(self.directory / OLD_HELD_OUT, self.recipe, self.tokenizer))
+        listed = self.drafter.vocabulary
+        walkers = Walkers(self.target, [(self.drafter.path, listed), (candidate, listed)])
+        comparison = self._compared(walkers, HELD_OUT)
+        old_data = self._compared(walkers, OLD_HELD_OUT) if self.settings.data else None
         if not comparison.better:
             return Outcome(plan.rows, comparison, old_data)
         generation = self._export(training, plan, comparison)
         return Outcome(plan.rows, comparison, old_data, self.settings.out, generation)
+
+    def _compared(self, walkers: Walkers, rows: str) -> Comparison:
+        old, new = walkers.walk(rows, load(self.directory / rows, self.recipe, self.tokenizer))
+        return Comparison.of(rows, old.taus, new.taus)
 
     def _plan(self) -> Plan:
         """What was begun here, or a new plan with its rows. Raises TrainingError where another run was begun."""

@@ -19,7 +19,7 @@ from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.data.features import embedding_rows
 from sglang_auf.training.data.loader import ONLINE
-from sglang_auf.training.evaluate import KEPT_BYTES
+from sglang_auf.training.evaluation.held_out import KEPT_BYTES
 from sglang_auf.training.losses.step import DEFAULT_CHUNK
 from sglang_auf.training.optimiser import state_numbers
 from sglang_auf.training.recipe import Recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sglang_auf.acceptance import macro_tau, total_acceptance
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import OnlineFeatures
-from sglang_auf.training.evaluate import TREES, evaluate_drafter
+from sglang_auf.training.evaluation.evaluate import TREES, evaluate
 from tests.support.tiny_models import VOCABULARY, write_drafter
 from tests.support.training_runs import write_models
 
@@ -83,16 +84,16 @@ def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[
     ]
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    expected = evaluate_drafter(str(drafter), target, str(data))
+    expected = evaluate(str(drafter), target, [str(data)]).held_out[0]
     assert total_acceptance(record.acceptance for record in walked).histogram == expected.histogram
     for nodes, of_tree in zip(TREES, of_trees, strict=True):
         assert [record.key for record in of_tree] == [record.key for record in records]
-        assert macro_tau(record.acceptance for record in of_tree) == pytest.approx(expected.tau_trees[nodes])
+        assert macro_tau(record.acceptance for record in of_tree) == pytest.approx(fmean(expected.taus_of_trees[nodes]))
         assert {record.acceptance.nodes_per_step for record in of_tree} == {nodes}
     assert sum(expected.histogram[1:]) > 15, "else little would show"
     for record, given, row in zip(walked, records, rows, strict=True):
         (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
-        alone = evaluate_drafter(str(drafter), target, str(tmp_path / "one.jsonl"))
+        alone = evaluate(str(drafter), target, [str(tmp_path / "one.jsonl")]).held_out[0]
         assert tuple(record.accepted_histogram) == alone.histogram
         assert record.completion_tokens == given.completion_tokens
         assert record.output_ids is None

@@ -18,7 +18,7 @@ from sglang_auf.models.dflash import Drafter
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import FrozenTarget
 from sglang_auf.training.data.loader import BatchMaker, Plan
-from sglang_auf.training.evaluate import HeldOutAnswers
+from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.plan.memory import Sizes, _activations, plan, target_numbers

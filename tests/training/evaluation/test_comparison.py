@@ -11,11 +11,11 @@ import torch
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.stats.bootstrap import Difference
-from sglang_auf.training.adapt.comparison import Comparison, Walkers
 from sglang_auf.training.data.batching import with_features
 from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.data.features import OnlineFeatures
-from sglang_auf.training.evaluate import heldout_tau
+from sglang_auf.training.evaluation.comparison import Comparison, Walkers
+from sglang_auf.training.evaluation.walk import heldout_tau
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
 from tests.support.tiny_models import VOCABULARY, write_drafter
@@ -38,7 +38,8 @@ def test_each_tau_is_that_of_the_walk(tmp_path: Path, listed: tuple[int, ...] | 
     earlier = replace(conversations[0], input_ids=[7, 8, 9, *ids], loss_mask=[False, True, True, *mask])
     with_earlier = [replace(earlier, unserved=((1, 3),)), *conversations[1:]]
     conversations = [replace(earlier, loss_mask=[False] * 3 + mask), *conversations[1:]]
-    compared = Walkers(Path(target), old, new, vocabulary).compare("answers", with_earlier)
+    walked = Walkers(Path(target), [(old, vocabulary), (new, vocabulary)]).walk("answers", with_earlier)
+    compared = Comparison.of("answers", *(each.taus for each in walked))
 
     source = OnlineFeatures(target, (1, 2))
     step = TrainingStep(load_drafter(old), source.embedding, source.head, ObjectiveSettings(name="full"))
