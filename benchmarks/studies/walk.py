@@ -69,7 +69,7 @@ class Walker:
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
         step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
         walked: list[list[Record]] = [[] for _ in (None, *self._trees)]
-        with torch.no_grad(), bf16_products(), torch.autocast(step.head.device.type, torch.bfloat16):
+        with torch.no_grad(), bf16_products(self._device), torch.autocast(step.head.device.type, torch.bfloat16):
             for records, batch in known.batches:
                 for found, counts in zip(walked, walks(step, batch, trees=self._trees), strict=True):
                     found += [_record(*pair) for pair in zip(records, counts, strict=True)]

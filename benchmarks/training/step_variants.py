@@ -118,7 +118,6 @@ class Bench:
         batch.input_ids = torch.where(right, self._own_tokens(batch, anchors), batch.input_ids)
         return batch, anchors, valid
 
-    @bf16_products()
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _own_tokens(self, batch: Batch, anchors: Tensor) -> Tensor:
         """[R, S]: the drafter's prediction at each position that a block covers, elsewhere the text."""
@@ -127,23 +126,23 @@ class Bench:
         positions = anchors[..., None] + torch.arange(1, config.block_size, device=anchors.device)
         masks = torch.full((*anchors.shape, config.block_size), config.mask_token_id, device=anchors.device)
         masks[..., 0] = batch.input_ids.gather(1, anchors)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with bf16_products(self.device), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             hidden = step.drafter(batch.features, step.embedding[masks], anchors)
             drafted = head_argmax(hidden[:, :, 1:].flatten(0, 2), step.head, chunk=step.chunk)
         inside = positions.clamp(max=batch.input_ids.shape[1] - 1).flatten(1)
         return batch.input_ids.scatter(1, inside, drafted.view_as(inside))
 
-    @bf16_products()
     def run(self, variant: str, micro_batch: MicroBatch) -> TimedStep:
         """Run forward and backward, without gradients from before."""
         step = self._steps[variant]
         self.drop_gradients()
         self._wait()
         began = time.perf_counter()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            terms = step(*micro_batch)
-        loss = (terms.numerators / terms.denominators).sum()
-        loss.backward()
+        with bf16_products(self.device):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                terms = step(*micro_batch)
+            loss = (terms.numerators / terms.denominators).sum()
+            loss.backward()
         self._wait()
         seconds = time.perf_counter() - began
         slots = terms.metrics["blocks"] * self.shape.drafter.block_size

@@ -7,6 +7,8 @@ anchor + k + 1, slot 0 has no correction (pure_draft_prefix_len 1), and slot k's
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,17 @@ def correction_inputs(gru: nn.GRU, projector: nn.Sequential, hidden: Tensor, tok
     hidden [blocks, slots, H]: drafter states of slots 1.. tokens [blocks, slots + 1, H]: embeddings of the tokens at
     anchor, anchor + 1, ...; each slot's state has read those up to its own position.
     """
-    states, _ = gru(tokens)
-    joined = torch.cat([hidden, states[:, 1:]], dim=-1)
+    joined = torch.cat([hidden, _states(gru, tokens)[:, 1:].to(hidden.dtype)], dim=-1)
     return torch.nn.functional.silu(projector[0](joined))
+
+
+def _states(gru: nn.GRU, tokens: Tensor) -> Tensor:
+    """[blocks, slots, state]: what the GRU has read up to each position.
+
+    On CUDA in the type of its weights: autocast computes a GRU there in float16, whatever type it is asked for, and
+    small gradients vanish in that. SGLang serves it in bf16.
+    """
+    if tokens.device.type != "cuda":
+        return cast("Tensor", gru(tokens)[0])
+    with torch.autocast("cuda", enabled=False):
+        return cast("Tensor", gru(tokens.to(gru.weight_ih_l0.dtype))[0])

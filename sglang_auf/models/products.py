@@ -45,13 +45,14 @@ def multiplies_bf16() -> bool:
 
 
 @contextmanager
-def bf16_products() -> Iterator[None]:
+def bf16_products(device: torch.device | str) -> Iterator[None]:
     """Within it (or a function that it decorates), bf16 products on a CPU take no longer than those of float32.
 
-    Does nothing on a CPU that has instructions for them, and to products elsewhere. Of this thread, and of the backward
-    passes that it starts.
+    device: where the products are. Does nothing on a CPU that has instructions for them, and elsewhere: Dynamo compiles
+    nothing while such a mode is on, so flex attention would fail. Of this thread, and of the backward passes that it
+    starts.
     """
-    if multiplies_bf16():
+    if torch.device(device).type != "cpu" or multiplies_bf16():
         yield
         return
     with ByFloat32():

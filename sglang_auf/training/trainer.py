@@ -172,7 +172,7 @@ class Trainer:
         self.metrics = MetricLogger(self.out, self.accelerator, start, steps)
         self.stream = self.batches.stream(self._wanted(start))
         try:
-            with stop_signals() as caught, closing(self.stream):
+            with stop_signals() as caught, closing(self.stream), bf16_products(self.accelerator.device):
                 for index in range(start, steps):
                     stopped = self._advance(index, caught)
                     if stopped:
@@ -189,7 +189,6 @@ class Trainer:
             for some in rows[self.rank :: self.ranks]:
                 yield [self.data.train[row] for row in some], epoch
 
-    @bf16_products()
     def _advance(self, index: int, caught: list[int]) -> int:
         """Make one optimiser step; log, evaluate and save where due. Returns the signal that stops the run, or 0."""
         began = time.monotonic()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sglang_auf.models.domino import PrefixGRU, correction_inputs, make_projector
 from sglang_auf.training.losses.objectives import DOMINO_OBJECTIVES, OBJECTIVES
 from tests.support.training_ranks import PROGRESS, make_step, micro_batches
 
@@ -40,3 +41,16 @@ def test_a_step_on_a_gpu_has_the_gradients_of_a_step_on_a_cpu(head: str, objecti
         torch.testing.assert_close(
             on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def test_a_small_loss_reaches_dominos_gru() -> None:
+    """A loss is divided by all slots of a step: gradients of single states are below float16's smallest number."""
+    found = {}
+    for scale in (1.0, 1e-7):
+        torch.manual_seed(0)
+        gru, projector = PrefixGRU(64, 32).cuda(), make_projector(64, 32, 16, 128).cuda()
+        hidden, tokens = (torch.randn(4, slots, 64, device="cuda") for slots in (7, 8))
+        with torch.autocast("cuda", torch.bfloat16):
+            (correction_inputs(gru, projector, hidden.bfloat16(), tokens.bfloat16()).float().sum() * scale).backward()
+        found[scale] = gru.weight_hh_l0.grad / scale
+    torch.testing.assert_close(found[1e-7], found[1.0], rtol=2e-2, atol=1e-2)

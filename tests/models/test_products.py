@@ -89,7 +89,7 @@ def no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_instructions")
 def test_ends_with_its_block() -> None:
     with Products() as outside:
-        with bf16_products():
+        with bf16_products("cpu"):
             A @ B
         inside = dict(outside.by_type)
         A @ B
@@ -97,8 +97,18 @@ def test_ends_with_its_block() -> None:
     assert outside.by_type == {torch.float32: 2, torch.bfloat16: 2}
 
 
+@pytest.mark.usefixtures("no_instructions")
+def test_a_gpu_is_left_alone_whatever_the_cpu_beside_it_has() -> None:
+    """Dynamo compiles nothing while a dispatch mode is on."""
+    for device in ("cuda", "cuda:1", torch.device("cuda", 0)):
+        with bf16_products(device):
+            assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    with bf16_products("cpu"):
+        assert torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
 def test_does_nothing_on_a_cpu_with_such_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
-    with Products() as outside, bf16_products():
+    with Products() as outside, bf16_products("cpu"):
         A @ B
     assert outside.by_type == {torch.bfloat16: 2}

@@ -132,7 +132,6 @@ class OnlineFeatures(FrozenTarget):
             features[row, : len(tapped)] = tapped
         return features
 
-    @bf16_products()
     def with_argmax(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The features, and [R, S] int64: at position t the token that the target would put at t + 1.
 
@@ -143,9 +142,10 @@ class OnlineFeatures(FrozenTarget):
         argmax = torch.zeros(input_ids.shape, dtype=torch.long, device=self.device)
         for row, (tapped, last) in enumerate(self._rows(input_ids, lengths)):
             features[row, : len(tapped)] = tapped
-            argmax[row, : len(last)] = torch.cat(
-                [F.linear(states, self.head).argmax(-1) for states in last.split(LOGIT_ROWS)]
-            )
+            with bf16_products(self.device):
+                argmax[row, : len(last)] = torch.cat(
+                    [F.linear(states, self.head).argmax(-1) for states in last.split(LOGIT_ROWS)]
+                )
         return features, argmax
 
     def _blank(self, input_ids: Tensor) -> Tensor:
@@ -163,7 +163,6 @@ class OnlineFeatures(FrozenTarget):
             for row, length in enumerate(of.tolist()):
                 yield tapped[row, :length], last[row, :length]
 
-    @bf16_products()
     def _forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """[R, S] -> [R, S, T * H] and [R, S, H].
 
@@ -175,7 +174,7 @@ class OnlineFeatures(FrozenTarget):
             for layer in self.layer_ids
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), bf16_products(self.device):
                 last: Tensor = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:

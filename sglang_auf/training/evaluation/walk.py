@@ -99,7 +99,7 @@ class HeldOutWalk:
         device = self._step.head.device.type
         with (
             torch.no_grad(),
-            bf16_products(),
+            bf16_products(device),
             torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16"),
         ):
             of_batch = walks(self._step, batch, self._vocabulary, self._trees)

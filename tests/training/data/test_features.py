@@ -77,7 +77,7 @@ def batch(seed: int = 0) -> tuple[list[str], Tensor, Tensor]:
 
 def reference(directory: Path, dtype: torch.dtype, input_ids: Tensor) -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
-    with torch.no_grad(), bf16_products():
+    with torch.no_grad(), bf16_products("cpu"):
         return model(input_ids, output_hidden_states=True, use_cache=False)
 
 
