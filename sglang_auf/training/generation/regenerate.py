@@ -120,11 +120,15 @@ def _asked(prompt: Prompt) -> bytes:
 def regenerate(settings: RegenerateSettings) -> int:
     """Answer every prompt that has no row in settings.out yet, and return the number of rows in that file.
 
-    Raises ServerError or DataError if a row has no answer in the end. The error names each such row; the answered rows
-    are kept. Raises ServerError too where thinking is on and no thought comes.
+    Rows that cannot be asked are named in a warning before the first question, and left out. Raises DataError if no row
+    is left, and ServerError if one has no answer in the end: the error names each, and the answered rows are kept.
+    Raises ServerError too where thinking is on and no thought comes.
     """
     thinking = enable_thinking(settings.thinking)
     prompts = read_prompts(settings.inputs, split=settings.split, limit=settings.limit, thinking=thinking)
+    if unusable := prompts.unusable:
+        count = sum(map(len, unusable.values()))
+        logger.warning("%d rows cannot be asked and are left out: %s", count, _listed(unusable))
     with logging_redirect_tqdm():
         return asyncio.run(_regenerate(settings, prompts))
 
@@ -140,7 +144,7 @@ async def _regenerate(settings: RegenerateSettings, prompts: Prompts) -> int:
             with Progress(len(prompts.prompts), len(prompts.prompts) - len(todo)) as progress:
                 workers = _Workers(client, model, settings.seed, enable_thinking(settings.thinking), file, progress)
                 await workers.ask(todo, settings.concurrency)
-            _require_all(workers.failed, prompts.unusable, settings.out)
+            _require_all(workers.failed, settings.out)
             return len(file.done)
 
 
@@ -226,21 +230,14 @@ class _Workers:
         return row
 
 
-def _require_all(failed: dict[str, str], unusable: dict[str, list[str]], out: Path) -> None:
-    """Raise an error that names every row without an answer, if there is one."""
+def _require_all(failed: dict[str, str], out: Path) -> None:
+    """Raise ServerError that names every row without an answer, if there is one."""
     if failed:
         reasons = grouped((reason, id) for id, reason in failed.items())
-        also = f"; rows that cannot be asked: {_listed(unusable)}" if unusable else ""
         raise ServerError(
-            f"{len(failed)} rows failed: {_listed(reasons)}{also}",
+            f"{len(failed)} rows failed: {_listed(reasons)}",
             f"an answer for every row (the others are in {out})",
             "run the same command again: it asks only what is missing; remove rows that the server refuses again",
-        )
-    if unusable:
-        raise DataError(
-            f"{sum(map(len, unusable.values()))} rows cannot be asked: {_listed(unusable)}",
-            f"rows that can be asked (the answers to the others are in {out})",
-            "fix the rows, or train without them",
         )
 
 
