@@ -36,7 +36,9 @@ COMMANDS = {
     "run": Command("benchmarks.serving.run:ask_server", "ask one server that is up"),
     "compare": Command("benchmarks.serving.compare:compare_servers", "AUF against plain decoding"),
     "lossless": Command(
-        "benchmarks.stats.lossless_check:check_runs", "compare two runs by token", ("speculating", "plain")
+        "benchmarks.stats.lossless_check:check_runs",
+        "compare two runs by token, or judge one",
+        ("speculating", "plain"),
     ),
     "identity": Command("benchmarks.serving.identity:measure_identity", "table of bit identity"),
     "speed": Command("benchmarks.serving.speed:measure_speed", "table of speeds, DFLASH included"),
