@@ -26,13 +26,11 @@ from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import drafting_text, vllm_text
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, macro, micro, ratio, summarize_tasks
-from benchmarks.studies.walk import Walker
 from sglang_auf import ALGORITHM
 from sglang_auf.checkpoints.card import CheckedDrafter, MeasuredTau, check_drafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.features import find_target
 
 BOUNDS = (0.98, 1.02)
 """Of the ratio of verify steps, served over walked, within which a chain server passes."""
@@ -172,6 +170,9 @@ def _rows_of(name: str, ways: Mapping[str, TaskSummary | MicroSummary]) -> list[
 
 def walk_run(config: WalkConfig) -> WalkReport:
     """Walk the drafter over a finished run. Raises ConfigError, DataError, CardError or TargetError."""
+    from benchmarks.studies.walk import Walker  # imports torch
+    from sglang_auf.training.data.features import find_target
+
     manifest = RunManifest.read(config.run / MANIFEST)
     _require_speculating(manifest)
     records = latest(read_records(config.run / RECORDS))
