@@ -1,7 +1,7 @@
 """The command line: a table of commands. Only the module of the command that was asked for is imported.
 
-Exit codes. 0: done; 1: done, but requests failed or answers were not lossless or not identical; 2: the user has
-something to fix; 130: interrupted.
+Exit codes. 0: done; 1: done, but requests failed, answers were not lossless or not identical, or a run differs from its
+walk; 2: the user has something to fix; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ COMMANDS = {
     "run": Command("benchmarks.serving.run:ask_server", "ask one server that is up"),
     "compare": Command("benchmarks.serving.compare:compare_servers", "AUF against plain decoding"),
     "lossless": Command(
-        "benchmarks.stats.lossless_check:check_runs", "compare two runs by token", ("speculating", "plain")
+        "benchmarks.stats.lossless_check:check_runs",
+        "compare two runs by token, or judge one",
+        ("speculating", "plain"),
     ),
     "identity": Command("benchmarks.serving.identity:measure_identity", "table of bit identity"),
     "speed": Command("benchmarks.serving.speed:measure_speed", "table of speeds, DFLASH included"),
@@ -44,6 +46,7 @@ COMMANDS = {
     "sweep": Command("benchmarks.serving.sweep:measure_sweep", "speed and latency by concurrency"),
     "report": Command("benchmarks.reports.report:report_runs", "one page of runs that were made", ("runs",)),
     "study": Command("benchmarks.studies.report:measure_study", "compare training arms over seeds", ("study",)),
+    "walk": Command("benchmarks.studies.served_walk:walk_run", "a served run against its drafter's walk", ("run",)),
     "soak": Command("benchmarks.serving.soak:measure_soak", "mixed load for minutes, nothing wrong"),
     "failover": Command(
         "benchmarks.serving.failover:measure_failover", "a server killed behind the router, nothing lost"

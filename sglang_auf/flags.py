@@ -17,14 +17,16 @@ Model = TypeVar("Model", bound=BaseModel)
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel], positional: Collection[str] = ()) -> None:
     """Add a flag (or, for the fields in `positional`, an argument) for each field of `model` that has a description.
 
-    A field without one is not for users to set. A flag that is not given is absent from the parsed options, so that
-    defaults live in the model alone.
+    A field without one is not for users to set. A flag or an argument that is not given is absent from the parsed
+    options, so that defaults live in the model alone.
     """
     for name, field in model.model_fields.items():
         if field.description is None:
             continue
         if name in positional:
             several: dict[str, Any] = {"nargs": "+"} if _takes_several(field.annotation) else {}
+            if not field.is_required():
+                several = {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
             parser.add_argument(name, metavar=name.upper(), help=field.description, **several)
             continue
         flag = _flag(name, field)

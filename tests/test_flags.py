@@ -43,6 +43,18 @@ def test_flags_that_are_not_given_are_absent() -> None:
     assert from_flags(Walk, parsed("a")).pace_kmh == 4.5
 
 
+class Ride(Settings):
+    start: str = Field(description="from")
+    end: str | None = Field(default=None, description="to; a round trip without it")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(["a"], {"start": "a"}), (["a", "b"], {"start": "a", "end": "b"})])
+def test_an_argument_with_a_default_may_be_left_out(given: list[str], expected: dict[str, Any]) -> None:
+    made = argparse.ArgumentParser()
+    add_flags(made, Ride, positional=("start", "end"))
+    assert vars(made.parse_args(given)) == expected
+
+
 def test_a_field_without_a_description_is_no_flag() -> None:
     with pytest.raises(SystemExit):
         parsed("a", "--hours", "1")

@@ -25,6 +25,7 @@ class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
+    strict_tools: a tool of the request is `strict`, so that a grammar may have forbidden tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +46,7 @@ class Record(StrictModel):
     accepted_by_step: list[int] | None = None
     proposed: int | None = None
     block_size: int | None = None
+    strict_tools: bool = False
     started_at: float
     ttft_s: float | None = None
     latency_s: float

@@ -274,6 +274,7 @@ class BenchmarkRun:
             accepted_by_step=reply.accepted_by_step,
             proposed=reply.proposed,
             block_size=len(reply.histogram) or None,
+            strict_tools=any(tool["function"].get("strict") for tool in prompt.request.get("tools", ())),
             started_at=started_at,
             ttft_s=reply.ttft_s,
             latency_s=latency_s,

@@ -1,1 +1,1 @@
-"""From records to figures. No server is asked, except by lossless_check."""
+"""From records to figures. No server is asked, except by the command lossless."""

@@ -110,10 +110,8 @@ class Losslessness(StrictModel):
 
     def text(self) -> str:
         """For the terminal: the counts, and a line for each difference."""
-        bar = "equality" if self.exact else f"a near-tie of at most {self.near_tie_bar:g} in logits"
-        outcome = "passed" if self.passed else "FAILED"
         counts = f"{self.identical} identical, {self.near_tie} near-tie, {self.fault} fault"
-        lines = [f"lossless    {counts} ({outcome}; the bar is {bar})"]
+        lines = [f"lossless    {counts} ({outcome_text(self.passed, self.exact, self.near_tie_bar)})"]
         lines.append(f"            {self.tokens_text()} tokens compared: what follows a difference is another text")
         if self.follow_up:
             lines.append(f"            {self.follow_up} later turns not compared: their history forked")
@@ -135,6 +133,12 @@ class Losslessness(StrictModel):
 def near_tie_bar(logit_scale: float) -> float:
     """Largest gap that rounding explains for logits of size `logit_scale`, in logits."""
     return STEPS_OF_A_NEAR_TIE * 2.0 ** (math.floor(math.log2(logit_scale)) - BF16_FRACTION_BITS)
+
+
+def outcome_text(passed: bool, exact: bool, bar: float) -> str:
+    """Whether a check passed, and its bar. exact: it is equality; otherwise `bar`, in logits."""
+    of = "equality" if exact else f"a near-tie of at most {bar:g} in logits"
+    return f"{'passed' if passed else 'FAILED'}; the bar is {of}"
 
 
 def first_fork(speculating: Sequence[int], plain: Sequence[int]) -> Fork | None:

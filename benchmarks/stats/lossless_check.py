@@ -1,12 +1,15 @@
-"""The losslessness check on recorded runs: require that they compare, and ask plain decoding about each fork."""
+"""The losslessness check on recorded runs: two are compared, and plain decoding is asked about each fork.
+
+One run alone is judged token by token (teacher_forced.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from benchmarks.harness.config import CommandConfig, ServerUrl
 from benchmarks.harness.manifest import RunManifest
@@ -15,6 +18,7 @@ from benchmarks.harness.results import Report
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
+from benchmarks.stats.teacher_forced import TeacherForced, check_run
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
 MAY_DIFFER = {
@@ -37,12 +41,23 @@ LogitScale = Annotated[float, Field(gt=0, description="size of the target's top 
 
 
 class LosslessConfig(CommandConfig):
-    """Compare a speculating run with a plain one, answer by answer."""
+    """Compare a speculating run with a plain one, answer by answer; or judge one run by a prefill, token by token."""
 
-    speculating: Path = Field(description="run directory of the speculating server")
-    plain: Path = Field(description="run directory of the plain server of the same target")
-    base_url: ServerUrl | None = Field(None, description="the plain server, asked only where two answers differ")
+    speculating: Path = Field(description="run directory of the speculating server; alone: of any greedy run")
+    plain: Path | None = Field(None, description="run directory of the plain server of the same target")
+    base_url: ServerUrl | None = Field(
+        None, description="the plain server, asked only where two answers differ; of one run, the server that judges it"
+    )
     logit_scale: LogitScale = LOGIT_SCALE
+    concurrency: int = Field(1, ge=1, description="of one run: answers that are judged at a time")
+    worst: int = Field(20, ge=0, description="of one run: how many of its worst tokens are listed")
+
+    @model_validator(mode="after")
+    def _one_run_or_two(self) -> Self:
+        of_one = sorted({"concurrency", "worst"} & self.model_fields_set)
+        if self.plain is not None and of_one:
+            raise ValueError(f"--{of_one[0]} with two runs, which asks a server only where two answers differ")
+        return self
 
     @property
     def out(self) -> Path:
@@ -55,8 +70,18 @@ class LosslessReport(Losslessness, Report):
     STEM: ClassVar[str] = "lossless"
 
 
-def check_runs(config: LosslessConfig) -> LosslessReport:
-    """Compare two run directories of finished runs. Tasks that only one of them has count as missing."""
+def check_runs(config: LosslessConfig) -> LosslessReport | TeacherForced:
+    """Compare two run directories of finished runs, or judge one. Tasks that only one of two has count as missing."""
+    if config.plain is None:
+        if config.base_url is None:
+            raise ConfigError(
+                f"{config.speculating} alone, and no --base-url",
+                "a server of the run's target that judges each token, or a plain run to compare with",
+                "python -m benchmarks lossless RUN --base-url URL, or lossless SPECULATING PLAIN",
+            )
+        return check_run(
+            config.speculating, config.base_url, config.logit_scale, concurrency=config.concurrency, worst=config.worst
+        )
     ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:

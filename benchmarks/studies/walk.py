@@ -1,4 +1,4 @@
-"""Answers of a plain server, walked by a drafter as serving would walk them: tau at T=0 without a server.
+"""Answers of a server, walked by a drafter as serving would walk them: tau at T=0 without a server.
 
 A greedy answer does not depend on the drafter, so one run of plain decoding gives the text for every drafter, and the
 walk over it gives the tau of a served run. Two things may differ. The target's features come from transformers here and
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.harness.records import Record
 from sglang_auf.acceptance import Acceptance
+from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.models.products import bf16_products
@@ -40,7 +41,7 @@ class Walker:
     """Walks drafters over the same answers. Features are computed once for each set of tapped layers."""
 
     def __init__(self, target: str, answers: Sequence[Record], trees: Sequence[int] = ()) -> None:
-        """answers: greedy ones of a plain run. trees: numbers of nodes of trees to walk with, beside the chain.
+        """answers: greedy ones. trees: numbers of nodes of trees to walk with, beside the chain.
 
         Raises DataError where an answer has no token ids, or none is long enough.
         """
@@ -52,26 +53,31 @@ class Walker:
                 raise DataError(
                     f"the answer to {record.prompt_id} at temperature {record.temperature:g}, with {known or 'no ids'}",
                     "greedy answers with their token ids",
-                    "ask an SGLang server with `python -m benchmarks run --plain`",
+                    "ask a server of SGLang or vLLM, with `python -m benchmarks run --temperature 0`",
                 )
         if not self._answers:
             raise DataError("no answer of two tokens or more", "answers to walk")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._known: dict[tuple[int, ...], _Known] = {}
 
-    def walk(self, drafter: Path) -> list[list[Record]]:
+    def walk(self, drafter: Path, *, block_size: int | None = None, listed: bool = True) -> list[list[Record]]:
         """Records with a chain, and then with each kind of tree: one for each answer, without times.
 
+        block_size: B to walk with; None: the drafter's. listed: it keeps to its draft vocabulary, where it has one.
         Raises CardError for a broken drafter.
         """
         model = load_drafter(drafter)
+        if block_size is not None:
+            model.config = model.config.model_copy(update={"block_size": block_size})
+        vocabulary = draft_vocabulary.in_use(drafter) if listed else None
+        drafted = None if vocabulary is None else torch.tensor(vocabulary.tokens, device=self._device)
         known = self._features(model.config.target_layer_ids)
         settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
         step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
         walked: list[list[Record]] = [[] for _ in (None, *self._trees)]
         with torch.no_grad(), bf16_products(self._device), torch.autocast(step.head.device.type, torch.bfloat16):
             for records, batch in known.batches:
-                for found, counts in zip(walked, walks(step, batch, trees=self._trees), strict=True):
+                for found, counts in zip(walked, walks(step, batch, drafted, self._trees), strict=True):
                     found += [_record(*pair) for pair in zip(records, counts, strict=True)]
         place = {record.key: number for number, record in enumerate(self._answers)}
         return [sorted(found, key=lambda record: place[record.key]) for found in walked]

@@ -29,7 +29,9 @@ class FakeEngine:
     wobbling: prompts whose answer it changes there when they are asked again. cut: prompts whose whole answer ends by
     its length, with the same tokens.
 
-    gap: how far below the best token /generate puts the first candidate. fields: "plugin" or "sglang" names of counts.
+    gap: how far below the best token /generate puts the first candidate, or a token of an answer that is not this
+    server's own. most_input: max_req_input_len of /server_info. unsaid: tokens that /generate leaves out of an answer's
+    log-probabilities. fields: "plugin" or "sglang" names of counts.
     card: what /v1/auf/card answers; None: there is no such route, as on SGLang's own server; "broken": status 500.
     sglang: False for another OpenAI-compatible server, which has none of SGLang's routes, and refuses its fields.
     vllm: that one is vLLM; "router": behind a router, which has a version and metrics of its own; "proxy": behind a
@@ -47,6 +49,8 @@ class FakeEngine:
     wobbling: str | None = None
     cut: str | None = None
     gap: float = 0.0
+    most_input: int = 100_000
+    unsaid: int = 0
     fields: str = "plugin"
     device: str = "cpu"
     answers_ids: bool = True
@@ -76,6 +80,17 @@ class FakeEngine:
         if forks:
             tokens[3] += 1000
         return tokens
+
+    def teacher_forced(self, ids: list[int], start: int) -> dict[str, Any]:
+        """meta_info of a prefill of prompt and answer, whose prompt ends at place `start`."""
+        prompt, emitted = ids[: start + 1], ids[start + 1 :]
+        own = self.tokens(json.loads(bytes(prompt)), len(emitted))
+        values: list[Any] = [[None, prompt[-1], None]]
+        best: list[Any] = [None]
+        for token, right in zip(emitted[self.unsaid :], own[self.unsaid :], strict=True):
+            values.append([-0.5 - self.gap * (token != right), token, None])
+            best.append([[-0.5, right, None]])
+        return {"prompt_tokens": len(ids), "input_token_logprobs": values, "input_top_logprobs": best}
 
     def refused(self, body: dict[str, Any]) -> list[str]:
         """The fields of a request that only SGLang knows, where this is another server."""
@@ -171,6 +186,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             "device": engine.device,
             "dtype": "bfloat16",
             "disable_overlap_schedule": engine.device == "cpu",
+            "max_req_input_len": engine.most_input,
             "revision": None,
             "version": "0.5.23",
         }
@@ -212,6 +228,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.post("/generate")
     def generate(body: dict[str, Any]) -> dict[str, Any]:
         engine.generated.append(body)
+        if "logprob_start_len" in body:
+            return {"meta_info": engine.teacher_forced(body["input_ids"], body["logprob_start_len"])}
         first, second = body["token_ids_logprob"]
         chosen = [[-0.5 - engine.gap, first, None], [-0.5, second, None]]
         return {"meta_info": {"output_token_ids_logprobs": [chosen], "output_top_logprobs": [[[-0.5, second, None]]]}}
@@ -322,7 +340,8 @@ def _part(
         part["metrics"] = engine.vllms(body, tokens) or None
     if usage and engine.counts:
         count = len(tokens) + engine.extra_tokens
-        part["usage"] = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}
+        given = len(ids_of(body.get("messages", body.get("prompt"))))
+        part["usage"] = {"prompt_tokens": given, "completion_tokens": count, "total_tokens": given + count}
     if sglext and (extension := engine.sglext(body, tokens)):
         part["sglext"] = extension
     return part

@@ -316,7 +316,7 @@ def test_of_a_server_that_is_not_sglang_speed_is_measured_and_nothing_invented(
     records = records_of(out)
     for record in records.values():
         assert (record.output_ids, record.prompt_ids, record.verify_steps, record.block_size) == (None, None, 0, None)
-        assert (record.prompt_tokens, record.ttft_s is None) == (5, "--no-stream" in more)
+        assert (record.prompt_tokens > 20, record.ttft_s is None) == (True, "--no-stream" in more)
     for number in range(6):
         usage = len(server.engine.tokens([{"role": "user", "content": f"sum {number}"}], 32))
         assert records["gsm8k", f"g/{number}", 0].completion_tokens == usage

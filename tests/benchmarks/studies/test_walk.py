@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +15,8 @@ import torch
 from benchmarks.harness.records import Record
 from benchmarks.studies.walk import Walker
 from sglang_auf.acceptance import macro_tau, total_acceptance
+from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
+from sglang_auf.env import DRAFT_VOCABULARY
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.features import OnlineFeatures
@@ -97,6 +101,38 @@ def test_counts_are_the_trainers_walk(target: str, drafter: Path, records: list[
         assert tuple(record.accepted_histogram) == alone.histogram
         assert record.completion_tokens == given.completion_tokens
         assert record.output_ids is None
+
+
+def test_a_draft_vocabulary_is_kept_to(
+    target: str, drafter: Path, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trainer's walk does, unless the walk or the process says otherwise."""
+    listing = Path(shutil.copytree(drafter, tmp_path / "listing"))
+    (everything,) = Walker(target, records).walk(drafter)
+    drafts = Counter(token for record in records for token in record.output_ids or ())
+    write(DraftVocabulary(tokens=tuple(sorted(drafts)[::2])), listing)
+    walker = Walker(target, records)
+    (walked,) = walker.walk(listing)
+    rows = [{"prompt_ids": record.prompt_ids, "response_ids": record.output_ids} for record in records]
+    data = tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = evaluate_drafter(str(listing), target, str(data)).histogram
+    assert total_acceptance(record.acceptance for record in walked).histogram == expected
+    assert expected != total_acceptance(record.acceptance for record in everything).histogram
+    assert walker.walk(listing, listed=False) == [everything]
+    monkeypatch.setenv(DRAFT_VOCABULARY.name, "0")
+    assert walker.walk(listing) == [everything]
+
+
+def test_another_block_is_walked_as_a_drafter_of_that_block(
+    target: str, drafter: Path, records: list[Record], tmp_path: Path
+) -> None:
+    walker = Walker(target, records)
+    small = write_drafter(tmp_path / "small", block_size=3)  # the same weights: they do not depend on the block
+    (walked,) = walker.walk(drafter, block_size=3)
+    assert [walked] == walker.walk(small)
+    assert {record.block_size for record in walked} == {3}
+    assert [walked] != walker.walk(drafter)
 
 
 def test_features_are_shared_by_drafters_with_the_same_taps(
