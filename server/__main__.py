@@ -1,4 +1,7 @@
-"""python -m server --profile NAME_OR_FILE [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]"""
+"""python -m server --profile NAME_OR_FILE [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]
+
+--check [--device-memory 24GiB]: print what the server would be and take, and start none.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from server.profile import PROFILES, default_profile, load_profile
+from server.profile import PROFILES, Profile, default_profile, load_profile
 from sglang_auf.env import API_KEY
 from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.process import begin_server, end_on_sigterm
@@ -42,6 +45,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=os.environ.get(API_KEY),
         help=f"ask for this bearer token on every route (default: ${API_KEY}, which `ps` does not show)",
     )
+    parser.add_argument(
+        "--check", action="store_true", help="run every check before the start, print the plan, and do not start"
+    )
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="with --check: of the CUDA device to plan for, 24GB or 24GiB (needed where there is none)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -55,8 +66,21 @@ def check_key(key: str | None) -> None:
         )
 
 
+def print_plan(profile: Profile, options: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
+    from server.plan.device import choose, parse_memory
+
+    here = choose(profile, None if options.device_memory is None else parse_memory(options.device_memory))
+    from server.plan.report import report  # imports SGLang, which looks then for what `choose` has chosen
+
+    lines = report(profile, here, plain=options.plain, api_key=options.api_key)
+    print(tabulate(lines, tablefmt="plain", disable_numparse=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a drained SIGTERM, 2 for what the user can fix, 143 for SIGTERM before the server was up."""
+    """Exit code: 0 after a drained SIGTERM or a --check that found nothing wrong, 2 for what the user can fix, 143 for
+    SIGTERM before the server was up."""
     end_on_sigterm()
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -65,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_key(options.api_key)
         profile = load_profile(options.profile or default_profile(), options.overrides, flags)
+        if options.device_memory is not None and not options.check:
+            raise ConfigError("--device-memory without --check", "--check, which plans for a device of that size")
+        if options.check:
+            print_plan(profile, options)
+            return 0
         if arguments is None and profile.device == "cpu":
             begin_server()
         from server.launch import serve  # SGLang takes seconds to import; a typing mistake should not wait for it

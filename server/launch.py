@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,24 +35,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
-    """Serve until SIGTERM. plain: the same target without the drafter.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A profile that passed every check before the start. target: directory or hub id.
 
-    Raises an AufError for what the user can fix, if possible before anything loads. Raises ServerError when the engine
-    dies or does not speculate.
+    given: arguments for SGLang. server_args: SGLang's record of them, resolved.
     """
-    check_device(profile)
-    check_port(profile.host, profile.port)
-    load_sglang(profile.device, needs_algorithm=not plain)
+
+    profile: Profile
+    target: str
+    served: ServedModel
+    given: dict[str, Any]
+    server_args: ServerArgs
+
+    @property
+    def resolved(self) -> Any:
+        """What the arguments became, by their names."""
+        from sglang.srt.arg_groups.overrides import resolved_view
+
+        return resolved_view(self.server_args)
+
+
+def check(profile: Profile, *, plain: bool = False, api_key: str | None = None, here: bool = True) -> Checked:
+    """Check all that can be checked before anything loads, in the cheapest order.
+
+    here: the server will run on this machine; else its device and its port are another one's. Switches of the profile
+    are set in the environment. Raises an AufError for what the user can fix.
+    """
+    if here:
+        check_device(profile)
+        check_port(profile.host, profile.port)
+    load_sglang(profile.device, needs_algorithm=not plain, here=here)
     check_server_args(profile.server_args)
     target = str(prepare(profile.target)) if profile.target in TARGET_SOURCES else os.path.expanduser(profile.target)
     served = check_models(profile, target, plain)
     profile = profile.model_copy(update={"served_model_name": served.model})
-    recorder = None
-    if profile.record.directory is not None:
-        recorder = Recorder.opened(
-            profile.record, find_model(target, ("*.json",), TargetError, profile.target_revision)
-        )
     drafter = served.speculation.checked.path if served.speculation else None
     os.environ[BUNDLED] = "1"  # read by the hooks, here and in children of this process
     if not profile.tree:
@@ -62,8 +80,23 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
         DRAFT_VOCABULARY.set(False)
     if profile.server_args.get("disable_overlap_schedule") is False:
         CPU_OVERLAP.set(True)  # SGLang cannot tell this from a flag that was not given
-    server_args = build_server_args(sglang_arguments(profile, target, drafter, api_key))
-    run(server_args, served, api_key, management=profile.management, recorder=recorder)
+    given = sglang_arguments(profile, target, drafter, api_key)
+    return Checked(profile, target, served, given, build_server_args(given))
+
+
+def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) -> None:
+    """Serve until SIGTERM. plain: the same target without the drafter.
+
+    Raises an AufError for what the user can fix, if possible before anything loads. Raises ServerError when the engine
+    dies or does not speculate.
+    """
+    checked = check(profile, plain=plain, api_key=api_key)
+    recorder = None
+    if profile.record.directory is not None:
+        recorder = Recorder.opened(
+            profile.record, find_model(checked.target, ("*.json",), TargetError, profile.target_revision)
+        )
+    run(checked.server_args, checked.served, api_key, management=profile.management, recorder=recorder)
 
 
 def run(

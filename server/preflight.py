@@ -52,10 +52,12 @@ SEAMS = (
         for name in ("SGLANG_RUST_SERVER", "SGLANG_GRPC_PORT")
     ),
     Seam("sglang.srt.plugins:load_plugins", "server.preflight", ()),
+    Seam("sglang.srt.arg_groups.overrides:resolved_view", "server.launch", ("server_args",)),
     Seam("sglang.srt.server_args:ServerArgs.resolve_once", "server.arguments", ("self",)),
     Seam("sglang.srt.server_args:ServerArgs.url", "server.launch", ("self", "port")),
     Seam("sglang.srt.speculative.spec_info:SpeculativeAlgorithm.from_string", "server.preflight", ("name",)),
     Seam("sglang.srt.utils:kill_process_tree", "server.launch"),
+    Seam("sglang.srt.utils.common:get_device_memory_capacity", "server.plan.device", ("device",)),
     Seam("sglang.srt.utils.auth:AuthLevel.ADMIN_OPTIONAL", "server.routes"),
     Seam("sglang.srt.utils.auth:auth_level", "server.routes", ("level",)),
 )
@@ -138,8 +140,9 @@ def check_port(host: str, port: int) -> None:
                 ) from error
 
 
-def load_sglang(device: str, needs_algorithm: bool) -> None:
+def load_sglang(device: str, needs_algorithm: bool, here: bool = True) -> None:
     """Load SGLang with its plugins, ours among them. device: what the profile serves on, "cpu" or "cuda".
+    here: on this machine; else SGLang need not have found the device.
 
     Raises CompatError for another SGLang, ConfigError for a platform that is not the profile's, and ServerError when
     AUF did not register, which SGLang itself only logs.
@@ -159,7 +162,7 @@ def load_sglang(device: str, needs_algorithm: bool) -> None:
                 f"unset {variable.name}",
             )
     ours = type(current_platform).__module__.startswith("sglang_auf.")
-    if (device == "cpu") != ours or current_platform.device_type != device:
+    if (device == "cpu") != ours or (here and current_platform.device_type != device):
         raise ConfigError(
             f"device: {device}, and SGLang chose its platform {current_platform.device_name!r}",
             "the CPU platform of this plugin" if device == "cpu" else "SGLang's CUDA platform",

@@ -1,4 +1,7 @@
-"""The routes this project adds to SGLang's app under /v1/auf, behind the same API key as SGLang's own."""
+"""The routes this project adds to SGLang's app under /v1/auf, behind the same API key as SGLang's own.
+
+What operators are warned of by the same figures stands in /metrics too, under the names of `hooks.metrics.READ`.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from server.schemas import (
 from sglang_auf.env import DRAFT_VOCABULARY, tree_nodes
 from sglang_auf.errors import AufError
 from sglang_auf.hooks import metrics
+from sglang_auf.hooks.metrics import Figure
 from sglang_auf.recording.recorder import Recorder
 
 PLAIN = "this server decodes plainly (--plain): it has no drafter, so there is no {what}"
@@ -44,6 +48,7 @@ def auf_router(
     router = APIRouter(prefix="/v1/auf", tags=["auf"])
     started = time.time()
     drafters = None if served.speculation is None else Drafters(served.speculation)
+    add_readers(served.model, drafters, recorder)
 
     @router.get("/acceptance", responses=NOT_FOUND)
     async def acceptance() -> AcceptanceReply:
@@ -100,17 +105,14 @@ def auf_router(
     @router.get("/load")
     async def load() -> LoadReply:
         """Running and waiting requests, and tokens made so far. A server without a drafter has this route too."""
-        from sglang.srt.entrypoints.http_server import get_global_state
-
-        manager = get_global_state().tokenizer_manager
-        snapshots = await manager.get_loads(include=["core"])
+        waiting, snapshots = await _waiting()
         return LoadReply(
             model=served.model,
             started=started,
             closed_because=closed_because(),
             running=sum(snapshot.num_running_reqs for snapshot in snapshots),
             queued=sum(snapshot.num_waiting_reqs for snapshot in snapshots),
-            silence=_silence(manager.rid_to_state.values(), snapshots),
+            silence=_silence(waiting, snapshots),
             generated_tokens=metrics.TOTALS.generated,
         )
 
@@ -123,10 +125,55 @@ def auf_router(
     return router
 
 
+def add_readers(model: str, drafters: Drafters | None, recorder: Recorder | None) -> None:
+    """Have /metrics say for how long the engine is silent, which drafter runs, and what became of answers to record.
+
+    Each is asked by itself, so that one that fails takes no other along.
+    """
+
+    named = {"model_name": model}
+
+    async def silence() -> list[Figure]:
+        return [Figure("auf_silence_seconds", _silence(*await _waiting()), named)]
+
+    metrics.READERS.append(silence)
+    if drafters is not None:
+
+        async def drafter() -> list[Figure]:
+            weights = await drafters.weights()  # before the generation is read: a swap may come while it waits
+            told = {"generation": str(drafters.swap.generation), "weights": weights or ""}
+            return [Figure("auf_drafter_info", 1, named | told)]
+
+        metrics.READERS.append(drafter)
+    if recorder is not None:
+
+        async def recording() -> list[Figure]:
+            kept = recorder.snapshot()
+            return [
+                Figure("auf_recording_error", kept["error"] is not None, named),
+                Figure("auf_recorded_total", kept["recorded"], named),
+                *(
+                    Figure("auf_record_dropped_total", count, named | {"reason": reason})
+                    for reason, count in kept["dropped"].items()
+                ),
+            ]
+
+        metrics.READERS.append(recording)
+
+
+async def _waiting() -> tuple[Iterable[Any], Iterable[Any]]:
+    """SGLang's records of the requests that are not answered, and the last load that each scheduler said."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    manager = get_global_state().tokenizer_manager
+    snapshots = await manager.get_loads(include=["core"])
+    return manager.rid_to_state.values(), snapshots
+
+
 def _silence(requests: Iterable[Any], snapshots: Iterable[Any]) -> float:
     """Seconds without a step while a request waits, as LoadReply has them. A scheduler says its load after each step.
 
-    requests: SGLang's records of those that are not answered. snapshots: the last that each scheduler said.
+    requests, snapshots: of `_waiting`.
     """
     now = time.perf_counter()
     waited = max((now - float(request.time_stats.created_time) for request in requests), default=0.0)

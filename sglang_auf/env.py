@@ -55,6 +55,10 @@ STEP_LOG = "SGLANG_AUF_STEP_LOG"
 BUNDLED = "SGLANG_AUF_BUNDLED"
 """Set by `python -m server`: requests are checked and seeded as with AUF, with --plain too. Default: not set."""
 
+PLANNED_DEVICE = "SGLANG_AUF_PLANNED_DEVICE"
+"""Set by `python -m server --check`: bytes of a CUDA device that need not be here. SGLang takes its arguments for one.
+Default: not set."""
+
 API_KEY = "SGLANG_AUF_API_KEY"
 """The server's API key, for `python -m server`, where `ps` does not show it. Default: no key."""
 

@@ -10,6 +10,7 @@ import os
 
 from sglang_auf import ALGORITHM, PLATFORM, SAMPLER_NAME
 from sglang_auf.compat import Seam, check_seams, check_version
+from sglang_auf.env import PLANNED_DEVICE
 from sglang_auf.errors import AufError
 from sglang_auf.hooks import (
     aborts,
@@ -73,10 +74,11 @@ def cpu_platform() -> str | None:
 
 
 def _has_accelerator() -> bool:
+    """Or is to be taken for a machine that has one."""
     import torch
 
     # Covers CUDA, ROCm, XPU, MPS, MTIA and private-use devices (NPU, MUSA) whose package is imported.
-    return bool(torch.cuda.is_available() or torch.accelerator.is_available())
+    return PLANNED_DEVICE in os.environ or bool(torch.cuda.is_available() or torch.accelerator.is_available())
 
 
 def register() -> None:

@@ -7,21 +7,29 @@ A choice is counted once, when it finishes, where SGLang's tokenizer manager tur
 - the prefill that SGLang sends ahead of n > 1 to fill the prefix cache (`max_new_tokens=0`, no answer);
 - requests aborted while they wait for the scheduler, which SGLang finishes on another path without counts.
 
-With `--enable-metrics` the same counts are Prometheus counters on SGLang's own /metrics.
+With `--enable-metrics` the same counts are Prometheus counters on SGLang's own /metrics, and what `python -m server`
+knows besides (READ) is read when somebody asks for them.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 100
 """Finished requests in the recent window. A count instead of a time, so that an idle server keeps its last figures."""
@@ -47,6 +55,14 @@ COUNTERS = {
     "auf_drafter_taken_back_total": "Swaps after which the server went back to the drafter before, because tau fell.",
     ACCEPTED_LENGTHS: "Verify steps by drafted tokens accepted. alpha_k = steps with k or more / with k-1 or more.",
 }
+READ = {
+    "auf_silence_seconds": "Seconds for which a request has waited and no step has ended. 0: no request waits.",
+    "auf_drafter_info": "1 for the drafter that runs. generation: swaps so far. weights: their SHA-256.",
+    "auf_recording_error": "1: answers cannot be recorded right now, GET /v1/auf/recording says why. 0: they can.",
+    "auf_recorded_total": "Answers that were recorded.",
+    "auf_record_dropped_total": "Answers that were not recorded, by reason.",
+}
+"""Read when Prometheus asks. Names that end in _total are counters, the others gauges."""
 
 
 class AcceptanceTotals:
@@ -144,6 +160,19 @@ LISTENERS: list[Callable[[Acceptance, float], None]] = []
 """Each is told of a request that is counted, and when the server received it (time.perf_counter)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A value at this moment. name: of READ."""
+
+    name: str
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+READERS: list[Callable[[], Awaitable[Iterable[Figure]]]] = []
+"""Each is asked for figures when Prometheus asks, in the event loop of the process that answers."""
+
+
 def count_swap(taken_back: bool) -> None:
     for counters in _metrics:
         counters.add_swap(taken_back)
@@ -155,6 +184,63 @@ def _start_metrics(_: None, manager: Any) -> None:
         from sglang.srt.runtime_context import get_spec
 
         _metrics.append(AcceptanceMetrics(manager.served_model_name, get_spec().speculative_num_draft_tokens))
+
+
+class Scrape:
+    """ASGI app in the place of SGLang's /metrics: its series, and beside them what READERS say.
+
+    SGLang collects the series of its processes from files, where a value stays until it is written again: a hung engine
+    would seem to answer, and a drafter that was swapped out to run. What is known in the one process that answers is
+    read there at each scrape, so that no file of a dead process counts either.
+    """
+
+    def __init__(self) -> None:
+        self._broken: set[Any] = set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
+
+        figures = [figure for reader in READERS for figure in await self._read(reader)]
+        registry = CollectorRegistry()
+        # All that SGLang's own app has (utils/common.py).
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        registry.register(_Read(figures))
+        await make_asgi_app(registry=registry)(scope, receive, send)
+
+    async def _read(self, reader: Callable[[], Awaitable[Iterable[Figure]]]) -> list[Figure]:
+        """[] of one that fails, so that the other series are there. The log says it once."""
+        try:
+            return list(await reader())
+        except Exception:
+            if reader not in self._broken:
+                logger.exception("/metrics goes without %s", reader.__qualname__)
+                self._broken.add(reader)
+            return []
+
+
+class _Read:
+    """Figures as a collector of prometheus_client."""
+
+    def __init__(self, figures: Iterable[Figure]) -> None:
+        self._figures = list(figures)
+
+    def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        for name, text in READ.items():
+            if series := [figure for figure in self._figures if figure.name == name]:
+                labels = list(series[0].labels)
+                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                family = kind(name, text, labels=labels)
+                for figure in series:
+                    family.add_metric([figure.labels[label] for label in labels], figure.value)
+                yield family
+
+
+def _answer_scrapes(_: None, app: Any) -> None:
+    """After `add_prometheus_middleware`, which adds the route last."""
+    if READERS:
+        app.routes[-1].app = Scrape()
 
 
 def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
@@ -214,6 +300,7 @@ HOOKS = (
     Hook(f"{_REPORTS}.accept", "AROUND", _report_in_time, ("self", "req")).on_ours(),
     Hook(RECEIVE_BATCH, "BEFORE", _count_tokens, ("self", "recv_obj")),
     Hook(f"{_MANAGER}.init_metric_collector_watchdog", "AFTER", _start_metrics, ("self",)),
+    Hook("sglang.srt.utils.common:add_prometheus_middleware", "AFTER", _answer_scrapes, ("app",)),
     Hook(
         f"{_MANAGER}._calculate_spec_decoding_metrics",
         "AFTER",

@@ -22,7 +22,7 @@ def promtool(*arguments: str, directory: Path = PROMETHEUS) -> subprocess.Comple
 def test_prometheus_accepts_its_configuration_and_rules() -> None:
     result = promtool("check", "config", "prometheus.yml")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "5 rules found" in result.stdout
+    assert "9 rules found" in result.stdout
 
 
 def test_alerts_fire_when_they_should_and_not_before() -> None:

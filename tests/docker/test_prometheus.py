@@ -98,7 +98,8 @@ class Monitored:
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     prometheus = program("prometheus", "Debian package prometheus")
     directory = tmp_path_factory.mktemp("prometheus")
-    with running(["server", "--profile", MODEL], directory / "server.log") as (url, _):
+    recording = f"record.directory={directory / 'recording'}"
+    with running(["server", "--profile", MODEL, "--set", recording], directory / "server.log") as (url, _):
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         (scrape,) = config["scrape_configs"]
         del scrape["dns_sd_configs"]
@@ -150,6 +151,18 @@ def test_accepted_lengths_in_prometheus_are_the_servers(monitored: Monitored) ->
     series = monitored.series("auf_accepted_length_total")
     counts = {int(one["metric"]["accepted"]): int(one["value"][1]) for one in series}
     assert [counts[accepted] for accepted in sorted(counts)] == monitored.acceptance()["accepted_histogram"]
+
+
+def test_what_is_read_at_a_scrape_is_what_the_routes_say(monitored: Monitored) -> None:
+    kept = get(f"{monitored.server}/v1/auf/recording")["recording"]
+    assert kept["recorded"] >= 1
+    assert monitored.value("sum(auf_recorded_total)") == kept["recorded"]
+    dropped = {one["metric"]["reason"]: int(one["value"][1]) for one in monitored.series("auf_record_dropped_total")}
+    assert dropped == kept["dropped"]
+    assert monitored.value("max(auf_recording_error)") == monitored.value("max(auf_silence_seconds)") == 0
+    card = get(f"{monitored.server}/v1/auf/card")
+    (drafter,) = monitored.series("auf_drafter_info")
+    assert {"generation": "0", "weights": card["weights"], "model_name": MODEL}.items() <= drafter["metric"].items()
 
 
 def test_the_dashboards_tau_and_alpha_are_those_of_its_window(monitored: Monitored) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.hooks import metrics
-from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, AcceptanceTotals
+from sglang_auf.hooks.metrics import ACCEPTED_LENGTHS, COUNTERS, READ, AcceptanceTotals
 from tests.support.toy_tokenizer import toy_tokenizer
 
 BLOCK = 4
@@ -207,6 +208,37 @@ def test_tokens_of_clients_are_counted_whatever_the_algorithm(served: Served, al
     assert generated() - before == 2 * 12
     served.post("/generate", text=SCRIPT, log_metrics=False, sampling_params={"max_new_tokens": 100})
     assert generated() - before == 2 * 12
+
+
+def read(served: Served) -> dict[tuple[str, str], float]:
+    """What READERS add to /metrics, by name and reason."""
+    text = served.client.get("/metrics").raise_for_status().text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert {"auf_requests_total", "sglang_http_responses_total"} <= {
+        sample.name.replace(":", "_") for sample in samples
+    }
+    return {(one.name, one.labels.get("reason", "")): one.value for one in samples if one.name in READ}
+
+
+def test_metrics_say_at_each_scrape_what_the_server_knows_then(served: Served) -> None:
+    """One reader of this server always fails, and takes no other along."""
+    before = read(served)
+    assert {name for name, _ in before} == READ.keys() - {"auf_drafter_info"}, "it has no drafter"
+    served.post("/v1/completions", model="scripted", prompt="3 0 5 6", max_tokens=100)
+    served.post("/v1/completions", model="scripted", prompt="5 6 abort", max_tokens=100)
+    until = time.monotonic() + 60
+    while not (grew := {key: value - before[key] for key, value in read(served).items() if value != before[key]}) or (
+        len(grew) < 2 and time.monotonic() < until
+    ):
+        time.sleep(0.05)
+    assert grew == {("auf_recorded_total", ""): 1, ("auf_record_dropped_total", "unfinished"): 1}
+
+
+def test_a_server_that_gives_no_figures_keeps_sglangs_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = SimpleNamespace(routes=[route := SimpleNamespace(app="SGLang's")])
+    monkeypatch.setattr(metrics, "READERS", [])
+    metrics._answer_scrapes(None, app)
+    assert route.app == "SGLang's"
 
 
 def handed_over(

@@ -22,13 +22,15 @@ from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints.card import CheckedDrafter, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.env import DRAFT_VOCABULARY, TREE, TREE_NODES
 from sglang_auf.errors import CardError
 from sglang_auf.hooks import metrics
-from sglang_auf.recording.recorder import Recorder
+from sglang_auf.hooks.metrics import READ, Figure
+from sglang_auf.recording.recorder import DROPPED, Recorder
 from sglang_auf.recording.ring import row_files
 from sglang_auf.recording.settings import RecordSettings
-from tests.support.tiny_models import write_target
+from tests.support.tiny_models import write_drafter, write_target
 
 TARGET = TargetFacts(
     name="owner/target",
@@ -62,6 +64,19 @@ def own_totals(monkeypatch: pytest.MonkeyPatch) -> metrics.AcceptanceTotals:
     """Fresh totals with a window of one request."""
     fresh = metrics.AcceptanceTotals(window=1)
     monkeypatch.setattr(metrics, "TOTALS", fresh)
+    return fresh
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the routes under test add to /metrics, and nothing of others."""
+    fresh: list[Any] = []
+    monkeypatch.setattr(metrics, "READERS", fresh)
     return fresh
 
 
@@ -305,6 +320,53 @@ def test_load_says_for_how_long_requests_have_waited_without_a_step(
     assert silence() == 100
     waiting["b"] = received(1000)
     assert silence() == 300
+
+
+@pytest.mark.anyio
+async def test_metrics_say_the_same_silence(
+    reading: TestClient, waiting: dict[str, SimpleNamespace], readers: list[Any]
+) -> None:
+    waiting["a"] = SimpleNamespace(time_stats=SimpleNamespace(created_time=49_900))
+    (silence,) = readers
+    assert await silence() == [Figure("auf_silence_seconds", 100, {"model_name": "small"})]
+
+
+@pytest.mark.anyio
+async def test_metrics_say_which_drafter_runs(tmp_path: Path, readers: list[Any]) -> None:
+    checked = replace(CHECKED, path=write_drafter(tmp_path / "drafter"))
+    drafters = Drafters(Speculation("owner/drafter", checked, 4, lambda _: checked, "cpu"))
+    routes.add_readers("small", drafters, None)
+    _, drafter = readers
+    drafters._began += 60  # the files are older than the server
+    labels = {"model_name": "small", "generation": "0", "weights": weights_sha256(checked.path)}
+    assert await drafter() == [Figure("auf_drafter_info", 1, labels)]
+    drafters.swap = replace(drafters.swap, generation=3)
+    drafters.running = replace(drafters.running, weights="abc")
+    assert await drafter() == [Figure("auf_drafter_info", 1, labels | {"generation": "3", "weights": "abc"})]
+
+
+@pytest.mark.anyio
+async def test_metrics_say_that_a_recording_ended(tmp_path: Path, readers: list[Any]) -> None:
+    recorder = Recorder.opened(RecordSettings(directory=str(tmp_path / "rows")), write_target(tmp_path / "target"))
+    routes.add_readers("small", None, recorder)
+    _, recording = readers
+
+    async def figures() -> dict[tuple[str, str], float]:
+        found = await recording()
+        assert {figure.name for figure in found} <= READ.keys()
+        return {(figure.name, figure.labels.get("reason", "")): figure.value for figure in found}
+
+    before = await figures()
+    assert before.keys() == {("auf_recording_error", ""), ("auf_recorded_total", "")} | {
+        ("auf_record_dropped_total", reason) for reason in DROPPED
+    }
+    assert set(before.values()) == {0}
+    recorder.drop("queue")
+    recorder.fail()
+    assert {key for key, value in (await figures()).items() if value == 1} == {
+        ("auf_recording_error", ""),
+        ("auf_record_dropped_total", "queue"),
+    }
 
 
 def test_load_says_why_there_are_no_answers(reading: TestClient) -> None:

@@ -11,7 +11,8 @@ in a separate process, so that the hooks reach no other test. A prompt is a scri
 
 It starts as an AUF server. POST /algorithm?name=DFLASH turns it into a server of SGLang's own algorithm, and POST
 /algorithm into one that decodes plainly. GET /totals returns the totals of this process, and GET /spans the number of
-choices whose spans it keeps. Answers are recorded in DIRECTORY/rows, and GET /recording says what was.
+choices whose spans it keeps. Answers are recorded in DIRECTORY/rows, and GET /recording says what was. /metrics has
+what a server of ours adds to it, and one reader of figures that always fails.
 
 Run: scripted_server.py DIRECTORY PORT
 """
@@ -251,6 +252,18 @@ def start_recorder(app: Any, directory: Path) -> Any:
     return recorder
 
 
+def add_figures(recorder: Any) -> None:
+    """To /metrics, as server.launch does."""
+    from server.routes import add_readers
+    from sglang_auf.hooks import metrics
+
+    async def broken() -> Any:
+        raise OSError("no such figures")
+
+    metrics.READERS.append(broken)
+    add_readers("scripted", None, recorder)
+
+
 def main(directory: Path, port: int) -> None:
     install_plugin()
 
@@ -262,7 +275,9 @@ def main(directory: Path, port: int) -> None:
     from sglang.srt.utils import set_prometheus_multiproc_dir
 
     write_model(directory)
-    add_test_routes(app, start_recorder(app, directory))
+    recorder = start_recorder(app, directory)
+    add_test_routes(app, recorder)
+    add_figures(recorder)
     arguments = ServerArgs(
         model_path=str(directory),
         served_model_name="scripted",
