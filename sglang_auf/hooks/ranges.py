@@ -3,8 +3,8 @@
 SGLang looks at few of them (`TokenizerManager._validate_one_request`: at lengths, never at ids). A scheduler that fails
 on one request ends, and every client of the server loses its answer. The checks hold on servers of ours, with and
 without a drafter, on every route that generates; what fails is answered with HTTP 400 as SGLang's own checks are (a
-ValueError). Two fields are no numbers and are looked at here all the same, because a request with them ends the engine
-too: embeddings, and labels for metrics.
+ValueError). Three fields are no numbers and are looked at here all the same, because a request with them can end the
+engine too: embeddings, labels for metrics, and stop regexes where several processes must agree on an answer.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _FIELDS = (
 SEAMS = (
     *(Seam(f"{_REQUEST}.{name}", "hooks.ranges") for name in _FIELDS),
     Seam("sglang.srt.runtime_context:get_observability", "hooks.ranges", ()),
+    Seam("sglang.srt.runtime_context:get_parallel", "hooks.ranges", ()),
 )
 
 
@@ -85,6 +86,7 @@ def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
         # (managers/schedule_batch.py, prepare_for_extend), and the scheduler ends.
         raise ValueError("input_embeds is not supported: such a request cannot share a batch with others.")
     _check_labels(getattr(request, "custom_labels", None))
+    _check_stop_regex(settings.get("stop_regex"))
 
 
 def check_detokenized(serving: Any, adapted: Any, request: Any, raw_request: Any) -> None:
@@ -128,6 +130,16 @@ def _check_labels(given: Any) -> None:
     allowed = get_observability().tokenizer_metrics_allowed_custom_labels or []
     if unknown := sorted(set(given) - set(allowed)):
         raise ValueError(f"custom_labels must have names of {sorted(allowed)}, got {unknown}.")
+
+
+def _check_stop_regex(given: Any) -> None:
+    """A search that takes too long is interrupted (hooks/stops.py), at another moment in each process of a model."""
+    if not given:
+        return
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_size > 1:
+        raise ValueError("stop_regex is not supported with --tp-size above 1; leave it out, or use stop.")
 
 
 def _integer(name: str, value: Any) -> None:

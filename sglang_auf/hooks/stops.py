@@ -4,11 +4,18 @@ SGLang looks at stop strings and stop regexes once a step, over all tokens of th
 tokens (managers/schedule_batch.py, `Req.update_finish_state`). So a stop string behind the end token wins over the end
 token, and of two stop strings the one that is listed first wins, not the one that is reached first. And in places it
 counts or keeps what a step brought as a whole: reasoning tokens, turns of sessions, answers of no token.
+
+A stop regex is a program of a client: Python's `re` may search for days with `(a+)+b`, on the thread that serves all
+clients. So a search is interrupted when it has had its time, and its request ends alone (HTTP 400).
 """
 
 from __future__ import annotations
 
 import copy
+import signal
+import threading
+import time
+from http import HTTPStatus
 from typing import Any
 
 from sglang_auf.compat import Seam
@@ -17,7 +24,20 @@ from sglang_auf.hooks.registry import Hook, serves_auf
 _REQUEST = "sglang.srt.managers.schedule_batch:Req"
 _STREAMING = "sglang.srt.session.streaming_session"
 
+SEARCH_S = 0.25
+"""Seconds that the stop regexes of a request may take after one token. A pattern can also take memory while it searches
+(`(?:a?){4000000000}`), some 0.4 GB in this time."""
+
+SEARCH_S_PER_TOKEN = 0.002
+"""Seconds that they may take for each token of the answer, beside SEARCH_S once. Usual ones take microseconds."""
+
 SEAMS = (
+    Seam(f"{_REQUEST}.tail_str", "hooks.stops", ("self", "new_accepted_len")),
+    Seam(
+        "sglang.srt.managers.schedule_batch:FINISH_ABORT.__init__",
+        "hooks.stops",
+        ("self", "message", "status_code", "err_type"),
+    ),
     Seam(f"{_REQUEST}.finished", "hooks.stops", ("self",)),
     Seam(f"{_REQUEST}.output_ids_through_stop", "hooks.stops"),
     Seam("sglang.srt.managers.schedule_batch:ReqKvInfo.kv_committed_len", "hooks.stops"),
@@ -72,6 +92,82 @@ def _ask_after_each_token(original: Any, request: Any, new_accepted_len: int) ->
         request.grammar = grammar
 
 
+class SearchTookTooLong(Exception):
+    """Raised in the middle of a search, which `re` lets a signal's handler do."""
+
+
+class _Search:
+    """A search of `seconds` at most, of this thread's own time: what other threads and processes take does not count.
+
+    Only a process's main thread can be interrupted; SGLang's scheduler runs there.
+    """
+
+    running: _Search | None = None
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._began = seconds, time.thread_time()
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGPROF, _interrupt)
+        if self.wait():
+            raise SearchTookTooLong
+        _Search.running = self
+
+    def __exit__(self, *_: object) -> None:
+        _Search.running = None  # from here on the handler raises nothing
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+    @property
+    def taken(self) -> float:
+        return time.thread_time() - self._began
+
+    def wait(self) -> bool:
+        """Ask for a signal when the time may be over, and say whether it is."""
+        left = self._seconds - self.taken
+        if left > 0:
+            signal.setitimer(signal.ITIMER_PROF, max(left, 0.001))  # 0 would ask for none
+        return left <= 0
+
+
+def _interrupt(*_: Any) -> None:
+    # The timer counts all threads of the process, so it may come early.
+    if _Search.running is not None and _Search.running.wait():
+        _Search.running = None
+        raise SearchTookTooLong
+
+
+def limit_search(original: Any, request: Any, new_accepted_len: int = 1) -> bool:
+    """Around `Req._check_str_based_finish`: stop regexes that take too long end their request, and no engine."""
+    if not request.sampling_params.stop_regex_strs:
+        return bool(original(request, new_accepted_len))
+    if threading.current_thread() is not threading.main_thread():
+        return _end(request, "cannot be searched for here, because this server could not interrupt it")
+    spent = getattr(request, "auf_search_s", 0.0)
+    seconds = min(SEARCH_S, SEARCH_S + SEARCH_S_PER_TOKEN * len(request.output_ids) - spent)
+    text = request.tail_str(new_accepted_len)  # not a part of the search, and longer with every token
+    request.tail_str = lambda _: text
+    search = _Search(seconds)
+    try:
+        with search:
+            return bool(original(request, new_accepted_len))
+    except (SearchTookTooLong, MemoryError):
+        return _end(request, "takes too long to search for; take out repeats within repeats, or use stop")
+    finally:
+        del request.tail_str
+        request.auf_search_s = spent + search.taken
+
+
+def _end(request: Any, reason: str) -> bool:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    patterns = request.sampling_params.stop_regex_strs
+    request.finished_len = None
+    request.finished_reason = FINISH_ABORT(
+        f"stop_regex {patterns} {reason}.", HTTPStatus.BAD_REQUEST, "BadRequestError"
+    )
+    return True
+
+
 def continue_session(original: Any, last_request: Any, request: Any, session_params: Any) -> Any:
     """Around `Session._concat_token_arrays`: the next turn of a session goes on where the answer ended.
 
@@ -111,6 +207,7 @@ def leave_unsampled(
 
 HOOKS = (
     Hook(f"{_REQUEST}.update_finish_state", "AROUND", update_finish_state, ("self", "new_accepted_len")),
+    Hook(f"{_REQUEST}._check_str_based_finish", "AROUND", limit_search, ("self", "new_accepted_len")).on_ours(),
     Hook(
         "sglang.srt.session.session_controller:Session._concat_token_arrays",
         "AROUND",

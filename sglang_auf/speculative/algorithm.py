@@ -100,6 +100,8 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             server_args.sampling_backend = SAMPLER_NAME
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.min_free_slots_delay is None and admits_at_once(server_args):
+            server_args.min_free_slots_delay = 1
         if server_args.device == "cpu":
             server_args.speculative_draft_attention_backend = PLATFORM
             # SGLang's overlap schedule hides work behind a device queue, which a CPU does not have. Who wants it sets a
@@ -116,6 +118,16 @@ def verifies_trees(device: str, is_mrope: bool) -> bool:
     is_mrope: positions have several numbers, as for pictures. SGLang then wants as many rows of every request.
     """
     return device == "cpu" and not is_mrope and TREE.is_on()
+
+
+def admits_at_once(server_args: Any) -> bool:
+    """Whether a request that waits may take the only free place.
+
+    With DFLASH SGLang waits for several (4 of 48; managers/min_free_slots_delayer.py), because a prefill there costs a
+    device a pass of its own. A CPU gains nothing by it: places stay empty, and where idle sessions hold the others,
+    nobody is ever admitted. And a server that is full would never look whether a request with a higher priority waits.
+    """
+    return server_args.device == "cpu" or bool(server_args.enable_priority_scheduling)
 
 
 def _requested_block(server_args: Any) -> int | None:

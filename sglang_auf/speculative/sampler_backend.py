@@ -12,6 +12,7 @@ verification draws with that one (`draw_as`), again so that both kinds of decodi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -57,8 +58,21 @@ def _seed_of(request: Any) -> int:
     parameters = request.sampling_params
     if parameters.sampling_seed is None:
         # Kept on the request, because batches are rebuilt and the seed must stay.
-        parameters.sampling_seed = random.getrandbits(62)
+        parameters.sampling_seed = _seeds().getrandbits(62)
     return int(parameters.sampling_seed)
+
+
+@functools.cache
+def _seeds() -> random.Random:
+    """Where requests without a seed get theirs in this process.
+
+    SGLang seeds Python's generator alike in all processes of a server. Those that compute one replica together must
+    draw the same seeds, and replicas (`--dp-size`) other ones: else a prompt has the same "random" answers on each.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = get_parallel()
+    return random.Random(f"{random.getrandbits(62)} {ranks.dp_rank} {ranks.attn_dp_rank}")
 
 
 def carry_seeds() -> None:

@@ -68,6 +68,10 @@ SEAMS = (
         "speculative.algorithm",
         ("self", "device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
     ),
+    *(
+        Seam(f"{_SRT}.runtime_context:ParallelContext.{name}", "speculative.sampler_backend")
+        for name in ("dp_rank", "attn_dp_rank")
+    ),
     Seam(f"{_BATCH_INFO}.from_schedule_batch", "speculative.sampler_backend", ("batch", "vocab_size")),
     *(
         Seam(f"{_BATCH_INFO}.{name}", "speculative.sampler_backend")

@@ -132,6 +132,19 @@ def test_a_label_that_the_metrics_do_not_have_is_refused(monkeypatch: pytest.Mon
         check([1], custom_labels={"tenant": "a", "colour": "red"})
 
 
+@pytest.mark.parametrize("given", ["b", ["a+", "b"]])
+def test_a_stop_regex_is_refused_where_several_processes_would_have_to_agree(
+    given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = SimpleNamespace(tp_size=2)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: ranks)
+    check([1], {"stop_regex": None, "stop": ["b"]})
+    with pytest.raises(ValueError, match="stop_regex is not supported with --tp-size above 1"):
+        check([1], {"stop_regex": given})
+    ranks.tp_size = 1
+    check([1], {"stop_regex": given})
+
+
 @pytest.mark.parametrize(("tokens", "fits"), [([], True), ([0, 63], True), ([[1], [2, 64]], False), ([-1], False)])
 def test_ids_to_detokenize_are_in_the_vocabulary(tokens: Any, fits: bool) -> None:
     serving, request = SimpleNamespace(tokenizer_manager=MANAGER), SimpleNamespace(tokens=tokens)

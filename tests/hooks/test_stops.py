@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import signal
+import threading
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,11 +20,19 @@ from sglang.srt.session.session_controller import Session
 from transformers import PreTrainedTokenizerFast
 
 from sglang_auf.hooks import stops
-from sglang_auf.hooks.stops import continue_session, keep_computed_keys, leave_unsampled, update_finish_state
+from sglang_auf.hooks.stops import (
+    SEARCH_S,
+    continue_session,
+    keep_computed_keys,
+    leave_unsampled,
+    limit_search,
+    update_finish_state,
+)
 from tests.support.toy_tokenizer import toy_tokenizer
 
 # SGLang's own, without the hook that an installed plugin may have put around it.
 ORIGINAL = getattr(Req.update_finish_state, "__wrapped__", Req.update_finish_state)
+CHECK = getattr(Req._check_str_based_finish, "__wrapped__", Req._check_str_based_finish)
 CONCAT = getattr(Session._concat_token_arrays, "__wrapped__", Session._concat_token_arrays)
 TOKENIZER: PreTrainedTokenizerFast = toy_tokenizer()
 TOKENIZER.additional_stop_token_ids = None  # as SGLang's loader leaves it
@@ -31,7 +43,12 @@ END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 def auf() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stops, "serves_auf", lambda: True)
+        patch.setattr(Req, "_check_str_based_finish", functools.partialmethod(_limited))
         yield
+
+
+def _limited(made: Req, new_accepted_len: int = 1) -> bool:
+    return limit_search(CHECK, made, new_accepted_len)
 
 
 def request(**parameters: Any) -> Req:
@@ -136,6 +153,69 @@ def test_any_steps_finish_as_single_tokens_do(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6))
     made = in_steps(request(**parameters), tokens, sizes)
     assert outcome(made) == outcome(one_by_one(request(**parameters), tokens))
+
+
+LETTERS = "a" * 60
+ENDLESS = {
+    r"(a+)+b": LETTERS,
+    r"(a|a)*b": LETTERS,
+    r"^(a|aa)+b$": LETTERS,
+    r"(ab|ab|ac|a.)*d": "ab" * 60,
+    r"(.*a){20}b": LETTERS,
+    r"(a*)*\1b": LETTERS,
+    r"(?=(a+)+b)": LETTERS,
+    r"(?<!c)(?:a?){30}a{31}b": LETTERS,
+    r"(?i)(A|aa)+?c": LETTERS,
+    r"(?:a?){4000000000}b": LETTERS,
+    r"[ab]*[ab]*[ab]*[ab]*[ab]*c": "ab" * 800,
+}
+"""Pattern -> text in which `re` does not find it within any time that a client would wait."""
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_a_search_without_an_end_ends_its_request_alone(pattern: str, size: int) -> None:
+    made = in_steps(request(stop_regex=[pattern], max_new_tokens=4000), ids(ENDLESS[pattern]), [size])
+    reason = made.finished_reason.to_json()
+    assert (reason["type"], reason["status_code"]) == ("abort", 400)
+    assert pattern in made.sampling_params.stop_regex_strs and "takes too long to search for" in reason["message"]
+    assert stops._Search.running is None and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    assert outcome(in_steps(request(stop_regex=["c."]), ids("xxcd"), [size]))[0]["matched"] == "c.", "others go on"
+
+
+def test_a_request_that_has_spent_its_time_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(re, "search", lambda *_: pytest.fail("searched"))
+    made = request(stop_regex=["b"])
+    made.auf_search_s = SEARCH_S + 1
+    assert in_steps(made, ids("a"), [1]).finished_reason.to_json()["type"] == "abort"
+
+
+def test_the_time_of_other_threads_does_not_count() -> None:
+    """The timer counts the whole process."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            sum(range(10000))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        search = stops._Search(0.3)
+        with pytest.raises(stops.SearchTookTooLong), search:
+            re.search(r"(a+)+b", LETTERS)
+        assert search.taken >= 0.3
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_outside_the_main_thread_a_regex_is_refused_and_a_string_is_not() -> None:
+    made = [request(stop_regex=["b"]), request(stop=["b"])]
+    thread = threading.Thread(target=lambda: [in_steps(one, ids("ab"), [1]) for one in made])
+    thread.start()
+    thread.join()
+    assert [one.finished_reason.to_json()["type"] for one in made] == ["abort", "stop"]
 
 
 def next_turn(last: Req, **session_params: Any) -> list[int]:

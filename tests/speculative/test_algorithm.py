@@ -63,6 +63,8 @@ def arguments(target: Path | str = "target", **changes: Any) -> SimpleNamespace:
         "sampling_backend": None,
         "sampling_defaults": "model",
         "max_running_requests": None,
+        "min_free_slots_delay": None,
+        "enable_priority_scheduling": False,
         "disable_overlap_schedule": False,
         "speculative_draft_model_path": str(SHIPPED),
         "speculative_draft_model_revision": "main",
@@ -262,6 +264,24 @@ def test_a_block_is_never_drafted_with_causal_attention(
     with override_platform(is_sm100=sm100):
         AUF.handle_server_args(given)
     assert given.speculative_draft_attention_backend == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "by_priority", "places"), [("cpu", False, None), ("cuda", True, None), ("cuda", False, 4)]
+)
+def test_a_request_need_not_wait_for_several_free_places(
+    target: Path, device: str, by_priority: bool, places: int | None
+) -> None:
+    """Of 48 places SGLang waits for 4 with DFLASH, and it waits before it looks for a request to make way."""
+    from sglang.srt.managers.min_free_slots_delayer import resolve_min_free_slots
+
+    given = arguments(target, device=device, enable_priority_scheduling=by_priority)
+    AUF.handle_server_args(given)
+    resolved = resolve_min_free_slots(given.min_free_slots_delay, given.max_running_requests, AUF.is_dflash_family())
+    assert resolved == places
+    given = arguments(target, device=device, enable_priority_scheduling=by_priority, min_free_slots_delay=3)
+    AUF.handle_server_args(given)
+    assert given.min_free_slots_delay == 3
 
 
 def test_what_the_user_gave_stays(target: Path) -> None:

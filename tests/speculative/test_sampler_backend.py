@@ -57,9 +57,12 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sglang_sampler, "get_exec", lambda: execution)
     monkeypatch.setattr(sglang_sampler, "get_parallel", lambda: parallel)
     monkeypatch.setattr(sglang_sampler, "is_dp_attention_enabled", lambda: False)
+    ranks = SimpleNamespace(dp_rank=None, attn_dp_rank=0)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: ranks)
     original = SamplingBatchInfo.__dict__["from_schedule_batch"]
     yield
     SamplingBatchInfo.from_schedule_batch = original  # type: ignore[method-assign]
+    sampler_backend._seeds.cache_clear()
 
 
 def info_of(*requests: SimpleNamespace) -> SamplingBatchInfo:
@@ -97,18 +100,30 @@ def test_a_request_without_a_seed_gets_one_and_keeps_it() -> None:
 
 
 @pytest.mark.usefixtures("configured")
-def test_ranks_that_share_sglangs_random_seed_draw_the_same_seeds() -> None:
-    """Tensor-parallel ranks seed Python's generator alike (managers/scheduler.py, set_random_seed)."""
+def test_replicas_draw_seeds_of_their_own_and_the_ranks_of_one_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes of a server seed Python's generator alike (managers/scheduler.py, set_random_seed)."""
     sampler_backend.carry_seeds()
     state = random.getstate()
+
+    def drawn(dp_rank: int | None, attn_dp_rank: int = 0, others: int = 0) -> tuple[int, ...]:
+        """By a process that has just begun. others: numbers that something else in it draws between two requests."""
+        ranks = SimpleNamespace(dp_rank=dp_rank, attn_dp_rank=attn_dp_rank)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: ranks)
+        sampler_backend._seeds.cache_clear()
+        random.seed(1234)
+        seeds = []
+        for _ in range(3):
+            seeds += info_of(request(), request()).sampling_seed.tolist()
+            for _ in range(others):
+                random.random()
+        return tuple(seeds)
+
     try:
-        ranks = []
-        for _ in range(2):
-            random.seed(1234)
-            ranks.append(info_of(request(), request()).sampling_seed.tolist())
+        replicas = [drawn(None), drawn(0), drawn(1), drawn(1, attn_dp_rank=1)]
+        assert len({seed for seeds in replicas for seed in seeds}) == 6 * len(replicas)
+        assert [drawn(None), drawn(0), drawn(1, others=5), drawn(1, attn_dp_rank=1)] == replicas
     finally:
         random.setstate(state)
-    assert ranks[0] == ranks[1]
 
 
 @pytest.mark.usefixtures("configured")
