@@ -85,10 +85,19 @@ class AskedTasks(PromptSources):
 class Questions(AskedTasks):
     """What is asked."""
 
+    group_by: str | None = Field(
+        None, min_length=1, description="a field of the rows of --prompts (language, customer): tau by its values"
+    )
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy; above 0 nothing else shapes sampling")
     max_tokens: int = Field(512, ge=1, description="new tokens of one answer at most")
     seed: int = Field(42, ge=0, lt=2**31, description="each request's sampling seed derives from it (temperature > 0)")
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+
+    @model_validator(mode="after")
+    def _groups_are_of_own_rows(self) -> Self:
+        if self.group_by is not None and not self.prompts:
+            raise ValueError("--group-by without --prompts")
+        return self
 
 
 class Workload(Questions):

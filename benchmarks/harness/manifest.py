@@ -20,6 +20,8 @@ from sglang_auf.settings import checked
 
 INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 """Settings that say how a run is done, not what it measures."""
+OFF_BEFORE = {"group_by"}
+"""Settings that are off in a run by an earlier version, which did not have them: they would change its records."""
 
 
 class TaskOrigin(StrictModel):
@@ -76,6 +78,11 @@ class RunManifest(StrictModel):
         """Of all files of prompts: "FILE:LINE: fault" of the rows that were not asked."""
         return [row for origin in self.tasks.values() if origin.file for row in origin.file.broken]
 
+    @property
+    def without_group(self) -> list[str]:
+        """Of all files of prompts: "FILE:LINE" of the asked rows without the field of --group-by."""
+        return [row for origin in self.tasks.values() if origin.file for row in origin.file.without_group]
+
     def require_finished(self, directory: Path, records: Sequence[Record]) -> None:
         """records: the latest of each request. Raises DataError where some requests have none."""
         due = sum(task.prompts if task.requests is None else task.requests for task in self.tasks.values())
@@ -112,10 +119,10 @@ class RunManifest(StrictModel):
     def require_same(self, other: RunManifest, where: Path) -> None:
         """Raises ConfigError, which names every setting in which `other` differs from this run, the one in `where`.
 
-        What the file of a run by an earlier version does not say is not compared.
+        What the file of a run by an earlier version does not say is not compared, but for OFF_BEFORE.
         """
         mine, theirs = self.identity(), other.identity()
-        unsaid = set(RunConfig.model_fields) - self.config.model_fields_set
+        unsaid = set(RunConfig.model_fields) - self.config.model_fields_set - OFF_BEFORE
         unsaid |= {f"server.{name}" for name in set(ServerFacts.model_fields) - self.server.model_fields_set}
         changed = [name for name in {**mine, **theirs} if name not in unsaid and mine.get(name) != theirs.get(name)]
         if changed:

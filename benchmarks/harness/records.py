@@ -25,6 +25,7 @@ class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
+    group: the prompt's (tasks.py); None where the prompts of its task are in no groups.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -32,6 +33,7 @@ class Record(StrictModel):
     task: str
     prompt_id: str
     turn: int
+    group: str | None = None
     seed: int | None = None
     temperature: float
     prompt_ids: list[int] | None = None

@@ -29,18 +29,30 @@ WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
 
 
-def chosen_prompts(questions: AskedTasks) -> list[Selection]:
-    """The prompts that `questions` names, task by task. Raises ConfigError or DataError."""
-    return prompts_of(questions, questions.tasks, questions.limit)
+def chosen_prompts(questions: AskedTasks, group_by: str | None = None) -> list[Selection]:
+    """The prompts that `questions` names, task by task. Raises ConfigError or DataError.
+
+    group_by: the field of a user's own rows that is the prompt's group.
+    """
+    return prompts_of(questions, questions.tasks, questions.limit, group_by=group_by)
 
 
-def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None, fewer: bool = False) -> list[Selection]:
+def prompts_of(
+    sources: PromptSources,
+    tasks: Sequence[str],
+    limit: int | None,
+    *,
+    fewer: bool = False,
+    group_by: str | None = None,
+) -> list[Selection]:
     """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most.
 
-    fewer: a task may have fewer rows than are to be asked of it.
+    fewer: a task may have fewer rows than are to be asked of it. group_by: as for `chosen_prompts`.
     """
     chosen = [select(task, sources.data_dir, limit, fewer) for task in resolve(tasks)]
-    return chosen + select_from_files(sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit)
+    return chosen + select_from_files(
+        sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit, group_by=group_by
+    )
 
 
 def ask(
@@ -261,6 +273,7 @@ class BenchmarkRun:
             task=prompt.task,
             prompt_id=prompt.id,
             turn=turn,
+            group=prompt.group,
             seed=self._seed(prompt, turn),
             temperature=self.config.temperature,
             prompt_ids=reply.prompt_ids,

@@ -16,6 +16,7 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
+from benchmarks.reports.groups import group_sections
 from benchmarks.reports.numbers import number, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
@@ -107,6 +108,7 @@ def make_sections(
         alpha = {run.name: alpha_over_tasks(run.records) for run in speculating}
         sections += [
             Section("Tau", TAU_TEXT, tau_table(summaries), figures.png(figures.tau_by_task(summaries)), "tau.png"),
+            *group_sections(summaries),
             Section("alpha_k", ALPHA_TEXT, _alpha_table(alpha), figures.png(figures.alpha_curves(alpha)), "alpha.png"),
             Section(
                 "Accepted lengths",

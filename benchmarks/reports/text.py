@@ -56,7 +56,7 @@ def task_table(tasks: Mapping[str, TaskSummary]) -> str:
         counts = [task.prompts, task.requests, task.failed, task.without_steps, task.completion_tokens]
         tau = [number(task.tau), interval_text(task.tau_interval)]
         rows.append([name, *map(str, counts), *tau, *map(number, (task.tau_micro, task.tau_verify))])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: MicroSummary) -> str:
@@ -68,7 +68,7 @@ def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: Micro
     alpha = [["alpha_k", *map(str, range(1, len(micro.alpha) + 1))]]
     alpha += [[name, *map(number, task.alpha)] for name, task in tasks.items()]
     alpha.append(["micro", *map(number, micro.alpha)])
-    return "\n\n".join([tau, _aligned(alpha), NOTE])
+    return "\n\n".join([tau, aligned(alpha), NOTE])
 
 
 def speed_line(name: str, speed: Throughput) -> str:
@@ -96,7 +96,7 @@ def broken_rows_text(rows: Sequence[str]) -> str:
     return "\n".join([heading, *(f"- {row}" for row in rows[:NAMED]), *more])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right; short rows are allowed."""
-    columns = ["left", *["right"] * (max(map(len, rows)) - 1)]
+def aligned(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The first columns (`names` of them) to the left, the others to the right; short rows are allowed."""
+    columns = [*["left"] * names, *["right"] * (max(map(len, rows)) - names)]
     return str(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns))

@@ -17,6 +17,7 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.harness.tasks import Selection
+from benchmarks.reports.groups import group_sections
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text, interrupted_text
@@ -96,13 +97,15 @@ class Sweep(Measured, Report):
             for level in self.levels
             for name, run in zip(names, level.runs, strict=True)
         }
-        parts = [markdown_table(rows), interrupted_text(sessions), note, broken_rows_text(self.broken_rows)]
-        return markdown_document(self, asked, *parts)
+        parts = [markdown_table(rows), interrupted_text(sessions), note]
+        for section in group_sections({f"{speculating} at {level.concurrency}": level.auf for level in self.levels}):
+            parts += [section.text.replace("\n", "\n\n"), markdown_table(section.table or [])]
+        return markdown_document(self, asked, *parts, broken_rows_text(self.broken_rows))
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:
     """Raises ConfigError where a level has more requests in flight than prompts, or where finished levels differ."""
-    selections = chosen_prompts(config)
+    selections = chosen_prompts(config, config.group_by)
     count = sum(len(chosen.prompts) for chosen in selections)
     levels = sorted(set(config.concurrency))
     if count < levels[-1]:

@@ -28,6 +28,7 @@ MAY_DIFFER = {
     "model",
     "tasks",
     "limit",
+    "group_by",
 }
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 

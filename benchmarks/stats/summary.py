@@ -11,6 +11,7 @@ phase. They leave out warm-up, server start and the pause between two sessions o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -20,11 +21,14 @@ from pydantic import Field
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
-from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
+from benchmarks.harness.tasks import NO_GROUP
+from benchmarks.stats.intervals import Interval, by_task, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total_acceptance
 
 UNDRAFTED = 0.02
 """Share of tokens that no counted step gave, from which on a run says so."""
+SHOWN_GROUPS = 30
+"""Groups of one task that have figures of their own."""
 
 
 class TaskSummary(StrictModel):
@@ -89,6 +93,17 @@ class Latency(StrictModel):
     latency: Percentiles | None
 
 
+class GroupedTask(StrictModel):
+    """One task by group of its prompts. groups: those with the most prompts first; NO_GROUP: of rows without one.
+
+    others: groups that are left out, of which there are too many. others_prompts: in them.
+    """
+
+    groups: dict[str, TaskSummary]
+    others: int
+    others_prompts: int
+
+
 class RunSummary(StrictModel):
     """What summary.json of one run holds. drafter, block_size and every tau are None for a plain baseline.
 
@@ -96,6 +111,7 @@ class RunSummary(StrictModel):
     and drafter are not known, and block_size is what its replies say. warnings: how the run's conditions differ from
     those that the drafter was trained for, and what is not known of its server. broken_rows: of the user's own files,
     those that were not asked.
+    groups: of the tasks whose prompts are in groups. without_group: of the user's own files, rows that are in none.
     """
 
     target: str
@@ -110,6 +126,8 @@ class RunSummary(StrictModel):
     warnings: list[str] = Field(default_factory=list)
     broken_rows: list[str] = Field(default_factory=list)
     tasks: dict[str, TaskSummary]
+    groups: dict[str, GroupedTask] = Field(default_factory=dict)
+    without_group: list[str] = Field(default_factory=list)
     macro: MacroSummary
     micro: MicroSummary
     throughput: Throughput
@@ -133,6 +151,8 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         warnings=[*manifest.warnings, *_undrafted(manifest, records)],
         broken_rows=manifest.broken_rows,
         tasks=tasks,
+        groups=summarize_groups(records),
+        without_group=manifest.without_group,
         macro=macro(tasks.values(), records),
         micro=micro(records),
         throughput=throughput(records, manifest.config.concurrency),
@@ -179,6 +199,28 @@ def summarize_task(records: Sequence[Record]) -> TaskSummary:
 def summarize_tasks(records: Sequence[Record]) -> dict[str, TaskSummary]:
     names = dict.fromkeys(record.task for record in records)
     return {name: summarize_task([record for record in records if record.task == name]) for name in names}
+
+
+def summarize_groups(records: Sequence[Record]) -> dict[str, GroupedTask]:
+    """The figures of each group of each task that has any; {} where no prompt is in a group, and of plain decoding."""
+    if not any(record.verify_steps for record in records):
+        return {}
+    tasks = by_task(records)
+    return {name: _grouped(of_task) for name, of_task in tasks.items() if any(r.group is not None for r in of_task)}
+
+
+def _grouped(records: Sequence[Record]) -> GroupedTask:
+    """records: one per request, all of one task."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.group or NO_GROUP].append(record)
+    prompts = {name: len({record.prompt_id for record in of_group}) for name, of_group in groups.items()}
+    names = sorted(groups, key=lambda name: (-prompts[name], name))
+    return GroupedTask(
+        groups={name: summarize_task(groups[name]) for name in names[:SHOWN_GROUPS]},
+        others=len(names[SHOWN_GROUPS:]),
+        others_prompts=sum(prompts[name] for name in names[SHOWN_GROUPS:]),
+    )
 
 
 def macro(tasks: Iterable[TaskSummary], records: Iterable[Record] = ()) -> MacroSummary:

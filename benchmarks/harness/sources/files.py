@@ -17,10 +17,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.tasks import TASKS, Prompt, PromptFile, Selection, Task, Turn, head
+from benchmarks.harness.tasks import NO_GROUP, TASKS, Prompt, PromptFile, Selection, Task, Turn, group_of, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.chats import Chat, Message, question_of, text_of
@@ -38,32 +39,54 @@ TEXTS = 'one JSON object a line, with a text as "prompt"'
 
 
 def select_from_files(
-    paths: Sequence[Path], *, raw: bool = False, thinking: str = "off", limit: int | None = None
+    paths: Sequence[Path],
+    *,
+    raw: bool = False,
+    thinking: str = "off",
+    limit: int | None = None,
+    group_by: str | None = None,
 ) -> list[Selection]:
-    """The prompts of each file. Broken rows are logged and kept in the selection's `file`.
+    """The prompts of each file. Rows that are broken or lack a group are logged and kept in the selection's `file`.
 
     raw: the rows' texts are continued without a chat template. thinking: what the command asks for; a row that asks for
-    the other mode is broken. Raises ConfigError for a name that another file or a task has, DataError for a file
-    without a prompt.
+    the other mode is broken. group_by: the field of a row that is its prompt's group. Raises ConfigError for a name
+    that another file or a task has, DataError for a file without a prompt, and where no row has a group.
     """
     taken = set(TASKS)
     for path in paths:
         if path.name in taken:
             raise ConfigError(f"--prompts {path}, and another task of that name", "a name for each", "rename the file")
         taken.add(path.name)
-    return [_selection(path, raw, thinking, limit) for path in paths]
+    files = [_read(path, raw, thinking, group_by) for path in paths]
+    if group_by is not None and not any(prompt.group for rows in files for prompt in rows.prompts.values()):
+        raise DataError(
+            f"--group-by {group_by}, and no row of {', '.join(map(str, paths))} has that field",
+            "a field of the rows themselves that holds a text, a number, true or false",
+            "check its name, or leave --group-by out",
+        )
+    return [_selection(path, rows, limit, group_by) for path, rows in zip(paths, files, strict=True)]
 
 
-def _selection(path: Path, raw: bool, thinking: str, limit: int | None) -> Selection:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What was read of one file. prompts: by place. faults: (reason, place) of the rows that cannot be asked."""
+
+    prompts: dict[str, Prompt]
+    faults: list[tuple[str, str]]
+    sha256: str
+
+
+def _read(path: Path, raw: bool, thinking: str, group_by: str | None) -> _Rows:
     expected = TEXTS if raw else CHATS
     if not path.is_file():
         raise DataError(f"no file {path}", f"a file that has {expected}")
     digest = hashlib.sha256()
-    prompts: list[Prompt] = []
+    prompts: dict[str, Prompt] = {}
     faults: list[tuple[str, str]] = []
     for row in read_rows(path, digest):
         try:
-            prompts.append(_prompt(path.name, row, raw, thinking))
+            prompt = _prompt(path.name, row, raw, thinking)
+            prompts[row.place] = replace(prompt, group=group_of(row.fields, group_by) if group_by else None)
         except BadRow as fault:
             faults.append((str(fault), row.place))
     groups = [f"{named(places)}: {reason}" for reason, places in grouped(faults).items()]
@@ -71,12 +94,23 @@ def _selection(path: Path, raw: bool, thinking: str, limit: int | None) -> Selec
         raise DataError(f"no prompt in {path} ({'; '.join(groups) or 'no rows'})", expected)
     for group in groups:
         logger.warning("%s, not asked: %s; expected: %s", path, group, expected)
+    return _Rows(prompts, faults, digest.hexdigest())
+
+
+def _selection(path: Path, rows: _Rows, limit: int | None, group_by: str | None) -> Selection:
+    prompts = list(rows.prompts.values())
+    asked = head(prompts, limit)
+    missing = {prompt.id for prompt in asked if prompt.group == NO_GROUP}
+    without_group = [place for place, prompt in rows.prompts.items() if prompt.id in missing]
+    if without_group:
+        logger.warning("%s, in no group: no %r in %s", path, group_by, named(without_group))
     file = PromptFile(
-        sha256=digest.hexdigest(),
-        rows=len(prompts) + len(faults),
-        broken=[f"{place}: {reason}" for reason, place in faults],
+        sha256=rows.sha256,
+        rows=len(prompts) + len(rows.faults),
+        broken=[f"{place}: {reason}" for reason, place in rows.faults],
+        without_group=without_group,
     )
-    return Selection(Task(path.name, len(prompts)), head(prompts, limit), path.name, file)
+    return Selection(Task(path.name, len(prompts)), asked, path.name, file)
 
 
 def _prompt(task: str, row: ChatRow, raw: bool, thinking: str) -> Prompt:
