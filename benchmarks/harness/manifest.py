@@ -28,7 +28,7 @@ class TaskOrigin(StrictModel):
     """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many `requests` as they
     have turns (None: written by a version that did not count them). sha256: their digest.
 
-    file: the user's own file that they were read from.
+    file: the user's own file that they were read from. token_ids: how many of the prompts are token ids.
     """
 
     version: int
@@ -37,6 +37,7 @@ class TaskOrigin(StrictModel):
     requests: int | None = None
     sha256: str
     file: PromptFile | None = None
+    token_ids: int = 0
 
 
 class Session(Measured):
@@ -68,6 +69,7 @@ class RunManifest(StrictModel):
                 requests=sum(len(prompt.turns) for prompt in chosen.prompts),
                 sha256=chosen.sha256,
                 file=chosen.file,
+                token_ids=chosen.token_ids,
             )
             for chosen in selections
         }
@@ -82,6 +84,19 @@ class RunManifest(StrictModel):
     def without_group(self) -> list[str]:
         """Of all files of prompts: "FILE:LINE" of the asked rows without the field of --group-by."""
         return [row for origin in self.tasks.values() if origin.file for row in origin.file.without_group]
+
+    @property
+    def token_ids(self) -> bool:
+        """Whether any prompt is token ids, which are what others have asked a server."""
+        return any(origin.token_ids for origin in self.tasks.values())
+
+    @property
+    def rendered(self) -> bool:
+        """Whether any prompt is put into a chat template."""
+        return any(
+            origin.token_ids < origin.prompts and not (self.config.raw_prompts and origin.file)
+            for origin in self.tasks.values()
+        )
 
     def require_finished(self, directory: Path, records: Sequence[Record]) -> None:
         """records: the latest of each request. Raises DataError where some requests have none."""

@@ -25,7 +25,8 @@ class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
-    group: the prompt's (tasks.py); None where the prompts of its task are in no groups.
+    group: the prompt's (sources/prompt.py); None where the prompts of its task are in no groups. output_text: "" for a
+    prompt of token ids, which others have asked: its tokens are kept, and no text.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -18,9 +18,12 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
 from benchmarks.harness.server_info import asked_facts, flush_cache, run_warnings, server_facts, wrong_server
 from benchmarks.harness.sources.files import select_from_files
-from benchmarks.harness.tasks import Prompt, Selection, messages_of, resolve, select
+from benchmarks.harness.sources.prompt import Prompt, TokenIds, messages_of
+from benchmarks.harness.sources.recordings import check_replay
+from benchmarks.harness.tasks import Selection, resolve, select
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
+from sglang_auf.recording.settings import RECORD_HEADER
 from sglang_auf.training.data.chats import Message
 
 logger = logging.getLogger(__name__)
@@ -107,7 +110,7 @@ class BenchmarkRun:
                 "leave --record-steps out",
             )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = run_warnings(config, server)
+        manifest.warnings = run_warnings(config, server, manifest.rendered) + check_replay(config, server, selections)
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -127,6 +130,8 @@ class BenchmarkRun:
         self.config.out.mkdir(parents=True, exist_ok=True)
         if (self.config.out / RECORDS).exists():
             drop_torn_line(self.config.out / RECORDS)
+        elif self.manifest.token_ids:
+            (self.config.out / RECORDS).touch(0o600)  # they are what users wrote
         self.manifest.begin_session()
         self.manifest.write(self.config.out / MANIFEST)
 
@@ -153,9 +158,9 @@ class BenchmarkRun:
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
         texts = [f"Count upwards from {number}." for number in range(1, count + 1)]
-        without_template = self.config.raw_prompts and not self.config.tasks
+        rendered, options = self.manifest.rendered, {"max_tokens": tokens, "extra_headers": {RECORD_HEADER: "off"}}
         async with self._connect() as client:
-            jobs = [client.ask(text if without_template else messages_of(text), max_tokens=tokens) for text in texts]
+            jobs = [client.ask(messages_of(text) if rendered else text, **options) for text in texts]
             outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):
@@ -245,7 +250,7 @@ class BenchmarkRun:
             messages.append({"role": "assistant", "content": record.output_text})
 
     async def _request(self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message]) -> Record:
-        asked = prompt.text if prompt.raw else messages
+        asked = messages if prompt.continued is None else prompt.continued
         started_at, started = time.time(), time.perf_counter()
         try:
             reply = await client.ask(asked, self._seed(prompt, turn), prompt.request)
@@ -278,7 +283,7 @@ class BenchmarkRun:
             temperature=self.config.temperature,
             prompt_ids=reply.prompt_ids,
             output_ids=reply.output_ids,
-            output_text=reply.text,
+            output_text="" if isinstance(prompt.continued, TokenIds) else reply.text,
             finish_reason=reply.finish_reason,
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,

@@ -16,59 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from pydantic import Field
 
 from benchmarks.harness.results import StrictModel
 from benchmarks.harness.sources.hub import HubFile, Row, read_hub_rows
+from benchmarks.harness.sources.prompt import Prompt, TokenIds, group_of
 from benchmarks.harness.sources.task_files import read_task_rows
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.chats import Message, texts
-from sglang_auf.training.data.rows import is_unicode
 
 SELECTION_SEED = 42
 SAMPLE_FILE = Path(__file__).parent / "data" / "sample.jsonl"
-NO_GROUP = ""
-"""The group of a row that has none, where others have one."""
-
-
-Turn: TypeAlias = str | tuple[Message, ...]
-"""What comes before one answer of the model: what a user says, or the messages of a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation. turns: what comes before each answer; the model's own answers stay between them.
-
-    request: fields of a chat request beside its messages. raw: the only turn is a text that the model continues,
-    without a chat template. group: under which tau is reported beside that of the task; None: under none.
-    """
-
-    task: str
-    id: str
-    turns: tuple[Turn, ...] = field(hash=False)
-    request: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    raw: bool = False
-    group: str | None = None
-
-    @property
-    def text(self) -> str:
-        """All that is said in it."""
-        return " ".join(self.turn_texts)
-
-    @property
-    def turn_texts(self) -> list[str]:
-        """What is said in each turn."""
-        return [" ".join(text for message in messages_of(turn) for text in texts(message)) for turn in self.turns]
-
-
-def messages_of(turn: Turn) -> list[Message]:
-    return [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +175,19 @@ class PromptFile(StrictModel):
 class Selection:
     """The prompts of one task that a run asks. origin: where they come from, for the run's record.
 
-    file: the user's own file that the task was made of.
+    file: the user's own file that the task was made of. recording: the directory of the recording that it is of.
     """
 
     task: Task
     prompts: tuple[Prompt, ...]
     origin: str
     file: PromptFile | None = None
+    recording: Path | None = None
+
+    @property
+    def token_ids(self) -> int:
+        """How many of the prompts are token ids."""
+        return sum(isinstance(prompt.continued, TokenIds) for prompt in self.prompts)
 
     @property
     def sha256(self) -> str:
@@ -329,12 +297,3 @@ def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
 
 def _group(task: Task, row: Row) -> str | None:
     return (group_of(row, task.group) or None) if task.group else None
-
-
-def group_of(row: Mapping[str, Any], field: str) -> str:
-    """The group of a row by one of its fields, on one line; NO_GROUP where that is no text, number, true or false."""
-    value = row.get(field)
-    name = " ".join(value.split()) if isinstance(value, str) else ""
-    if isinstance(value, bool | int | float):
-        name = json.dumps(value)
-    return name if is_unicode(name) else NO_GROUP

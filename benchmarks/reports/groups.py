@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.harness.tasks import NO_GROUP
+from benchmarks.harness.sources.prompt import NO_GROUP
 from benchmarks.reports.numbers import interval_text, number
 from benchmarks.reports.page import Section, Table
 from benchmarks.reports.text import NAMED, aligned

@@ -240,7 +240,7 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
         config, sessions = run.manifest.config, run.manifest.sessions
-        thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
+        thinking = "" if config.thinking == "server" or not run.manifest.rendered else f", thinking {config.thinking}"
         rows.append(
             [
                 run.name,

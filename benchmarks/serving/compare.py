@@ -13,7 +13,8 @@ from benchmarks.harness.config import RunConfig, ServedProfile, Workload
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, profile_content, serve
-from benchmarks.harness.tasks import Prompt, Selection
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import Selection
 from benchmarks.reports.groups import groups_text
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import asked_text, broken_rows_text, decoding_text, speed_line, task_table, tau_text

@@ -21,7 +21,7 @@ from pydantic import Field
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
-from benchmarks.harness.tasks import NO_GROUP
+from benchmarks.harness.sources.prompt import NO_GROUP
 from benchmarks.stats.intervals import Interval, by_task, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total_acceptance
 

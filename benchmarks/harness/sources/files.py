@@ -8,7 +8,7 @@ for those at its end, which are what the model is asked for. A system text goes 
     system, user, assistant, user   one turn, after all four
     user, assistant                 one turn, after the user
 
-A row that cannot be asked is named, and the others are asked.
+A row of token ids (recordings.py) is sent as it is. A row that cannot be asked is named, and the others are asked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.tasks import NO_GROUP, TASKS, Prompt, PromptFile, Selection, Task, Turn, group_of, head
+from benchmarks.harness.sources.prompt import NO_GROUP, Prompt, TokenIds, Turn, group_of
+from benchmarks.harness.sources.recordings import ids_of, recording_of
+from benchmarks.harness.tasks import TASKS, PromptFile, Selection, Task, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.chats import Chat, Message, question_of, text_of
@@ -34,7 +36,7 @@ ASKS = ("user", "tool", "function")
 INTRODUCES = ("system", "developer")
 """Roles whose messages belong to the turn that follows."""
 
-CHATS = 'one JSON object a line, with "messages", "conversations", "turns" or "prompt"'
+CHATS = 'one JSON object a line, with "messages", "conversations", "turns", "prompt" or "prompt_ids"'
 TEXTS = 'one JSON object a line, with a text as "prompt"'
 
 
@@ -54,9 +56,9 @@ def select_from_files(
     """
     taken = set(TASKS)
     for path in paths:
-        if path.name in taken:
+        if _name(path) in taken:
             raise ConfigError(f"--prompts {path}, and another task of that name", "a name for each", "rename the file")
-        taken.add(path.name)
+        taken.add(_name(path))
     files = [_read(path, raw, thinking, group_by) for path in paths]
     if group_by is not None and not any(prompt.group for rows in files for prompt in rows.prompts.values()):
         raise DataError(
@@ -74,27 +76,46 @@ class _Rows:
     prompts: dict[str, Prompt]
     faults: list[tuple[str, str]]
     sha256: str
+    recording: Path | None
 
 
 def _read(path: Path, raw: bool, thinking: str, group_by: str | None) -> _Rows:
     expected = TEXTS if raw else CHATS
-    if not path.is_file():
-        raise DataError(f"no file {path}", f"a file that has {expected}")
+    recording = recording_of(path)
+    if recording is not None and raw:
+        raise _no_template("--raw-prompts", path)
+    if not path.is_file() and recording is None:
+        raise DataError(f"no file {path}", f"a file that has {expected}, or the directory of a recording")
     digest = hashlib.sha256()
     prompts: dict[str, Prompt] = {}
     faults: list[tuple[str, str]] = []
     for row in read_rows(path, digest):
         try:
-            prompt = _prompt(path.name, row, raw, thinking)
+            prompt = _prompt(_name(path), row, raw, thinking)
             prompts[row.place] = replace(prompt, group=group_of(row.fields, group_by) if group_by else None)
         except BadRow as fault:
             faults.append((str(fault), row.place))
     groups = [f"{named(places)}: {reason}" for reason, places in grouped(faults).items()]
     if not prompts:
         raise DataError(f"no prompt in {path} ({'; '.join(groups) or 'no rows'})", expected)
+    if thinking == "on" and any(isinstance(prompt.continued, TokenIds) for prompt in prompts.values()):
+        raise _no_template("--thinking on", path)
     for group in groups:
         logger.warning("%s, not asked: %s; expected: %s", path, group, expected)
-    return _Rows(prompts, faults, digest.hexdigest())
+    return _Rows(prompts, faults, digest.hexdigest(), recording)
+
+
+def _name(path: Path) -> str:
+    """Of the task: the last part of the path as it was given, where that has one."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+def _no_template(option: str, path: Path) -> ConfigError:
+    return ConfigError(
+        f"{option}, and token ids in {path}",
+        "texts or conversations: token ids are sent as they are, and no chat template renders them",
+        f"leave {option} out",
+    )
 
 
 def _selection(path: Path, rows: _Rows, limit: int | None, group_by: str | None) -> Selection:
@@ -110,7 +131,7 @@ def _selection(path: Path, rows: _Rows, limit: int | None, group_by: str | None)
         broken=[f"{place}: {reason}" for reason, place in rows.faults],
         without_group=without_group,
     )
-    return Selection(Task(path.name, len(prompts)), asked, path.name, file)
+    return Selection(Task(_name(path), len(prompts)), asked, _name(path), file, rows.recording)
 
 
 def _prompt(task: str, row: ChatRow, raw: bool, thinking: str) -> Prompt:
@@ -119,6 +140,8 @@ def _prompt(task: str, row: ChatRow, raw: bool, thinking: str) -> Prompt:
         raise BadRow(row.fault)
     if raw:
         return Prompt(task, row.id, (text_of(row.fields),), raw=True)
+    if (ids := ids_of(row.fields)) is not None:
+        return Prompt(task, row.id, (ids,), raw=True)
     chat = question_of(row.fields)
     chat.require_thinking(enable_thinking(thinking))
     return Prompt(task, row.id, turns_of([_sent(message) for message in chat.messages]), _request(chat))

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.harness import tasks
 from benchmarks.harness.sources.hub import HubFile
-from benchmarks.harness.tasks import GROUPS, NO_GROUP, TASKS, Prompt, group_of, resolve, select
+from benchmarks.harness.sources.prompt import NO_GROUP, Prompt, group_of
+from benchmarks.harness.tasks import GROUPS, TASKS, resolve, select
 from sglang_auf.errors import ConfigError, DataError
 
 PAPER = {"gsm8k": 200, "math500": 200, "humaneval": 164, "mbpp": 200, "mt_bench": 80, "alpaca": 200}

@@ -14,7 +14,8 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
 from benchmarks.harness.sources.files import select_from_files, turns_of
-from benchmarks.harness.tasks import TASKS, Prompt
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import TASKS
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.rows import BadRow
 
