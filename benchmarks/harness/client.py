@@ -62,7 +62,8 @@ class Reply:
     """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation.
 
     proposed: number of drafts, if the server gives it. ttft_s: time to the first token, of streams only.
-    drafted: of each token, whether it was a draft (None: not known); only where spans were asked for.
+    drafted: of each token, whether it was a draft (None: not known); only where spans were asked for. cached_tokens: of
+    the prompt, those that the prefix cache had; None where the server does not say it.
     """
 
     text: str = ""
@@ -70,6 +71,7 @@ class Reply:
     prompt_ids: list[int] | None = None
     output_ids: list[int] | None = None
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
     proposed: int | None = None
@@ -240,6 +242,9 @@ def _count(reply: Reply, part: Part) -> None:
     if part.usage is not None:
         reply.prompt_tokens = part.usage.prompt_tokens
         reply.completion_tokens = part.usage.completion_tokens
+        details = part.usage.prompt_tokens_details
+        if details is not None and isinstance(details.cached_tokens, int):
+            reply.cached_tokens = details.cached_tokens
 
 
 def _extend(reply: Reply, part: Part) -> None:

@@ -25,6 +25,7 @@ class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
+    cached_tokens: of the prompt, those that the prefix cache had; None where the server does not say it.
     group: the prompt's (sources/prompt.py); None where the prompts of its task are in no groups. output_text: "" for a
     prompt of token ids, which others have asked: its tokens are kept, and no text.
     """
@@ -42,6 +43,7 @@ class Record(StrictModel):
     output_text: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
     verify_steps: int = 0
     accepted_histogram: list[int] = Field(default_factory=list)

@@ -158,9 +158,10 @@ class BenchmarkRun:
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
         texts = [f"Count upwards from {number}." for number in range(1, count + 1)]
-        rendered, options = self.manifest.rendered, {"max_tokens": tokens, "extra_headers": {RECORD_HEADER: "off"}}
+        unrecorded = {RECORD_HEADER: "off"}
+        asked = [messages_of(text) if self.manifest.rendered else text for text in texts]
         async with self._connect() as client:
-            jobs = [client.ask(messages_of(text) if rendered else text, **options) for text in texts]
+            jobs = [client.ask(one, max_tokens=tokens, extra_headers=unrecorded) for one in asked]
             outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):
@@ -286,6 +287,7 @@ class BenchmarkRun:
             output_text="" if isinstance(prompt.continued, TokenIds) else reply.text,
             finish_reason=reply.finish_reason,
             prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
             completion_tokens=reply.completion_tokens,
             verify_steps=reply.verify_steps,
             accepted_histogram=reply.histogram,

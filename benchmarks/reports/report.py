@@ -17,7 +17,7 @@ from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
 from benchmarks.reports.groups import group_sections
-from benchmarks.reports.numbers import number, with_interval
+from benchmarks.reports.numbers import number, percent, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
 from benchmarks.reports.text import UNKNOWN, broken_rows_text, drafting_text, interrupted_text, vllm_text
@@ -143,7 +143,8 @@ def make_sections(
 TAU_TEXT = (
     "tau = (completion tokens - 1) / verify steps of a request; of a task, the mean over its requests (each turn of "
     "MT-Bench is one); mean: tasks equally; micro: ratio of sums over all requests. Intervals: 95 %, bootstrap over "
-    "prompts; other training seeds are not in them."
+    "prompts; other training seeds are not in them. cached, where servers say it: share of the prompts' tokens that "
+    "the prefix cache had."
 )
 ALPHA_TEXT = (
     "alpha_k = P(at least k drafts accepted, given at least k-1), requests weighted equally inside a task and tasks "
@@ -198,11 +199,13 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
 
 def tau_table(runs: Mapping[str, RunSummary]) -> Table:
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
-    rows = [["run", *tasks, "mean", "micro"]]
+    cached = any(run.throughput.cached_share is not None for run in runs.values())
+    rows = [["run", *tasks, "mean", "micro", *["cached"] * cached]]
     for name, run in runs.items():
         of_tasks = [run.tasks.get(task) for task in tasks]
         cells = [with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
         rows.append([name, *cells, with_interval(run.macro.tau, run.macro.tau_interval), number(run.micro.tau)])
+        rows[-1] += [percent(run.throughput.cached_share)] * cached
     return rows
 
 

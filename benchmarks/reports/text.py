@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.sources.files import CHATS, TEXTS
-from benchmarks.reports.numbers import interval_text, number
+from benchmarks.reports.numbers import interval_text, number, percent
 from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
 
 NAMED = 20
@@ -51,11 +51,15 @@ def drafting_text(server: ServerFacts) -> str:
 
 
 def task_table(tasks: Mapping[str, TaskSummary]) -> str:
+    """The column `cached` is there where a server says how much of the prompts its prefix cache had."""
     rows = [["task", "prompts", "requests", "failed", "no step", "tokens", "tau", "95 %", "micro", "tau_verify"]]
+    cached = any(task.cached_share is not None for task in tasks.values())
+    rows[0] += ["cached"] * cached
     for name, task in tasks.items():
         counts = [task.prompts, task.requests, task.failed, task.without_steps, task.completion_tokens]
         tau = [number(task.tau), interval_text(task.tau_interval)]
         rows.append([name, *map(str, counts), *tau, *map(number, (task.tau_micro, task.tau_verify))])
+        rows[-1] += [percent(task.cached_share)] * cached
     return aligned(rows)
 
 
@@ -72,10 +76,12 @@ def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: Micro
 
 
 def speed_line(name: str, speed: Throughput) -> str:
-    failed = f", {speed.failed} FAILED" if speed.failed else ""
+    more = f", {speed.failed} FAILED" if speed.failed else ""
+    if speed.cached_share is not None:
+        more += f", {percent(speed.cached_share)} of the prompts' tokens from the prefix cache"
     return (
         f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
-        f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
+        f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{more})"
     )
 
 

@@ -19,7 +19,7 @@ from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.harness.tasks import Selection
 from benchmarks.reports.groups import group_sections
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
-from benchmarks.reports.numbers import number
+from benchmarks.reports.numbers import number, percent
 from benchmarks.reports.text import broken_rows_text, interrupted_text
 from benchmarks.stats.summary import Percentiles, RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
@@ -74,6 +74,8 @@ class Sweep(Measured, Report):
         rows = [["concurrency", "requests", "tau", *(f"{name} tokens/s" for name in names)]]
         rows[0] += [*(["speed-up"] if config.plain_url else []), *(f"{name} TTFT p50 / p90 / p99 ms" for name in names)]
         rows[0] += [f"{name} ITL p50 / p90 / p99 ms" for name in names]
+        cached = any(run.throughput.cached_share is not None for level in self.levels for run in level.runs)
+        rows[0] += [f"{name} cached" for name in names if cached]
         for level in self.levels:
             failed = sum(run.throughput.failed for run in level.runs)
             cells = [str(level.concurrency), prompts_cell(level.auf.throughput.requests, failed)]
@@ -81,6 +83,7 @@ class Sweep(Measured, Report):
             cells += [number(level.speedup)] if config.plain_url else []
             cells += [_milliseconds(run.latency.ttft) for run in level.runs]
             cells += [_milliseconds(run.latency.itl) for run in level.runs]
+            cells += [percent(run.throughput.cached_share) for run in level.runs if cached]
             rows.append(cells)
         device = first.device if first.vllm is None else f"vLLM {first.vllm}"
         asked = (

@@ -35,6 +35,7 @@ class TaskSummary(StrictModel):
     """One task. prompts: conversations; requests: turns; without_steps: answered requests without tau.
 
     tau, tau_verify and alpha are macro. Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
+    cached_share: of the prompts' tokens, what the prefix cache had; None where the server does not say it.
     """
 
     prompts: int
@@ -50,6 +51,7 @@ class TaskSummary(StrictModel):
     verify_steps: int
     accepted_histogram: list[int]
     completion_tokens: int
+    cached_share: float | None = None
 
 
 class MacroSummary(StrictModel):
@@ -67,12 +69,15 @@ class MicroSummary(StrictModel):
 
 
 class Throughput(StrictModel):
+    """cached_share: as that of a task, over all of them."""
+
     tokens_per_s: float | None
     completion_tokens: int
     seconds: float
     concurrency: int
     requests: int
     failed: int
+    cached_share: float | None = None
 
 
 class Percentiles(StrictModel):
@@ -193,6 +198,7 @@ def summarize_task(records: Sequence[Record]) -> TaskSummary:
         verify_steps=sum_of.verify_steps,
         accepted_histogram=list(sum_of.histogram),
         completion_tokens=sum(record.completion_tokens for record in answered),
+        cached_share=cached_share(answered),
     )
 
 
@@ -254,7 +260,14 @@ def throughput(records: Sequence[Record], concurrency: int) -> Throughput:
         concurrency=concurrency,
         requests=len(records),
         failed=sum(record.failed for record in records),
+        cached_share=cached_share(records),
     )
+
+
+def cached_share(records: Iterable[Record]) -> float | None:
+    """Share of the prompts' tokens that the prefix cache had, over the answered requests whose replies say it."""
+    said = [record for record in records if not record.failed and record.cached_tokens is not None]
+    return ratio(sum(record.cached_tokens or 0 for record in said), sum(record.prompt_tokens for record in said))
 
 
 def latency(records: Iterable[Record]) -> Latency:

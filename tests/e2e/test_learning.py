@@ -31,6 +31,7 @@ def replay(url: str, rows: Path, out: Path) -> list[tuple[list[int] | None, list
     flags = ["--prompts", str(rows), "--max-tokens", "24", "--concurrency", "2"]
     assert benchmark(["run", "--base-url", url, *flags, "--out", str(out)]) == 0
     records = read_records(out / "records.jsonl")
+    assert any(record.cached_tokens for record in records), "the server has seen these prompts"
     assert all(record.output_text == "" and record.verify_steps for record in records if record.completion_tokens > 1)
     return [(record.prompt_ids, record.output_ids) for record in records]
 
@@ -41,7 +42,8 @@ def test_what_is_answered_is_recorded_and_learnt_from(tmp_path: Path, start_serv
     tokenizer.save_pretrained(target)
     drafter = write_drafter(tmp_path / "drafter", vocabulary=VOCABULARY)
     arguments = ["server", "--profile", "smollm2-135m", "--set", f"target={target}", "--set", f"drafter={drafter}"]
-    for setting in (f"record.directory={tmp_path / 'rows'}", "tree_nodes=3", "server_args.context_length=256"):
+    more = ("tree_nodes=3", "server_args.context_length=256", "server_args.enable_cache_report=true")
+    for setting in (f"record.directory={tmp_path / 'rows'}", *more):
         arguments += ["--set", setting]
     expected: list[tuple[list[int], list[int]]] = []
 

@@ -37,7 +37,8 @@ class FakeEngine:
     it was not started with --disable-log-stats. busy: its prefix cache cannot be emptied. extra_tokens: that steps
     without a draft, which it does not count, have added to each answer. thoughts: a parser takes all text out as such.
     own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage. target: the path of
-    the model that it says it serves. unrecorded: for each request for a completion, what it said of being recorded.
+    the model that it says it serves. cached: of the five tokens of each prompt, those that it says its prefix cache
+    had. unrecorded: for each request for a completion, what it said of being recorded.
     """
 
     speculative: bool = True
@@ -62,6 +63,7 @@ class FakeEngine:
     own_info: dict[str, Any] | None = None
     counts: bool = True
     target: str = "/models/toy"
+    cached: int | None = None
     unrecorded: list[str | None] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     continued: list[dict[str, Any]] = field(default_factory=list)
@@ -329,6 +331,8 @@ def _part(
     if usage and engine.counts:
         count = len(tokens) + engine.extra_tokens
         part["usage"] = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}
+        if engine.cached is not None:
+            part["usage"]["prompt_tokens_details"] = {"cached_tokens": engine.cached}
     if sglext and (extension := engine.sglext(body, tokens)):
         part["sglext"] = extension
     return part

@@ -10,6 +10,7 @@ from benchmarks.harness.records import Record
 from benchmarks.stats.summary import (
     SHOWN_GROUPS,
     busy_seconds,
+    cached_share,
     latency,
     macro,
     micro,
@@ -101,6 +102,15 @@ def test_of_too_many_groups_the_largest_are_kept_and_the_others_counted() -> Non
 def test_without_groups_or_verify_steps_there_is_no_table() -> None:
     assert summarize_groups([SLOW, FAST]) == {}
     assert summarize_groups([record("a", tokens=30, group="en")]) == {}
+
+
+def test_the_cached_share_is_of_the_prompts_whose_replies_say_it() -> None:
+    told = [record("a", prompt_tokens=90, cached_tokens=30), record("b", prompt_tokens=10, cached_tokens=0)]
+    others = [record("c", prompt_tokens=50), record("d", prompt_tokens=9, cached_tokens=9, error="500")]
+    assert cached_share([*told, *others]) == pytest.approx(0.3)
+    assert throughput([*told, *others], 1).cached_share == summarize_task([*told, *others]).cached_share
+    assert cached_share(others) is None
+    assert cached_share([]) is None
 
 
 def test_throughput_counts_overlapping_time_once() -> None:
