@@ -20,7 +20,7 @@ from sglang_auf.settings import checked
 
 INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 """Settings that say how a run is done, not what it measures."""
-OFF_BEFORE = {"group_by"}
+OFF_BEFORE = {"group_by", "rate"}
 """Settings that are off in a run by an earlier version, which did not have them: they would change its records."""
 
 

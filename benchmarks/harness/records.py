@@ -24,6 +24,9 @@ Key = tuple[str, str, int]
 class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
+    waited_s: in an open loop, from when it was due until it was sent; its times count from when it was due, started_at
+    too. None in a closed loop, and for a later turn of a conversation, which is due when the answer before is there.
+
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
     cached_tokens: of the prompt, those that the prefix cache had; None where the server does not say it.
     group: the prompt's (sources/prompt.py); None where the prompts of its task are in no groups. output_text: "" for a
@@ -53,6 +56,7 @@ class Record(StrictModel):
     started_at: float
     ttft_s: float | None = None
     latency_s: float
+    waited_s: float | None = None
     error: str | None = None
 
     @property

@@ -17,6 +17,7 @@ from benchmarks.harness.config import AskedTasks, PromptSources, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
 from benchmarks.harness.server_info import asked_facts, flush_cache, run_warnings, server_facts, wrong_server
+from benchmarks.harness.sources.arrivals import due_times, until
 from benchmarks.harness.sources.files import select_from_files
 from benchmarks.harness.sources.prompt import Prompt, TokenIds, messages_of
 from benchmarks.harness.sources.recordings import check_replay
@@ -207,20 +208,22 @@ class BenchmarkRun:
     def ask(self, prompts: Sequence[Prompt], label: str) -> None:
         """Ask what is missing of `prompts`, with `concurrency` conversations in flight. label: of the progress bar.
 
+        With a rate no more than these are in flight, each begun when it is due or as soon as there is room.
         Each record is on disk before its conversation continues.
         """
         asyncio.run(self._ask(prompts, label))
 
     async def _ask(self, prompts: Sequence[Prompt], label: str) -> None:
-        queue = iter(self.unfinished(prompts))
+        queue = zip(self.unfinished(prompts), due_times(self.config.rate, self.config.seed), strict=False)
         total = sum(len(prompt.turns) for prompt in prompts)
         done = sum(not self._due(prompt, turn) for prompt in prompts for turn in range(len(prompt.turns)))
         # disable=None: no bar where standard error is no terminal
         bar = tqdm(total=total, initial=done, desc=label, unit="request", disable=None)
 
         async def work(client: ChatClient, writer: RecordWriter) -> None:
-            for prompt in queue:
-                async for record in self._converse(client, prompt):
+            for prompt, due in queue:
+                await until(due)
+                async for record in self._converse(client, prompt, due):
                     writer.write(record)
                     self.records[record.key] = record
                     bar.update()
@@ -230,8 +233,11 @@ class BenchmarkRun:
                 for _ in range(self.config.concurrency):
                     group.create_task(work(client, writer))
 
-    async def _converse(self, client: ChatClient, prompt: Prompt) -> AsyncIterator[Record]:
-        """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history."""
+    async def _converse(self, client: ChatClient, prompt: Prompt, due: float | None) -> AsyncIterator[Record]:
+        """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history.
+
+        due: when the first of them is; None: now (arrivals.py).
+        """
         messages: list[Message] = []
         ended: str | None = None
         for turn, said in enumerate(prompt.turns):
@@ -239,7 +245,8 @@ class BenchmarkRun:
             record = self.records.get((prompt.task, prompt.id, turn))
             if record is None or record.failed:
                 if ended is None:
-                    record = await self._request(client, prompt, turn, messages)
+                    record = await self._request(client, prompt, turn, messages, due)
+                    due = None
                 else:
                     error = f"not asked: turn {ended}"
                     record = self._record(prompt, turn, time.time(), 0.0, error=error)
@@ -250,14 +257,23 @@ class BenchmarkRun:
                 ended = f"{turn} of this conversation calls a tool, whose result the row does not have"
             messages.append({"role": "assistant", "content": record.output_text})
 
-    async def _request(self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message]) -> Record:
+    async def _request(
+        self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message], due: float | None
+    ) -> Record:
         asked = messages if prompt.continued is None else prompt.continued
-        started_at, started = time.time(), time.perf_counter()
+        sent = time.perf_counter()
+        waited_s = None if due is None else sent - due
+        begun = sent if due is None else due
+        started_at = time.time() - (sent - begun)
+        reply, error = None, None
         try:
             reply = await client.ask(asked, self._seed(prompt, turn), prompt.request)
-        except FAILURES as error:
-            return self._record(prompt, turn, started_at, time.perf_counter() - started, error=describe(error))
-        return self._record(prompt, turn, started_at, time.perf_counter() - started, reply)
+        except FAILURES as failure:
+            error = describe(failure)
+        latency_s = time.perf_counter() - begun
+        if reply is not None and reply.ttft_s is not None:
+            reply.ttft_s += sent - begun
+        return self._record(prompt, turn, started_at, latency_s, reply, error, waited_s)
 
     def _seed(self, prompt: Prompt, turn: int) -> int | None:
         """Depends on the prompt and its turn alone, so that filters and concurrency do not change answers."""
@@ -273,6 +289,7 @@ class BenchmarkRun:
         latency_s: float,
         reply: Reply | None = None,
         error: str | None = None,
+        waited_s: float | None = None,
     ) -> Record:
         reply = reply or Reply()
         return Record(
@@ -297,6 +314,7 @@ class BenchmarkRun:
             started_at=started_at,
             ttft_s=reply.ttft_s,
             latency_s=latency_s,
+            waited_s=waited_s,
             error=error,
         )
 

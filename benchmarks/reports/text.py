@@ -9,7 +9,7 @@ from tabulate import tabulate
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.sources.files import CHATS, TEXTS
 from benchmarks.reports.numbers import interval_text, number, percent
-from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
+from benchmarks.stats.summary import MacroSummary, MicroSummary, Percentiles, TaskSummary, Throughput
 
 NAMED = 20
 """Broken rows that are named."""
@@ -75,14 +75,32 @@ def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: Micro
     return "\n\n".join([tau, aligned(alpha), NOTE])
 
 
-def speed_line(name: str, speed: Throughput) -> str:
+OPEN_LOOP = (
+    "Requests come at random times (Poisson), whether earlier ones are answered or not. Times count from when a "
+    "request was due, waiting for room among those in flight included; tokens/s are what was asked for, unless the "
+    "server falls behind."
+)
+
+
+def load_text(concurrency: int, rate: float | None) -> str:
+    """How many requests are sent, in a closed loop or in an open one."""
+    return f"concurrency {concurrency}" if rate is None else f"{rate:g} requests/s, at most {concurrency} in flight"
+
+
+def speed_line(name: str, speed: Throughput, rate: float | None = None) -> str:
+    """rate: requests a second of an open loop."""
     more = f", {speed.failed} FAILED" if speed.failed else ""
     if speed.cached_share is not None:
         more += f", {percent(speed.cached_share)} of the prompts' tokens from the prefix cache"
     return (
-        f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
+        f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at {load_text(speed.concurrency, rate)} "
         f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{more})"
     )
+
+
+def percentiles(seconds: Percentiles | None) -> str:
+    """ "12 / 30 / 41", in milliseconds; "-" where there are none."""
+    return "-" if seconds is None else " / ".join(f"{1000 * value:.0f}" for _, value in seconds)
 
 
 def interrupted_text(sessions: Mapping[str, int]) -> str:

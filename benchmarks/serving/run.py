@@ -11,6 +11,7 @@ from benchmarks.harness.results import Report
 from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.reports.groups import groups_text
 from benchmarks.reports.text import (
+    OPEN_LOOP,
     UNKNOWN,
     asked_text,
     broken_rows_text,
@@ -52,7 +53,8 @@ class RunReport(RunSummary, Report):
         parts += filter(None, [broken_rows_text(self.broken_rows)])
         if self.sessions > 1:
             parts.append(f"written in {self.sessions} sessions: throughput is not that of one uninterrupted run")
-        lines = [speed_line("throughput", self.throughput)]
+        parts += [OPEN_LOOP] if self.rate is not None else []
+        lines = [speed_line("throughput", self.throughput, self.rate)]
         for name, seconds in self.latency:
             if seconds is not None:
                 figures = ", ".join(f"{share} {1000 * value:.0f} ms" for share, value in seconds)

@@ -29,6 +29,7 @@ MAY_DIFFER = {
     "tasks",
     "limit",
     "group_by",
+    "rate",
 }
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 

@@ -6,7 +6,8 @@ never averaged in.
 
 tokens_per_s: completion tokens of the answered requests / seconds during which at least one recorded request was in
 flight, at the run's concurrency. In one uninterrupted closed loop these seconds are the wall time of the recorded
-phase. They leave out warm-up, server start and the pause between two sessions of a resumed run.
+phase. They leave out warm-up, server start and the pause between two sessions of a resumed run. In an open loop a
+request counts as in flight from when it is due, and so do its times.
 """
 
 from __future__ import annotations
@@ -90,12 +91,14 @@ class Percentiles(StrictModel):
 
 class Latency(StrictModel):
     """ttft: time to the first token, of streamed answers. itl: mean time between the tokens of one answer after its
-    first, of streamed answers of two tokens or more. latency: time of a complete answer. None without such answers.
+    first, of streamed answers of two tokens or more. latency: time of a complete answer. waited: in an open loop, what
+    a request waited for room among those in flight, which ttft and latency have in them. None without such answers.
     """
 
     ttft: Percentiles | None
     itl: Percentiles | None
     latency: Percentiles | None
+    waited: Percentiles | None = None
 
 
 class GroupedTask(StrictModel):
@@ -115,8 +118,8 @@ class RunSummary(StrictModel):
     target: the model's name. sglang, vllm: the version of a server that is one. Of a server that is not SGLang, device
     and drafter are not known, and block_size is what its replies say. warnings: how the run's conditions differ from
     those that the drafter was trained for, and what is not known of its server. broken_rows: of the user's own files,
-    those that were not asked.
-    groups: of the tasks whose prompts are in groups. without_group: of the user's own files, rows that are in none.
+    those that were not asked. rate: requests a second of an open loop. groups: of the tasks whose prompts are in
+    groups. without_group: of the user's own files, rows that are in none.
     """
 
     target: str
@@ -127,6 +130,7 @@ class RunSummary(StrictModel):
     vllm: str | None = None
     temperature: float
     max_tokens: int
+    rate: float | None = None
     sessions: int
     warnings: list[str] = Field(default_factory=list)
     broken_rows: list[str] = Field(default_factory=list)
@@ -152,6 +156,7 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         vllm=manifest.server.vllm,
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
+        rate=manifest.config.rate,
         sessions=len(manifest.sessions),
         warnings=[*manifest.warnings, *_undrafted(manifest, records)],
         broken_rows=manifest.broken_rows,
@@ -283,6 +288,7 @@ def latency(records: Iterable[Record]) -> Latency:
             ]
         ),
         latency=_percentiles([record.latency_s for record in answered]),
+        waited=_percentiles([record.waited_s for record in answered if record.waited_s is not None]),
     )
 
 
