@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.probe import PROBE_HEADER
 from sglang_auf.recording import capture
-from sglang_auf.recording.settings import RecordSettings
+from sglang_auf.recording.settings import RECORD_HEADER, RecordSettings
 
 MAX_BODY = 16 * 2**20
 """Bytes of a request: some hundred times the longest prompt. Headers are bounded by the HTTP parser (h11: 64 KiB)."""
@@ -203,9 +203,6 @@ class Gate:
         given = Headers(scope=scope).get(PROBE_HEADER, "")
         passes = reason is None or secrets.compare_digest(given.encode(), self.probe_token.encode())
         return None if passes else reason
-
-
-RECORD_HEADER = "x-sglang-auf-record"
 
 
 class Consent:

@@ -1,10 +1,10 @@
 """One request to a server, and what it adds to its reply: token ids, and counts of verify steps.
 
-Messages go to the chat route. A text goes to the route of completions, which puts it into no chat template. SGLang has
-token ids in the choice of a completion, and in sglext of a chat; vLLM has them in the choice, and a chat's prompt in
-the reply. SGLang counts verify steps in sglext.spec_tokens_details, vLLM in metrics.speculative_decoding, where it was
-started with --per-request-spec-decode-metrics (docs.vllm.ai, "Per-Request Acceptance Metrics"). Any other server gives
-neither; how many tokens there are is what the reply's usage says.
+Messages go to the chat route. A text and token ids go to the route of completions, which puts them into no chat
+template. SGLang has token ids in the choice of a completion, and in sglext of a chat; vLLM has them in the choice, and
+a chat's prompt in the reply. SGLang counts verify steps in sglext.spec_tokens_details, vLLM in
+metrics.speculative_decoding, where it was started with --per-request-spec-decode-metrics (docs.vllm.ai, "Per-Request
+Acceptance Metrics"). Any other server gives neither; how many tokens there are is what the reply's usage says.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 
 from benchmarks.harness.config import Workload
+from benchmarks.harness.sources.prompt import TokenIds
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER
+from sglang_auf.recording.settings import RECORD_HEADER
 from sglang_auf.training.data.chats import Message
 from sglang_auf.training.generation.client import (
     EXACT_IDS,
@@ -60,7 +62,8 @@ class Reply:
     """histogram[a]: verify steps that accepted exactly a drafts; empty without speculation.
 
     proposed: number of drafts, if the server gives it. ttft_s: time to the first token, of streams only.
-    drafted: of each token, whether it was a draft (None: not known); only where spans were asked for.
+    drafted: of each token, whether it was a draft (None: not known); only where spans were asked for. cached_tokens: of
+    the prompt, those that the prefix cache had; None where the server does not say it.
     """
 
     text: str = ""
@@ -68,6 +71,7 @@ class Reply:
     prompt_ids: list[int] | None = None
     output_ids: list[int] | None = None
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
     proposed: int | None = None
@@ -141,23 +145,27 @@ class ChatClient:
 
     async def ask(
         self,
-        asked: Sequence[Message] | str,
+        asked: Sequence[Message] | str | TokenIds,
         seed: int | None = None,
         request: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Reply:
-        """The answer to messages, or the continuation of a text. Raises one of FAILURES.
+        """The answer to messages, or the continuation of a text or of token ids. Raises one of FAILURES.
 
         request: more fields of a chat request (tools, chat_template_kwargs). options: override those of the workload.
+        Token ids are what others have asked a server, so that no server records them again.
         """
         arguments: dict[str, Any] = {**self._options, **options}
         if seed is not None:
             arguments["seed"] = seed
         create: Any
-        if isinstance(asked, str):
+        if isinstance(asked, TokenIds):
+            arguments["extra_headers"] = {**arguments["extra_headers"], RECORD_HEADER: "off"}
+        if isinstance(asked, str | TokenIds):
             create = self._openai.completions.create
             details = self._details(TEXT_DETAILS)
-            arguments |= {"prompt": asked, "extra_body": {**UNSHAPED, **details}}
+            prompt = asked if isinstance(asked, str) else list(asked)
+            arguments |= {"prompt": prompt, "extra_body": {**UNSHAPED, **details}}
         else:
             create = self._openai.chat.completions.create
             fields = dict(request or {})
@@ -234,6 +242,9 @@ def _count(reply: Reply, part: Part) -> None:
     if part.usage is not None:
         reply.prompt_tokens = part.usage.prompt_tokens
         reply.completion_tokens = part.usage.completion_tokens
+        details = part.usage.prompt_tokens_details
+        if details is not None and isinstance(details.cached_tokens, int):
+            reply.cached_tokens = details.cached_tokens
 
 
 def _extend(reply: Reply, part: Part) -> None:

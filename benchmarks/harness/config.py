@@ -37,6 +37,8 @@ def _dated_run() -> Path:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_commas), Field(min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(split_commas), Field(min_length=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(split_commas)]
 ServerSettings = Annotated[
     tuple[Annotated[str, Field(pattern=r"^[^=]+=")], ...], BeforeValidator(_split_words), Field(min_length=1)
 ]
@@ -85,10 +87,24 @@ class AskedTasks(PromptSources):
 class Questions(AskedTasks):
     """What is asked."""
 
+    group_by: str | None = Field(
+        None, min_length=1, description="a field of the rows of --prompts (language, customer): tau by its values"
+    )
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy; above 0 nothing else shapes sampling")
     max_tokens: int = Field(512, ge=1, description="new tokens of one answer at most")
-    seed: int = Field(42, ge=0, lt=2**31, description="each request's sampling seed derives from it (temperature > 0)")
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**31,
+        description="each request's sampling seed (temperature > 0) and --rate's times derive from it",
+    )
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
+
+    @model_validator(mode="after")
+    def _groups_are_of_own_rows(self) -> Self:
+        if self.group_by is not None and not self.prompts:
+            raise ValueError("--group-by without --prompts")
+        return self
 
 
 class Workload(Questions):
@@ -117,7 +133,18 @@ class RunConfig(Workload):
     record_steps: bool = Field(
         False, description="record what each step accepted, in order, for tau by position; an AUF server works for it"
     )
+    rate: Rate | None = Field(
+        None,
+        description="requests a second, at random times, whether earlier ones are answered or not; --concurrency is "
+        "then the most in flight, and times count from when a request was due",
+    )
     out: Path = Field(default_factory=_dated_run, description="run directory")
+
+    @model_validator(mode="after")
+    def _a_rate_needs_a_cap(self) -> Self:
+        if self.rate is not None and "concurrency" not in self.model_fields_set:
+            raise ValueError("--rate without --concurrency, the most requests that may be in flight")
+        return self
 
     @model_validator(mode="after")
     def _steps_come_in_streams(self) -> Self:

@@ -20,13 +20,15 @@ from sglang_auf.settings import checked
 
 INCIDENTAL = {"base_url", "data_dir", "prompts", "out", "timeout_s"}
 """Settings that say how a run is done, not what it measures."""
+OFF_BEFORE = {"group_by", "rate"}
+"""Settings that are off in a run by an earlier version, which did not have them: they would change its records."""
 
 
 class TaskOrigin(StrictModel):
     """Where a task's prompts come from. version: the task's. prompts: how many are asked, in as many `requests` as they
     have turns (None: written by a version that did not count them). sha256: their digest.
 
-    file: the user's own file that they were read from.
+    file: the user's own file that they were read from. token_ids: how many of the prompts are token ids.
     """
 
     version: int
@@ -35,6 +37,7 @@ class TaskOrigin(StrictModel):
     requests: int | None = None
     sha256: str
     file: PromptFile | None = None
+    token_ids: int = 0
 
 
 class Session(Measured):
@@ -66,6 +69,7 @@ class RunManifest(StrictModel):
                 requests=sum(len(prompt.turns) for prompt in chosen.prompts),
                 sha256=chosen.sha256,
                 file=chosen.file,
+                token_ids=chosen.token_ids,
             )
             for chosen in selections
         }
@@ -75,6 +79,24 @@ class RunManifest(StrictModel):
     def broken_rows(self) -> list[str]:
         """Of all files of prompts: "FILE:LINE: fault" of the rows that were not asked."""
         return [row for origin in self.tasks.values() if origin.file for row in origin.file.broken]
+
+    @property
+    def without_group(self) -> list[str]:
+        """Of all files of prompts: "FILE:LINE" of the asked rows without the field of --group-by."""
+        return [row for origin in self.tasks.values() if origin.file for row in origin.file.without_group]
+
+    @property
+    def token_ids(self) -> bool:
+        """Whether any prompt is token ids, which are what others have asked a server."""
+        return any(origin.token_ids for origin in self.tasks.values())
+
+    @property
+    def rendered(self) -> bool:
+        """Whether any prompt is put into a chat template."""
+        return any(
+            origin.token_ids < origin.prompts and not (self.config.raw_prompts and origin.file)
+            for origin in self.tasks.values()
+        )
 
     def require_finished(self, directory: Path, records: Sequence[Record]) -> None:
         """records: the latest of each request. Raises DataError where some requests have none."""
@@ -112,10 +134,10 @@ class RunManifest(StrictModel):
     def require_same(self, other: RunManifest, where: Path) -> None:
         """Raises ConfigError, which names every setting in which `other` differs from this run, the one in `where`.
 
-        What the file of a run by an earlier version does not say is not compared.
+        What the file of a run by an earlier version does not say is not compared, but for OFF_BEFORE.
         """
         mine, theirs = self.identity(), other.identity()
-        unsaid = set(RunConfig.model_fields) - self.config.model_fields_set
+        unsaid = set(RunConfig.model_fields) - self.config.model_fields_set - OFF_BEFORE
         unsaid |= {f"server.{name}" for name in set(ServerFacts.model_fields) - self.server.model_fields_set}
         changed = [name for name in {**mine, **theirs} if name not in unsaid and mine.get(name) != theirs.get(name)]
         if changed:

@@ -24,8 +24,14 @@ Key = tuple[str, str, int]
 class Record(StrictModel):
     """One request and its answer. Times in seconds; started_at is Unix time. error: None where it was answered.
 
+    waited_s: in an open loop, from when it was due until it was sent; its times count from when it was due, started_at
+    too. None in a closed loop, and for a later turn of a conversation, which is due when the answer before is there.
+
     accepted_by_step: accepted drafts of each verify step, in order; None where it was not asked for or is not known.
     strict_tools: a tool of the request is `strict`, so that a grammar may have forbidden tokens.
+    cached_tokens: of the prompt, those that the prefix cache had; None where the server does not say it.
+    group: the prompt's (sources/prompt.py); None where the prompts of its task are in no groups. output_text: "" for a
+    prompt of token ids, which others have asked: its tokens are kept, and no text.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +39,7 @@ class Record(StrictModel):
     task: str
     prompt_id: str
     turn: int
+    group: str | None = None
     seed: int | None = None
     temperature: float
     prompt_ids: list[int] | None = None
@@ -40,6 +47,7 @@ class Record(StrictModel):
     output_text: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
     verify_steps: int = 0
     accepted_histogram: list[int] = Field(default_factory=list)
@@ -50,6 +58,7 @@ class Record(StrictModel):
     started_at: float
     ttft_s: float | None = None
     latency_s: float
+    waited_s: float | None = None
     error: str | None = None
 
     @property

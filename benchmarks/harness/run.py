@@ -17,10 +17,14 @@ from benchmarks.harness.config import AskedTasks, PromptSources, RunConfig
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, RecordWriter, drop_torn_line, latest, read_records
 from benchmarks.harness.server_info import asked_facts, flush_cache, run_warnings, server_facts, wrong_server
+from benchmarks.harness.sources.arrivals import due_times, until
 from benchmarks.harness.sources.files import select_from_files
-from benchmarks.harness.tasks import Prompt, Selection, messages_of, resolve, select
+from benchmarks.harness.sources.prompt import Prompt, TokenIds, messages_of
+from benchmarks.harness.sources.recordings import check_replay
+from benchmarks.harness.tasks import Selection, resolve, select
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
+from sglang_auf.recording.settings import RECORD_HEADER
 from sglang_auf.training.data.chats import Message
 
 logger = logging.getLogger(__name__)
@@ -29,18 +33,30 @@ WARMUP_TOKENS = 32
 RECORDS, MANIFEST = "records.jsonl", "run.json"
 
 
-def chosen_prompts(questions: AskedTasks) -> list[Selection]:
-    """The prompts that `questions` names, task by task. Raises ConfigError or DataError."""
-    return prompts_of(questions, questions.tasks, questions.limit)
+def chosen_prompts(questions: AskedTasks, group_by: str | None = None) -> list[Selection]:
+    """The prompts that `questions` names, task by task. Raises ConfigError or DataError.
+
+    group_by: the field of a user's own rows that is the prompt's group.
+    """
+    return prompts_of(questions, questions.tasks, questions.limit, group_by=group_by)
 
 
-def prompts_of(sources: PromptSources, tasks: Sequence[str], limit: int | None, fewer: bool = False) -> list[Selection]:
+def prompts_of(
+    sources: PromptSources,
+    tasks: Sequence[str],
+    limit: int | None,
+    *,
+    fewer: bool = False,
+    group_by: str | None = None,
+) -> list[Selection]:
     """The prompts of these tasks and groups, and of the user's own files; `limit` of each at most.
 
-    fewer: a task may have fewer rows than are to be asked of it.
+    fewer: a task may have fewer rows than are to be asked of it. group_by: as for `chosen_prompts`.
     """
     chosen = [select(task, sources.data_dir, limit, fewer) for task in resolve(tasks)]
-    return chosen + select_from_files(sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit)
+    return chosen + select_from_files(
+        sources.prompts, raw=sources.raw_prompts, thinking=sources.thinking, limit=limit, group_by=group_by
+    )
 
 
 def ask(
@@ -95,7 +111,7 @@ class BenchmarkRun:
                 "leave --record-steps out",
             )
         manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = run_warnings(config, server)
+        manifest.warnings = run_warnings(config, server, manifest.rendered) + check_replay(config, server, selections)
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -115,6 +131,8 @@ class BenchmarkRun:
         self.config.out.mkdir(parents=True, exist_ok=True)
         if (self.config.out / RECORDS).exists():
             drop_torn_line(self.config.out / RECORDS)
+        elif self.manifest.token_ids:
+            (self.config.out / RECORDS).touch(0o600)  # they are what users wrote
         self.manifest.begin_session()
         self.manifest.write(self.config.out / MANIFEST)
 
@@ -141,9 +159,10 @@ class BenchmarkRun:
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
         texts = [f"Count upwards from {number}." for number in range(1, count + 1)]
-        without_template = self.config.raw_prompts and not self.config.tasks
+        unrecorded = {RECORD_HEADER: "off"}
+        asked = [messages_of(text) if self.manifest.rendered else text for text in texts]
         async with self._connect() as client:
-            jobs = [client.ask(text if without_template else messages_of(text), max_tokens=tokens) for text in texts]
+            jobs = [client.ask(one, max_tokens=tokens, extra_headers=unrecorded) for one in asked]
             outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):
@@ -189,20 +208,22 @@ class BenchmarkRun:
     def ask(self, prompts: Sequence[Prompt], label: str) -> None:
         """Ask what is missing of `prompts`, with `concurrency` conversations in flight. label: of the progress bar.
 
+        With a rate no more than these are in flight, each begun when it is due or as soon as there is room.
         Each record is on disk before its conversation continues.
         """
         asyncio.run(self._ask(prompts, label))
 
     async def _ask(self, prompts: Sequence[Prompt], label: str) -> None:
-        queue = iter(self.unfinished(prompts))
+        queue = zip(self.unfinished(prompts), due_times(self.config.rate, self.config.seed), strict=False)
         total = sum(len(prompt.turns) for prompt in prompts)
         done = sum(not self._due(prompt, turn) for prompt in prompts for turn in range(len(prompt.turns)))
         # disable=None: no bar where standard error is no terminal
         bar = tqdm(total=total, initial=done, desc=label, unit="request", disable=None)
 
         async def work(client: ChatClient, writer: RecordWriter) -> None:
-            for prompt in queue:
-                async for record in self._converse(client, prompt):
+            for prompt, due in queue:
+                await until(due)
+                async for record in self._converse(client, prompt, due):
                     writer.write(record)
                     self.records[record.key] = record
                     bar.update()
@@ -212,8 +233,11 @@ class BenchmarkRun:
                 for _ in range(self.config.concurrency):
                     group.create_task(work(client, writer))
 
-    async def _converse(self, client: ChatClient, prompt: Prompt) -> AsyncIterator[Record]:
-        """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history."""
+    async def _converse(self, client: ChatClient, prompt: Prompt, due: float | None) -> AsyncIterator[Record]:
+        """Records of the turns of one prompt that are missing. Later turns have the model's own answers as history.
+
+        due: when the first of them is; None: now (arrivals.py).
+        """
         messages: list[Message] = []
         ended: str | None = None
         for turn, said in enumerate(prompt.turns):
@@ -221,7 +245,8 @@ class BenchmarkRun:
             record = self.records.get((prompt.task, prompt.id, turn))
             if record is None or record.failed:
                 if ended is None:
-                    record = await self._request(client, prompt, turn, messages)
+                    record = await self._request(client, prompt, turn, messages, due)
+                    due = None
                 else:
                     error = f"not asked: turn {ended}"
                     record = self._record(prompt, turn, time.time(), 0.0, error=error)
@@ -232,14 +257,23 @@ class BenchmarkRun:
                 ended = f"{turn} of this conversation calls a tool, whose result the row does not have"
             messages.append({"role": "assistant", "content": record.output_text})
 
-    async def _request(self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message]) -> Record:
-        asked = prompt.text if prompt.raw else messages
-        started_at, started = time.time(), time.perf_counter()
+    async def _request(
+        self, client: ChatClient, prompt: Prompt, turn: int, messages: list[Message], due: float | None
+    ) -> Record:
+        asked = messages if prompt.continued is None else prompt.continued
+        sent = time.perf_counter()
+        waited_s = None if due is None else sent - due
+        begun = sent if due is None else due
+        started_at = time.time() - (sent - begun)
+        reply, error = None, None
         try:
             reply = await client.ask(asked, self._seed(prompt, turn), prompt.request)
-        except FAILURES as error:
-            return self._record(prompt, turn, started_at, time.perf_counter() - started, error=describe(error))
-        return self._record(prompt, turn, started_at, time.perf_counter() - started, reply)
+        except FAILURES as failure:
+            error = describe(failure)
+        latency_s = time.perf_counter() - begun
+        if reply is not None and reply.ttft_s is not None:
+            reply.ttft_s += sent - begun
+        return self._record(prompt, turn, started_at, latency_s, reply, error, waited_s)
 
     def _seed(self, prompt: Prompt, turn: int) -> int | None:
         """Depends on the prompt and its turn alone, so that filters and concurrency do not change answers."""
@@ -255,19 +289,22 @@ class BenchmarkRun:
         latency_s: float,
         reply: Reply | None = None,
         error: str | None = None,
+        waited_s: float | None = None,
     ) -> Record:
         reply = reply or Reply()
         return Record(
             task=prompt.task,
             prompt_id=prompt.id,
             turn=turn,
+            group=prompt.group,
             seed=self._seed(prompt, turn),
             temperature=self.config.temperature,
             prompt_ids=reply.prompt_ids,
             output_ids=reply.output_ids,
-            output_text=reply.text,
+            output_text="" if isinstance(prompt.continued, TokenIds) else reply.text,
             finish_reason=reply.finish_reason,
             prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
             completion_tokens=reply.completion_tokens,
             verify_steps=reply.verify_steps,
             accepted_histogram=reply.histogram,
@@ -278,6 +315,7 @@ class BenchmarkRun:
             started_at=started_at,
             ttft_s=reply.ttft_s,
             latency_s=latency_s,
+            waited_s=waited_s,
             error=error,
         )
 

@@ -157,11 +157,11 @@ def asked_facts(config: RunConfig) -> ServerFacts:
     return facts
 
 
-def run_warnings(config: RunConfig, server: ServerFacts) -> list[str]:
-    """What a reader of a run must know of its server."""
+def run_warnings(config: RunConfig, server: ServerFacts, rendered: bool) -> list[str]:
+    """What a reader of a run must know of its server. rendered: some prompts are put into a chat template."""
     if server.sglang is None:
         return [OTHER_SERVER if server.vllm is None else VLLM_SERVER]
-    return [] if config.plain else card_warnings(config)
+    return [] if config.plain else card_warnings(config, rendered)
 
 
 def wrong_server(config: RunConfig, server: ServerFacts, found: str) -> ServerError:
@@ -206,14 +206,17 @@ def drafter_card(base_url: str) -> dict[str, Any] | None:
     return found
 
 
-def card_warnings(config: RunConfig) -> list[str]:
-    """The ways in which a run differs from the drafter's training; [] where the server has no card of it."""
+def card_warnings(config: RunConfig, rendered: bool) -> list[str]:
+    """The ways in which a run differs from the drafter's training; [] where the server has no card of it.
+
+    rendered: as for `run_warnings`.
+    """
     card = drafter_card(config.base_url)
     if card is None:
         return []
     trained, longest = card["card"].get("thinking"), card["card"].get("max_length")
     found = [f"the server warns: {warning}" for warning in card["warnings"]]
-    if trained is not None and config.thinking not in ("server", trained):
+    if rendered and trained is not None and config.thinking not in ("server", trained):
         found.append(f"the drafter was trained with thinking {trained}, and is asked with --thinking {config.thinking}")
     if longest is not None and config.max_tokens >= longest:
         found.append(f"answers of up to {config.max_tokens} tokens; the drafter was trained on up to {longest} in all")

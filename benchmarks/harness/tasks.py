@@ -16,60 +16,29 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+
+from pydantic import Field
 
 from benchmarks.harness.results import StrictModel
 from benchmarks.harness.sources.hub import HubFile, Row, read_hub_rows
+from benchmarks.harness.sources.prompt import Prompt, TokenIds, group_of
+from benchmarks.harness.sources.task_files import read_task_rows
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.chats import Message, texts
-from sglang_auf.training.data.rows import is_unicode
 
 SELECTION_SEED = 42
 SAMPLE_FILE = Path(__file__).parent / "data" / "sample.jsonl"
-
-
-Turn: TypeAlias = str | tuple[Message, ...]
-"""What comes before one answer of the model: what a user says, or the messages of a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation. turns: what comes before each answer; the model's own answers stay between them.
-
-    request: fields of a chat request beside its messages. raw: the only turn is a text that the model continues,
-    without a chat template.
-    """
-
-    task: str
-    id: str
-    turns: tuple[Turn, ...] = field(hash=False)
-    request: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    raw: bool = False
-
-    @property
-    def text(self) -> str:
-        """All that is said in it."""
-        return " ".join(self.turn_texts)
-
-    @property
-    def turn_texts(self) -> list[str]:
-        """What is said in each turn."""
-        return [" ".join(text for message in messages_of(turn) for text in texts(message)) for turn in self.turns]
-
-
-def messages_of(turn: Turn) -> list[Message]:
-    return [{"role": "user", "content": turn}] if isinstance(turn, str) else list(turn)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """count: number of prompts asked. source: None for a task of SAMPLE_FILE. turns: hub row -> user turns.
 
-    row_id: the column of a hub row that identifies it; None: the row's index does.
+    row_id: the column of a hub row that identifies it; None: the row's index does. group: the field of a row that is
+    its prompt's group, where the row has it.
     """
 
     name: str
@@ -78,6 +47,7 @@ class Task:
     source: HubFile | None = None
     turns: Callable[[Row], Sequence[str]] | None = None
     row_id: str | None = None
+    group: str | None = None
 
 
 def _boxed(question: str) -> str:
@@ -135,6 +105,7 @@ PAPER_TASKS = (
         source=HubFile("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", "main"),
         turns=lambda row: row["turns"],
         row_id="question_id",
+        group="category",
     ),
     Task(
         "alpaca",
@@ -191,25 +162,32 @@ GROUPS = {name: [task.name for task in tasks] for name, tasks in _GROUPS.items()
 class PromptFile(StrictModel):
     """A user's own file of prompts. rows: all that are not blank. broken: "FILE:LINE: fault" of those not asked.
 
-    sha256: of the file.
+    sha256: of the file. without_group: "FILE:LINE" of the rows that are asked and lack the field of --group-by.
     """
 
     sha256: str
     rows: int
     broken: list[str]
+    without_group: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The prompts of one task that a run asks. origin: where they come from, for the run's record.
 
-    file: the user's own file that the task was made of.
+    file: the user's own file that the task was made of. recording: the directory of the recording that it is of.
     """
 
     task: Task
     prompts: tuple[Prompt, ...]
     origin: str
     file: PromptFile | None = None
+    recording: Path | None = None
+
+    @property
+    def token_ids(self) -> int:
+        """How many of the prompts are token ids."""
+        return sum(isinstance(prompt.continued, TokenIds) for prompt in self.prompts)
 
     @property
     def sha256(self) -> str:
@@ -240,10 +218,10 @@ def select(task: Task, data_dir: Path | None = None, limit: int | None = None, f
     data_dir: directory of <task>.jsonl files, read instead of the hub. fewer: there may be fewer than are asked for.
     """
     if task.source is None:
-        prompts, origin = read_prompts(SAMPLE_FILE, task.name, sample=True), f"sample file, version {task.version}"
+        prompts, origin = read_prompts(SAMPLE_FILE, task, sample=True), f"sample file, version {task.version}"
     elif data_dir is not None:
         path = data_dir / f"{task.name}.jsonl"
-        prompts, origin = read_prompts(path, task.name), path.name
+        prompts, origin = read_prompts(path, task), path.name
     else:
         prompts, origin = _read_hub_prompts(task, task.source)
     wanted = task.count if limit is None else min(task.count, limit)
@@ -289,48 +267,10 @@ def keep(selections: Iterable[Selection], prompts: Iterable[Prompt]) -> list[Sel
     return [chosen for chosen in kept if chosen.prompts]
 
 
-def read_prompts(path: Path, task: str, sample: bool = False) -> list[Prompt]:
-    """Prompts, as they are sent, of a JSONL file with rows `{"id": str, "turns": [str, ...]}`. Other keys are ignored.
-
-    sample: the file holds several tasks; take only the rows whose "task" is this one. Raises DataError.
-    """
-    if not path.is_file():
-        raise DataError(
-            f"no file {path}",
-            f'{task}.jsonl with one {{"id": ..., "turns": [...]}} a line',
-            "leave --data-dir out to download from the hub",
-        )
-    prompts: dict[str, Prompt] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row = _parse(path, number, line)
-            if sample and row.get("task") != task:
-                continue
-            if row["id"] in prompts:
-                raise _bad_row(path, number, f"id {row['id']!r} for the second time")
-            prompts[row["id"]] = Prompt(task, row["id"], tuple(row["turns"]))
-    return list(prompts.values())
-
-
-def _parse(path: Path, number: int, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise _bad_row(path, number, f"no JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise _bad_row(path, number, "no object with a string id")
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise _bad_row(path, number, "turns that are no list of non-empty strings")
-    if not all(map(is_unicode, (row["id"], *turns))):
-        raise _bad_row(path, number, "half a surrogate pair, which no server takes,")
-    return row
-
-
-def _bad_row(path: Path, number: int, found: str) -> DataError:
-    return DataError(f"{found} in {path}, line {number}", '{"id": "...", "turns": ["...", ...]}')
+def read_prompts(path: Path, task: Task, sample: bool = False) -> list[Prompt]:
+    """The prompts of a file <task>.jsonl (sources/task_files.py), as they are sent. Raises DataError."""
+    rows = read_task_rows(path, task.name, sample)
+    return [Prompt(task.name, row["id"], tuple(row["turns"]), group=_group(task, row)) for row in rows]
 
 
 def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
@@ -338,7 +278,12 @@ def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
     rows, commit = read_hub_rows(source)
     try:
         prompts = [
-            Prompt(task.name, f"{task.name}/{row[task.row_id] if task.row_id else index}", tuple(task.turns(row)))
+            Prompt(
+                task.name,
+                f"{task.name}/{row[task.row_id] if task.row_id else index}",
+                tuple(task.turns(row)),
+                group=_group(task, row),
+            )
             for index, row in enumerate(rows)
         ]
     except (KeyError, TypeError) as error:
@@ -348,3 +293,7 @@ def _read_hub_prompts(task: Task, source: HubFile) -> tuple[list[Prompt], str]:
             "clear the hub cache, or read a local copy with --data-dir",
         ) from None
     return prompts, f"{source.repo}/{source.filename}@{commit}"
+
+
+def _group(task: Task, row: Row) -> str | None:
+    return (group_of(row, task.group) or None) if task.group else None

@@ -24,3 +24,8 @@ def interval_text(interval: Interval | None, digits: int = 2, of_difference: boo
     if of_difference:
         return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
     return f"{interval.low:.{digits}f}..{interval.high:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """ "41 %"; "-" where it is unknown."""
+    return UNKNOWN if share is None else f"{share:.0%}".replace("%", " %")

@@ -16,10 +16,20 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.reports import figures, paper
-from benchmarks.reports.numbers import number, with_interval
+from benchmarks.reports.groups import group_sections
+from benchmarks.reports.numbers import number, percent, with_interval
 from benchmarks.reports.page import PageReport, Section, Table
 from benchmarks.reports.positions import position_sections
-from benchmarks.reports.text import UNKNOWN, broken_rows_text, drafting_text, interrupted_text, vllm_text
+from benchmarks.reports.text import (
+    OPEN_LOOP,
+    UNKNOWN,
+    broken_rows_text,
+    drafting_text,
+    interrupted_text,
+    load_text,
+    percentiles,
+    vllm_text,
+)
 from benchmarks.stats.intervals import by_task
 from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.acceptance import alpha_from_survival, mean_survival
@@ -58,7 +68,7 @@ class MeasuredRun:
         config, server = self.manifest.config, self.manifest.server
         prompts = tuple(sorted((name, origin.sha256) for name, origin in self.manifest.tasks.items()))
         asked = (prompts, config.temperature, config.max_tokens, config.thinking)
-        how = (config.stream, config.record_steps, config.empty_cache)
+        how = (config.stream, config.record_steps, config.empty_cache, config.rate)
         machines = {json.dumps(session.machine, sort_keys=True) for session in self.manifest.sessions}
         return (*asked, *how, server.target, server.device, server.dtype, server.vllm, *sorted(machines))
 
@@ -107,6 +117,7 @@ def make_sections(
         alpha = {run.name: alpha_over_tasks(run.records) for run in speculating}
         sections += [
             Section("Tau", TAU_TEXT, tau_table(summaries), figures.png(figures.tau_by_task(summaries)), "tau.png"),
+            *group_sections(summaries),
             Section("alpha_k", ALPHA_TEXT, _alpha_table(alpha), figures.png(figures.alpha_curves(alpha)), "alpha.png"),
             Section(
                 "Accepted lengths",
@@ -123,7 +134,8 @@ def make_sections(
         text = _lines(SPEED_TEXT, interrupted)
         sections.append(Section("Speed-up by concurrency", text, None, picture, "speedup.png"))
     if measured:
-        sections.append(Section("Speed", _lines(LATENCY_TEXT, interrupted), _speed_table(measured)))
+        opened = OPEN_LOOP if any(run.summary.rate is not None for run in measured) else ""
+        sections.append(Section("Speed", _lines(LATENCY_TEXT, opened, interrupted), _speed_table(measured)))
     if trained:
         picture = figures.png(figures.training_curves(trained))
         sections.append(Section("Training", TRAINING_TEXT, None, picture, "training.png"))
@@ -141,7 +153,8 @@ def make_sections(
 TAU_TEXT = (
     "tau = (completion tokens - 1) / verify steps of a request; of a task, the mean over its requests (each turn of "
     "MT-Bench is one); mean: tasks equally; micro: ratio of sums over all requests. Intervals: 95 %, bootstrap over "
-    "prompts; other training seeds are not in them."
+    "prompts; other training seeds are not in them. cached, where servers say it: share of the prompts' tokens that "
+    "the prefix cache had."
 )
 ALPHA_TEXT = (
     "alpha_k = P(at least k drafts accepted, given at least k-1), requests weighted equally inside a task and tasks "
@@ -175,7 +188,7 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
     names: dict[tuple[Any, ...], str] = {}
     for run in runs:
         plain = next((other for other in runs if other.plain and other.questions == run.questions), None)
-        if run.plain or plain is None:
+        if run.plain or plain is None or run.manifest.config.rate is not None:  # at a rate both have the same tokens/s
             continue
         faster = ratio(run.summary.throughput.tokens_per_s, plain.summary.throughput.tokens_per_s)
         if faster is not None:
@@ -196,11 +209,13 @@ def speedup_points(runs: Sequence[MeasuredRun]) -> dict[str, list[tuple[int, flo
 
 def tau_table(runs: Mapping[str, RunSummary]) -> Table:
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
-    rows = [["run", *tasks, "mean", "micro"]]
+    cached = any(run.throughput.cached_share is not None for run in runs.values())
+    rows = [["run", *tasks, "mean", "micro", *["cached"] * cached]]
     for name, run in runs.items():
         of_tasks = [run.tasks.get(task) for task in tasks]
         cells = [with_interval(task.tau, task.tau_interval) if task else "-" for task in of_tasks]
         rows.append([name, *cells, with_interval(run.macro.tau, run.macro.tau_interval), number(run.micro.tau)])
+        rows[-1] += [percent(run.throughput.cached_share)] * cached
     return rows
 
 
@@ -213,15 +228,18 @@ def _alpha_table(alpha: Mapping[str, Sequence[float | None]]) -> Table:
 
 
 def _speed_table(runs: Sequence[MeasuredRun]) -> Table:
+    """Open loops have columns of their own."""
+    opened = any(run.summary.rate is not None for run in runs)
     rows = [["run", "concurrency", "requests", "failed", "tokens/s", "TTFT", "ITL"]]
+    rows[0] += ["requests/s", "latency", "waited"] * opened
     for run in runs:
         speed, latency = run.summary.throughput, run.summary.latency
-        times = [
-            "-" if part is None else " / ".join(f"{1000 * value:.0f}" for _, value in part)
-            for part in (latency.ttft, latency.itl)
-        ]
         counts = [speed.concurrency, speed.requests, speed.failed]
-        rows.append([run.name, *map(str, counts), number(speed.tokens_per_s, 1), *times])
+        rows.append([run.name, *map(str, counts), number(speed.tokens_per_s, 1)])
+        rows[-1] += map(percentiles, (latency.ttft, latency.itl))
+        if opened:
+            rate = "-" if run.summary.rate is None else f"{run.summary.rate:g}"
+            rows[-1] += [rate, *map(percentiles, (latency.latency, latency.waited))]
     return rows
 
 
@@ -238,12 +256,13 @@ def _origin_table(runs: Sequence[MeasuredRun]) -> Table:
     rows = [["run", "server", "asked", "when", "machine", "versions", "command"]]
     for run in runs:
         config, sessions = run.manifest.config, run.manifest.sessions
-        thinking = "" if config.thinking == "server" else f", thinking {config.thinking}"
+        thinking = "" if config.thinking == "server" or not run.manifest.rendered else f", thinking {config.thinking}"
         rows.append(
             [
                 run.name,
                 _server_text(run),
-                f"T={config.temperature:g}, {config.max_tokens} tokens at most, concurrency {config.concurrency}"
+                f"T={config.temperature:g}, {config.max_tokens} tokens at most, "
+                + load_text(config.concurrency, config.rate)
                 + thinking
                 + (f", {len(sessions)} sessions" if len(sessions) > 1 else ""),
                 _different(session.started_at for session in sessions),

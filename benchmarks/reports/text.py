@@ -8,8 +8,8 @@ from tabulate import tabulate
 
 from benchmarks.harness.server_info import ServerFacts
 from benchmarks.harness.sources.files import CHATS, TEXTS
-from benchmarks.reports.numbers import interval_text, number
-from benchmarks.stats.summary import MacroSummary, MicroSummary, TaskSummary, Throughput
+from benchmarks.reports.numbers import interval_text, number, percent
+from benchmarks.stats.summary import MacroSummary, MicroSummary, Percentiles, TaskSummary, Throughput
 
 NAMED = 20
 """Broken rows that are named."""
@@ -51,12 +51,16 @@ def drafting_text(server: ServerFacts) -> str:
 
 
 def task_table(tasks: Mapping[str, TaskSummary]) -> str:
+    """The column `cached` is there where a server says how much of the prompts its prefix cache had."""
     rows = [["task", "prompts", "requests", "failed", "no step", "tokens", "tau", "95 %", "micro", "tau_verify"]]
+    cached = any(task.cached_share is not None for task in tasks.values())
+    rows[0] += ["cached"] * cached
     for name, task in tasks.items():
         counts = [task.prompts, task.requests, task.failed, task.without_steps, task.completion_tokens]
         tau = [number(task.tau), interval_text(task.tau_interval)]
         rows.append([name, *map(str, counts), *tau, *map(number, (task.tau_micro, task.tau_verify))])
-    return _aligned(rows)
+        rows[-1] += [percent(task.cached_share)] * cached
+    return aligned(rows)
 
 
 def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: MicroSummary) -> str:
@@ -68,15 +72,35 @@ def tau_text(tasks: Mapping[str, TaskSummary], macro: MacroSummary, micro: Micro
     alpha = [["alpha_k", *map(str, range(1, len(micro.alpha) + 1))]]
     alpha += [[name, *map(number, task.alpha)] for name, task in tasks.items()]
     alpha.append(["micro", *map(number, micro.alpha)])
-    return "\n\n".join([tau, _aligned(alpha), NOTE])
+    return "\n\n".join([tau, aligned(alpha), NOTE])
 
 
-def speed_line(name: str, speed: Throughput) -> str:
-    failed = f", {speed.failed} FAILED" if speed.failed else ""
+OPEN_LOOP = (
+    "Requests come at random times (Poisson), whether earlier ones are answered or not. Times count from when a "
+    "request was due, waiting for room among those in flight included; tokens/s are what was asked for, unless the "
+    "server falls behind."
+)
+
+
+def load_text(concurrency: int, rate: float | None) -> str:
+    """How many requests are sent, in a closed loop or in an open one."""
+    return f"concurrency {concurrency}" if rate is None else f"{rate:g} requests/s, at most {concurrency} in flight"
+
+
+def speed_line(name: str, speed: Throughput, rate: float | None = None) -> str:
+    """rate: requests a second of an open loop."""
+    more = f", {speed.failed} FAILED" if speed.failed else ""
+    if speed.cached_share is not None:
+        more += f", {percent(speed.cached_share)} of the prompts' tokens from the prefix cache"
     return (
-        f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at concurrency {speed.concurrency} "
-        f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{failed})"
+        f"{name:<11} {number(speed.tokens_per_s, 1)} tokens/s at {load_text(speed.concurrency, rate)} "
+        f"({speed.completion_tokens} tokens of {speed.requests} requests in {speed.seconds:.1f} s{more})"
     )
+
+
+def percentiles(seconds: Percentiles | None) -> str:
+    """ "12 / 30 / 41", in milliseconds; "-" where there are none."""
+    return "-" if seconds is None else " / ".join(f"{1000 * value:.0f}" for _, value in seconds)
 
 
 def interrupted_text(sessions: Mapping[str, int]) -> str:
@@ -96,7 +120,7 @@ def broken_rows_text(rows: Sequence[str]) -> str:
     return "\n".join([heading, *(f"- {row}" for row in rows[:NAMED]), *more])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right; short rows are allowed."""
-    columns = ["left", *["right"] * (max(map(len, rows)) - 1)]
+def aligned(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The first columns (`names` of them) to the left, the others to the right; short rows are allowed."""
+    columns = [*["left"] * names, *["right"] * (max(map(len, rows)) - names)]
     return str(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns))

@@ -13,12 +13,15 @@ from benchmarks.harness.config import RunConfig, ServedProfile, Workload
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import BenchmarkRun, chosen_prompts, discard
 from benchmarks.harness.servers import Server, awake, profile_content, serve
-from benchmarks.harness.tasks import Prompt, Selection
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import Selection
+from benchmarks.reports.groups import groups_text
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import asked_text, broken_rows_text, decoding_text, speed_line, task_table, tau_text
 from benchmarks.stats.lossless import Losslessness
 from benchmarks.stats.lossless_check import LOGIT_SCALE, LogitScale, check_records
 from benchmarks.stats.summary import (
+    GroupedTask,
     MacroSummary,
     MicroSummary,
     TaskSummary,
@@ -26,6 +29,7 @@ from benchmarks.stats.summary import (
     macro,
     micro,
     ratio,
+    summarize_groups,
     summarize_tasks,
     throughput,
 )
@@ -69,6 +73,8 @@ class Comparison(Measured, Report):
     device: str | None
     config: CompareConfig
     tasks: dict[str, TaskSummary]
+    groups: dict[str, GroupedTask] = Field(default_factory=dict)
+    without_group: list[str] = Field(default_factory=list)
     macro: MacroSummary
     micro: MicroSummary
     plain: Throughput
@@ -98,16 +104,17 @@ class Comparison(Measured, Report):
             ),
             task_table(self.tasks),
             tau_text(self.tasks, self.macro, self.micro),
+            groups_text(self.groups, self.without_group),
             "\n".join(lines),
         ]
         if self.lossless is not None:
             parts.append(self.lossless.text())
-        return "\n\n".join([*parts, *filter(None, [broken_rows_text(self.broken_rows)])])
+        return "\n\n".join(filter(None, [*parts, broken_rows_text(self.broken_rows)]))
 
 
 def compare_servers(config: CompareConfig) -> Comparison:
     """Start both servers, ask them, compare their answers, and stop them."""
-    selections = chosen_prompts(config)
+    selections = chosen_prompts(config, config.group_by)
     for name in ("auf", "plain"):
         discard(config.out / name)
     (config.out / f"{Comparison.STEM}.json").unlink(missing_ok=True)
@@ -198,6 +205,8 @@ def _conclude(
         device=facts.device,
         config=config,
         tasks=tasks,
+        groups=summarize_groups(ours),
+        without_group=auf.manifest.without_group,
         macro=macro(tasks.values(), ours),
         micro=micro(ours),
         plain=plain_speed,

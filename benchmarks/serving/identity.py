@@ -25,7 +25,8 @@ from benchmarks.harness.records import Key, Record, latest, read_records
 from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
 from benchmarks.harness.run import RECORDS, ask, chosen_prompts, discard
 from benchmarks.harness.servers import serve
-from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import Selection, broken_rows, first_turns, in_turn, keep
 from benchmarks.reports.markdown import kept_text, markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text

@@ -22,7 +22,8 @@ from benchmarks.harness.results import StrictModel
 from benchmarks.harness.run import ask, discard, prompts_of
 from benchmarks.harness.server_info import ServerFacts, server_facts
 from benchmarks.harness.servers import Server, awake
-from benchmarks.harness.tasks import Prompt, Selection, broken_rows, first_turns, in_turn, keep
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import Selection, broken_rows, first_turns, in_turn, keep
 from benchmarks.stats.lossless import same_answer
 from benchmarks.stats.summary import macro, ratio, summarize_tasks, throughput
 from sglang_auf.errors import ConfigError, DataError

@@ -9,7 +9,9 @@ from pydantic import Field
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Report
 from benchmarks.harness.run import ask, chosen_prompts
+from benchmarks.reports.groups import groups_text
 from benchmarks.reports.text import (
+    OPEN_LOOP,
     UNKNOWN,
     asked_text,
     broken_rows_text,
@@ -46,11 +48,13 @@ class RunReport(RunSummary, Report):
         parts.append(task_table(self.tasks))
         if self.micro.verify_steps:
             parts.append(tau_text(self.tasks, self.macro, self.micro))
+        parts += filter(None, [groups_text(self.groups, self.without_group)])
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += filter(None, [broken_rows_text(self.broken_rows)])
         if self.sessions > 1:
             parts.append(f"written in {self.sessions} sessions: throughput is not that of one uninterrupted run")
-        lines = [speed_line("throughput", self.throughput)]
+        parts += [OPEN_LOOP] if self.rate is not None else []
+        lines = [speed_line("throughput", self.throughput, self.rate)]
         for name, seconds in self.latency:
             if seconds is not None:
                 figures = ", ".join(f"{share} {1000 * value:.0f} ms" for share, value in seconds)
@@ -62,5 +66,5 @@ def ask_server(config: AskConfig) -> RunReport:
     """Raises ConfigError where config.out holds another run, ServerError where the server cannot be asked."""
     stored = RunConfig(**config.model_dump(exclude={"resume"}))
     label = "plain" if config.plain else "auf"
-    run = ask(stored, chosen_prompts(stored), label, resume=config.resume)
+    run = ask(stored, chosen_prompts(stored, stored.group_by), label, resume=config.resume)
     return RunReport(**dict(summarize_run(run.manifest, list(run.records.values()))))

@@ -1,6 +1,6 @@
-"""Ask one server, and a plain one beside it, at several concurrencies: what speculation gains as load grows.
+"""Ask one server, and a plain one beside it, at several concurrencies or rates: what speculation gains as load grows.
 
-Each concurrency of a server is an ordinary run with its own directory. A finished one is not asked again. The two
+Each level of a server is an ordinary run with its own directory. A finished one is not asked again. The two
 servers are asked one after the other, never at once; where they share a machine, an idle one should take no CPU.
 SGLang's bench_serving and guidellm measure latency under load too, but not tau.
 """
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from benchmarks.harness.config import Counts, Questions, RunConfig, ServerUrl
+from benchmarks.harness.config import Counts, Questions, Rates, RunConfig, ServerUrl
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import ask, chosen_prompts
 from benchmarks.harness.tasks import Selection
+from benchmarks.reports.groups import group_sections
 from benchmarks.reports.markdown import markdown_document, markdown_table, prompts_cell
-from benchmarks.reports.numbers import number
-from benchmarks.reports.text import broken_rows_text, interrupted_text
-from benchmarks.stats.summary import Percentiles, RunSummary, ratio, summarize_run
+from benchmarks.reports.numbers import number, percent
+from benchmarks.reports.text import OPEN_LOOP, broken_rows_text, interrupted_text, load_text, percentiles
+from benchmarks.stats.summary import RunSummary, ratio, summarize_run
 from sglang_auf.errors import ConfigError
 
 AUF, PLAIN = "auf", "plain"
@@ -35,16 +36,35 @@ class SweepConfig(Questions):
     base_url: ServerUrl = Field(description="the speculating server")
     plain_url: ServerUrl | None = Field(None, description="a plain server of the same target, for the speed-up")
     concurrency: Counts = Field((1, 2, 4, 8, 16, 32), description="comma-separated numbers of requests in flight")
+    rate: Rates = Field(
+        (),
+        description="comma-separated requests a second: levels of an open loop, as with run --rate, where "
+        "--concurrency is one number, the most in flight",
+    )
     out: Path = Field(Path("runs/sweep"), description="result directory; levels that are finished in it are kept")
+
+    @model_validator(mode="after")
+    def _rates_have_one_cap(self) -> Self:
+        if self.rate and ("concurrency" not in self.model_fields_set or len(self.concurrency) > 1):
+            raise ValueError("--rate without a single --concurrency, the most requests that may be in flight")
+        return self
 
 
 class SweepLevel(StrictModel):
-    """One concurrency. plain, speedup: None without a plain server."""
+    """One concurrency, or a rate with the most in flight. plain: None without a plain server.
+
+    speedup: None without one, and at a rate, where both servers give the tokens that are asked for.
+    """
 
     concurrency: int
+    rate: float | None = None
     auf: RunSummary
     plain: RunSummary | None
     speedup: float | None
+
+    @property
+    def name(self) -> str:
+        return str(self.concurrency) if self.rate is None else f"{self.rate:g}/s"
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -71,49 +91,59 @@ class Sweep(Measured, Report):
         config, first = self.config, self.levels[0].auf
         speculating = "AUF" if first.vllm is None else "vLLM"
         names = [speculating, "plain"] if config.plain_url else [speculating]
-        rows = [["concurrency", "requests", "tau", *(f"{name} tokens/s" for name in names)]]
-        rows[0] += [*(["speed-up"] if config.plain_url else []), *(f"{name} TTFT p50 / p90 / p99 ms" for name in names)]
-        rows[0] += [f"{name} ITL p50 / p90 / p99 ms" for name in names]
+        opened = any(level.rate is not None for level in self.levels)
+        compared = config.plain_url and not opened
+        cached = any(run.throughput.cached_share is not None for level in self.levels for run in level.runs)
+        rows = [["requests/s" if opened else "concurrency", "requests", "tau"]]
+        rows[0] += [*(f"{name} tokens/s" for name in names), *(["speed-up"] if compared else [])]
+        times = ["TTFT", "ITL", *(["latency", "waited"] if opened else [])]
+        rows[0] += [f"{name} {time} p50 / p90 / p99 ms" for time in times for name in names]
+        rows[0] += [f"{name} cached" for name in names if cached]
         for level in self.levels:
             failed = sum(run.throughput.failed for run in level.runs)
-            cells = [str(level.concurrency), prompts_cell(level.auf.throughput.requests, failed)]
-            cells += [number(level.auf.macro.tau), *(number(run.throughput.tokens_per_s, 1) for run in level.runs)]
-            cells += [number(level.speedup)] if config.plain_url else []
-            cells += [_milliseconds(run.latency.ttft) for run in level.runs]
-            cells += [_milliseconds(run.latency.itl) for run in level.runs]
+            cells = [level.name, prompts_cell(level.auf.throughput.requests, failed), number(level.auf.macro.tau)]
+            cells += [number(run.throughput.tokens_per_s, 1) for run in level.runs]
+            cells += [number(level.speedup)] if compared else []
+            cells += [percentiles(getattr(run.latency, time.lower())) for time in times for run in level.runs]
+            cells += [percent(run.throughput.cached_share) for run in level.runs if cached]
             rows.append(cells)
         device = first.device if first.vllm is None else f"vLLM {first.vllm}"
         asked = (
             f"{first.target} ({device}, block {first.block_size}), temperature {config.temperature:g}, at most "
             f"{config.max_tokens} new tokens, {', '.join(first.tasks)}, streamed"
         )
+        asked += f"; at most {config.concurrency[0]} in flight. {OPEN_LOOP}" if opened else ""
         note = (
             "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together. "
             "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
             "plain decoding, a verify step) raises the speed-up. `compare` and `speed` do not."
         )
         sessions = {
-            f"{name} at {level.concurrency}": run.sessions
+            f"{name} at {level.name}": run.sessions
             for level in self.levels
             for name, run in zip(names, level.runs, strict=True)
         }
-        parts = [markdown_table(rows), interrupted_text(sessions), note, broken_rows_text(self.broken_rows)]
-        return markdown_document(self, asked, *parts)
+        parts = [markdown_table(rows), interrupted_text(sessions), note]
+        for section in group_sections({f"{speculating} at {level.name}": level.auf for level in self.levels}):
+            parts += [section.text.replace("\n", "\n\n"), markdown_table(section.table or [])]
+        return markdown_document(self, asked, *parts, broken_rows_text(self.broken_rows))
 
 
 def measure_sweep(config: SweepConfig) -> Sweep:
     """Raises ConfigError where a level has more requests in flight than prompts, or where finished levels differ."""
-    selections = chosen_prompts(config)
+    selections = chosen_prompts(config, config.group_by)
     count = sum(len(chosen.prompts) for chosen in selections)
-    levels = sorted(set(config.concurrency))
-    if count < levels[-1]:
+    most = max(config.concurrency)
+    if count < most and not config.rate:
         raise ConfigError(
-            f"{count} prompts and concurrency {levels[-1]}",
+            f"{count} prompts and concurrency {most}",
             "at least as many prompts as are to be in flight",
             "add --tasks, raise --limit, or lower --concurrency",
         )
+    levels: list[tuple[int, float | None]] = [(most, rate) for rate in sorted(set(config.rate))]
+    levels = levels or [(count, None) for count in sorted(set(config.concurrency))]
     urls = {AUF: config.base_url} | ({PLAIN: config.plain_url} if config.plain_url else {})
-    runs = [{name: _asked(config, url, name, level, selections) for name, url in urls.items()} for level in levels]
+    runs = [{name: _asked(config, url, name, *level, selections) for name, url in urls.items()} for level in levels]
     origins = [(session.versions, session.machine) for run in runs for _, m in run.values() for session in m.sessions]
     if any(origin != origins[0] for origin in origins):
         raise ConfigError(
@@ -131,10 +161,10 @@ def measure_sweep(config: SweepConfig) -> Sweep:
     )
 
 
-def _level(concurrency: int, runs: dict[str, AskedRun]) -> SweepLevel:
+def _level(concurrency: int, rate: float | None, runs: dict[str, AskedRun]) -> SweepLevel:
     auf, plain = runs[AUF][0], runs[PLAIN][0] if PLAIN in runs else None
-    speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain else None)
-    return SweepLevel(concurrency=concurrency, auf=auf, plain=plain, speedup=ratio(*speeds))
+    speeds = (auf.throughput.tokens_per_s, plain.throughput.tokens_per_s if plain and rate is None else None)
+    return SweepLevel(concurrency=concurrency, rate=rate, auf=auf, plain=plain, speedup=ratio(*speeds))
 
 
 def _require_same_servers(levels: Sequence[SweepLevel], out: Path) -> None:
@@ -158,18 +188,17 @@ def _require_same_servers(levels: Sequence[SweepLevel], out: Path) -> None:
         )
 
 
-def _asked(config: SweepConfig, base_url: str, name: str, concurrency: int, selections: list[Selection]) -> AskedRun:
+def _asked(
+    config: SweepConfig, base_url: str, name: str, concurrency: int, rate: float | None, selections: list[Selection]
+) -> AskedRun:
     run_config = RunConfig(
         **config.model_dump(include=set(Questions.model_fields)),
         base_url=base_url,
         plain=name == PLAIN,
         concurrency=concurrency,
+        rate=rate,
         empty_cache=True,
-        out=config.out / f"{name}-c{concurrency}",
+        out=config.out / (f"{name}-c{concurrency}" if rate is None else f"{name}-r{rate:g}-c{concurrency}"),
     )
-    run = ask(run_config, selections, f"{name} at {concurrency}", resume=True)
+    run = ask(run_config, selections, f"{name} at {load_text(concurrency, rate)}", resume=True)
     return summarize_run(run.manifest, list(run.records.values())), run.manifest
-
-
-def _milliseconds(seconds: Percentiles | None) -> str:
-    return "-" if seconds is None else " / ".join(f"{1000 * value:.0f}" for _, value in seconds)

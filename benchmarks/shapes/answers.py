@@ -10,7 +10,8 @@ from benchmarks.harness.records import Record, read_records
 from benchmarks.harness.results import Cell
 from benchmarks.harness.run import RECORDS, ask, discard
 from benchmarks.harness.server_info import server_facts
-from benchmarks.harness.tasks import Prompt, Selection, Task
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import Selection, Task
 from benchmarks.shapes.config import ServeShapeConfig
 from benchmarks.shapes.visit import Visit
 from benchmarks.stats.lossless import Losslessness

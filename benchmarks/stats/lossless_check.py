@@ -32,6 +32,8 @@ MAY_DIFFER = {
     "model",
     "tasks",
     "limit",
+    "group_by",
+    "rate",
 }
 """Settings that may differ between a speculating run and its baseline; their greedy answers still compare."""
 

@@ -6,11 +6,13 @@ never averaged in.
 
 tokens_per_s: completion tokens of the answered requests / seconds during which at least one recorded request was in
 flight, at the run's concurrency. In one uninterrupted closed loop these seconds are the wall time of the recorded
-phase. They leave out warm-up, server start and the pause between two sessions of a resumed run.
+phase. They leave out warm-up, server start and the pause between two sessions of a resumed run. In an open loop a
+request counts as in flight from when it is due, and so do its times.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -20,17 +22,21 @@ from pydantic import Field
 from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
-from benchmarks.stats.intervals import Interval, macro_tau_interval, task_alpha_intervals, task_tau_interval
+from benchmarks.harness.sources.prompt import NO_GROUP
+from benchmarks.stats.intervals import Interval, by_task, macro_tau_interval, task_alpha_intervals, task_tau_interval
 from sglang_auf.acceptance import Acceptance, macro_alpha, macro_tau, total_acceptance
 
 UNDRAFTED = 0.02
 """Share of tokens that no counted step gave, from which on a run says so."""
+SHOWN_GROUPS = 30
+"""Groups of one task that have figures of their own."""
 
 
 class TaskSummary(StrictModel):
     """One task. prompts: conversations; requests: turns; without_steps: answered requests without tau.
 
     tau, tau_verify and alpha are macro. Intervals: 95 %, over prompts (intervals.py); None where prompts are too few.
+    cached_share: of the prompts' tokens, what the prefix cache had; None where the server does not say it.
     """
 
     prompts: int
@@ -46,6 +52,7 @@ class TaskSummary(StrictModel):
     verify_steps: int
     accepted_histogram: list[int]
     completion_tokens: int
+    cached_share: float | None = None
 
 
 class MacroSummary(StrictModel):
@@ -63,12 +70,15 @@ class MicroSummary(StrictModel):
 
 
 class Throughput(StrictModel):
+    """cached_share: as that of a task, over all of them."""
+
     tokens_per_s: float | None
     completion_tokens: int
     seconds: float
     concurrency: int
     requests: int
     failed: int
+    cached_share: float | None = None
 
 
 class Percentiles(StrictModel):
@@ -81,12 +91,25 @@ class Percentiles(StrictModel):
 
 class Latency(StrictModel):
     """ttft: time to the first token, of streamed answers. itl: mean time between the tokens of one answer after its
-    first, of streamed answers of two tokens or more. latency: time of a complete answer. None without such answers.
+    first, of streamed answers of two tokens or more. latency: time of a complete answer. waited: in an open loop, what
+    a request waited for room among those in flight, which ttft and latency have in them. None without such answers.
     """
 
     ttft: Percentiles | None
     itl: Percentiles | None
     latency: Percentiles | None
+    waited: Percentiles | None = None
+
+
+class GroupedTask(StrictModel):
+    """One task by group of its prompts. groups: those with the most prompts first; NO_GROUP: of rows without one.
+
+    others: groups that are left out, of which there are too many. others_prompts: in them.
+    """
+
+    groups: dict[str, TaskSummary]
+    others: int
+    others_prompts: int
 
 
 class RunSummary(StrictModel):
@@ -95,7 +118,8 @@ class RunSummary(StrictModel):
     target: the model's name. sglang, vllm: the version of a server that is one. Of a server that is not SGLang, device
     and drafter are not known, and block_size is what its replies say. warnings: how the run's conditions differ from
     those that the drafter was trained for, and what is not known of its server. broken_rows: of the user's own files,
-    those that were not asked.
+    those that were not asked. rate: requests a second of an open loop. groups: of the tasks whose prompts are in
+    groups. without_group: of the user's own files, rows that are in none.
     """
 
     target: str
@@ -106,10 +130,13 @@ class RunSummary(StrictModel):
     vllm: str | None = None
     temperature: float
     max_tokens: int
+    rate: float | None = None
     sessions: int
     warnings: list[str] = Field(default_factory=list)
     broken_rows: list[str] = Field(default_factory=list)
     tasks: dict[str, TaskSummary]
+    groups: dict[str, GroupedTask] = Field(default_factory=dict)
+    without_group: list[str] = Field(default_factory=list)
     macro: MacroSummary
     micro: MicroSummary
     throughput: Throughput
@@ -129,10 +156,13 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         vllm=manifest.server.vllm,
         temperature=manifest.config.temperature,
         max_tokens=manifest.config.max_tokens,
+        rate=manifest.config.rate,
         sessions=len(manifest.sessions),
         warnings=[*manifest.warnings, *_undrafted(manifest, records)],
         broken_rows=manifest.broken_rows,
         tasks=tasks,
+        groups=summarize_groups(records),
+        without_group=manifest.without_group,
         macro=macro(tasks.values(), records),
         micro=micro(records),
         throughput=throughput(records, manifest.config.concurrency),
@@ -172,12 +202,35 @@ def summarize_task(records: Sequence[Record]) -> TaskSummary:
         verify_steps=sum_of.verify_steps,
         accepted_histogram=list(sum_of.histogram),
         completion_tokens=sum(record.completion_tokens for record in answered),
+        cached_share=cached_share(answered),
     )
 
 
 def summarize_tasks(records: Sequence[Record]) -> dict[str, TaskSummary]:
     names = dict.fromkeys(record.task for record in records)
     return {name: summarize_task([record for record in records if record.task == name]) for name in names}
+
+
+def summarize_groups(records: Sequence[Record]) -> dict[str, GroupedTask]:
+    """The figures of each group of each task that has any; {} where no prompt is in a group, and of plain decoding."""
+    if not any(record.verify_steps for record in records):
+        return {}
+    tasks = by_task(records)
+    return {name: _grouped(of_task) for name, of_task in tasks.items() if any(r.group is not None for r in of_task)}
+
+
+def _grouped(records: Sequence[Record]) -> GroupedTask:
+    """records: one per request, all of one task."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.group or NO_GROUP].append(record)
+    prompts = {name: len({record.prompt_id for record in of_group}) for name, of_group in groups.items()}
+    names = sorted(groups, key=lambda name: (-prompts[name], name))
+    return GroupedTask(
+        groups={name: summarize_task(groups[name]) for name in names[:SHOWN_GROUPS]},
+        others=len(names[SHOWN_GROUPS:]),
+        others_prompts=sum(prompts[name] for name in names[SHOWN_GROUPS:]),
+    )
 
 
 def macro(tasks: Iterable[TaskSummary], records: Iterable[Record] = ()) -> MacroSummary:
@@ -211,7 +264,14 @@ def throughput(records: Sequence[Record], concurrency: int) -> Throughput:
         concurrency=concurrency,
         requests=len(records),
         failed=sum(record.failed for record in records),
+        cached_share=cached_share(records),
     )
+
+
+def cached_share(records: Iterable[Record]) -> float | None:
+    """Share of the prompts' tokens that the prefix cache had, over the answered requests whose replies say it."""
+    said = [record for record in records if not record.failed and record.cached_tokens is not None]
+    return ratio(sum(record.cached_tokens or 0 for record in said), sum(record.prompt_tokens for record in said))
 
 
 def latency(records: Iterable[Record]) -> Latency:
@@ -227,6 +287,7 @@ def latency(records: Iterable[Record]) -> Latency:
             ]
         ),
         latency=_percentiles([record.latency_s for record in answered]),
+        waited=_percentiles([record.waited_s for record in answered if record.waited_s is not None]),
     )
 
 

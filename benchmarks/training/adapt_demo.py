@@ -28,15 +28,17 @@ from benchmarks.harness.results import Measured, Report
 from benchmarks.harness.run import ask, chosen_prompts, describe
 from benchmarks.harness.server_info import call, server_facts
 from benchmarks.harness.servers import Server, serve
-from benchmarks.harness.tasks import first_turns, in_turn, messages_of
+from benchmarks.harness.sources.prompt import messages_of
+from benchmarks.harness.tasks import first_turns, in_turn
 from benchmarks.harness.template_prompts import demo_prompts
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.stats.lossless import same_answer
 from benchmarks.training.before_after import HEADING, BeforeAfter
 from benchmarks.training.given_texts import HELD_OUT, given_text_prompts, openings, whole_sentences
 from sglang_auf.errors import ServerError
+from sglang_auf.recording.settings import RECORD_HEADER
 
-RECORDED = {"X-SGLang-AUF-Record": "on"}
+RECORDED = {RECORD_HEADER: "on"}
 NOT_BETTER = 3
 """Exit code of `sglang-auf adapt` where it exports nothing."""
 SPARE = 1.4

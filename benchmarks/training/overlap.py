@@ -22,7 +22,8 @@ from pydantic import Field
 
 from benchmarks.harness.config import CommandConfig, Names
 from benchmarks.harness.results import Measured, Report, StrictModel
-from benchmarks.harness.tasks import Prompt, resolve, select
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import resolve, select
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from sglang_auf.errors import DataError

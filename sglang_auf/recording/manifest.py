@@ -78,13 +78,17 @@ def require_target(sources: str | Path | Iterable[str | Path], target: Path) -> 
     this user may not look into."""
     for source in [sources] if isinstance(sources, str | Path) else sources:
         directory = Path(source).expanduser()
-        try:
-            recorded = is_recording(directory)
-        except PermissionError as problem:
-            raise DataError(
-                f"{directory} cannot be looked into ({problem.strerror})",
-                "data that this user may read; a recording is for the user alone whose server records it",
-                "run the command as that user, or copy the recording",
-            ) from problem
-        if recorded:
+        if is_readable_recording(directory):
             Manifest.of(target).require(directory, DataError)
+
+
+def is_readable_recording(directory: Path) -> bool:
+    """As `is_recording`. Raises DataError for what this user may not look into."""
+    try:
+        return is_recording(directory)
+    except PermissionError as problem:
+        raise DataError(
+            f"{directory} cannot be looked into ({problem.strerror})",
+            "data that this user may read; a recording is for the user alone whose server records it",
+            "run the command as that user, or copy the recording",
+        ) from problem

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from sglang_auf.settings import Settings
 
+RECORD_HEADER = "X-SGLang-AUF-Record"
+"""The header of a request that says `on` or `off`: whether its answers may be recorded."""
+
 
 class RecordSettings(Settings):
     """Which answers are kept for training, where and how long.

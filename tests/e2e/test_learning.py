@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.cli import main as benchmark
+from benchmarks.harness.records import read_records
 from sglang_auf.recording.ring import row_files
 from sglang_auf.training.adapt.adapt import adapt
 from sglang_auf.training.adapt.settings import AdaptSettings
@@ -23,13 +26,24 @@ VOCABULARY = 264
 OFF = {"X-SGLang-AUF-Record": "off"}
 
 
+def replay(url: str, rows: Path, out: Path) -> list[tuple[list[int] | None, list[int] | None]]:
+    """Ask a server what it has recorded, greedily: (prompt, answer) of each row, as token ids."""
+    flags = ["--prompts", str(rows), "--max-tokens", "24", "--concurrency", "2"]
+    assert benchmark(["run", "--base-url", url, *flags, "--out", str(out)]) == 0
+    records = read_records(out / "records.jsonl")
+    assert any(record.cached_tokens for record in records), "the server has seen these prompts"
+    assert all(record.output_text == "" and record.verify_steps for record in records if record.completion_tokens > 1)
+    return [(record.prompt_ids, record.output_ids) for record in records]
+
+
 def test_what_is_answered_is_recorded_and_learnt_from(tmp_path: Path, start_server: Any) -> None:
     target = write_target(tmp_path / "target", vocabulary=VOCABULARY)
     tokenizer = toy_tokenizer()
     tokenizer.save_pretrained(target)
     drafter = write_drafter(tmp_path / "drafter", vocabulary=VOCABULARY)
     arguments = ["server", "--profile", "smollm2-135m", "--set", f"target={target}", "--set", f"drafter={drafter}"]
-    for setting in (f"record.directory={tmp_path / 'rows'}", "tree_nodes=3", "server_args.context_length=256"):
+    more = ("tree_nodes=3", "server_args.context_length=256", "server_args.enable_cache_report=true")
+    for setting in (f"record.directory={tmp_path / 'rows'}", *more):
         arguments += ["--set", setting]
     expected: list[tuple[list[int], list[int]]] = []
 
@@ -51,6 +65,15 @@ def test_what_is_answered_is_recorded_and_learnt_from(tmp_path: Path, start_serv
         figures = client.get("/v1/auf/recording").raise_for_status().json()["recording"]
         assert figures["directory"] == str(tmp_path / "rows")
         assert figures["dropped"]["refused"] == 1
+        while client.get("/v1/auf/recording").json()["recording"]["waiting_tokens"]:
+            time.sleep(0.05)
+        recorded = client.get("/v1/auf/recording").json()["recording"]["recorded"]
+        replayed = replay(url, tmp_path / "rows", tmp_path / "replayed")
+        assert len(replayed) == recorded
+        for prompt, answer in expected:
+            assert len(answer) < 2 or (prompt, answer) in replayed
+        figures = client.get("/v1/auf/recording").json()["recording"]
+        assert (figures["recorded"], figures["waiting_tokens"]) == (recorded, 0), "nothing is recorded twice"
         with ThreadPoolExecutor(1) as other:
             last = other.submit(ask, client, "the last one", 200)
             while client.get("/v1/auf/load").json()["running"] == 0 and not last.done():

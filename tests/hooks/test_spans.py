@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.harness.client import ChatClient, Reply
 from benchmarks.harness.config import Workload
-from benchmarks.harness.tasks import messages_of
+from benchmarks.harness.sources.prompt import messages_of
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER, Spans
 from tests.reference.acceptance_identities import cut_tokens

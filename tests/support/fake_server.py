@@ -38,7 +38,9 @@ class FakeEngine:
     proxy, which refuses these routes. spec_metrics: it was started with --per-request-spec-decode-metrics. log_stats:
     it was not started with --disable-log-stats. busy: its prefix cache cannot be emptied. extra_tokens: that steps
     without a draft, which it does not count, have added to each answer. thoughts: a parser takes all text out as such.
-    own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage.
+    own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage. target: the path of
+    the model that it says it serves. cached: of the five tokens of each prompt, those that it says its prefix cache
+    had. unrecorded: for each request for a completion, what it said of being recorded.
     """
 
     speculative: bool = True
@@ -64,6 +66,9 @@ class FakeEngine:
     thoughts: bool = False
     own_info: dict[str, Any] | None = None
     counts: bool = True
+    target: str = "/models/toy"
+    cached: int | None = None
+    unrecorded: list[str | None] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     continued: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, Any]] = field(default_factory=list)
@@ -179,7 +184,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.get("/server_info")
     def info() -> dict[str, Any]:
         return engine.own_info or {
-            "model_path": "/models/toy",
+            "model_path": engine.target,
             "speculative_algorithm": engine.algorithm if engine.speculative else None,
             "speculative_draft_model_path": "/drafters/toy" if engine.speculative else None,
             "speculative_num_draft_tokens": engine.block if engine.speculative else None,
@@ -261,8 +266,9 @@ def make_app(engine: FakeEngine) -> FastAPI:
         return JSONResponse(_part(engine, body, tokens, "chat.completion", [choice], usage=True, sglext=True))
 
     @app.post("/v1/completions")
-    async def complete(body: dict[str, Any]) -> Response:
+    async def complete(body: dict[str, Any], request: Request) -> Response:
         engine.continued.append(body)
+        engine.unrecorded.append(request.headers.get("x-sglang-auf-record"))
         if refused := engine.refused(body):
             return JSONResponse({"message": f"extra fields not permitted: {refused}"}, status_code=400)
         tokens = engine.tokens([{"role": "raw", "content": body["prompt"]}], body["max_tokens"])
@@ -275,6 +281,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
 
 
 def ids_of(asked: object) -> list[int]:
+    if isinstance(asked, list) and asked and isinstance(asked[0], int):
+        return asked
     return list(json.dumps(asked).encode())
 
 
@@ -342,6 +350,8 @@ def _part(
         count = len(tokens) + engine.extra_tokens
         given = len(ids_of(body.get("messages", body.get("prompt"))))
         part["usage"] = {"prompt_tokens": given, "completion_tokens": count, "total_tokens": given + count}
+        if engine.cached is not None:
+            part["usage"]["prompt_tokens_details"] = {"cached_tokens": engine.cached}
     if sglext and (extension := engine.sglext(body, tokens)):
         part["sglext"] = extension
     return part

@@ -35,6 +35,14 @@ def test_streamed_and_whole_replies_say_the_same(fake: Callable[..., Any], field
     assert streamed == whole
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("cached", [None, 0, 3])
+def test_what_the_prefix_cache_had_is_kept_where_it_is_said(
+    fake: Callable[..., Any], stream: bool, cached: int | None
+) -> None:
+    assert ask(fake(cached=cached).url, stream).cached_tokens == cached
+
+
 def test_a_plain_reply_has_no_steps(fake: Callable[..., Any]) -> None:
     assert ask(fake(speculative=False).url, stream=False).histogram == []
 

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.harness import tasks
 from benchmarks.harness.sources.hub import HubFile
-from benchmarks.harness.tasks import GROUPS, TASKS, Prompt, read_prompts, resolve, select
+from benchmarks.harness.sources.prompt import NO_GROUP, Prompt, group_of
+from benchmarks.harness.tasks import GROUPS, TASKS, resolve, select
 from sglang_auf.errors import ConfigError, DataError
 
 PAPER = {"gsm8k": 200, "math500": 200, "humaneval": 164, "mbpp": 200, "mt_bench": 80, "alpaca": 200}
@@ -128,34 +129,6 @@ def test_hub_rows_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) 
         select(TASKS["gsm8k"], limit=1)
 
 
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ('{"id": "b", "turns": ["x"]', "no JSON"),
-        ("\xff", "no JSON"),
-        ('["b"]', "no object with a string id"),
-        ('{"turns": ["x"]}', "no object with a string id"),
-        ('{"id": "b"}', "no list of non-empty strings"),
-        ('{"id": "b", "turns": []}', "no list of non-empty strings"),
-        ('{"id": "b", "turns": ["x", 3]}', "no list of non-empty strings"),
-        ('{"id": "b", "turns": [" "]}', "no list of non-empty strings"),
-        ('{"id": "b", "turns": ["x", "\\ud83d"]}', "half a surrogate pair"),
-        ('{"id": "\\ud83d", "turns": ["x"]}', "half a surrogate pair"),
-        ('{"id": "a", "turns": ["x"]}', "'a' for the second time"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, found: str) -> None:
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_bytes(b'{"id": "a", "turns": ["x"]}\n\n' + line.encode("latin-1") + b"\n")
-    with pytest.raises(DataError, match=f"{found}.*line 3"):
-        read_prompts(path, "gsm8k")
-
-
-def test_separators_inside_a_text_do_not_split_its_row(tmp_path: Path) -> None:
-    path = write_lines(tmp_path, '{"id": "a", "turns": ["one\u2028two"]}')
-    assert read_prompts(path, "gsm8k")[0].turns == ("one\u2028two",)
-
-
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gsm8k\.jsonl.*--data-dir"):
         select(TASKS["gsm8k"], tmp_path / "nowhere")
@@ -166,3 +139,39 @@ def test_too_few_rows_are_refused_unless_fewer_are_asked(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"50 prompts.*at least 200.*--limit 50"):
         select(TASKS["gsm8k"], tmp_path)
     assert len(select(TASKS["gsm8k"], tmp_path, limit=50).prompts) == 50
+
+
+DIGESTS = {
+    "sample_gsm8k": "e9997f6530ade5d46a1bb5d2b7127dcb642532d7adcd5d353290490077e309b6",
+    "sample_mt_bench": "c99cfbf535926f857ec026343db25a0edbfe1889ffde532ba4022a628a152700",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_digests_stay_what_they_were(name: str) -> None:
+    """They say which runs may be resumed and which answers compare, those of earlier versions too."""
+    assert select(TASKS[name]).sha256 == DIGESTS[name]
+
+
+def test_the_category_of_mt_bench_is_its_group_where_the_data_has_it(tmp_path: Path) -> None:
+    rows = ['{"id": "a", "turns": ["x"], "category": "writing"}', '{"id": "b", "turns": ["y"]}']
+    write_lines(tmp_path, *rows, name="mt_bench")
+    write_lines(tmp_path, *rows, name="gsm8k")
+    found = {
+        name: {prompt.id: prompt.group for prompt in select(TASKS[name], tmp_path, 2).prompts}
+        for name in ("mt_bench", "gsm8k")
+    }
+    assert found == {"mt_bench": {"a": "writing", "b": None}, "gsm8k": {"a": None, "b": None}}
+
+
+@pytest.mark.parametrize(
+    ("value", "group"),
+    [
+        ("en", "en"), (" two\n words ", "two words"), (3, "3"), (0, "0"), (1.5, "1.5"), (False, "false"),
+        (None, NO_GROUP), ("", NO_GROUP), (" ", NO_GROUP), (["en"], NO_GROUP), ({"a": 1}, NO_GROUP),
+        ("\ud83d", NO_GROUP),
+    ],
+)  # fmt: skip
+def test_texts_numbers_and_truths_are_groups(value: object, group: str) -> None:
+    assert group_of({"language": value}, "language") == group
+    assert group_of({}, "language") == NO_GROUP

@@ -110,6 +110,23 @@ def test_a_report_shows_the_figures_of_the_runs_own_summary(runs: Path, tmp_path
         assert value is None or f" {value:.2f} |" in text
 
 
+def test_what_the_prefix_cache_had_is_shown_beside_tau(
+    fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--tasks", "gsm8k", "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
+    out, page, server = tmp_path / "sweep", tmp_path / "page", fake(cached=2)
+    assert main(["sweep", "--base-url", server.url, "--out", str(out), *asked, "--concurrency", "1"]) == 0
+    heading, _, row = (out / "sweep.md").read_text().splitlines()[2:5]
+    assert heading.endswith("| AUF cached |") and row.endswith("| 40 % |")
+    assert main(["run", "--base-url", server.url, "--out", str(tmp_path / "run"), *asked]) == 0
+    assert "s, 40 % of the prompts' tokens from the prefix cache)" in capsys.readouterr().out
+    assert main(["run", "--base-url", fake().url, "--out", str(tmp_path / "silent"), *asked]) == 0
+    assert "the prefix cache" not in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run"), str(tmp_path / "silent"), "--out", str(page)]) == 0
+    heading, _, run, silent = (page / "report.md").read_text().split("## Tau\n")[1].splitlines()[3:7]
+    assert heading.endswith("| micro | cached |") and run.endswith("| 40 % |") and silent.endswith("| - |")
+
+
 def test_tasks_weigh_equally_in_alpha() -> None:
     """Task a: 1 of 2 steps accepts. Task b, with three times the requests: all do."""
     records = [record("p", [1, 1], "a"), *(record(f"q{i}", [0, 3], "b") for i in range(3))]

@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.records import Record
-from benchmarks.stats.summary import busy_seconds, latency, macro, micro, summarize_task, summarize_tasks, throughput
+from benchmarks.stats.summary import (
+    SHOWN_GROUPS,
+    busy_seconds,
+    cached_share,
+    latency,
+    macro,
+    micro,
+    summarize_groups,
+    summarize_task,
+    summarize_tasks,
+    throughput,
+)
 
 
 def record(prompt_id: str = "a", histogram: tuple[int, ...] = (), tokens: int = 0, **fields: Any) -> Record:
@@ -63,6 +74,43 @@ def test_a_baseline_has_no_tau() -> None:
     records = [record("a", tokens=30)]
     assert macro(summarize_tasks(records).values()).tau is None
     assert micro(records).tau is None
+
+
+def test_a_group_is_read_as_a_task_is() -> None:
+    """Interval from three prompts on; both turns of a conversation are one prompt."""
+    english = [record(str(n), (n % 3, 4), 9, group="en") for n in range(3)]
+    german = [record(f"d{n // 2}", (1, 1), 4, group="de", turn=n % 2) for n in range(4)]
+    found = summarize_groups([*german, *english, record("x", (1,), 2, group=""), record("y", (1,), 2, task="mbpp")])
+    assert list(found) == ["gsm8k"], "the prompts of mbpp are in no groups"
+    groups = found["gsm8k"].groups
+    assert list(groups) == ["en", "de", ""]
+    assert groups["en"] == summarize_task(english)
+    assert groups["en"].tau_interval is not None
+    assert (groups["de"].prompts, groups["de"].requests, groups["de"].completion_tokens) == (2, 4, 16)
+    assert groups["de"].tau_interval is None
+    assert groups[""].prompts == 1
+
+
+def test_of_too_many_groups_the_largest_are_kept_and_the_others_counted() -> None:
+    many = [record(str(n), (1, 1), 4, group=f"customer {n}") for n in range(SHOWN_GROUPS + 5)]
+    large = [record(f"l{n}", (1, 1), 4, group="zzz") for n in range(2)]
+    found = summarize_groups([*many, *large])["gsm8k"]
+    assert next(iter(found.groups)) == "zzz"
+    assert (len(found.groups), found.others, found.others_prompts) == (SHOWN_GROUPS, 6, 6)
+
+
+def test_without_groups_or_verify_steps_there_is_no_table() -> None:
+    assert summarize_groups([SLOW, FAST]) == {}
+    assert summarize_groups([record("a", tokens=30, group="en")]) == {}
+
+
+def test_the_cached_share_is_of_the_prompts_whose_replies_say_it() -> None:
+    told = [record("a", prompt_tokens=90, cached_tokens=30), record("b", prompt_tokens=10, cached_tokens=0)]
+    others = [record("c", prompt_tokens=50), record("d", prompt_tokens=9, cached_tokens=9, error="500")]
+    assert cached_share([*told, *others]) == pytest.approx(0.3)
+    assert throughput([*told, *others], 1).cached_share == summarize_task([*told, *others]).cached_share
+    assert cached_share(others) is None
+    assert cached_share([]) is None
 
 
 def test_throughput_counts_overlapping_time_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.tasks import read_prompts
+from benchmarks.harness.tasks import Task, read_prompts
 from benchmarks.training.given_texts import (
     FORMS,
     HELD_OUT,
@@ -38,7 +38,7 @@ def test_a_text_with_braces_stays_as_it_is() -> None:
 
 def test_no_paragraph_of_the_held_out_prompts_is_in_the_traffic() -> None:
     """A held-out prompt is an instruction and a text, in paragraphs of their own."""
-    held_out = read_prompts(HELD_OUT, HELD_OUT.name)
+    held_out = read_prompts(HELD_OUT, Task(HELD_OUT.name, 24))
     paragraphs = {paragraph for prompt in held_out for paragraph in prompt.text.split("\n\n")}
     assert len(held_out) == 24
     assert len(paragraphs) > 12

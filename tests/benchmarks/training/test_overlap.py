@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.harness.tasks import SAMPLE_FILE, Prompt
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import SAMPLE_FILE
 from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap, training_prompts
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four

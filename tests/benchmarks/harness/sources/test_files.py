@@ -14,7 +14,8 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.harness.records import read_records
 from benchmarks.harness.sources.files import select_from_files, turns_of
-from benchmarks.harness.tasks import TASKS, Prompt
+from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.tasks import TASKS
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.rows import BadRow
 
@@ -225,6 +226,53 @@ def test_raw_and_rendered_are_other_questions(tmp_path: Path) -> None:
     assert chat.sha256 != raw.sha256
 
 
+# Groups
+
+GROUPED: list[dict[str, Any]] = [
+    {"id": "a", "turns": ["How?"], "language": "en"},
+    {"id": "b", "turns": ["Wie?"], "language": "de"},
+    {"id": "c", "turns": ["?"]},
+    {"id": "d", "turns": ["!"], "language": ["en", "de"]},
+]
+
+
+def test_a_field_of_the_row_is_its_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "mine.jsonl", *GROUPED)
+    (chosen,) = select_from_files([path], group_by="language")
+    assert {prompt.id: prompt.group for prompt in chosen.prompts} == {"a": "en", "b": "de", "c": "", "d": ""}
+    assert chosen.file is not None
+    assert chosen.file.without_group == ["mine.jsonl:3", "mine.jsonl:4"]
+    assert "no 'language' in mine.jsonl:3, mine.jsonl:4" in caplog.text
+
+
+def test_groups_change_no_digest(tmp_path: Path) -> None:
+    """The literal is what the version before groups made of these rows."""
+    rows = [
+        {"id": "a", "turns": ["How?"], "language": "en"},
+        {"id": "b", "messages": [{"role": "system", "content": "s"}, user("u")], "tools": [TOOL]},
+        {"id": "c", "prompt": "x", "prompt_ids": [1, 2], "language": 3},
+    ]
+    path = write(tmp_path / "mine.jsonl", *rows)
+    (plain,), (groups,) = select_from_files([path]), select_from_files([path], group_by="language")
+    assert plain.sha256 == groups.sha256 == "81eee6184cdb50a98cc0f3a1fba2d3cce60eb3c3319983b5b1980045179b0a93"
+
+
+def test_of_the_rows_that_are_asked_those_without_a_group_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", *GROUPED)
+    (chosen,) = select_from_files([path], group_by="language", limit=2)
+    assert chosen.file is not None
+    named = {f"mine.jsonl:{'abcd'.index(prompt.id) + 1}" for prompt in chosen.prompts if prompt.group == ""}
+    assert set(chosen.file.without_group) == named
+
+
+def test_a_field_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path, other = write(tmp_path / "mine.jsonl", *GROUPED), write(tmp_path / "other.jsonl", {"turns": ["x"]})
+    with pytest.raises(DataError, match=r"--group-by langauge.*mine\.jsonl.*check its name"):
+        select_from_files([path], group_by="langauge")
+    _, without = select_from_files([path, other], group_by="language")
+    assert without.file is not None and without.file.without_group == ["other.jsonl:1"]
+
+
 # Whole runs
 
 BROKEN_PROMPT = "mine.jsonl:{}: a prompt that is neither a text nor a list of messages"
@@ -251,7 +299,8 @@ def test_ten_rows_of_each_form_are_a_task_of_their_own(fake: Start, tmp_path: Pa
         assert summary["tasks"][file.name]["requests"] == 10
         assert summary["macro"]["tau"] == summary["tasks"][file.name]["tau"] > 1
         origin = manifest["tasks"][file.name]["file"]
-        assert origin == {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rows": 10, "broken": []}
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert origin == {"sha256": digest, "rows": 10, "broken": [], "without_group": []}
     assert set(server.asked()) == {f"{form}-{n}" for form in range(4) for n in range(10)}
     with_context = [body["messages"] for body in server.engine.requests if len(body["messages"]) == 4]
     assert len(with_context) == 10

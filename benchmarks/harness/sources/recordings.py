@@ -1,0 +1,122 @@
+"""Recordings of real traffic (sglang_auf/recording) as prompts: rows of token ids, which are sent as they are.
+
+Token ids mean something to one target and its tokenizer alone, so a recording of another one is refused where the files
+of the server's target can be looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.sources.prompt import TokenIds
+from benchmarks.harness.tasks import Selection
+from sglang_auf.checkpoints.target_facts import TargetFacts
+from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.files import HUB_ID, is_held
+from sglang_auf.recording.manifest import is_readable_recording, read_manifest, require_target
+from sglang_auf.recording.ring import LOCK
+from sglang_auf.training.data.chats import FORMS, SYSTEM
+from sglang_auf.training.data.rows import BadRow
+
+logger = logging.getLogger(__name__)
+
+CONVERSATION = {"instruction", *(name for form in FORMS for name in form)}
+"""Fields whose conversation is asked, also where a row has token ids beside it."""
+TEMPLATE = ("tools", "chat_template_kwargs", *SYSTEM)
+
+
+def ids_of(fields: Mapping[str, Any]) -> TokenIds | None:
+    """The `prompt_ids` of a row that has no conversation; None for any other row. Raises BadRow."""
+    given = {name.lower(): value for name, value in fields.items() if value not in (None, "", [], {})}
+    if "prompt_ids" not in given or given.keys() & CONVERSATION:
+        return None
+    for name in TEMPLATE:
+        if name in given:
+            raise BadRow(f"a field {name!r} beside prompt_ids, which no chat template renders")
+    ids = given["prompt_ids"]
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise BadRow("prompt_ids that are no list of token ids")
+    return TokenIds(ids)
+
+
+def recording_of(path: Path) -> Path | None:
+    """The directory of the recording that a path is, or that a file lies in. Raises DataError."""
+    directory = path if path.is_dir() else path.parent
+    if not is_readable_recording(directory):
+        return None
+    if is_held(directory / LOCK):
+        logger.warning(
+            "%s: a server records into it now, so that its rows change: to resume this run, ask a copy", directory
+        )
+    return directory
+
+
+def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Selection]) -> list[str]:
+    """Look at prompts of token ids before the server is asked. Returns what could not be checked.
+
+    Raises DataError for a recording of another target and for ids outside the vocabulary, ConfigError for an option
+    that needs chats.
+    """
+    replayed = [chosen for chosen in selections if chosen.token_ids]
+    if not replayed:
+        return []
+    if config.record_steps:
+        raise ConfigError(
+            "--record-steps, and --prompts of token ids",
+            "chats, whose streams say which tokens were drafted",
+            "leave --record-steps out",
+        )
+    target = _target_files(server)
+    if target is not None:
+        require_target((chosen.recording for chosen in replayed if chosen.recording), target)
+        _require_known(replayed, TargetFacts.of(target))
+        return []
+    for chosen in replayed:
+        if chosen.recording is not None:
+            _require_name(chosen.recording, server)
+    return [
+        f"the files of {server.target or server.model} are not on this machine: whether the token ids of "
+        f"{', '.join(chosen.task.name for chosen in replayed)} are its own was not checked"
+    ]
+
+
+def _target_files(server: ServerFacts) -> Path | None:
+    """The directory of the server's target, where this machine has one. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    if server.target is None:
+        return None
+    directory = Path(server.target)
+    if HUB_ID.fullmatch(server.target) and not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(server.target, revision=server.revision, local_files_only=True))
+        except (OSError, ValueError):  # what the hub's client raises where its cache has no such model
+            return None
+    return directory if (directory / "config.json").is_file() else None
+
+
+def _require_name(recording: Path, server: ServerFacts) -> None:
+    """By name alone: of two repositories of the hub the ids are not the same."""
+    recorded = read_manifest(recording, DataError).target_hub_id
+    if recorded and server.target and HUB_ID.fullmatch(server.target) and recorded != server.target:
+        raise DataError(
+            f"{recording} is a recording of {recorded}",
+            f"a recording of {server.target}, which the server serves",
+            "give another directory, or ask a server of its target",
+        )
+
+
+def _require_known(replayed: Iterable[Selection], facts: TargetFacts) -> None:
+    for chosen in replayed:
+        for prompt in chosen.prompts:
+            if isinstance(prompt.continued, TokenIds) and max(prompt.continued) >= facts.vocab_size:
+                raise DataError(
+                    f"token id {max(prompt.continued)} in row {prompt.id} of {chosen.origin}",
+                    f"ids below {facts.vocab_size}, the vocabulary of {facts.name}",
+                    "ask a server of the target that the ids are of",
+                )
