@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
@@ -53,10 +52,10 @@ from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
 from sglang_auf.training.recipe import Recipe, differences, parse_recipe
 from sglang_auf.training.runtime import (
+    accelerated,
     check_launch,
     give_back_free_memory,
     limit_compiled_products,
-    make_accelerator,
     require_same_rows,
     stop_signals,
 )
@@ -79,12 +78,12 @@ class Outcome:
 def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
     """Train in directory `out`, and go on from its last checkpoint if it has one. fresh: start over.
 
-    Raises the errors of errors.py. Complete checkpoints stay, whatever happens.
+    Raises the errors of errors.py. Complete checkpoints stay, whatever happens. After an error one rank of several must
+    end its process (runtime.accelerated).
     """
     limit_compiled_products()
     try:
-        accelerator = make_accelerator(recipe, out)
-        try:
+        with accelerated(recipe, out) as accelerator:
             check_launch(recipe, accelerator)
             target = find_target(recipe.target, recipe.target_revision)
             run_directory.check_sources(out, recipe.data.sources, target, fresh)
@@ -93,9 +92,6 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
                     run_directory.copy_recordings(out, recipe.data.sources)
                 accelerator.wait_for_everyone()
                 return Trainer(recipe, out, accelerator).run()
-        finally:
-            accelerator.end_training()
-            AcceleratorState._reset_state(True)  # another run in this process may have another precision
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -134,6 +135,26 @@ def train_in_fork(
         Path(f"{out}.error-{os.environ['RANK']}").write_text(error.found)
         raise
     Path(f"{out}.signal").write_text(str(outcome.signal))
+
+
+def command_in_fork(arguments: list[str], out: str) -> None:
+    """`sglang-auf ARGUMENTS`, as one rank. stderr goes to OUT.stderr-RANK.
+
+    OUT.returned-RANK has the exit code where the command returns, so that Python would end the process.
+    OUT.destroyed-RANK is made where the process group is destroyed.
+    """
+    from sglang_auf.cli import main
+
+    rank, destroy = os.environ["RANK"], torch.distributed.destroy_process_group
+
+    def noted(*groups: Any) -> None:
+        Path(f"{out}.destroyed-{rank}").touch()
+        destroy(*groups)
+
+    torch.distributed.destroy_process_group = noted
+    with Path(f"{out}.stderr-{rank}").open("w") as stderr, contextlib.redirect_stderr(stderr):
+        code = main(arguments)
+    Path(f"{out}.returned-{rank}").write_text(str(code))
 
 
 def adapt_in_fork(arguments: list[str], kill_at: int | None = None, term_at: int | None = None) -> None:

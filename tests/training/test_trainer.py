@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 Forks = Callable[..., list[int]]
 TRAIN = "tests.support.training_runs:train_in_fork"
+COMMAND = "tests.support.training_runs:command_in_fork"
 STEPS = 6
 DOMINO: dict[str, Any] = {
     "drafter": {"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4},
@@ -320,6 +321,29 @@ def test_a_rank_that_dies_ends_the_other_one_and_the_run_goes_on(
     assert max(Checkpoints(tmp_path / "run", 1).steps()) == 2
     assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
     assert_same_losses(tmp_path / "run", unbroken["dflash"])
+
+
+def test_a_rank_with_an_error_ends_at_once_and_waits_for_no_other(
+    models: tuple[str, str], in_fork: Forks, tmp_path: Path
+) -> None:
+    """The first rank alone opens the run's directory; the other one waits for it, and the launcher would end it."""
+    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tiny_recipe(*models).model_dump(mode="json")))
+    out.mkdir()
+    (out / "notes.txt").write_text("a user's")
+    arguments = ["train", str(recipe), "--out", str(out)]
+    assert in_fork(COMMAND, ranks=2, arguments=arguments, out=str(out)) == [2, 1]
+    said = [Path(f"{out}.stderr-{rank}").read_text() for rank in (0, 1)]
+    assert f"sglang-auf train: found: {out} holds no run, but notes.txt; expected: " in said[0]
+    assert "Traceback" in said[1], "gloo notices that the first rank is gone; NCCL does not"
+    assert not list(tmp_path.glob("run.returned-*"))
+    assert not list(tmp_path.glob("run.destroyed-*"))
+
+    (out / "notes.txt").unlink()
+    assert in_fork(COMMAND, ranks=2, arguments=arguments, out=str(out)) == [0, 0]
+    assert sorted(path.name for path in tmp_path.glob("run.*ed-*")) == [
+        *("run.destroyed-0", "run.destroyed-1", "run.returned-0", "run.returned-1")
+    ]
 
 
 # --- what a run leaves ---
