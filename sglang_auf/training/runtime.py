@@ -102,13 +102,15 @@ def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list, so that the run can save and end between two steps.
 
-    A second signal of the same kind ends the process at once.
+    Further SIGTERMs change nothing: launchers and service managers send several, and the checkpoint is not saved yet. A
+    second SIGINT, which a human sends, ends the process at once.
     """
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
         caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield caught
