@@ -33,7 +33,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.files import CONFIG, UNFINISHED, WEIGHTS, read_json, remove_unfinished, sync, whole_directory
+from sglang_auf.files import (
+    CONFIG,
+    UNFINISHED,
+    WEIGHTS,
+    read_json,
+    remove_unfinished,
+    shown_size,
+    sync,
+    whole_directory,
+)
 from sglang_auf.settings import checked
 from sglang_auf.training.data.conversations import Apart
 
@@ -100,6 +109,21 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
+    def require_space(self, size: int, steps: int) -> None:
+        """Raises TrainingError where no space is free for the checkpoints, `size` bytes each, that are still to come.
+
+        steps: those left; none saves more than one. What other programs write meanwhile cannot be known.
+        """
+        coming = max(0, min(most_at_once(self.keep_last) - len(self.steps()), steps))
+        free = shutil.disk_usage(self.run).free
+        if coming * size > free:
+            raise TrainingError(
+                f"{shown_size(free)} free at {self.run}",
+                f"{shown_size(coming * size)} for {coming} more checkpoints of {shown_size(size)} each: a run keeps "
+                f"the last {self.keep_last} (keep_last) and the best one, and has all of these while it writes another",
+                "free space, give an --out on a larger disk, or keep fewer with --set keep_last=1",
+            )
+
     def latest(self) -> Path | None:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
@@ -157,6 +181,11 @@ class Checkpoints:
             "free space and run the same command again: "
             + (f"it goes on from {kept.name}, which is complete" if kept else "it starts from the beginning"),
         )
+
+
+def most_at_once(keep_last: int) -> int:
+    """Checkpoints on disk at most: the last ones, the best one, and the one that is being written."""
+    return keep_last + 2
 
 
 def read_state(checkpoint: Path) -> RunState:

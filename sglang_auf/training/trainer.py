@@ -49,8 +49,8 @@ from sglang_auf.training.evaluate import HeldOutAnswers
 from sglang_auf.training.initial_weights import chosen, initial_drafter, shape_of
 from sglang_auf.training.logger import MetricLogger, training_figures
 from sglang_auf.training.losses.step import TrainingStep
-from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
-from sglang_auf.training.recipe import Recipe, differences, parse_recipe
+from sglang_auf.training.optimiser import checkpoint_bytes, make_optimisers, schedule, set_learning_rate
+from sglang_auf.training.recipe import Recipe
 from sglang_auf.training.runtime import (
     accelerated,
     check_launch,
@@ -124,11 +124,14 @@ class Trainer:
                 *(self.config.mask_token_id, count),
             )
         self.plan = Plan(self.data.train, recipe)
+        drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
+        if accelerator.is_main_process:
+            done = self.saved.step if self.saved else 0
+            self.checkpoints.require_space(checkpoint_bytes(drafter, recipe.optimiser), self.plan.steps - done)
         self.batches = BatchMaker(recipe, target, accelerator.device)
         self.batches.require([*self.data.train, *self.data.held_out])
         self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
 
-        drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
         drafter.recompute = recipe.batch.recompute
         frozen = self.batches.target
         step = TrainingStep(drafter, frozen.embedding, frozen.head, recipe.objective)
@@ -167,6 +170,7 @@ class Trainer:
             return self._outcome(None)
         self.metrics = MetricLogger(self.out, self.accelerator, start, steps)
         self.stream = self.batches.stream(self._wanted(start))
+        self.saved_at = time.monotonic()
         try:
             with stop_signals() as caught, closing(self.stream):
                 for index in range(start, steps):
@@ -224,8 +228,8 @@ class Trainer:
             self.metrics.log_training(step, objective.name_at(progress), values)
             give_back_free_memory()
         better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
-        stopped = 0 if step == steps else self._agreed(caught)
-        if better or stopped or step % recipe.save_every == 0 or step == steps:
+        stopped, late = (0, False) if step == steps else self._agreed(caught)
+        if better or stopped or late or step % recipe.save_every == 0 or step == steps:
             self._save()
         return stopped
 
@@ -276,18 +280,24 @@ class Trainer:
         step.to(self.accelerator.device)
         return step
 
-    def _agreed(self, caught: list[int]) -> int:
-        """The signal that any rank has caught, or 0, so that all ranks stop after the same step."""
-        mine = max(caught, default=0)
-        if self.ranks == 1:
-            return mine
-        return int(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max())
+    def _agreed(self, caught: list[int]) -> tuple[int, bool]:
+        """The signal that any rank has caught, or 0, and whether the last checkpoint is too old by the clock of any.
+
+        So all ranks stop and save after the same step.
+        """
+        signal = max(caught, default=0)
+        late = time.monotonic() - self.saved_at >= 60 * self.recipe.save_minutes
+        if self.ranks > 1:
+            mine = torch.tensor([[signal, late]], device=self.accelerator.device)
+            signal, late = self.accelerator.gather(mine).amax(0).tolist()
+        return signal, bool(late)
 
     def _save(self) -> None:
         weights, optimiser = gather(self.model, self.optimisers)
         if self.accelerator.is_main_process:
             self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
         self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
 
     def _saved(self) -> RunState | None:
         """The state of the last checkpoint, if there is one."""
@@ -305,7 +315,7 @@ class Trainer:
         state = self.saved
         if state is None:
             return
-        self._refuse_other_run(state)
+        run_directory.require_same_run(self.out, self.state, state)
         if state.ranks != self.ranks:
             logger.warning("saved by %d ranks, resumed by %d: rounding will differ", state.ranks, self.ranks)
         saved: tuple[Tensors, Tensors] = {}, {}
@@ -316,19 +326,6 @@ class Trainer:
         restore(self.model, self.optimisers, *saved, self.ranks)
         self.state = state.model_copy(update={"recipe": self.state.recipe, "ranks": self.ranks})
         logger.info("resumed %s after step %d", self.out, state.step)
-
-    def _refuse_other_run(self, state: RunState) -> None:
-        different = differences(self.recipe, parse_recipe(state.recipe, f"of {self.out}"))
-        for name in ("data_sha256", "target_config_hash", "target_weights"):
-            here, there = getattr(self.state, name), getattr(state, name)
-            if there not in (here, None):
-                different.append(f"{name}: {here} here, {there} there")
-        if different:
-            raise TrainingError(
-                f"the checkpoint in {self.out} belongs to another run ({'; '.join(different)})",
-                "the recipe, data and target it was saved with",
-                "use those, give another --out, or start over with --fresh",
-            )
 
     def _outcome(self, stopped: int | None) -> Outcome:
         state = self.state

@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,14 @@ def train_in_fork(
     kill_at: int | None = None,
     term_at: int | None = None,
     kill_last_at: int | None = None,
+    slow_last: bool = False,
     environment: dict[str, str] | None = None,
 ) -> None:
     """Train; die at the kill_at-th event (a file or name brought to the disk, a rename, a backward pass).
 
-    term_at, kill_last_at: SIGTERM or SIGKILL before that event, on the last rank only. environment: is added to the
-    process's. The signal that ended the run goes to OUT.signal, what a rank finds wrong to OUT.error-RANK.
+    term_at, kill_last_at: SIGTERM or SIGKILL before that event, on the last rank only. slow_last: the clock of the last
+    rank is slower by a factor of a million. environment: is added to the process's. The signal that ended the run goes
+    to OUT.signal, what a rank finds wrong to OUT.error-RANK.
     """
     if environment:
         os.environ |= environment
@@ -129,6 +132,9 @@ def train_in_fork(
     from sglang_auf.training.trainer import train
 
     count_events(kill_at, term_at, kill_last_at)
+    if slow_last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        clock = time.monotonic
+        time.monotonic = lambda: clock() / 1e6
     try:
         outcome = train(parse_recipe(recipe, "of a test"), Path(out))
     except AufError as error:

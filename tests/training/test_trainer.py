@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,11 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert ours == theirs
 
 
+def stopping_after(step: int) -> Callable[[Trainer, list[int]], tuple[int, bool]]:
+    """In place of Trainer._agreed: as if SIGTERM had been caught in this step."""
+    return lambda self, caught: (signal.SIGTERM if self.state.step == step else 0, False)
+
+
 # --- resume ---
 
 
@@ -137,6 +143,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert signal.getsignal(signal.SIGTERM) is before
     outcome = train(recipe, out)
     assert (outcome.step, outcome.signal) == (STEPS, None)
+    assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
+
+
+def test_a_checkpoint_is_saved_by_the_clock_and_changes_nothing(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, save_every=9, save_minutes=1e-6, keep_last=9), out)
+    assert Checkpoints(out, 9).steps() == list(range(1, STEPS + 1))
+    for step in Checkpoints(out, 9).steps()[3:]:
+        shutil.rmtree(Checkpoints(out, 9).path(step))
+    train(tiny_recipe(*models), out)
     assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
 
 
@@ -227,7 +245,7 @@ def test_how_often_is_logged_may_change(
     models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == 3 else 0)
+        patch.setattr(Trainer, "_agreed", stopping_after(3))
         train(tiny_recipe(*models, save_every=3, evaluate_every=6, log_every=2), tmp_path / "run")
     train(tiny_recipe(*models), tmp_path / "run")
     assert same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken["dflash"], STEPS))
@@ -321,6 +339,16 @@ def test_a_rank_that_dies_ends_the_other_one_and_the_run_goes_on(
     assert max(Checkpoints(tmp_path / "run", 1).steps()) == 2
     assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
     assert_same_losses(tmp_path / "run", unbroken["dflash"])
+
+
+def test_all_ranks_save_where_the_clock_of_one_says_so(
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the clock of the last rank no checkpoint is ever too old."""
+    recipe = tiny_recipe(*models, save_every=9, evaluate_every=9, save_minutes=1e-6, keep_last=9)
+    job = {"recipe": recipe.model_dump(mode="json"), "out": str(tmp_path / "run"), "slow_last": True}
+    assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
+    assert Checkpoints(tmp_path / "run", 9).steps() == list(range(1, STEPS + 1))
 
 
 def test_a_rank_with_an_error_ends_at_once_and_waits_for_no_other(
@@ -473,7 +501,7 @@ def test_a_curriculum_resumed_changes_where_the_unbroken_one_does(
     """Stopped inside an objective, and exactly between two."""
     recipe, out = tiny_recipe(*models, objective=CURRICULUM, save_every=1, keep_last=STEPS), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == stop else 0)
+        patch.setattr(Trainer, "_agreed", stopping_after(stop))
         assert train(recipe, out).step == stop
     assert train(recipe, out).step == STEPS
     assert_same_run(out, unbroken_curriculum)
@@ -521,6 +549,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_conversat
     assert saved == list(range(1, step))
     for each in saved:
         assert all(tensor.isfinite().all() for tensor in weights_at(tmp_path / "run", each).values())
+
+
+def test_a_disk_that_the_checkpoints_do_not_fit_is_refused_before_the_first_step(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps save two checkpoints; six would have four at once: the last two, the best one and a new one."""
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, schedule={"max_steps": 1}), out)
+    files = [file for file in (out / "best").resolve().rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+    free = 0
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free))
+    for steps, fits in ((2, 2), (6, 4)):
+        recipe = tiny_recipe(*models, schedule={"max_steps": steps}, save_every=1, evaluate_every=1)
+        free = fits * size - size // 10
+        with pytest.raises(TrainingError) as caught:
+            train(recipe, tmp_path / str(steps))
+        assert f"{fits} more checkpoints of {size / 1e6:.1f}" in caught.value.expected
+        assert "keep_last=1" in caught.value.remedy
+        assert not Checkpoints(tmp_path / str(steps), 2).steps()
+        free = fits * size
+        train(recipe, tmp_path / str(steps))
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
@@ -588,7 +638,7 @@ def test_recomputing_changes_no_bit_and_may_be_changed_in_a_run(
     passes = []
     for recompute, until in ((True, 3), (False, STEPS)):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_agreed", lambda self, caught, until=until: int(self.state.step == until) * 15)
+            patch.setattr(Trainer, "_agreed", stopping_after(until))
             train(changed(recipe, batch={"recompute": recompute}), tmp_path / "run")
         passes.append(sum(layers))
         layers.clear()
@@ -704,7 +754,7 @@ def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
 def test_the_command_reports_a_signal(
     models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "_agreed", stopping_after(1))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tiny_recipe(*models).model_dump(mode="json")))
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
