@@ -230,12 +230,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.data:
         recipe = recipe.with_sources(options.data)
     outcome = train(recipe, options.out, fresh=options.fresh)
-    if outcome.signal:
-        print(f"stopped after step {outcome.step} of {outcome.steps}; the same command goes on from there")
-        return 128 + outcome.signal
-    best = "" if outcome.best_tau is None else f"; best held-out tau {outcome.best_tau:.3f} at step {outcome.best_step}"
-    print(f"{outcome.run}: {outcome.steps} steps{best}")
-    return 0
+    print(outcome)
+    return outcome.exit_code
 
 
 def _adapt(options: argparse.Namespace) -> int:

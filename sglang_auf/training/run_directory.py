@@ -161,7 +161,10 @@ def require_same_run(directory: Path, ours: RunState, theirs: RunState) -> None:
 
 
 def forget_after(directory: Path, step: int) -> None:
-    """Drop the metrics of steps after `step`: no checkpoint holds these steps, so they will be trained again."""
+    """Drop the metrics of steps after `step`: no checkpoint holds these steps, so they will be trained again.
+
+    Without a checkpoint (step 0) the start is evaluated again too.
+    """
     file = directory / METRICS
     if not file.is_file():
         return
@@ -171,7 +174,7 @@ def forget_after(directory: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # cut short when the process was killed
             continue
-        if row["step"] <= step:
+        if 0 < step >= row["step"]:
             kept.append(line + "\n")
     write_whole(file, "".join(kept))
 

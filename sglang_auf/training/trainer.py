@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import (
     Checkpoints,
+    Outcome,
     RunState,
     Tensors,
     gather,
     gather_weights,
+    no_better_than_start,
     read_state,
     read_tensors,
     restore,
@@ -61,18 +63,6 @@ from sglang_auf.training.runtime import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended. signal: the signal that stopped it before its last step, None when it is finished."""
-
-    run: Path
-    step: int
-    steps: int
-    best_step: int | None
-    best_tau: float | None
-    signal: int | None
 
 
 def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
@@ -172,6 +162,10 @@ class Trainer:
         self.stream = self.batches.stream(self._wanted(start))
         self.saved_at = time.monotonic()
         try:
+            if start == 0 and self.recipe.drafter.init_from and self.recipe.evaluate_every:
+                figures = self._figures()
+                self.state = self.state.model_copy(update={"start_tau": figures["tau"]})
+                self.metrics.log_evaluation(0, figures, False)
             with stop_signals() as caught, closing(self.stream):
                 for index in range(start, steps):
                     stopped = self._advance(index, caught)
@@ -227,7 +221,8 @@ class Trainer:
             values = {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures}
             self.metrics.log_training(step, objective.name_at(progress), values)
             give_back_free_memory()
-        better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
+        due = step == steps or (recipe.evaluate_every is not None and step % recipe.evaluate_every == 0)
+        better = due and self._evaluate()
         stopped, late = (0, False) if step == steps else self._agreed(caught)
         if better or stopped or late or step % recipe.save_every == 0 or step == steps:
             self._save()
@@ -252,12 +247,17 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         return norm
 
-    def _evaluate(self) -> bool:
-        """Evaluate the present weights on the main process. Returns whether tau is the best so far."""
+    def _figures(self) -> dict[str, float | None]:
+        """What the present weights do on held-out answers, found by the main process."""
         step = self._unsharded_step()
         found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
         broadcast_object_list(found)
-        figures = found[0]
+        figures: dict[str, float | None] = found[0]
+        return figures
+
+    def _evaluate(self) -> bool:
+        """Evaluate the present weights. Returns whether tau is the best so far."""
+        figures = self._figures()
         tau, best = figures["tau"], self.state.best_tau
         better = tau is not None and (best is None or tau > best)
         update: dict[str, Any] = {"evaluation": figures}
@@ -328,5 +328,7 @@ class Trainer:
         logger.info("resumed %s after step %d", self.out, state.step)
 
     def _outcome(self, stopped: int | None) -> Outcome:
-        state = self.state
-        return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
+        state, steps = self.state, self.plan.steps
+        if stopped is None and (fault := no_better_than_start(state.best_tau, state.start_tau)):
+            logger.warning("%s: %s", self.out, fault)
+        return Outcome(self.out, state.step, steps, state.best_step, state.best_tau, state.start_tau, stopped)

@@ -456,6 +456,39 @@ def test_arms_see_the_same_batches_and_anchors(models: tuple[str, str], tmp_path
     assert counts[0] == counts[1]
 
 
+def test_a_run_from_a_drafter_is_compared_with_it(
+    models: tuple[str, str],
+    unbroken: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A learning rate that breaks the drafter; and the start is evaluated once, however often the run is stopped."""
+    good, out = unbroken["dflash"] / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "run"
+    recipe = tiny_recipe(*models, drafter={"init_from": str(good)}, optimiser={"lr": 0.9})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, out)  # before it has a checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_agreed", stopping_after(4))
+        assert train(recipe, out).signal == signal.SIGTERM
+    assert "no better" not in caplog.text
+    outcome = train(recipe, out)
+    held_out = {row["step"]: row for row in metrics(out) if row["kind"] == "held_out"}
+    assert [row["step"] for row in metrics(out) if row["kind"] == "held_out"] == [0, 3, 6]
+    (expected,) = [row for row in metrics(unbroken["dflash"]) if row["kind"] == "held_out" and row["step"] == STEPS]
+    assert held_out[0] == {**expected, "step": 0}
+    assert outcome.start_tau == expected["tau"] >= outcome.best_tau > 0
+    told = f"held-out tau {outcome.best_tau:.4f}, no better than {outcome.start_tau:.4f} of the drafter that training"
+    assert told in caplog.text
+    assert str(outcome).endswith(f"at step {outcome.best_step}; {outcome.start_tau:.3f} before the first step")
+    weights = weights_at(out, STEPS)
+    train(changed(recipe, evaluate_every=None), tmp_path / "without")
+    assert same_weights(weights, weights_at(tmp_path / "without", STEPS))
+    assert [row["step"] for row in metrics(tmp_path / "without") if row["kind"] == "held_out"] == [STEPS]
+
+
 # --- curricula ---
 
 CURRICULUM: dict[str, Any] = {
