@@ -5,31 +5,44 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sglang_auf import __version__
-from sglang_auf.errors import AufError, ConfigError
-from sglang_auf.process import end_on_sigterm
+from sglang_auf.errors import AufError, ConfigError, DataError
+from sglang_auf.process import end_at_once, end_on_sigterm, is_one_of_several_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 with one message on stderr for a mistake that the user can fix, 128 + N after signal N."""
+    """Exit code: 0, 2 with one message on stderr for a mistake that the user can fix, 128 + N after signal N.
+
+    One rank of several that train does not return after an error: it ends, so that what launched it ends the others.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     end_on_sigterm(trains=arguments[:1] == ["train"])
     options = _parser(*arguments[:1]).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("httpx", "openai"):  # they log a line for every request, or for every repeated one
         logging.getLogger(library).setLevel(logging.WARNING)
+    ends = options.command == "train" and is_one_of_several_ranks()
     try:
         code: int = options.run(options)
         return code
     except AufError as error:
         print(f"sglang-auf {options.command}: {error}", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    except Exception:
+        if not ends:
+            raise
+        traceback.print_exc()
+        code = 1
+    if ends:
+        end_at_once(code)
+    return code
 
 
 def _parser(command: str = "") -> argparse.ArgumentParser:
@@ -203,12 +216,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.data:
         recipe = recipe.with_sources(options.data)
     outcome = train(recipe, options.out, fresh=options.fresh)
-    if outcome.signal:
-        print(f"stopped after step {outcome.step} of {outcome.steps}; the same command goes on from there")
-        return 128 + outcome.signal
-    best = "" if outcome.best_tau is None else f"; best held-out tau {outcome.best_tau:.3f} at step {outcome.best_step}"
-    print(f"{outcome.run}: {outcome.steps} steps{best}")
-    return 0
+    print(outcome)
+    return outcome.exit_code
 
 
 def _adapt(options: argparse.Namespace) -> int:

@@ -205,6 +205,11 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
+def shown_size(count: float) -> str:
+    """Bytes in GB or MB (10^9 and 10^6), as messages show them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"
+
+
 def is_held(path: Path) -> bool:
     """Whether somebody holds the lock file `path`. Raises OSError where it cannot be read."""
     try:

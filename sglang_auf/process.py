@@ -43,9 +43,21 @@ def end_on_sigterm(*, trains: bool = False) -> None:
     that trains is left alone where it is one rank of several: a handler waits for Python, and a rank that waits for
     others may wait for ever. Other programs get a handler whatever a platform says of ranks.
     """
-    if not trains or os.environ.get("WORLD_SIZE", "") in ("", "1"):
+    if not trains or not is_one_of_several_ranks():
         signal.signal(signal.SIGTERM, _end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # begin_server keeps it back
+
+
+def is_one_of_several_ranks() -> bool:
+    """Whether a launcher, such as torchrun, says so. Some platforms say it of every program."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process without what Python does at an end, which may wait for ever: for threads, for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

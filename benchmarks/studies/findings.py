@@ -224,5 +224,5 @@ def _accuracy(results: Results, arm: str, seed: int) -> float:
 
 def exported_figures(training: dict[str, Any]) -> dict[str, Any]:
     """The held-out figures of the checkpoint that `export` takes: the first one with the best tau."""
-    held_out = [row for row in training["metrics"] if row["kind"] == "held_out"]
+    held_out = [row for row in training["metrics"] if row["kind"] == "held_out" and row["step"]]  # 0: not trained yet
     return max(held_out, key=lambda row: row["tau"] or 0.0)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sglang_auf.errors import TrainingError
-from sglang_auf.files import CONFIG, UNFINISHED, WEIGHTS, read_json, remove_unfinished, sync, whole_directory
+from sglang_auf.files import (
+    CONFIG,
+    UNFINISHED,
+    WEIGHTS,
+    read_json,
+    remove_unfinished,
+    shown_size,
+    sync,
+    whole_directory,
+)
 from sglang_auf.settings import checked
 from sglang_auf.training.data.conversations import Apart
 
@@ -58,7 +68,7 @@ class RunState(BaseModel):
     made): what the weights depend on. target_revision, chat_template_hash: as TargetFacts had them at the first start.
     ranks: number of processes. tokens: tokens trained on so far, prompts included. seconds: time spent in steps.
     evaluation: held-out figures at this step, if any. best_step, best_tau: step and tau of the best evaluation so far.
-    apart: as for split_held_out.
+    start_tau: tau of the drafter that training began from, where that was evaluated. apart: as for split_held_out.
 
     A run that an earlier version began has no target_weights, nothing is known of its revision and template, and it
     keeps the rows that it trains on.
@@ -82,6 +92,36 @@ class RunState(BaseModel):
     evaluation: dict[str, Any] | None = None
     best_step: int | None = None
     best_tau: float | None = None
+    start_tau: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. best_step, best_tau, start_tau: as in RunState.
+
+    signal: what stopped it before its last step, None where it is finished.
+    """
+
+    run: Path
+    step: int
+    steps: int
+    best_step: int | None
+    best_tau: float | None
+    start_tau: float | None
+    signal: int | None
+
+    @property
+    def exit_code(self) -> int:
+        """0: finished. 128 + N: stopped by signal N."""
+        return 128 + self.signal if self.signal else 0
+
+    def __str__(self) -> str:
+        """What the user reads."""
+        if self.signal:
+            return f"stopped after step {self.step} of {self.steps}; the same command goes on from there"
+        best = "" if self.best_tau is None else f"; best held-out tau {self.best_tau:.3f} at step {self.best_step}"
+        start = "" if self.start_tau is None else f"; {self.start_tau:.3f} before the first step"
+        return f"{self.run}: {self.steps} steps{best}{start}"
 
 
 class Checkpoints:
@@ -99,6 +139,21 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
+
+    def require_space(self, size: int, steps: int) -> None:
+        """Raises TrainingError where no space is free for the checkpoints, `size` bytes each, that are still to come.
+
+        steps: those left; none saves more than one. What other programs write meanwhile cannot be known.
+        """
+        coming = max(0, min(most_at_once(self.keep_last) - len(self.steps()), steps))
+        free = shutil.disk_usage(self.run).free
+        if coming * size > free:
+            raise TrainingError(
+                f"{shown_size(free)} free at {self.run}",
+                f"{shown_size(coming * size)} for {coming} more checkpoints of {shown_size(size)} each: a run keeps "
+                f"the last {self.keep_last} (keep_last) and the best one, and has all of these while it writes another",
+                "free space, give an --out on a larger disk, or keep fewer with --set keep_last=1",
+            )
 
     def latest(self) -> Path | None:
         steps = self.steps()
@@ -157,6 +212,18 @@ class Checkpoints:
             "free space and run the same command again: "
             + (f"it goes on from {kept.name}, which is complete" if kept else "it starts from the beginning"),
         )
+
+
+def most_at_once(keep_last: int) -> int:
+    """Checkpoints on disk at most: the last ones, the best one, and the one that is being written."""
+    return keep_last + 2
+
+
+def no_better_than_start(tau: float | None, start: float | None) -> str:
+    """Held-out tau of a checkpoint and of the drafter that training began from -> what to warn of; "" for nothing."""
+    if tau is None or start is None or tau > start:
+        return ""
+    return f"held-out tau {tau:.4f}, no better than {start:.4f} of the drafter that training began from"
 
 
 def read_state(checkpoint: Path) -> RunState:

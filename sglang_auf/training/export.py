@@ -24,7 +24,7 @@ from sglang_auf.errors import CardError, TargetError
 from sglang_auf.files import CONFIG, HUB_ID, WEIGHTS, find_model, listing, read_json
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.settings import Thinking
-from sglang_auf.training.checkpointer import BEST, STATE, Checkpoints, RunState, read_state
+from sglang_auf.training.checkpointer import BEST, STATE, Checkpoints, RunState, no_better_than_start, read_state
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.run_directory import RUN
 
@@ -61,6 +61,8 @@ def export_checkpoint(
         )
     if state.target_weights is not None:  # otherwise an earlier version began the run, and only today's are known
         facts = replace(facts, revision=state.target_revision, chat_template_hash=state.chat_template_hash)
+    if fault := no_better_than_start((state.evaluation or {}).get("tau"), state.start_tau):
+        logger.warning("%s: %s", checkpoint, fault)
     try:
         weights = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as problem:

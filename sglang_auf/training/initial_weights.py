@@ -38,6 +38,9 @@ IN_NO_WEIGHT = {
 }
 """Fields of a drafter's config that its weights do not depend on."""
 
+READS = ("block_size", "mask_token_id")
+"""Those of them that change what its weights get to read."""
+
 LAST_PRODUCTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """A layer adds products with these weights to the residual stream. While they are 0 the layer adds nothing, and in the
 first step only they have a gradient."""
@@ -132,6 +135,9 @@ def _copy_drafter(drafter: Drafter, settings: DrafterSettings) -> None:
             f"drafter.init {list(settings.init)} beside init_from {source}, which lacks {new} of the recipe's layers",
             "one target layer for each layer that the earlier drafter lacks, or random",
         )
+    changed = [f"{name} {ours[name]} instead of {theirs[name]}" for name in READS if ours[name] != theirs[name]]
+    if changed:
+        logger.warning("drafter.init_from %s goes on with %s: it has to learn that", source, " and ".join(changed))
     drafter.load_state_dict({**drafter.state_dict(), **earlier.state_dict()})
     for layer in drafter.layers[len(earlier.layers) :]:
         for name in LAST_PRODUCTS:

@@ -47,6 +47,12 @@ def state_numbers(drafter: nn.Module, settings: OptimiserSettings) -> int:
     return numbers
 
 
+def checkpoint_bytes(drafter: nn.Module, settings: OptimiserSettings) -> int:
+    """Of the tensors of a checkpoint, weights and the optimisers' state in float32; the rest of its files is small."""
+    weights: int = sum(parameter.numel() for parameter in drafter.parameters())
+    return (weights + state_numbers(drafter, settings)) * torch.float32.itemsize
+
+
 def _split(drafter: nn.Module, settings: OptimiserSettings) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(Muon's, AdamW's)."""
     matrices: list[nn.Parameter] = []

@@ -154,7 +154,8 @@ class Recipe(Settings):
     """One training run.
 
     target: directory, hub id or prepared name. features: "online", or a cache directory. evaluate_every, log_every,
-    save_every: optimiser steps. keep_last: checkpoints kept beside the best one.
+    save_every: optimiser steps; evaluate_every None: the last step alone is evaluated. save_minutes: a checkpoint is
+    saved too where the last one is so old. keep_last: checkpoints kept beside the best one.
     """
 
     target: str = Field(min_length=1)
@@ -169,8 +170,9 @@ class Recipe(Settings):
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(default=42, ge=0, lt=2**31)
     log_every: int = Field(default=10, ge=1)
-    evaluate_every: int = Field(default=200, ge=1)
+    evaluate_every: int | None = Field(default=200, ge=1)
     save_every: int = Field(default=200, ge=1)
+    save_minutes: float = Field(default=30, gt=0)
     keep_last: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
@@ -201,7 +203,7 @@ class Recipe(Settings):
 
 
 FREE_TO_DIFFER = frozenset(
-    {"log_every", "evaluate_every", "save_every", "keep_last", "data.sources", "batch.recompute"}
+    {"log_every", "evaluate_every", "save_every", "save_minutes", "keep_last", "data.sources", "batch.recompute"}
 )
 """Settings that may change between two starts of one run, as no weight depends on them. The data itself is compared by
 its hash."""

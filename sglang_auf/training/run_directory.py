@@ -23,8 +23,8 @@ from sglang_auf.errors import DataError, TrainingError
 from sglang_auf.files import listing, locked, read_json, remove_unfinished, whole_directory, write_whole
 from sglang_auf.recording.manifest import MANIFEST, is_recording, require_target
 from sglang_auf.recording.ring import row_files
-from sglang_auf.training.checkpointer import BEST, NEW_BEST, Checkpoints
-from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.checkpointer import BEST, NEW_BEST, Checkpoints, RunState
+from sglang_auf.training.recipe import Recipe, differences, parse_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,26 @@ def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: M
     write_whole(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_same_run(directory: Path, ours: RunState, theirs: RunState) -> None:
+    """Raises TrainingError where the run that was begun in `directory` is not the one that goes on now."""
+    different = differences(*(parse_recipe(state.recipe, f"of {directory}") for state in (ours, theirs)))
+    for name in ("data_sha256", "target_config_hash", "target_weights"):
+        here, there = getattr(ours, name), getattr(theirs, name)
+        if there not in (here, None):
+            different.append(f"{name}: {here} here, {there} there")
+    if different:
+        raise TrainingError(
+            f"the checkpoint in {directory} belongs to another run ({'; '.join(different)})",
+            "the recipe, data and target it was saved with",
+            "use those, give another --out, or start over with --fresh",
+        )
+
+
 def forget_after(directory: Path, step: int) -> None:
-    """Drop the metrics of steps after `step`: no checkpoint holds these steps, so they will be trained again."""
+    """Drop the metrics of steps after `step`: no checkpoint holds these steps, so they will be trained again.
+
+    Without a checkpoint (step 0) the start is evaluated again too.
+    """
     file = directory / METRICS
     if not file.is_file():
         return
@@ -156,7 +174,7 @@ def forget_after(directory: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # cut short when the process was killed
             continue
-        if row["step"] <= step:
+        if 0 < step >= row["step"]:
             kept.append(line + "\n")
     write_whole(file, "".join(kept))
 

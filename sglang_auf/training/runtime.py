@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 
 from sglang_auf.errors import ConfigError, DataError
@@ -21,6 +22,28 @@ from sglang_auf.training.recipe import Recipe
 
 COMPILED_PRODUCTS = 128
 """On a CPU. A judgement: the layers of a micro-batch should share them, and few of other lengths should be kept."""
+
+
+@contextmanager
+def accelerated(recipe: Recipe, out: Path) -> Iterator[Accelerator]:
+    """The Accelerator of a run in directory `out`, which ends with the run.
+
+    After an error the process group of several ranks is left as it is. NCCL would first wait for the other ranks, which
+    wait for this one until the timeout. The process must end with its error (`end_at_once`), and the launcher ends the
+    others.
+    """
+    accelerator = make_accelerator(recipe, out)
+    waits = accelerator.num_processes == 1
+    try:
+        yield accelerator
+        waits = True
+    finally:
+        if waits:
+            accelerator.end_training()
+        else:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        AcceleratorState._reset_state(True)  # another run in this process may have another precision
 
 
 def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
@@ -79,13 +102,15 @@ def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list, so that the run can save and end between two steps.
 
-    A second signal of the same kind ends the process at once.
+    Further SIGTERMs change nothing: launchers and service managers send several, and the checkpoint is not saved yet. A
+    second SIGINT, which a human sends, ends the process at once.
     """
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
         caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield caught

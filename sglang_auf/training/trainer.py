@@ -13,14 +13,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor
 
@@ -34,10 +33,12 @@ from sglang_auf.training import run_directory
 from sglang_auf.training.accumulation import pooled_gradient
 from sglang_auf.training.checkpointer import (
     Checkpoints,
+    Outcome,
     RunState,
     Tensors,
     gather,
     gather_weights,
+    no_better_than_start,
     read_state,
     read_tensors,
     restore,
@@ -50,13 +51,13 @@ from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import chosen, initial_drafter, shape_of
 from sglang_auf.training.logger import MetricLogger, training_figures
 from sglang_auf.training.losses.step import TrainingStep
-from sglang_auf.training.optimiser import make_optimisers, schedule, set_learning_rate
-from sglang_auf.training.recipe import Recipe, differences, parse_recipe
+from sglang_auf.training.optimiser import checkpoint_bytes, make_optimisers, schedule, set_learning_rate
+from sglang_auf.training.recipe import Recipe
 from sglang_auf.training.runtime import (
+    accelerated,
     check_launch,
     give_back_free_memory,
     limit_compiled_products,
-    make_accelerator,
     require_same_rows,
     stop_signals,
 )
@@ -64,27 +65,15 @@ from sglang_auf.training.runtime import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended. signal: the signal that stopped it before its last step, None when it is finished."""
-
-    run: Path
-    step: int
-    steps: int
-    best_step: int | None
-    best_tau: float | None
-    signal: int | None
-
-
 def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
     """Train in directory `out`, and go on from its last checkpoint if it has one. fresh: start over.
 
-    Raises the errors of errors.py. Complete checkpoints stay, whatever happens.
+    Raises the errors of errors.py. Complete checkpoints stay, whatever happens. After an error one rank of several must
+    end its process (runtime.accelerated).
     """
     limit_compiled_products()
     try:
-        accelerator = make_accelerator(recipe, out)
-        try:
+        with accelerated(recipe, out) as accelerator:
             check_launch(recipe, accelerator)
             target = find_target(recipe.target, recipe.target_revision)
             run_directory.check_sources(out, recipe.data.sources, target, fresh)
@@ -93,9 +82,6 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
                     run_directory.copy_recordings(out, recipe.data.sources)
                 accelerator.wait_for_everyone()
                 return Trainer(recipe, out, accelerator).run()
-        finally:
-            accelerator.end_training()
-            AcceleratorState._reset_state(True)  # another run in this process may have another precision
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -128,11 +114,14 @@ class Trainer:
                 *(self.config.mask_token_id, count),
             )
         self.plan = Plan(self.data.train, recipe)
+        drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
+        if accelerator.is_main_process:
+            done = self.saved.step if self.saved else 0
+            self.checkpoints.require_space(checkpoint_bytes(drafter, recipe.optimiser), self.plan.steps - done)
         self.batches = BatchMaker(recipe, target, accelerator.device)
         self.batches.require([*self.data.train, *self.data.held_out])
         self.held_out = HeldOutAnswers(self.data.held_out, self.batches, recipe)
 
-        drafter = initial_drafter(self.config, recipe.drafter, target, recipe.seed)
         drafter.recompute = recipe.batch.recompute
         frozen = self.batches.target
         step = TrainingStep(drafter, frozen.embedding, frozen.head, recipe.objective)
@@ -171,8 +160,13 @@ class Trainer:
             return self._outcome(None)
         self.metrics = MetricLogger(self.out, self.accelerator, start, steps)
         self.stream = self.batches.stream(self._wanted(start))
+        self.saved_at = time.monotonic()
         try:
             with stop_signals() as caught, closing(self.stream), bf16_products(self.accelerator.device):
+                if start == 0 and self.recipe.drafter.init_from and self.recipe.evaluate_every:
+                    figures = self._figures()
+                    self.state = self.state.model_copy(update={"start_tau": figures["tau"]})
+                    self.metrics.log_evaluation(0, figures, False)
                 for index in range(start, steps):
                     stopped = self._advance(index, caught)
                     if stopped:
@@ -226,9 +220,10 @@ class Trainer:
             values = {"epoch": epoch, "lr": lr, "grad_norm": norm, **figures}
             self.metrics.log_training(step, objective.name_at(progress), values)
             give_back_free_memory()
-        better = (step % recipe.evaluate_every == 0 or step == steps) and self._evaluate()
-        stopped = 0 if step == steps else self._agreed(caught)
-        if better or stopped or step % recipe.save_every == 0 or step == steps:
+        due = step == steps or (recipe.evaluate_every is not None and step % recipe.evaluate_every == 0)
+        better = due and self._evaluate()
+        stopped, late = (0, False) if step == steps else self._agreed(caught)
+        if better or stopped or late or step % recipe.save_every == 0 or step == steps:
             self._save()
         return stopped
 
@@ -251,12 +246,17 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         return norm
 
-    def _evaluate(self) -> bool:
-        """Evaluate the present weights on the main process. Returns whether tau is the best so far."""
+    def _figures(self) -> dict[str, float | None]:
+        """What the present weights do on held-out answers, found by the main process."""
         step = self._unsharded_step()
         found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
         broadcast_object_list(found)
-        figures = found[0]
+        figures: dict[str, float | None] = found[0]
+        return figures
+
+    def _evaluate(self) -> bool:
+        """Evaluate the present weights. Returns whether tau is the best so far."""
+        figures = self._figures()
         tau, best = figures["tau"], self.state.best_tau
         better = tau is not None and (best is None or tau > best)
         update: dict[str, Any] = {"evaluation": figures}
@@ -279,18 +279,24 @@ class Trainer:
         step.to(self.accelerator.device)
         return step
 
-    def _agreed(self, caught: list[int]) -> int:
-        """The signal that any rank has caught, or 0, so that all ranks stop after the same step."""
-        mine = max(caught, default=0)
-        if self.ranks == 1:
-            return mine
-        return int(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max())
+    def _agreed(self, caught: list[int]) -> tuple[int, bool]:
+        """The signal that any rank has caught, or 0, and whether the last checkpoint is too old by the clock of any.
+
+        So all ranks stop and save after the same step.
+        """
+        signal = max(caught, default=0)
+        late = time.monotonic() - self.saved_at >= 60 * self.recipe.save_minutes
+        if self.ranks > 1:
+            mine = torch.tensor([[signal, late]], device=self.accelerator.device)
+            signal, late = self.accelerator.gather(mine).amax(0).tolist()
+        return signal, bool(late)
 
     def _save(self) -> None:
         weights, optimiser = gather(self.model, self.optimisers)
         if self.accelerator.is_main_process:
             self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
         self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
 
     def _saved(self) -> RunState | None:
         """The state of the last checkpoint, if there is one."""
@@ -308,7 +314,7 @@ class Trainer:
         state = self.saved
         if state is None:
             return
-        self._refuse_other_run(state)
+        run_directory.require_same_run(self.out, self.state, state)
         if state.ranks != self.ranks:
             logger.warning("saved by %d ranks, resumed by %d: rounding will differ", state.ranks, self.ranks)
         saved: tuple[Tensors, Tensors] = {}, {}
@@ -320,19 +326,8 @@ class Trainer:
         self.state = state.model_copy(update={"recipe": self.state.recipe, "ranks": self.ranks})
         logger.info("resumed %s after step %d", self.out, state.step)
 
-    def _refuse_other_run(self, state: RunState) -> None:
-        different = differences(self.recipe, parse_recipe(state.recipe, f"of {self.out}"))
-        for name in ("data_sha256", "target_config_hash", "target_weights"):
-            here, there = getattr(self.state, name), getattr(state, name)
-            if there not in (here, None):
-                different.append(f"{name}: {here} here, {there} there")
-        if different:
-            raise TrainingError(
-                f"the checkpoint in {self.out} belongs to another run ({'; '.join(different)})",
-                "the recipe, data and target it was saved with",
-                "use those, give another --out, or start over with --fresh",
-            )
-
     def _outcome(self, stopped: int | None) -> Outcome:
-        state = self.state
-        return Outcome(self.out, state.step, self.plan.steps, state.best_step, state.best_tau, stopped)
+        state, steps = self.state, self.plan.steps
+        if stopped is None and (fault := no_better_than_start(state.best_tau, state.start_tau)):
+            logger.warning("%s: %s", self.out, fault)
+        return Outcome(self.out, state.step, steps, state.best_step, state.best_tau, state.start_tau, stopped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,12 +117,14 @@ def train_in_fork(
     kill_at: int | None = None,
     term_at: int | None = None,
     kill_last_at: int | None = None,
+    slow_last: bool = False,
     environment: dict[str, str] | None = None,
 ) -> None:
     """Train; die at the kill_at-th event (a file or name brought to the disk, a rename, a backward pass).
 
-    term_at, kill_last_at: SIGTERM or SIGKILL before that event, on the last rank only. environment: is added to the
-    process's. The signal that ended the run goes to OUT.signal, what a rank finds wrong to OUT.error-RANK.
+    term_at, kill_last_at: SIGTERM or SIGKILL before that event, on the last rank only. slow_last: the clock of the last
+    rank is slower by a factor of a million. environment: is added to the process's. The signal that ended the run goes
+    to OUT.signal, what a rank finds wrong to OUT.error-RANK.
     """
     if environment:
         os.environ |= environment
@@ -128,12 +132,35 @@ def train_in_fork(
     from sglang_auf.training.trainer import train
 
     count_events(kill_at, term_at, kill_last_at)
+    if slow_last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        clock = time.monotonic
+        time.monotonic = lambda: clock() / 1e6
     try:
         outcome = train(parse_recipe(recipe, "of a test"), Path(out))
     except AufError as error:
         Path(f"{out}.error-{os.environ['RANK']}").write_text(error.found)
         raise
     Path(f"{out}.signal").write_text(str(outcome.signal))
+
+
+def command_in_fork(arguments: list[str], out: str) -> None:
+    """`sglang-auf ARGUMENTS`, as one rank. stderr goes to OUT.stderr-RANK.
+
+    OUT.returned-RANK has the exit code where the command returns, so that Python would end the process.
+    OUT.destroyed-RANK is made where the process group is destroyed.
+    """
+    from sglang_auf.cli import main
+
+    rank, destroy = os.environ["RANK"], torch.distributed.destroy_process_group
+
+    def noted(*groups: Any) -> None:
+        Path(f"{out}.destroyed-{rank}").touch()
+        destroy(*groups)
+
+    torch.distributed.destroy_process_group = noted
+    with Path(f"{out}.stderr-{rank}").open("w") as stderr, contextlib.redirect_stderr(stderr):
+        code = main(arguments)
+    Path(f"{out}.returned-{rank}").write_text(str(code))
 
 
 def adapt_in_fork(arguments: list[str], kill_at: int | None = None, term_at: int | None = None) -> None:

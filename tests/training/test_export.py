@@ -194,6 +194,19 @@ def test_the_card_says_the_curriculum(tmp_path: Path, target: Path) -> None:
     assert load_card(out).objective == "full until 0.125, then vat until 0.5, then auf+decay"
 
 
+@pytest.mark.parametrize(("start", "warned"), [(1.8, True), (1.75, True), (1.7, False), (None, False)])
+def test_a_checkpoint_that_is_no_better_than_its_start_is_warned_of(
+    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture, start: float | None, warned: bool
+) -> None:
+    run = run_of(tmp_path / "run", target, best=10)
+    file = run / "best" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"start_tau": start}))
+    export_checkpoint(run, tmp_path / "drafter")
+    told = f"held-out tau 1.7500, no better than {start or 0:.4f} of the drafter that training began from"
+    assert (told in caplog.text) == warned
+    assert ("no better than" in caplog.text) == warned
+
+
 def test_one_checkpoint_can_be_named(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path / "run", target, best=10)
     out = tmp_path / "drafter"

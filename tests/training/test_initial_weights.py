@@ -98,6 +98,19 @@ def test_an_earlier_drafter(target: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], stored[name].float()) for name in stored)
 
 
+def test_another_block_or_mask_than_the_earlier_drafters_is_warned_of(
+    target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    earlier = write_drafter(tmp_path / "drafter", block_size=8)
+    start(target, num_layers=1, init_from=str(earlier), block_size=8)
+    assert not caplog.records
+    start(target, num_layers=1, init_from=str(earlier), mask_token_id=5)
+    assert [record.message for record in caplog.records] == [
+        f"drafter.init_from {earlier} goes on with block_size 4 instead of 8 and mask_token_id 5 instead of 3: "
+        "it has to learn that"
+    ]
+
+
 @pytest.mark.parametrize("init", ["random", [4, 2]])
 def test_layers_on_top_of_an_earlier_drafter(target: Path, tmp_path: Path, init: Any) -> None:
     """They add nothing before the first step, in which what they add can be learnt."""

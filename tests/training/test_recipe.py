@@ -207,6 +207,7 @@ def test_differences_name_the_fields_that_decide_the_weights() -> None:
         log_every=5,
         keep_last=7,
         save_every=9,
+        save_minutes=2.5,
         evaluate_every=11,
     )
     assert differences(TINY, other) == [

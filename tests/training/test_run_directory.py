@@ -187,9 +187,9 @@ def test_every_start_is_written_down(tmp_path: Path) -> None:
 
 
 def test_what_was_logged_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
-    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (0, 1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 5, "lo')
     forget_after(tmp_path, 3)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:3]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:4]
     forget_after(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

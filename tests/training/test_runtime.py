@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedType
 from sglang_auf.cpu import linear
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training import runtime
-from sglang_auf.training.runtime import check_launch, give_back_free_memory, require_same_rows
+from sglang_auf.training.runtime import check_launch, give_back_free_memory, require_same_rows, stop_signals
 from tests.support.training_runs import tiny_recipe
 
 
@@ -52,6 +53,25 @@ def test_muon_needs_whole_matrices() -> None:
 def test_the_first_fsdp_is_refused() -> None:
     with pytest.raises(ConfigError, match="FSDP version 1"):
         check_launch(tiny_recipe("t", "d"), launched(2, DistributedType.FSDP, version=1))
+
+
+def test_a_launcher_may_send_sigterm_again_and_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as caught:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert set(caught) == {signal.SIGTERM}
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert set(caught) == {signal.SIGTERM, signal.SIGINT}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_human_who_asks_twice_need_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_holes_in_the_heap_go_back_to_the_system() -> None:

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 Forks = Callable[..., list[int]]
 TRAIN = "tests.support.training_runs:train_in_fork"
+COMMAND = "tests.support.training_runs:command_in_fork"
 STEPS = 6
 DOMINO: dict[str, Any] = {
     "drafter": {"head": "domino", "gru_hidden_dim": 8, "emb_dim": 4},
@@ -78,6 +80,11 @@ def assert_same_run(first: Path, second: Path) -> None:
     states = [read_state(run / "checkpoints" / f"step-{STEPS:08d}") for run in (first, second)]
     ours, theirs = (state.model_dump(exclude={"seconds"}) for state in states)
     assert ours == theirs
+
+
+def stopping_after(step: int) -> Callable[[Trainer, list[int]], tuple[int, bool]]:
+    """In place of Trainer._agreed: as if SIGTERM had been caught in this step."""
+    return lambda self, caught: (signal.SIGTERM if self.state.step == step else 0, False)
 
 
 # --- resume ---
@@ -136,6 +143,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert signal.getsignal(signal.SIGTERM) is before
     outcome = train(recipe, out)
     assert (outcome.step, outcome.signal) == (STEPS, None)
+    assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
+
+
+def test_a_checkpoint_is_saved_by_the_clock_and_changes_nothing(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, save_every=9, save_minutes=1e-6, keep_last=9), out)
+    assert Checkpoints(out, 9).steps() == list(range(1, STEPS + 1))
+    for step in Checkpoints(out, 9).steps()[3:]:
+        shutil.rmtree(Checkpoints(out, 9).path(step))
+    train(tiny_recipe(*models), out)
     assert same_weights(weights_at(out, STEPS), weights_at(unbroken["dflash"], STEPS))
 
 
@@ -226,7 +245,7 @@ def test_how_often_is_logged_may_change(
     models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == 3 else 0)
+        patch.setattr(Trainer, "_agreed", stopping_after(3))
         train(tiny_recipe(*models, save_every=3, evaluate_every=6, log_every=2), tmp_path / "run")
     train(tiny_recipe(*models), tmp_path / "run")
     assert same_weights(weights_at(tmp_path / "run", STEPS), weights_at(unbroken["dflash"], STEPS))
@@ -322,6 +341,39 @@ def test_a_rank_that_dies_ends_the_other_one_and_the_run_goes_on(
     assert_same_losses(tmp_path / "run", unbroken["dflash"])
 
 
+def test_all_ranks_save_where_the_clock_of_one_says_so(
+    models: tuple[str, str], in_fork: Forks, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the clock of the last rank no checkpoint is ever too old."""
+    recipe = tiny_recipe(*models, save_every=9, evaluate_every=9, save_minutes=1e-6, keep_last=9)
+    job = {"recipe": recipe.model_dump(mode="json"), "out": str(tmp_path / "run"), "slow_last": True}
+    assert in_fork(TRAIN, ranks=2, **job) == [0, 0]
+    assert Checkpoints(tmp_path / "run", 9).steps() == list(range(1, STEPS + 1))
+
+
+def test_a_rank_with_an_error_ends_at_once_and_waits_for_no_other(
+    models: tuple[str, str], in_fork: Forks, tmp_path: Path
+) -> None:
+    """The first rank alone opens the run's directory; the other one waits for it, and the launcher would end it."""
+    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tiny_recipe(*models).model_dump(mode="json")))
+    out.mkdir()
+    (out / "notes.txt").write_text("a user's")
+    arguments = ["train", str(recipe), "--out", str(out)]
+    assert in_fork(COMMAND, ranks=2, arguments=arguments, out=str(out)) == [2, 1]
+    said = [Path(f"{out}.stderr-{rank}").read_text() for rank in (0, 1)]
+    assert f"sglang-auf train: found: {out} holds no run, but notes.txt; expected: " in said[0]
+    assert "Traceback" in said[1], "gloo notices that the first rank is gone; NCCL does not"
+    assert not list(tmp_path.glob("run.returned-*"))
+    assert not list(tmp_path.glob("run.destroyed-*"))
+
+    (out / "notes.txt").unlink()
+    assert in_fork(COMMAND, ranks=2, arguments=arguments, out=str(out)) == [0, 0]
+    assert sorted(path.name for path in tmp_path.glob("run.*ed-*")) == [
+        *("run.destroyed-0", "run.destroyed-1", "run.returned-0", "run.returned-1")
+    ]
+
+
 # --- what a run leaves ---
 
 
@@ -404,6 +456,39 @@ def test_arms_see_the_same_batches_and_anchors(models: tuple[str, str], tmp_path
     assert counts[0] == counts[1]
 
 
+def test_a_run_from_a_drafter_is_compared_with_it(
+    models: tuple[str, str],
+    unbroken: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A learning rate that breaks the drafter; and the start is evaluated once, however often the run is stopped."""
+    good, out = unbroken["dflash"] / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "run"
+    recipe = tiny_recipe(*models, drafter={"init_from": str(good)}, optimiser={"lr": 0.9})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, out)  # before it has a checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_agreed", stopping_after(4))
+        assert train(recipe, out).signal == signal.SIGTERM
+    assert "no better" not in caplog.text
+    outcome = train(recipe, out)
+    held_out = {row["step"]: row for row in metrics(out) if row["kind"] == "held_out"}
+    assert [row["step"] for row in metrics(out) if row["kind"] == "held_out"] == [0, 3, 6]
+    (expected,) = [row for row in metrics(unbroken["dflash"]) if row["kind"] == "held_out" and row["step"] == STEPS]
+    assert held_out[0] == {**expected, "step": 0}
+    assert outcome.start_tau == expected["tau"] >= outcome.best_tau > 0
+    told = f"held-out tau {outcome.best_tau:.4f}, no better than {outcome.start_tau:.4f} of the drafter that training"
+    assert told in caplog.text
+    assert str(outcome).endswith(f"at step {outcome.best_step}; {outcome.start_tau:.3f} before the first step")
+    weights = weights_at(out, STEPS)
+    train(changed(recipe, evaluate_every=None), tmp_path / "without")
+    assert same_weights(weights, weights_at(tmp_path / "without", STEPS))
+    assert [row["step"] for row in metrics(tmp_path / "without") if row["kind"] == "held_out"] == [STEPS]
+
+
 # --- curricula ---
 
 CURRICULUM: dict[str, Any] = {
@@ -449,7 +534,7 @@ def test_a_curriculum_resumed_changes_where_the_unbroken_one_does(
     """Stopped inside an objective, and exactly between two."""
     recipe, out = tiny_recipe(*models, objective=CURRICULUM, save_every=1, keep_last=STEPS), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM if self.state.step == stop else 0)
+        patch.setattr(Trainer, "_agreed", stopping_after(stop))
         assert train(recipe, out).step == stop
     assert train(recipe, out).step == STEPS
     assert_same_run(out, unbroken_curriculum)
@@ -497,6 +582,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_conversat
     assert saved == list(range(1, step))
     for each in saved:
         assert all(tensor.isfinite().all() for tensor in weights_at(tmp_path / "run", each).values())
+
+
+def test_a_disk_that_the_checkpoints_do_not_fit_is_refused_before_the_first_step(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps save two checkpoints; six would have four at once: the last two, the best one and a new one."""
+    out = tmp_path / "run"
+    train(tiny_recipe(*models, schedule={"max_steps": 1}), out)
+    files = [file for file in (out / "best").resolve().rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+    free = 0
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free))
+    for steps, fits in ((2, 2), (6, 4)):
+        recipe = tiny_recipe(*models, schedule={"max_steps": steps}, save_every=1, evaluate_every=1)
+        free = fits * size - size // 10
+        with pytest.raises(TrainingError) as caught:
+            train(recipe, tmp_path / str(steps))
+        assert f"{fits} more checkpoints of {size / 1e6:.1f}" in caught.value.expected
+        assert "keep_last=1" in caught.value.remedy
+        assert not Checkpoints(tmp_path / str(steps), 2).steps()
+        free = fits * size
+        train(recipe, tmp_path / str(steps))
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
@@ -564,7 +671,7 @@ def test_recomputing_changes_no_bit_and_may_be_changed_in_a_run(
     passes = []
     for recompute, until in ((True, 3), (False, STEPS)):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_agreed", lambda self, caught, until=until: int(self.state.step == until) * 15)
+            patch.setattr(Trainer, "_agreed", stopping_after(until))
             train(changed(recipe, batch={"recompute": recompute}), tmp_path / "run")
         passes.append(sum(layers))
         layers.clear()
@@ -680,7 +787,7 @@ def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
 def test_the_command_reports_a_signal(
     models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_agreed", lambda self, caught: signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "_agreed", stopping_after(1))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tiny_recipe(*models).model_dump(mode="json")))
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM

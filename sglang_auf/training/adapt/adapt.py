@@ -26,7 +26,7 @@ from sglang_auf.errors import CardError, ConfigError, DataError, TrainingError
 from sglang_auf.files import find_model, locked, remove_unfinished, write_whole
 from sglang_auf.recording.manifest import Manifest, require_target
 from sglang_auf.settings import Settings, checked
-from sglang_auf.training.adapt.recipe import NEVER, recipe_for
+from sglang_auf.training.adapt.recipe import recipe_for
 from sglang_auf.training.adapt.rows import HELD_OUT, OLD, OLD_HELD_OUT, TRAINED, load, write_rows
 from sglang_auf.training.adapt.settings import AdaptSettings
 from sglang_auf.training.checkpointer import Checkpoints, read_state
@@ -214,7 +214,7 @@ class _Adaptation:
     def _timed_steps(self, minutes: float) -> tuple[int, int | None]:
         """(steps that fit into the time, None), or (0, the signal that stopped the measurement)."""
         timing = self.directory / "timing"
-        recipe = self._recipe(TIMED_STEPS).model_copy(update={"save_every": NEVER})
+        recipe = self._recipe(TIMED_STEPS).model_copy(update={"save_every": TIMED_STEPS})
         if signal := train(recipe, timing, fresh=True).signal:
             return 0, signal
         latest = Checkpoints(timing, 1).latest()

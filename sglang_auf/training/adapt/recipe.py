@@ -20,7 +20,6 @@ OBJECTIVE = {"dflash": "auf", "domino": "b-auf"}
 MAX_LENGTH = 2048
 """Tokens of a row where the drafter's card does not say."""
 
-NEVER = 10**9
 KEPT_BACK = 8
 """Rows that the trainer keeps from training, because it has to evaluate. They decide nothing."""
 
@@ -50,7 +49,7 @@ def recipe_for(
     }
     content["objective"] = {**content.get("objective", {}), "name": OBJECTIVE[config.head], "earlier": []}
     content["schedule"] = {**content.get("schedule", {}), "epochs": 1, "max_steps": None}
-    content |= {"features": "online", "evaluate_every": NEVER, "keep_last": 1}
+    content |= {"features": "online", "evaluate_every": None, "keep_last": 1}
     for override in overrides:
         apply_override(override, content)
     return parse_recipe(content, f"of {drafter}, adapted")

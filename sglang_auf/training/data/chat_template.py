@@ -42,6 +42,7 @@ class Span:
 
     unthought: it stands behind the longer header of the other thinking mode, which ends with an empty think block.
     served: whether the text before it is what a server is asked with for this answer.
+    other_mode: its prompt ends as those of the other thinking mode do.
     """
 
     start: int
@@ -49,6 +50,7 @@ class Span:
     closed: bool
     unthought: bool = False
     served: bool = True
+    other_mode: bool = False
 
 
 class ChatTemplate:
@@ -101,6 +103,28 @@ class ChatTemplate:
             return chat
         dates = {layout: printed[name] for layout, name in marks.items() if name in printed.groupdict()}
         return _with_date(chat, lambda layout: dates.get(layout) or TODAY.strftime(layout))
+
+    def is_of_other_mode(self, prompt: Sequence[int]) -> bool:
+        """Whether `prompt`, token ids as a server got them, ends as prompts of the other thinking mode do, and not as
+        those of this one. False where no mode is asked for, or where the template ends the prompts of both alike.
+        """
+        found = [list(prompt[-len(end) :]) == end for end in self._ends_of_prompts]
+        return self._thinking is not None and any(found) and not found[0]
+
+    @cached_property
+    def _ends_of_prompts(self) -> list[list[int]]:
+        """What each mode puts where an answer is to begin; nothing at all where that cannot be seen."""
+        asked = Chat([{"role": "user", "content": PROBE}])
+        try:
+            texts = [
+                (self._render(asked, mode), self._render(asked, mode, add_generation_prompt=True))
+                for mode in self._modes
+            ]
+        except BadRow:  # a template that refuses so short a conversation
+            return []
+        if not all(prompt.startswith(before) and prompt != before for before, prompt in texts):
+            return []
+        return self._tokens([prompt.removeprefix(before) for before, prompt in texts])
 
     def user_turn(self) -> tuple[list[int], int]:
         """Token ids before the first user message, and the first token after that message. Raises BadRow."""

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNTHOUGHT = (
+    "thinking is on, and %d of %d rows have an answer without a thought, which is trained on behind an empty think "
+    "block (a server without its reasoning parser? answers of thinking off?): %s"
+)
+OTHER_MODE = "%d of %d rows are of the other mode of thinking than is trained for, and are trained on all the same: %s"
+
 Apart: TypeAlias = Literal["prompt", "tokens"]
 """What no row that is trained on shares with a held-out one: the prompt of an answer, or all of its tokens. The latter
 is for runs that an earlier version began, whose rows must stay the same."""
@@ -117,6 +123,7 @@ def load_conversations(
     faults: list[tuple[str, str]] = []
     truncated: list[str] = []
     unthought: list[str] = []
+    other_mode: list[str] = []
     for row in tqdm(read_rows(source, digest, split=split), "reading", unit=" rows", delay=5, leave=False):
         try:
             conversation, spans = reader.read(row)
@@ -130,11 +137,13 @@ def load_conversations(
             kept.append(conversation)
             if any(span.unthought for span in spans):
                 unthought.append(row.name)
+            if spans[-1].other_mode:
+                other_mode.append(row.name)
             # The id decides whether a row is held out, and where its anchors are.
             digest.update(json.dumps(conversation.id).encode() + array("q", conversation.input_ids).tobytes())
             digest.update(bytes(conversation.loss_mask))
     rejected = grouped(faults)
-    _report(source, len(kept), rejected, truncated, unthought, max_length)
+    _report(source, len(kept), rejected, truncated, max_length, {UNTHOUGHT: unthought, OTHER_MODE: other_mode})
     return LoadedConversations(kept, rejected, truncated, unthought, digest.hexdigest())
 
 
@@ -210,14 +219,21 @@ class _Reader:
         return ids[: spans[-1].end], _trained(chat, spans)
 
     def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span]]:
-        """The ids as given. The template finds answers of earlier turns, if any, in the prompt."""
+        """The ids as given. The template finds answers of earlier turns, if any, in the prompt.
+
+        The other mode of thinking refuses a row with messages, and not a recorded one, which is what a server is asked.
+        """
         for name, ids in (("prompt_ids", prompt), ("response_ids", response)):
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise BadRow(f"{name} that are no list of token ids")
         self._require_known(prompt + response)
         if any(token in self._ends for token in response[:-1]):
             raise BadRow("response_ids that go on behind an end-of-turn token")
-        return prompt + response, [*self._earlier(fields, prompt), Span(len(prompt), len(prompt) + len(response), True)]
+        other = self._template is not None and self._template.is_of_other_mode(prompt)
+        if other and has_messages(fields):
+            raise BadRow(f"prompt_ids that were not asked with thinking {'on' if self._thinking else 'off'}")
+        answer = Span(len(prompt), len(prompt) + len(response), True, other_mode=other)
+        return prompt + response, [*self._earlier(fields, prompt), answer]
 
     def _earlier(self, fields: Mapping[str, Any], prompt: list[int]) -> list[Span]:
         if not has_messages(fields):
@@ -311,10 +327,10 @@ def _report(
     kept: int,
     rejected: Mapping[str, Sequence[str]],
     truncated: Sequence[str],
-    unthought: Sequence[str],
     max_length: int,
+    doubtful: Mapping[str, Sequence[str]],
 ) -> None:
-    """Log what was left out and what was cut. Raises DataError if nothing is left."""
+    """Log what was left out, what was cut, and for each warning its rows. Raises DataError if nothing is left."""
     if not kept:
         reasons = "; ".join(f"{reason}: {named(rows)}" for reason, rows in rejected.items())
         raise DataError(
@@ -328,11 +344,6 @@ def _report(
         )
     if truncated:
         logger.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))
-    if unthought:
-        logger.warning(
-            "thinking is on, and %d of %d rows have an answer without a thought, which is trained on behind an empty "
-            "think block (a server without its reasoning parser? answers of thinking off?): %s",
-            len(unthought),
-            kept,
-            named(unthought),
-        )
+    for warning, rows in doubtful.items():
+        if rows:
+            logger.warning(warning, len(rows), kept, named(rows))

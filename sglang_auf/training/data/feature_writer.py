@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang_auf import provenance
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.files import locked, remove_unfinished
+from sglang_auf.files import locked, remove_unfinished, shown_size
 from sglang_auf.recording.manifest import require_target
 from sglang_auf.recording.ring import require_at_rest
 from sglang_auf.settings import enable_thinking
@@ -200,12 +200,12 @@ def _require_space(manifest: CacheManifest, missing: Sequence[int], out: Path) -
     logger.info(
         "features of %d rows, %d of %d shards to write: %d tokens of %d bytes, %s needed, %s free at %s",
         *(len(manifest.ids), len(missing), len(manifest.shards), tokens, manifest.token_bytes),
-        *(_size(needed), _size(free), out),
+        *(shown_size(needed), shown_size(free), out),
     )
     if needed > free:
         raise ConfigError(
-            f"{_size(free)} free at {out}",
-            f"{_size(needed)} for the features of {tokens} tokens, {manifest.token_bytes} bytes each",
+            f"{shown_size(free)} free at {out}",
+            f"{shown_size(needed)} for the features of {tokens} tokens, {manifest.token_bytes} bytes each",
             "free space, choose another directory, tap fewer layers, or train with online features",
         )
 
@@ -239,7 +239,3 @@ def _computed(conversations: Sequence[Conversation], source: OnlineFeatures, bat
         for row, state in zip(batch, states, strict=True):
             places[row].copy_(state[: lengths[row]])
     return features
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"

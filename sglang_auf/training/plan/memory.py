@@ -21,7 +21,7 @@ from sglang_auf.training.data.features import embedding_rows
 from sglang_auf.training.data.loader import ONLINE
 from sglang_auf.training.evaluation.held_out import KEPT_BYTES
 from sglang_auf.training.losses.step import DEFAULT_CHUNK
-from sglang_auf.training.optimiser import state_numbers
+from sglang_auf.training.optimiser import checkpoint_bytes, state_numbers
 from sglang_auf.training.recipe import Recipe
 
 FLOAT = 4
@@ -68,11 +68,15 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """bytes by what takes them: always, while the target computes features, when the backward pass begins."""
+    """bytes by what takes them: always, while the target computes features, when the backward pass begins.
+
+    checkpoint: bytes of one on the disk.
+    """
 
     always: dict[str, int]
     features: dict[str, int]
     backward: dict[str, int]
+    checkpoint: int
 
     @property
     def peak(self) -> int:
@@ -122,6 +126,7 @@ def plan(recipe: Recipe, config: DrafterConfig, target: Path, *, ranks: int = 1,
             "head: logits of a chunk and their softmax": _head(config, sizes),
             "head: states, and gradients of the rows with loss": 5 * sizes.tokens * config.hidden_size * sizes.item,
         },
+        checkpoint_bytes(drafter, recipe.optimiser),
     )
 
 

@@ -587,6 +587,36 @@ def test_a_row_of_the_other_mode_of_thinking_is_refused(exact: bool, load: Load)
     assert len(rows) == 1
 
 
+@pytest.mark.parametrize(("trained", "other"), [(False, True), (True, False)])
+def test_exact_ids_of_the_other_mode_of_thinking(
+    trained: bool, other: bool, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a stock server gives them, which thinks where nothing is said: no field of the row says so."""
+    render = functools.partial(toy.toy_tokenizer(toy.THINKING).apply_chat_template, tokenize=False)
+    prompts = {mode: render([QUESTION], add_generation_prompt=True, enable_thinking=mode) for mode in (True, False)}
+    rows = {
+        mode: [
+            exact(chat(QUESTION, ANSWER, id=f"regenerated {mode}"), prompt, "Hi."),
+            exact({"id": f"{mode}"}, prompt, "Ho."),
+        ]
+        for mode, prompt in prompts.items()
+    }
+    unknown = exact(chat(QUESTION, ANSWER, id="of another template"), "no header", "Hi.")
+    loaded = load([*rows[trained], *rows[other], unknown], toy.THINKING, thinking=trained)
+    kept = [f"regenerated {trained}", f"{trained}", f"{other}", "of another template"]
+    assert [conversation.id for conversation in loaded.conversations] == kept
+    mode = "on" if trained else "off"
+    assert loaded.rejected == {
+        f"prompt_ids that were not asked with thinking {mode}": [f"regenerated {other} (rows.jsonl:3)"]
+    }
+    assert "1 of 4 rows are of the other mode of thinking than is trained for" in caplog.text
+    assert f"all the same: {other} (rows.jsonl:4)" in caplog.text
+    caplog.clear()
+    for template, thinking in ((toy.THINKING, None), (toy.CHATML, False), (None, False)):
+        assert len(load([*rows[True], *rows[False]], template, thinking=thinking).conversations) == 4
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_held_out_count_below_one(count: int) -> None:
     with pytest.raises(ConfigError, match=f"{count} conversations"):

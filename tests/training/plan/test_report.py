@@ -16,6 +16,7 @@ def test_the_command_needs_a_config_and_no_weights(tmp_path: Path, capsys: pytes
     alone = capsys.readouterr().out.splitlines()
     assert any(line.startswith("peak") and line.endswith("52.81 GB") for line in alone)
     assert any(line.startswith("work") and line.endswith("TFLOP") for line in alone)
+    assert [line.split()[-2:] for line in alone if line.startswith("disk")] == [["12.58", "GB"], ["50.33", "GB"]]
     assert main([*command, "--ranks", "8", "--fsdp"]) == 0
     assert "38.13 GB" in capsys.readouterr().out
     auto = ["--set", "drafter.target_layer_ids=auto", "--set", "drafter.mask_token_id=auto"]
