@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_auf import __version__
-from sglang_auf.errors import AufError, ConfigError, DataError
+from sglang_auf.errors import AufError, ConfigError
 from sglang_auf.process import end_at_once, end_on_sigterm, is_one_of_several_ranks
 
 

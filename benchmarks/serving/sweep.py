@@ -151,7 +151,7 @@ def measure_sweep(config: SweepConfig) -> Sweep:
             "levels that compare",
             "give another --out: levels that are finished are not asked again",
         )
-    measured = [_level(level, run) for level, run in zip(levels, runs, strict=True)]
+    measured = [_level(*level, run) for level, run in zip(levels, runs, strict=True)]
     _require_same_servers(measured, config.out)
     return Sweep(
         config=config,

@@ -50,7 +50,8 @@ def state_numbers(drafter: nn.Module, settings: OptimiserSettings) -> int:
 def checkpoint_bytes(drafter: nn.Module, settings: OptimiserSettings) -> int:
     """Of the tensors of a checkpoint, weights and the optimisers' state in float32; the rest of its files is small."""
     weights: int = sum(parameter.numel() for parameter in drafter.parameters())
-    return (weights + state_numbers(drafter, settings)) * torch.float32.itemsize
+    size: int = torch.float32.itemsize
+    return (weights + state_numbers(drafter, settings)) * size
 
 
 def _split(drafter: nn.Module, settings: OptimiserSettings) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -39,7 +39,7 @@ class FakeEngine:
     it was not started with --disable-log-stats. busy: its prefix cache cannot be emptied. extra_tokens: that steps
     without a draft, which it does not count, have added to each answer. thoughts: a parser takes all text out as such.
     own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage. target: the path of
-    the model that it says it serves. cached: of the five tokens of each prompt, those that it says its prefix cache
+    the model that it says it serves. cached: of the tokens of each prompt, those that it says its prefix cache
     had. unrecorded: for each request for a completion, what it said of being recorded.
     """
 

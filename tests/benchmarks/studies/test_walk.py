@@ -116,7 +116,7 @@ def test_a_draft_vocabulary_is_kept_to(
     rows = [{"prompt_ids": record.prompt_ids, "response_ids": record.output_ids} for record in records]
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    expected = evaluate_drafter(str(listing), target, str(data)).histogram
+    expected = evaluate(str(listing), target, [str(data)]).held_out[0].histogram
     assert total_acceptance(record.acceptance for record in walked).histogram == expected
     assert expected != total_acceptance(record.acceptance for record in everything).histogram
     assert walker.walk(listing, listed=False) == [everything]
