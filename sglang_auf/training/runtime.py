@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.recipe import Recipe
@@ -58,6 +60,11 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[ddp, process_group],
     )
+    if recipe.precision == "bf16" and accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate would also add gradients, over micro-batches and ranks, and round the sums of the loss in bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     if not accelerator.is_main_process:
         logging.getLogger("sglang_auf").setLevel(logging.ERROR)
     return accelerator

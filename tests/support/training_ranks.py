@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -20,8 +20,9 @@ from sglang_auf.training.data.batching import Batch, draw_anchors
 from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
+from sglang_auf.training.runtime import make_accelerator
 from tests.support.tiny_models import VOCABULARY, target_config
-from tests.support.training_runs import allow_fsdp_on_a_cpu
+from tests.support.training_runs import allow_fsdp_on_a_cpu, tiny_recipe
 
 MICRO_BATCHES = 8
 PROGRESS = 0.4
@@ -57,10 +58,15 @@ def micro_batches() -> list[MicroBatch]:
     return made
 
 
-def step_gradient(cases: list[tuple[str, str]], out: str, environment: dict[str, str] | None = None) -> None:
+def step_gradient(
+    cases: list[tuple[str, str]],
+    out: str,
+    environment: dict[str, str] | None = None,
+    precision: str = "fp32",
+) -> None:
     """Write the gradient of the pooled loss of every (head, objective), the loss, a metric and the waves of each rank.
 
-    environment: FSDP's, if that is to be used. Rank 0 writes.
+    environment: FSDP's, if that is to be used. precision: the recipe's. Rank 0 writes.
     """
     if environment:
         os.environ |= environment
@@ -74,20 +80,25 @@ def step_gradient(cases: list[tuple[str, str]], out: str, environment: dict[str,
             yield wave
 
     cross_entropy._waves = counted
-    accelerator = Accelerator()
+    accelerator = make_accelerator(tiny_recipe("target", "data", precision=precision), Path(out).parent)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32  # of what comes from the target
     found: dict[str, torch.Tensor] = {}
     for head, objective in cases:
         step = make_step(head, objective)
+        step.embedding, step.head = (table.to(dtype) for table in (step.embedding, step.head))
         model, _ = accelerator.prepare(step, torch.optim.SGD(step.parameters()))
         waves = 0
-        mine = micro_batches()[accelerator.process_index :: accelerator.num_processes]
+        mine = [
+            (replace(batch, features=batch.features.to(dtype)), *drawn)
+            for batch, *drawn in micro_batches()[accelerator.process_index :: accelerator.num_processes]
+        ]
         pooled = pooled_gradient(
             accelerator, model, iter(mine), len(mine),
             branches=2 if head == "domino" else 1, progress=PROGRESS, diagnostics=True,
         )  # fmt: skip
         step = accelerator.unwrap_model(model)
         for name, parameter in step.drafter.named_parameters():
-            assert parameter.grad is not None
+            assert parameter.grad is not None and parameter.grad.dtype == torch.float32
             gradient = parameter.grad
             whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
             found[f"{head} {objective} {name}"] = whole

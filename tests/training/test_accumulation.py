@@ -24,6 +24,8 @@ CASES = [
     ("domino", "f-auf"),
 ]
 
+IN_BF16 = [("dflash", "auf"), ("domino", "b-auf")]
+
 LAUNCHES: dict[str, tuple[int, dict[str, str]]] = {"one": (1, {}), "two": (2, {}), "sharded": (2, FSDP)}
 
 
@@ -37,6 +39,20 @@ def found(
         statuses = in_fork(
             "tests.support.training_ranks:step_gradient",
             ranks=count, cases=CASES, out=str(directory / launch), environment=environment,
+        )  # fmt: skip
+        assert statuses == [0] * count
+    return {launch: training_ranks.gradients_in(directory / launch) for launch in LAUNCHES}
+
+
+@pytest.fixture(scope="module")
+def found_in_bf16(
+    in_fork: Callable[..., list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, torch.Tensor]]:
+    directory = tmp_path_factory.mktemp("gradients-in-bf16")
+    for launch, (count, environment) in LAUNCHES.items():
+        statuses = in_fork(
+            "tests.support.training_ranks:step_gradient",
+            ranks=count, cases=IN_BF16, out=str(directory / launch), environment=environment, precision="bf16",
         )  # fmt: skip
         assert statuses == [0] * count
     return {launch: training_ranks.gradients_in(directory / launch) for launch in LAUNCHES}
@@ -68,6 +84,24 @@ def test_one_rank_of_eight_and_two_ranks_of_four_are_the_definition_sharded_or_n
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(of_case[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_add_gradients_of_bf16_products_in_float32(found_in_bf16: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Each micro-batch has the same products on any rank, sharded or not. Sums in bf16 would be off by 1 / 256.
+
+    Of norms FSDP holds the weights in bf16 too for a micro-batch, and so their gradient of it.
+    """
+    alone = {name: tensor for name, tensor in found_in_bf16["one"].items() if not name.endswith(" waves")}
+    for launch in ("two", "sharded"):
+        for name, gradient in alone.items():
+            rounded = launch == "sharded" and name.endswith("norm.weight")
+            torch.testing.assert_close(
+                found_in_bf16[launch][name],
+                gradient,
+                rtol=0,
+                atol=float(gradient.abs().max()) * (2**-8 if rounded else 1e-6),
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def test_a_mean_of_means_would_be_another_gradient() -> None:

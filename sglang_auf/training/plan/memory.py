@@ -100,6 +100,7 @@ def plan(recipe: Recipe, config: DrafterConfig, target: Path, *, ranks: int = 1,
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     state = state_numbers(drafter, recipe.optimiser)
     parts = ranks if sharded else 1
+    added_whole = recipe.batch.micro_batches > ranks  # FSDP shards a gradient after the last micro-batch of a rank
     token = len(config.target_layer_ids) * config.hidden_size * sizes.item
     features, held_out = sizes.context * token, recipe.data.held_out * recipe.data.max_length * token
     # Domino's step goes twice over its micro-batches (accumulation.py). A cache reads one ahead.
@@ -109,7 +110,7 @@ def plan(recipe: Recipe, config: DrafterConfig, target: Path, *, ranks: int = 1,
         "target: embedding and head": tables * sizes.item,
         "target: layers up to the last tap": layers * sizes.item if online else 0,
         "drafter: weights, float32": weights * FLOAT // parts,
-        "drafter: gradients, float32": weights * FLOAT // parts,
+        "drafter: gradients, float32": weights * FLOAT // (1 if added_whole else parts),
         f"drafter: state of {recipe.optimiser.name}, float32": state * FLOAT // parts,
         "features of held-out rows, at most": min(held_out, KEPT_BYTES),
     }
