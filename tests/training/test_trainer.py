@@ -266,24 +266,26 @@ def test_fresh_starts_over(models: tuple[str, str], tmp_path: Path) -> None:
 # --- ranks ---
 
 
-@pytest.mark.parametrize(("environment", "recompute"), [({}, False), (FSDP, True)], ids=["ddp", "fsdp"])
-def test_two_ranks_train_as_one_and_resume_exactly(
+@pytest.mark.parametrize(("ranks", "environment", "recompute"), [(4, {}, False), (2, FSDP, True)], ids=["ddp", "fsdp"])
+def test_ranks_train_as_one_and_resume_exactly(
     models: tuple[str, str],
     in_fork: Forks,
     unbroken: dict[str, Path],
     tmp_path: Path,
+    ranks: int,
     environment: dict[str, str],
     recompute: bool,
 ) -> None:
+    """Four ranks, since two have only one order in which they can be added."""
     recipe = tiny_recipe(*models, batch={"recompute": recompute})
     job = {"recipe": recipe.model_dump(mode="json"), "environment": environment}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert in_fork(TRAIN, ranks=2, out=str(whole), **job) == [0, 0]
-    # Only the second rank is asked to stop, in its third step: it makes two backward passes in each.
-    assert in_fork(TRAIN, ranks=2, out=str(broken), term_at=5, **job) == [0, 0]
+    assert in_fork(TRAIN, ranks=ranks, out=str(whole), **job) == [0] * ranks
+    # Only the last rank is asked to stop, in its third step: all together make four backward passes in each.
+    assert in_fork(TRAIN, ranks=ranks, out=str(broken), term_at=1 + 2 * 4 // ranks, **job) == [0] * ranks
     assert Path(f"{broken}.signal").read_text() == str(int(signal.SIGTERM))
     assert max(Checkpoints(broken, 1).steps()) == 3
-    assert in_fork(TRAIN, ranks=2, out=str(broken), **job) == [0, 0]
+    assert in_fork(TRAIN, ranks=ranks, out=str(broken), **job) == [0] * ranks
     for file in ("model.safetensors", "optimiser/state.safetensors"):
         place = Path("checkpoints") / f"step-{STEPS:08d}" / file
         assert (whole / place).read_bytes() == (broken / place).read_bytes()
