@@ -851,6 +851,21 @@ def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
     assert "optimiser.lr: 0.5 here, 0.01 there" in capsys.readouterr().err
 
 
+def test_what_torchrun_begins_again_is_not_begun_afresh(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts repeats the whole command, --fresh included, after a rank has failed."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(json.dumps(without_sources(tiny_recipe(*models, schedule={"max_steps": 2}))))
+    command = ["train", str(recipe), "--out", str(out), "--data", models[1], "--fresh"]
+    starts = []
+    for restarts in ("0", "1", "0"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert main(command) == 0
+        starts.append([start["step"] for start in json.loads((out / "run.json").read_text())["starts"]])
+    assert starts == [[0], [0, 2], [0]]
+
+
 def test_the_command_reports_a_signal(
     models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
