@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     end_on_sigterm(trains=arguments[:1] == ["train"])
     options = _parser(*arguments[:1]).parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     for library in ("httpx", "openai"):  # they log a line for every request, or for every repeated one
         logging.getLogger(library).setLevel(logging.WARNING)
     ends = options.command == "train" and is_one_of_several_ranks()

@@ -41,7 +41,8 @@ OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, NEW_BEST, LOCK, 
 def opened(directory: Path, fresh: bool) -> Iterator[Path]:
     """Hold `directory` for one trainer. fresh: an earlier run in it is removed first.
 
-    Raises TrainingError where another process trains in it, or where it holds anything but a run.
+    Raises TrainingError where another process trains in it, where it cannot be written, or where it holds anything but
+    a run.
     """
     with ExitStack() as held:
         try:
@@ -50,6 +51,10 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
             raise TrainingError(
                 f"another process is training in {directory}", "one trainer a directory", "wait, or give another --out"
             ) from error
+        except OSError as problem:
+            raise TrainingError(
+                f"{directory} cannot be used ({problem})", "a directory that this user may write", "give another --out"
+            ) from problem
         for name in (RECIPE, RUN, METRICS):
             remove_unfinished(directory / name)
         if fresh:
