@@ -150,13 +150,21 @@ def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: M
     write_whole(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_same_recipe(directory: Path, ours: Recipe, saved: RunState) -> None:
+    """Raises TrainingError where the run that was begun in `directory` has another recipe. No data is needed for it."""
+    _refuse(directory, differences(ours, parse_recipe(saved.recipe, f"of {directory}")))
+
+
 def require_same_run(directory: Path, ours: RunState, theirs: RunState) -> None:
-    """Raises TrainingError where the run that was begun in `directory` is not the one that goes on now."""
-    different = differences(*(parse_recipe(state.recipe, f"of {directory}") for state in (ours, theirs)))
-    for name in ("data_sha256", "target_config_hash", "target_weights"):
-        here, there = getattr(ours, name), getattr(theirs, name)
-        if there not in (here, None):
-            different.append(f"{name}: {here} here, {there} there")
+    """Raises TrainingError where the run that was begun in `directory` had other data or another target."""
+    names = ("data_sha256", "target_config_hash", "target_weights")
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    _refuse(
+        directory, [f"{name}: {here} here, {there} there" for name, here, there in pairs if there not in (here, None)]
+    )
+
+
+def _refuse(directory: Path, different: Sequence[str]) -> None:
     if different:
         raise TrainingError(
             f"the checkpoint in {directory} belongs to another run ({'; '.join(different)})",

@@ -110,6 +110,8 @@ class Trainer:
         self.config = shape_of(recipe.drafter, target)
         self.checkpoints = Checkpoints(out, recipe.keep_last)
         self.saved = self._saved()
+        if self.saved:  # before the data is read, which takes minutes
+            run_directory.require_same_recipe(out, recipe, self.saved)
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
         self.data = load_data(read, target, self.facts.vocab_size, apart)

@@ -169,9 +169,13 @@ def test_a_finished_run_is_left_as_it_is(models: tuple[str, str], tmp_path: Path
     assert metrics(tmp_path / "run") == logged
 
 
-def test_a_run_of_another_recipe_is_refused_and_kept(models: tuple[str, str], tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_is_refused_and_kept(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the data is read, which may take minutes."""
     out = tmp_path / "run"
     train(tiny_recipe(*models, schedule={"max_steps": 2}), out)
+    monkeypatch.setattr("sglang_auf.training.trainer.load_data", None)
     with pytest.raises(TrainingError) as caught:
         train(tiny_recipe(*models, schedule={"max_steps": 3}, optimiser={"lr": 0.02}), out)
     assert "optimiser.lr: 0.02 here, 0.01 there" in caught.value.found
