@@ -93,6 +93,12 @@ def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
             "a multiple of the number of ranks",
             f"--set batch.micro_batches={math.ceil(recipe.batch.micro_batches / ranks) * ranks}, or other ranks",
         )
+    if (steps := accelerator.gradient_accumulation_steps) != 1:  # accelerate would divide each gradient by it
+        raise ConfigError(
+            f"gradient_accumulation_steps {steps} in accelerate's configuration",
+            "1: the recipe says how many micro-batches a step has",
+            "accelerate launch --gradient_accumulation_steps 1, and --set batch.micro_batches=NUMBER",
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if (version := accelerator.state.fsdp_plugin.fsdp_version) != 2:

@@ -21,7 +21,7 @@ from tests.support.training_runs import tiny_recipe
 
 def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU, version: int = 2) -> Any:
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
-    return SimpleNamespace(num_processes=ranks, distributed_type=kind, state=state)
+    return SimpleNamespace(num_processes=ranks, distributed_type=kind, state=state, gradient_accumulation_steps=1)
 
 
 def test_ranks_that_read_different_rows_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +53,16 @@ def test_muon_needs_whole_matrices() -> None:
 def test_the_first_fsdp_is_refused() -> None:
     with pytest.raises(ConfigError, match="FSDP version 1"):
         check_launch(tiny_recipe("t", "d"), launched(2, DistributedType.FSDP, version=1))
+
+
+def test_micro_batches_are_counted_by_the_recipe_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_cpu: None
+) -> None:
+    """`accelerate launch` sets the variable. Each gradient would be divided by it, and clipped less."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    recipe = tiny_recipe("t", "d")
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps 4 in accelerate"):
+        check_launch(recipe, runtime.make_accelerator(recipe, tmp_path))
 
 
 def test_a_launcher_may_send_sigterm_again_and_again() -> None:
