@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from sglang_auf.errors import ConfigError, DataError, TrainingError
+from sglang_auf.models.dflash import Layer
 from sglang_auf.training.recipe import Recipe
 
 COMPILED_PRODUCTS = 128
@@ -64,14 +66,24 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[ddp, process_group],
     )
-    if recipe.precision == "bf16" and accelerator.distributed_type == DistributedType.FSDP:
-        # accelerate would also add gradients, over micro-batches and ranks, and round the sums of the loss in bf16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _shard_by_layer(accelerator.state.fsdp_plugin, recipe.precision)
     if not accelerator.is_main_process:
         logging.getLogger("sglang_auf").setLevel(logging.ERROR)
     return accelerator
+
+
+def _shard_by_layer(plugin: FullyShardedDataParallelPlugin, precision: str) -> None:
+    """What `accelerate launch --use_fsdp` leaves open, or sets for models that are loaded otherwise than ours."""
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy  # without it all weights are gathered at once
+    plugin.transformer_cls_names_to_wrap = [Layer.__name__]
+    # It would copy the target's tables on each device. And where transformers finds the variable, which the launcher
+    # sets by default, all ranks of a machine but its first load a target of zeros.
+    plugin.cpu_ram_efficient_loading = False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if precision == "bf16":
+        # accelerate would also add gradients, over micro-batches and ranks, and round the sums of the loss in bf16.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def require_same_rows(sha256: str) -> None:

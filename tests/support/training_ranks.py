@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sglang_auf.models.config import DrafterConfig
@@ -85,8 +86,11 @@ def step_gradient(
     found: dict[str, torch.Tensor] = {}
     for head, objective in cases:
         step = make_step(head, objective)
-        step.embedding, step.head = (table.to(dtype) for table in (step.embedding, step.head))
+        step.embedding, step.head = tables = [table.to(dtype) for table in (step.embedding, step.head)]
         model, _ = accelerator.prepare(step, torch.optim.SGD(step.parameters()))
+        if environment:
+            assert all(isinstance(layer, FSDPModule) for layer in model.drafter.layers)
+            assert model.embedding is tables[0] and model.head is tables[1], "a copy would take memory"
         waves = 0
         mine = [
             (replace(batch, features=batch.features.to(dtype)), *drawn)
