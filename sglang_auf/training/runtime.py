@@ -86,14 +86,18 @@ def _shard_by_layer(plugin: FullyShardedDataParallelPlugin, precision: str) -> N
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def require_same_rows(sha256: str) -> None:
-    """Raises DataError on every rank where one read other rows: the others would wait for batches that it has not."""
-    if len(read := set(gather_object([sha256]))) > 1:
-        raise DataError(
-            f"{len(read)} kinds of rows on the ranks",
-            "the same rows on each",
-            "give every machine the same data, and --out on a file system that they share",
-        )
+def require_same_inputs(rows: str, target: str) -> None:
+    """Raises DataError on every rank where one read other rows, or has a target with other weights. Both are hashes.
+
+    Ranks with more batches would wait for ever, and features of another target would be trained on without a word.
+    """
+    for what, own in (("rows", rows), ("targets", target)):
+        if len(found := set(gather_object([own]))) > 1:
+            raise DataError(
+                f"{len(found)} kinds of {what} on the ranks",
+                f"the same {what} on each",
+                "give every machine the same data and target, and --out on a file system that they share",
+            )
 
 
 def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:

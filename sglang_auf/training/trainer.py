@@ -60,7 +60,7 @@ from sglang_auf.training.runtime import (
     limit_compiled_products,
     memory_error,
     out_of_memory,
-    require_same_rows,
+    require_same_inputs,
     stop_signals,
 )
 
@@ -115,7 +115,8 @@ class Trainer:
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
         self.data = load_data(read, target, self.facts.vocab_size, apart)
-        require_same_rows(self.data.sha256)
+        weights = fingerprint(weight_files(target, TargetError))
+        require_same_inputs(self.data.sha256, weights)
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):
             logger.warning(
                 "drafter.mask_token_id %d is also %d tokens of the data: choose an id that no text uses, or auto",
@@ -146,7 +147,7 @@ class Trainer:
             recipe=recipe.model_dump(mode="json"),
             data_sha256=self.data.sha256,
             target_config_hash=self.facts.config_hash,
-            target_weights=fingerprint(weight_files(target, TargetError)),
+            target_weights=weights,
             target_revision=self.facts.revision,
             chat_template_hash=self.facts.chat_template_hash,
             apart=apart,

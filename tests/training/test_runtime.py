@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from sglang_auf.cpu import linear
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training import runtime
-from sglang_auf.training.runtime import check_launch, give_back_free_memory, require_same_rows, stop_signals
+from sglang_auf.training.runtime import check_launch, give_back_free_memory, require_same_inputs, stop_signals
 from tests.support.training_runs import tiny_recipe
 
 
@@ -24,12 +24,15 @@ def launched(ranks: int, kind: DistributedType = DistributedType.MULTI_GPU, vers
     return SimpleNamespace(num_processes=ranks, distributed_type=kind, state=state, gradient_accumulation_steps=1)
 
 
-def test_ranks_that_read_different_rows_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise those with more batches would wait for ever. What the other rank read is put in place of a gather."""
-    monkeypatch.setattr(runtime, "gather_object", lambda own: [*own, "a"])
-    require_same_rows("a")
+def test_ranks_with_different_rows_or_targets_all_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other rank has is put in place of a gather."""
+    others = {"a": "a", "T": "T", "b": "a", "U": "T"}
+    monkeypatch.setattr(runtime, "gather_object", lambda own: [*own, others[own[0]]])
+    require_same_inputs("a", "T")
     with pytest.raises(DataError, match="2 kinds of rows"):
-        require_same_rows("b")
+        require_same_inputs("b", "T")
+    with pytest.raises(DataError, match="2 kinds of targets"):
+        require_same_inputs("a", "U")
 
 
 def test_ranks_share_micro_batches_evenly() -> None:
