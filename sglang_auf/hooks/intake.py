@@ -81,13 +81,16 @@ def admit(original: Any, manager: Any, request: Any, http: Any = None) -> None:
 def check_origin(request: Any, http: Any = None) -> None:
     """Raises ValueError for what a request says about itself and only SGLang may say.
 
-    A busy scheduler drops a request with the id of a health check without a word: the client would wait for ever, and
-    so would a server that is told to stop. And the metrics of all clients would hold a time that is no time.
+    Every id begins with the empty one, so to abort that request would be to abort all. A busy scheduler drops a request
+    with the id of a health check without a word: the client would wait for ever, and so would a server that is told to
+    stop. And the metrics of all clients would hold a time that is no time.
     """
     from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
     from sglang.srt.observability.req_time_stats import monotonic_time
 
     ids = request.rid if isinstance(request.rid, list) else [request.rid]
+    if "" in ids:
+        raise ValueError("rid must not be empty; leave it out, or give each request an id of its own.")
     reserved = [rid for rid in ids if isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)]
     if reserved and (http is None or not http.url.path.endswith(HEALTH_ROUTES)):
         raise ValueError(f"rid must not begin with {HEALTH_CHECK_RID_PREFIX}, got {reserved[0]!r}.")

@@ -92,6 +92,12 @@ def test_other_ids_are_the_clients(rid: Any) -> None:
     check_origin(GenerateReqInput(rid=rid))
 
 
+@pytest.mark.parametrize("rid", ["", ["a", ""]])
+def test_an_id_with_which_every_other_begins_is_refused(rid: Any) -> None:
+    with pytest.raises(ValueError, match="rid must not be empty"):
+        check_origin(GenerateReqInput(rid=rid))
+
+
 def test_a_request_comes_now() -> None:
     check_origin(GenerateReqInput(received_time=monotonic_time() - 60))
     with pytest.raises(ValueError, match="wrong form"):
