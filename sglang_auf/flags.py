@@ -55,7 +55,7 @@ def from_flags(model: type[Model], options: Mapping[str, Any]) -> Model:
         problem = error.errors()[0]
         if not problem["loc"]:  # of several fields together
             found = problem["msg"].removeprefix("Value error, ")
-            raise ConfigError(found, "flags that fit together", "add the one that is missing, or leave one out") from None
+            raise ConfigError(found, "flags that fit together", "add what is missing, or leave one out") from None
         name = str(problem["loc"][0])
         field = next(field for key, field in model.model_fields.items() if name in (key, field.alias))
         found = f"{_flag(name, field)} {problem['input']}"
