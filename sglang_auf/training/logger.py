@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class MetricLogger:
         self._began = self._marked = time.monotonic()
         self._tokens = 0
         self._losses: list[float] = []
+        self._seconds: list[float] = []
         # Without a terminal tqdm prints a line per update; the log lines below carry the same figures.
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=None if self._writes else True)
         if self._writes:
@@ -38,14 +40,16 @@ class MetricLogger:
             TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": start + 1 if start else None, "flush_secs": 10}}
         )
 
-    def count_step(self, loss: float, tokens: int) -> None:
+    def count_step(self, loss: float, tokens: int, seconds: float) -> None:
         """Call this after every optimiser step. tokens: tokens of the step, of all ranks together."""
         self._losses.append(loss)
+        self._seconds.append(seconds)
         self._tokens += tokens
         self._bar.update()
 
     def log_training(self, step: int, objective: str, values: Mapping[str, float | None]) -> None:
-        """Write `values`, the mean loss since the last call, and speed. tokens_per_second includes evaluations.
+        """Write `values`, the mean loss since the last call, and speed. tokens_per_second includes evaluations;
+        step_seconds is the median of the steps alone.
 
         objective: what this step and those since the last call were trained with.
         """
@@ -55,10 +59,11 @@ class MetricLogger:
             "loss": sum(self._losses) / len(self._losses),
             **values,
             "tokens_per_second": self._tokens / (now - self._marked),
+            "step_seconds": median(self._seconds),
             "peak_memory_gib": peak_memory_gib(self._accelerator.device),
             "seconds_left": left,
         }
-        self._losses, self._tokens, self._marked = [], 0, now
+        self._losses, self._seconds, self._tokens, self._marked = [], [], 0, now
         self._write("train", step, row, {"objective": objective})
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=_clock(left), refresh=False)
         self._log(

@@ -203,17 +203,17 @@ class Trainer:
         )
         rate = schedule(index, steps, recipe.schedule.warmup_ratio)
         norm = self._optimise(step, rate, pooled.loss, rows)
-        tokens = sum(len(train[row]) for some in rows for row in some)
+        tokens, seconds = sum(len(train[row]) for some in rows for row in some), time.monotonic() - began
         self.state = self.state.model_copy(
             update={
                 "step": step,
                 "loss": pooled.loss,
                 "tokens": self.state.tokens + tokens,
-                "seconds": self.state.seconds + time.monotonic() - began,
+                "seconds": self.state.seconds + seconds,
                 "evaluation": None,
             }
         )
-        self.metrics.count_step(pooled.loss, tokens)
+        self.metrics.count_step(pooled.loss, tokens, seconds)
         if logs:
             figures = training_figures(pooled.metrics, self.config.block_size)
             lr = recipe.optimiser.lr * rate

@@ -79,7 +79,7 @@ def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("tokens_per_second", "seconds_left", "peak_memory_gib")
+    measured = ("tokens_per_second", "step_seconds", "seconds_left", "peak_memory_gib")
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 

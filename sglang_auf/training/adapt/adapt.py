@@ -12,6 +12,7 @@ same bits.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,11 @@ from sglang_auf.settings import Settings, checked
 from sglang_auf.training.adapt.recipe import recipe_for
 from sglang_auf.training.adapt.rows import HELD_OUT, OLD, OLD_HELD_OUT, TRAINED, load, write_rows
 from sglang_auf.training.adapt.settings import AdaptSettings
-from sglang_auf.training.checkpointer import Checkpoints, read_state
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.evaluation.comparison import Comparison, Walkers
 from sglang_auf.training.export import export_checkpoint
 from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.run_directory import METRICS
 from sglang_auf.training.trainer import train
 
 if TYPE_CHECKING:
@@ -214,12 +215,12 @@ class _Adaptation:
     def _timed_steps(self, minutes: float) -> tuple[int, int | None]:
         """(steps that fit into the time, None), or (0, the signal that stopped the measurement)."""
         timing = self.directory / "timing"
-        recipe = self._recipe(TIMED_STEPS).model_copy(update={"save_every": TIMED_STEPS})
+        recipe = self._recipe(TIMED_STEPS).model_copy(update={"save_every": TIMED_STEPS, "log_every": TIMED_STEPS})
         if signal := train(recipe, timing, fresh=True).signal:
             return 0, signal
-        latest = Checkpoints(timing, 1).latest()
-        assert latest is not None
-        seconds = read_state(latest).seconds / TIMED_STEPS
+        logged = map(json.loads, (timing / METRICS).read_text(encoding="utf-8").splitlines())
+        # A median, since the first steps take longer on a GPU: kernels are compiled in them.
+        *_, seconds = (row["step_seconds"] for row in logged if row["kind"] == "train")
         steps = max(1, int(minutes * 60 / seconds))
         logger.info("a step takes %.2f s: %d steps in %g minutes", seconds, steps, minutes)
         return steps, None

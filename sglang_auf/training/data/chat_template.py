@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sglang_auf.training.data.chats import Chat, Message, texts
@@ -124,14 +125,14 @@ class ChatTemplate:
             return []
         if not all(prompt.startswith(before) and prompt != before for before, prompt in texts):
             return []
-        return self._tokens([prompt.removeprefix(before) for before, prompt in texts])
+        return self._encoded([prompt.removeprefix(before) for before, prompt in texts])
 
     def user_turn(self) -> tuple[list[int], int]:
         """Token ids before the first user message, and the first token after that message. Raises BadRow."""
         opening, *rest = self._render(Chat([{"role": "user", "content": PROBE}])).split(PROBE)
         if len(rest) != 1 or not opening or not rest[0]:
             raise BadRow("the chat template puts no text before and after a user message")
-        ids, after = self._tokens([opening, rest[0]])
+        ids, after = self._encoded([opening, rest[0]])
         return ids, after[0]
 
     @cached_property
@@ -140,7 +141,7 @@ class ChatTemplate:
         ends = end_of_text(self._tokenizer)
         with suppress(BadRow):  # a template that refuses so short a conversation
             asked = Chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}])
-            after = self._tokens([self._render(asked).rpartition(PROBE)[2]])[0]
+            after = self._encoded([self._render(asked).rpartition(PROBE)[2]])[0]
             ends |= set([token for token in after if token in self._special][:1])
         return ends
 
@@ -159,13 +160,9 @@ class ChatTemplate:
             if message["role"] != "assistant" and any(said.strip() not in text for said in texts(message)):
                 raise BadRow(f"the chat template leaves out what role {message['role']!r} says")
         found = [self._borders(text, chat, index) for index in chat.answers]
-        borders = [border for start, end, _, _ in found for border in (start, end)]
-        ids, *beginnings = self._tokens([text, *(text[:border] for border in borders)])
-        for beginning in beginnings:
-            if ids[: len(beginning)] != beginning:
-                raise BadRow("a token reaches across the border of an answer")
-        places = iter([len(beginning) for beginning in beginnings])
-        return ids, [self._span(ids, next(places), next(places), *kinds) for _, _, *kinds in found]
+        ids, places = self._tokens(text, [border for start, end, _, _ in found for border in (start, end)])
+        pairs = zip(places[::2], places[1::2], found, strict=True)
+        return ids, [self._span(ids, start, end, *kinds) for start, end, (_, _, *kinds) in pairs]
 
     def _borders(self, text: str, chat: Chat, index: int) -> tuple[int, int, bool, bool]:
         """Where answer `index` begins in `text`, and where what the template adds after it ends; as Span: `unthought`
@@ -227,11 +224,26 @@ class ChatTemplate:
 
         return bool(detect_jinja_template_content_format(_source(self._tokenizer)) == "openai")
 
-    def _tokens(self, rendered: list[str]) -> list[list[int]]:
-        """Token ids of each text. Some are equal, as the last answer mostly ends with the conversation."""
-        unique = list(dict.fromkeys(rendered))
-        ids = dict(zip(unique, self._tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
-        return [ids[text] for text in rendered]
+    def _tokens(self, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and how many of them stand before each border. Raises BadRow for a border in a token.
+
+        borders: places in the text, ascending. A border is between two tokens where the text before it, alone, has the
+        tokens that the complete text begins with. Encoding all these beginnings takes a time that grows with the square
+        of the number of turns. So the pieces between the borders are encoded first: where they give the tokens of the
+        text side by side, each beginning has those of its pieces.
+        """
+        ids, *pieces = self._encoded([text, *(text[start:end] for start, end in pairwise([0, *borders, len(text)]))])
+        if list(chain.from_iterable(pieces)) == ids:
+            return ids, list(accumulate(map(len, pieces[:-1])))
+        beginnings = self._encoded([text[:border] for border in borders])
+        if any(ids[: len(beginning)] != beginning for beginning in beginnings):
+            raise BadRow("a token reaches across the border of an answer")
+        return ids, list(map(len, beginnings))
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return ids
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -10,6 +10,7 @@ import stat
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from sglang_auf.provenance import sha256_of
 from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.recording.recorder import digest
 from sglang_auf.recording.ring import encoded
+from sglang_auf.training import trainer
 from sglang_auf.training.adapt.adapt import NOT_BETTER, PLAN, adapt
 from sglang_auf.training.adapt.rows import HELD_OUT, OLD, OLD_HELD_OUT, TRAINED
 from sglang_auf.training.adapt.settings import AdaptSettings
@@ -177,6 +179,23 @@ def test_minutes_become_steps_once(models: tuple[Path, str, Path], recorded: Pat
     assert plan["steps"] >= 1
     state = json.loads((tmp_path / "out.run" / "training" / "best" / "state.json").read_text())
     assert state["step"] == plan["steps"]
+
+
+def test_a_slow_first_step_does_not_make_the_others_fewer(
+    models: tuple[Path, str, Path], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock on which the first step takes a minute and each other one 15 seconds: 4 fit into a minute."""
+    clock, of_step = 0.0, trainer.pooled_gradient
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        nonlocal clock
+        clock += 15 if clock else 60
+        return of_step(*arguments, **named)
+
+    monkeypatch.setattr(trainer, "pooled_gradient", timed)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: clock))
+    adapt(settings(models, recorded, tmp_path / "out", steps=None, minutes=1))
+    assert json.loads((tmp_path / "out.run" / PLAN).read_text())["steps"] == 4
 
 
 def test_too_few_rows_are_refused(models: tuple[Path, str, Path], tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import Prepend
 
 from sglang_auf.checkpoints.prepare import default_directory
+from sglang_auf.training.data.chat_template import ChatTemplate
+from sglang_auf.training.data.chats import Chat
 from sglang_auf.training.data.conversations import Conversation, load_conversations
+from sglang_auf.training.data.rows import BadRow
 from tests.support import toy_tokenizer as toy
 
 QUESTION = {"role": "user", "content": "Say hi."}
@@ -85,6 +91,17 @@ def load(tmp_path: Path) -> Callable[..., Conversation]:
     return one
 
 
+def tokenizer_of(template: str) -> Any:
+    """The toy with one of its templates, or SmolLM2's own."""
+    if template != "SmolLM2":
+        return toy.toy_tokenizer(getattr(toy, template))
+    from transformers import AutoTokenizer
+
+    if not default_directory("smollm2-135m").is_dir():
+        pytest.skip("smollm2-135m is not prepared")
+    return AutoTokenizer.from_pretrained(default_directory("smollm2-135m"))
+
+
 def last_label(tokenizer: Any, conversation: Conversation) -> tuple[list[int], str]:
     """The ids before the last answer, and its text."""
     mask = conversation.loss_mask
@@ -144,14 +161,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("template", ["CHATML", "TOOLS", "PARTS", "SmolLM2"])
 def test_plain_rows(case: str, template: str, load: Callable[..., Conversation]) -> None:
-    if template == "SmolLM2":
-        from transformers import AutoTokenizer
-
-        if not default_directory("smollm2-135m").is_dir():
-            pytest.skip("smollm2-135m is not prepared")
-        tokenizer = AutoTokenizer.from_pretrained(default_directory("smollm2-135m"))
-    else:
-        tokenizer = toy.toy_tokenizer(getattr(toy, template))
+    tokenizer = tokenizer_of(template)
     row, request, answer = CASES[case]
     thinking = False if template == "TOOLS" else None
     if thinking is False:
@@ -296,3 +306,79 @@ def test_what_the_row_and_the_command_disagree_on(load: Callable[..., Conversati
     row = {"id": "a", "messages": [QUESTION, ANSWER], "chat_template_kwargs": {"enable_thinking": True}}
     with pytest.raises(AssertionError, match="enable_thinking True, and the command says False"):
         load(toy.toy_tokenizer(toy.TOOLS), row, False)
+
+
+class OfBeginnings(ChatTemplate):
+    """A border as it is defined: the text before it, alone, has the tokens that the complete text begins with."""
+
+    def _tokens(self, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
+        ids, *beginnings = self._encoded([text, *(text[:border] for border in borders)])
+        for beginning in beginnings:
+            if ids[: len(beginning)] != beginning:
+                raise BadRow("a token reaches across the border of an answer")
+        return ids, [len(beginning) for beginning in beginnings]
+
+
+FRAGMENTS = [
+    "Hi",
+    "hi.",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "12",
+    "'s",
+    "e",
+    "\u0301",
+    "\u00e9",
+    "\u3002",
+    "\U0001f999",
+    "</think>",
+]
+
+
+def said(dice: random.Random) -> str:
+    return "".join(dice.choice(FRAGMENTS) for _ in range(dice.randrange(1, 7)))
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+@pytest.mark.parametrize("template", ["CHATML", "TRIMMING", "THINKING", "SmolLM2"])
+def test_answers_are_found_where_the_beginnings_of_the_text_end(template: str, spaced: bool) -> None:
+    """spaced: the tokenizer puts a space before whatever it encodes, as Llama 2's: pieces then have other tokens."""
+    tokenizer = tokenizer_of(template)
+    if spaced:
+        tokenizer.backend_tokenizer.normalizer = Prepend(" ")
+    found, defined = ChatTemplate(tokenizer, None), OfBeginnings(tokenizer, None)
+    dice, outcomes = random.Random(7), Counter[str]()
+    for _ in range(80):
+        turns = range(2 * dice.randrange(1, 5))
+        chat = Chat([{"role": ("user", "assistant")[turn % 2], "content": said(dice)} for turn in turns])
+        outcome = encoded_by(found, chat)
+        assert outcome == encoded_by(defined, chat), chat
+        outcomes[outcome if isinstance(outcome, str) else "found"] += 1
+    assert outcomes["found"] > 20
+    if template in ("CHATML", "SmolLM2"):  # the others leave no newline beside a border
+        assert outcomes["a token reaches across the border of an answer"] > 10
+
+
+def encoded_by(template: ChatTemplate, chat: Chat) -> Any:
+    try:
+        return template.encode(chat)
+    except BadRow as fault:
+        return str(fault)
+
+
+def test_what_is_encoded_does_not_grow_with_the_square_of_the_turns() -> None:
+    tokenizer, encoded = toy.toy_tokenizer(), 0
+    template = ChatTemplate(tokenizer, None)
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        nonlocal encoded
+        encoded += sum(map(len, texts))
+        return of_texts(texts)
+
+    of_texts, template._encoded = template._encoded, counted  # type: ignore[method-assign]
+    ids, spans = template.encode(Chat([QUESTION, ANSWER] * 50))
+    assert len(spans) == 50
+    assert encoded < 2.1 * len(tokenizer.decode(ids)), "once as it is and once in pieces"
