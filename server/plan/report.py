@@ -13,8 +13,8 @@ from sglang_auf.cpu.memory import GIB, WEIGHT_COPIES
 from sglang_auf.env import DRAFT_VOCABULARY, tree_nodes
 from sglang_auf.errors import TargetError
 from sglang_auf.files import find_model
-from sglang_auf.recording.manifest import is_recording
-from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.manifest import Manifest
+from sglang_auf.recording.ring import State, look_at
 
 Line = tuple[str, str, str]
 
@@ -27,6 +27,12 @@ DECIDED = (
 
 OF_THE_DEVICE = ("attention_backend", "speculative_draft_attention_backend")
 """Of these, what SGLang chooses by the device's kind, which is not known where only its memory is given."""
+
+RECORDING: dict[State, str] = {
+    "new": "made at the start",
+    "at rest": "goes on",
+    "held": "held by a running server, which has to end before this one starts",
+}
 
 
 def report(profile: Profile, here: bool, *, plain: bool = False, api_key: str | None = None) -> list[Line]:
@@ -141,16 +147,11 @@ def _parts(plan: Plan) -> Iterator[Line]:
 
 
 def _recording(checked: Checked, target: Path) -> Iterator[Line]:
-    """Raises ConfigError for a directory that exists and cannot be used. None is made."""
-    settings = checked.profile.record
-    if settings.directory is None:
+    """Raises ConfigError for a directory that cannot be used. None is made."""
+    directory = checked.profile.record.path
+    if directory is None:
         return
-    directory = Path(settings.directory).expanduser()
-    if is_recording(directory) or (directory.is_dir() and any(directory.iterdir())):
-        Recorder.opened(settings, target).stop()
-        yield "records", "directory", f"{directory} (goes on)"
-    else:
-        yield "records", "directory", f"{directory} (made at the start)"
+    yield "records", "directory", f"{directory} ({RECORDING[look_at(directory, Manifest.of(target))]})"
 
 
 def _notes(profile: Profile, here: bool) -> Iterator[Line]:

@@ -16,6 +16,8 @@ from benchmarks.harness.servers import free_port
 from sglang_auf.cpu import memory
 from sglang_auf.cpu.memory import GIB, RESERVED, ModelSize, plan_pool
 from sglang_auf.files import INDEX
+from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.settings import RecordSettings
 from tests.server.plan.test_memory import TARGET_WEIGHTS
 from tests.server.test_cuda_arguments import write
 from tests.support.qwen3_8b import DRAFTER, TARGET
@@ -104,13 +106,18 @@ def on_a_cpu(scratch: Path) -> Checks:
         str(free_port()),
         *settings(target=target, drafter=drafter),
     ]
-    recording = scratch / "recording"
-    return Checks(
+    recording, at_rest, held = (scratch / name for name in ("recording", "at-rest", "held"))
+    Recorder.opened(RecordSettings(directory=str(at_rest)), target).stop()
+    server = Recorder.opened(RecordSettings(directory=str(held)), target)
+    checks = Checks(
         {
             "as it is": [*tiny, "--api-key", KEY],
             "fixed tree": [*tiny, *settings(tree_nodes=3)],
             "plain": [*tiny, "--plain"],
             "records": [*tiny, *settings(record__directory=recording)],
+            "goes on": [*tiny, *settings(record__directory=at_rest)],
+            "beside a server": [*tiny, *settings(record__directory=held)],
+            "records nowhere": [*tiny, *settings(record__directory="/proc/nothing/here")],
             "records elsewhere": [*tiny, *settings(record__directory=scratch / "full")],
             "long": [*tiny, *settings(target=write_target(scratch / "long", max_position_embeddings=10**6))],
             "refused": [*tiny, *settings(server_args__enable_lora="true")],
@@ -119,6 +126,8 @@ def on_a_cpu(scratch: Path) -> Checks:
             "no drafter": [*tiny, *settings(drafter=scratch / "nothing")],
         }
     )
+    server.stop()
+    return checks
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +182,12 @@ def test_a_key_is_not_shown(on_a_cpu: Checks) -> None:
 def test_a_recording_is_looked_at_and_not_begun(on_a_cpu: Checks, scratch: Path) -> None:
     assert on_a_cpu["records"]["records", "directory"] == f"{scratch / 'recording'} (made at the start)"
     assert not (scratch / "recording").exists()
-    assert on_a_cpu["records elsewhere"].code == 2
-    assert "is no recording" in on_a_cpu.log
+    assert on_a_cpu["goes on"]["records", "directory"] == f"{scratch / 'at-rest'} (goes on)"
+
+
+def test_a_recording_of_a_running_server_is_no_error(on_a_cpu: Checks, scratch: Path) -> None:
+    assert on_a_cpu["beside a server"].code == 0
+    assert "held by a running server" in on_a_cpu["beside a server"]["records", "directory"]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +198,8 @@ def test_a_recording_is_looked_at_and_not_begun(on_a_cpu: Checks, scratch: Path)
         ("another device", "leave out --device-memory"),
         ("no check", "--device-memory without --check"),
         ("no drafter", "no directory"),
+        ("records elsewhere", "is no recording"),
+        ("records nowhere", "/proc/nothing/here cannot be written"),
     ],
 )
 def test_what_would_not_start_is_said_as_the_start_says_it(on_a_cpu: Checks, name: str, said: str) -> None:
