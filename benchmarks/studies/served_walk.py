@@ -127,7 +127,9 @@ class WalkReport(Measured, Report):
 
     def _rows(self) -> list[list[str]]:
         slots = max(len(figures.micro.alpha) for figures in self.figures.values())
-        rows = [["task", "", "tau", "verify steps", "served/walked", *(f"alpha_{k}" for k in range(1, slots + 1))]]
+        rows = [
+            ["task", "", "tau", "verify steps", "steps, served/walked", *(f"alpha_{k}" for k in range(1, slots + 1))]
+        ]
         for task in self.figures[SERVED].tasks:
             rows += _rows_of(task, {way: figures.tasks[task] for way, figures in self.figures.items()})
         for way, figures in self.figures.items():

@@ -124,6 +124,7 @@ def test_a_run_that_drafted_as_the_walk_passes(
     assert set(report["figures"]["walked"]["tasks"]) == {"gsm8k", "mbpp"}
     printed = capsys.readouterr().out
     assert "Walk passed. The server took 1.0000 of the verify steps" in printed
+    assert "| verify steps | steps, served/walked |" in printed, "more steps are a lower tau"
     assert "Every answer took as many verify steps as its walk." in printed
     assert "warning: the server warns: it rains" in printed
     manifest = RunManifest.read(Path(run) / "run.json")
