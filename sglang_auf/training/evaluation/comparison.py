@@ -93,7 +93,8 @@ def step_of(drafter: Drafter, target: FrozenTarget) -> TrainingStep:
     Domino has no such objective.
     """
     objective = ObjectiveSettings(name="decay" if drafter.config.head == "domino" else "full")
-    return TrainingStep(drafter, target.embedding, target.head, objective).to(target.device)
+    step: TrainingStep = TrainingStep(drafter, target.embedding, target.head, objective).to(target.device)
+    return step
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
