@@ -242,6 +242,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: dict[str, Any], request: Request) -> Response:
         engine.requests.append(body)
+        engine.unrecorded.append(request.headers.get("x-sglang-auf-record"))
         if refused := engine.refused(body):
             return JSONResponse({"message": f"extra fields not permitted: {refused}"}, status_code=400)
         engine.in_flight += 1
