@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AufError(Exception):
     """A mistake that the user can fix.
@@ -45,3 +48,13 @@ class ServerError(AufError):
 
 class TrainingError(AufError):
     """A training run that cannot start, go on or be resumed."""
+
+
+@contextmanager
+def noting(doing: str) -> Iterator[None]:
+    """Add what was being done to the notes of an error that leaves the block, which is otherwise as it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(doing)
+        raise

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sglang_auf.errors import noting
 from sglang_auf.training.data.batching import Batch
 from sglang_auf.training.losses.step import Terms
 
@@ -58,7 +59,7 @@ def pooled_gradient(
     denominators: Tensor | float = 0.0
     metrics: dict[str, Tensor] = {}
     for number, micro_batch in enumerate(micro_batches, start=1):
-        with nullcontext() if number == count else accelerator.no_sync(model):
+        with _noted(micro_batch), nullcontext() if number == count else accelerator.no_sync(model):
             terms: Terms = model(*micro_batch, progress, diagnostics)
             if branches > 1 and factors is None:
                 factors = _factors(accelerator, terms.denominators, terms.weights)
@@ -80,9 +81,20 @@ def pooled_gradient(
 
 def _without_gradient(model: nn.Module, micro_batches: Iterable[MicroBatch], progress: float) -> tuple[Tensor, Tensor]:
     """(denominators of this rank, branch weights)."""
-    with torch.no_grad():
-        terms: list[Terms] = [model(*micro_batch, progress, False) for micro_batch in micro_batches]
+    terms: list[Terms] = []
+    for micro_batch in micro_batches:
+        with _noted(micro_batch), torch.no_grad():
+            terms.append(model(*micro_batch, progress, False))
     return torch.stack([each.denominators for each in terms]).sum(0), terms[0].weights
+
+
+def _noted(micro_batch: MicroBatch) -> AbstractContextManager[None]:
+    """Say in an error how large the micro-batch is."""
+    batch, anchors, _ = micro_batch
+    rows, tokens = batch.input_ids.shape
+    return noting(
+        f"the drafter on a micro-batch of {rows} rows x {tokens} tokens with {anchors.shape[1]} anchors a row"
+    )
 
 
 def _factors(accelerator: Accelerator, denominators: Tensor, weights: Tensor) -> Tensor:

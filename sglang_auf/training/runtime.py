@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.errors import ConfigError, DataError, TrainingError
 from sglang_auf.training.recipe import Recipe
 
 COMPILED_PRODUCTS = 128
@@ -150,3 +150,33 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Parts of what CUDA, torch's allocator on a CPU and cuBLAS say, where torch raises no error of its own for it."""
+
+
+def out_of_memory(problem: Exception) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    known = isinstance(problem, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(problem, RuntimeError) and any(said in str(problem) for said in NO_MEMORY))
+
+
+def memory_error(problem: Exception, recipe: Recipe, checkpoint: Path | None) -> TrainingError:
+    """What the user reads of it. problem: with the notes of what was being done. checkpoint: the last one, if any."""
+    doing = ", in ".join(getattr(problem, "__notes__", ["the start"]))
+    reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
+    batch = recipe.batch
+    lower = "lower batch.batch_tokens, then batch.anchors_per_row"
+    if checkpoint is None:
+        remedy = f"{lower}; there is no checkpoint yet"
+    else:
+        remedy = f"the same command goes on from {checkpoint.name}; to {lower}, begin another run with another --out"
+    if not batch.recompute:
+        remedy = f"--set batch.recompute=true needs far less and changes no number; {remedy}"
+    return TrainingError(
+        f"no memory left for {doing} ({reason})",
+        f"memory for micro-batches of up to {batch.batch_tokens} tokens (batch.batch_tokens) with up to "
+        f"{batch.anchors_per_row} anchors a row (batch.anchors_per_row), which `sglang-auf plan` counts for a GPU",
+        remedy,
+    )

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from sglang_auf import provenance
 from sglang_auf.checkpoints.target_facts import TargetFacts
-from sglang_auf.errors import TargetError, TrainingError
+from sglang_auf.errors import TargetError, TrainingError, noting
 from sglang_auf.files import weight_files
 from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.products import bf16_products
@@ -58,6 +58,8 @@ from sglang_auf.training.runtime import (
     check_launch,
     give_back_free_memory,
     limit_compiled_products,
+    memory_error,
+    out_of_memory,
     require_same_rows,
     stop_signals,
 )
@@ -90,6 +92,10 @@ def train(recipe: Recipe, out: Path, *, fresh: bool = False) -> Outcome:
             "free space for logs and checkpoints",
             "free space and run the same command again: it goes on from the last checkpoint",
         ) from problem
+    except (MemoryError, RuntimeError) as problem:
+        if not out_of_memory(problem):
+            raise
+        raise memory_error(problem, recipe, Checkpoints(out, recipe.keep_last).latest()) from problem
 
 
 class Trainer:
@@ -168,7 +174,8 @@ class Trainer:
                     self.state = self.state.model_copy(update={"start_tau": figures["tau"]})
                     self.metrics.log_evaluation(0, figures, False)
                 for index in range(start, steps):
-                    stopped = self._advance(index, caught)
+                    with noting(f"step {index + 1}"):
+                        stopped = self._advance(index, caught)
                     if stopped:
                         logger.info("signal %d: stopped after step %d, which is saved", stopped, index + 1)
                         return self._outcome(stopped)
@@ -241,15 +248,17 @@ class Trainer:
                 + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet"),
             )
         set_learning_rate(self.optimisers, rate)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        with noting("the optimiser"):
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
         return norm
 
     def _figures(self) -> dict[str, float | None]:
         """What the present weights do on held-out answers, found by the main process."""
         step = self._unsharded_step()
-        found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
+        with noting("the evaluation"):
+            found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
         broadcast_object_list(found)
         figures: dict[str, float | None] = found[0]
         return figures
@@ -292,7 +301,8 @@ class Trainer:
         return signal, bool(late)
 
     def _save(self) -> None:
-        weights, optimiser = gather(self.model, self.optimisers)
+        with noting("the checkpoint"):
+            weights, optimiser = gather(self.model, self.optimisers)
         if self.accelerator.is_main_process:
             self.checkpoints.write(self.config.to_checkpoint(), weights, optimiser, self.state)
         self.accelerator.wait_for_everyone()

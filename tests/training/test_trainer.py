@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -27,11 +28,13 @@ from sglang_auf.models.dflash import Layer
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.training.checkpointer import Checkpoints, read_state, read_tensors
+from sglang_auf.training.data.loader import Plan, load_data
 from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.losses import cross_entropy
 from sglang_auf.training.recipe import Recipe, parse_recipe
 from sglang_auf.training.trainer import Trainer, train
 from tests.support.products_seen import Products
+from tests.support.tiny_models import VOCABULARY
 from tests.support.training_runs import (
     FSDP,
     limit_file_size,
@@ -582,6 +585,68 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_conversat
     assert saved == list(range(1, step))
     for each in saved:
         assert all(tensor.isfinite().all() for tensor in weights_at(tmp_path / "run", each).values())
+
+
+def test_no_memory_says_for_what_and_the_same_command_goes_on(
+    models: tuple[str, str], unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tiny_recipe(*models), tmp_path / "run"
+    passes, forward = 0, Layer.forward
+
+    def without_memory(self: Layer, *arguments: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += self.training and torch.is_grad_enabled()
+        if passes > 3 * 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "forward", without_memory)
+        with pytest.raises(TrainingError) as caught:
+            train(recipe, out)
+    _, rows = Plan(load_data(recipe, Path(models[0]), VOCABULARY).train, recipe).at(3)
+    found = re.fullmatch(
+        r"no memory left for the drafter on a micro-batch of (\d+) rows x (\d+) tokens with 3 anchors a row, in step 4 "
+        r"\(CUDA out of memory. Tried to allocate 2.00 GiB.\)",
+        caught.value.found,
+    )
+    assert found and int(found[1]) == len(rows[0])
+    assert "120 tokens (batch.batch_tokens) with up to 3 anchors a row (batch.anchors_per_row)" in caught.value.expected
+    assert caught.value.remedy.startswith("--set batch.recompute=true")
+    assert "the same command goes on from step-00000003" in caught.value.remedy
+    train(recipe, out)
+    assert_same_run(out, unbroken["dflash"])
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    torch.empty(2**50)  # as a CPU's allocator says it
+
+
+def no_room_for_python(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("place", "fails", "doing"),
+    [
+        ("data.features.OnlineFeatures.__call__", no_memory, r"the features of a micro-batch of \d.*, in step 1 "),
+        ("evaluation.held_out.HeldOutAnswers.figures", no_room_for_python, r"the evaluation, in step 3 \(MemoryError"),
+        ("trainer.gather", no_memory, "the checkpoint, in step 2 "),
+        ("trainer.initial_drafter", no_memory, "the start "),
+    ],
+)
+def test_what_there_was_no_memory_for(
+    models: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    fails: Callable[..., Any],
+    doing: str,
+) -> None:
+    monkeypatch.setattr(f"sglang_auf.training.{place}", fails)
+    with pytest.raises(TrainingError, match=f"no memory left for {doing}") as caught:
+        train(tiny_recipe(*models, batch={"recompute": True}), tmp_path / "run")
+    assert "recompute" not in caught.value.remedy
 
 
 def test_a_disk_that_the_checkpoints_do_not_fit_is_refused_before_the_first_step(

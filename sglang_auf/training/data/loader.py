@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sglang_auf.errors import ConfigError
+from sglang_auf.errors import ConfigError, noting
 from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.batching import (
@@ -177,7 +177,8 @@ class BatchMaker:
         padded, ids = collate(conversations), [conversation.id for conversation in conversations]
         generators = anchor_generators(ids, self._recipe.seed, epoch)
         drawn = draw_anchors(padded.loss_mask, self._recipe.batch.anchors_per_row, generators)
-        batch = make_batch(padded, ids, self._features, self._recipe.objective.labels)
+        with noting("the features of a micro-batch of {} rows x {} tokens".format(*padded.input_ids.shape)):
+            batch = make_batch(padded, ids, self._features, self._recipe.objective.labels)
         anchors, valid = (to_device(tensor, self._features.device) for tensor in drawn)
         return batch, anchors, valid
 
