@@ -43,7 +43,6 @@ class Span:
 
     unthought: it stands behind the longer header of the other thinking mode, which ends with an empty think block.
     served: whether the text before it is what a server is asked with for this answer.
-    other_mode: its prompt ends as those of the other thinking mode do.
     """
 
     start: int
@@ -51,7 +50,6 @@ class Span:
     closed: bool
     unthought: bool = False
     served: bool = True
-    other_mode: bool = False
 
 
 class ChatTemplate:

@@ -85,6 +85,16 @@ class Chat:
         """With the first messages alone; a negative count leaves out so many at the end."""
         return replace(self, messages=self.messages[:count])
 
+    def from_first_question(self) -> Self:
+        """Without the answers before what the user says first; unchanged where more than such answers would go."""
+        before = next((index for index, message in enumerate(self.messages) if message["role"] == "user"), 0)
+        led = [index for index in self.answers if index < before]
+        if any(message["role"] in ("tool", "function") for message in self.messages[:before]):
+            return self
+        messages = [message for index, message in enumerate(self.messages) if index not in led]
+        untrained = frozenset(index - len(led) for index in self.untrained if index >= before)
+        return replace(self, messages=messages, untrained=untrained)
+
     def strings(self) -> Iterator[str]:
         """Every text that may come into the rendered one."""
         return _strings([self.messages, self.tools, self.template_kwargs])

@@ -35,6 +35,7 @@ UNTHOUGHT = (
     "thinking is on, and %d of %d rows have an answer without a thought, which is trained on behind an empty think "
     "block (a server without its reasoning parser? answers of thinking off?): %s"
 )
+LED = "%d of %d rows begin with an answer that nothing asked for, which is left out, as SpecForge and FastChat do: %s"
 OTHER_MODE = "%d of %d rows are of the other mode of thinking than is trained for, and are trained on all the same: %s"
 
 Apart: TypeAlias = Literal["prompt", "tokens"]
@@ -122,11 +123,10 @@ def load_conversations(
     kept: list[Conversation] = []
     faults: list[tuple[str, str]] = []
     truncated: list[str] = []
-    unthought: list[str] = []
-    other_mode: list[str] = []
+    doubtful: dict[str, list[str]] = {UNTHOUGHT: [], OTHER_MODE: [], LED: []}
     for row in tqdm(read_rows(source, digest, split=split), "reading", unit=" rows", delay=5, leave=False):
         try:
-            conversation, spans = reader.read(row)
+            conversation, doubts = reader.read(row)
             if len(conversation) > max_length and overlong == "truncate":
                 truncated.append(row.name)
                 conversation = conversation.first(max_length)
@@ -135,16 +135,14 @@ def load_conversations(
             faults.append((str(fault), row.name))
         else:
             kept.append(conversation)
-            if any(span.unthought for span in spans):
-                unthought.append(row.name)
-            if spans[-1].other_mode:
-                other_mode.append(row.name)
+            for doubt in doubts:
+                doubtful[doubt].append(row.name)
             # The id decides whether a row is held out, and where its anchors are.
             digest.update(json.dumps(conversation.id).encode() + array("q", conversation.input_ids).tobytes())
             digest.update(bytes(conversation.loss_mask))
     rejected = grouped(faults)
-    _report(source, len(kept), rejected, truncated, max_length, {UNTHOUGHT: unthought, OTHER_MODE: other_mode})
-    return LoadedConversations(kept, rejected, truncated, unthought, digest.hexdigest())
+    _report(source, len(kept), rejected, truncated, max_length, doubtful)
+    return LoadedConversations(kept, rejected, truncated, doubtful[UNTHOUGHT], digest.hexdigest())
 
 
 def split_held_out(
@@ -197,28 +195,31 @@ class _Reader:
         # Rows share one int object for each token: a list then takes 8 bytes a token, not 36.
         self._ids = list(range(vocab_size))
 
-    def read(self, row: ChatRow) -> tuple[Conversation, list[Span]]:
-        """The row as tokens, and where its labels are. Raises BadRow."""
+    def read(self, row: ChatRow) -> tuple[Conversation, list[str]]:
+        """The row as tokens and labels, and what is to be warned of. Raises BadRow."""
         if row.fault:
             raise BadRow(row.fault)
         exact = [row.fields.get(key) for key in ("prompt_ids", "response_ids")]
-        ids, spans = self._rendered(row.fields) if exact == [None, None] else self._exact(row.fields, *exact)
+        ids, spans, doubts = self._rendered(row.fields) if exact == [None, None] else self._exact(row.fields, *exact)
         mask = [False] * len(ids)
         for span in spans:
             mask[span.start : span.end] = [True] * (span.end - span.start)
         unserved = tuple((span.start, span.end) for span in spans if not span.served)
-        return Conversation(row.id, [self._ids[token] for token in ids], mask, unserved), spans
+        unthought = [UNTHOUGHT] * any(span.unthought for span in spans)
+        return Conversation(row.id, [self._ids[token] for token in ids], mask, unserved), [*unthought, *doubts]
 
-    def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span]]:
+    def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span], list[str]]:
         whole = chat_of(fields)
-        chat = _until_last_answer(whole)
+        asked = whole.from_first_question()
+        chat = _until_last_answer(asked)
         _require_answers(chat)
         ids, spans = self._need_template().encode(chat)
         self._require_known(ids)
-        spans = _own_ends(spans, _cut(fields, len(whole.answers))[: len(spans)])
-        return ids[: spans[-1].end], _trained(chat, spans)
+        led = len(whole.answers) - len(asked.answers)
+        spans = _own_ends(spans, _cut(fields, len(whole.answers))[led : led + len(spans)])
+        return ids[: spans[-1].end], _trained(chat, spans), [LED] * (led > 0)
 
-    def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span]]:
+    def _exact(self, fields: Mapping[str, Any], prompt: Any, response: Any) -> tuple[list[int], list[Span], list[str]]:
         """The ids as given. The template finds answers of earlier turns, if any, in the prompt.
 
         The other mode of thinking refuses a row with messages, and not a recorded one, which is what a server is asked.
@@ -232,8 +233,8 @@ class _Reader:
         other = self._template is not None and self._template.is_of_other_mode(prompt)
         if other and has_messages(fields):
             raise BadRow(f"prompt_ids that were not asked with thinking {'on' if self._thinking else 'off'}")
-        answer = Span(len(prompt), len(prompt) + len(response), True, other_mode=other)
-        return prompt + response, [*self._earlier(fields, prompt), answer]
+        answer = Span(len(prompt), len(prompt) + len(response), True)
+        return prompt + response, [*self._earlier(fields, prompt), answer], [OTHER_MODE] * other
 
     def _earlier(self, fields: Mapping[str, Any], prompt: list[int]) -> list[Span]:
         if not has_messages(fields):

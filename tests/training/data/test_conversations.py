@@ -29,6 +29,7 @@ from tests.support import toy_tokenizer as toy
 
 QUESTION = {"role": "user", "content": "Say hi."}
 ANSWER = {"role": "assistant", "content": "Hi."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 TWO_TURNS = [QUESTION, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Bye."}]
 
 Load = Callable[..., LoadedConversations]
@@ -133,6 +134,25 @@ def test_an_answer_without_a_thought_is_named_where_thinking_is_on(
     assert load(rows[:4], toy.THINKING, thinking=True).unthought == ["none (rows.jsonl:3)"]
     assert load([rows[2], rows[4]], toy.THINKING, thinking=False).unthought == []
     assert load(rows[2:3]).unthought == []  # a template that knows no thoughts
+
+
+@pytest.mark.parametrize("before", [[], [SYSTEM]])
+def test_answers_before_the_first_question_are_left_out(
+    before: list[dict[str, str]], load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Frequent in ShareGPT, whose conversations were cut to pieces. The rest is as a row that never had them."""
+    later = [*before, QUESTION, ANSWER | {"weight": 0}, *TWO_TURNS]
+    rows = [
+        chat(
+            *before, ANSWER, ANSWER, *later[len(before) :], finish_reasons=["length", "stop", "stop", "length", "stop"]
+        ),
+        chat(*later, id="b", finish_reasons=["stop", "length", "stop"]),
+    ]
+    led, never = load(rows).conversations
+    assert (led.input_ids, led.loss_mask, led.unserved) == (never.input_ids, never.loss_mask, never.unserved)
+    assert labels(led) == ["Hi.", "Bye.<|im_end|>"]
+    assert "1 of 2 rows begin with an answer that nothing asked for" in caplog.text
+    assert "a (rows.jsonl:1)" in caplog.text and "b (" not in caplog.text
 
 
 def test_template_that_trims_and_ends_a_turn_without_newline(load: Load) -> None:
@@ -341,7 +361,9 @@ GOOD = chat(QUESTION, ANSWER, id="good")
         (chat(QUESTION, ANSWER, ANSWER), "an answer after an answer", None),
         (chat({"role": "user", "content": "\ud83d"}, ANSWER), "content with half a surrogate pair", None),
         ({"id": "a", "turns": ["What?"]}, "no answer (a prompt row?", None),
-        (chat(ANSWER, QUESTION, ANSWER), "an answer before any question", None),
+        (chat(ANSWER), "an answer before any question", None),
+        (chat(ANSWER, {"role": "tool", "content": "12"}, QUESTION, ANSWER), "an answer before any question", None),
+        (chat(ANSWER, QUESTION), "no answer (a prompt row?", None),
         (chat(QUESTION, {"role": "assistant", "content": " \n"}), "an empty answer", None),
         (chat(QUESTION, {"role": "assistant", "content": "x" * 500}), "longer than 500 tokens", None),
         (chat(QUESTION, {"role": "assistant", "content": "x"}), "fewer than 4 answer tokens", None),
