@@ -263,7 +263,7 @@ def _training_table(results: Results) -> Table:
 
 
 def _served_table(results: Results) -> Table:
-    rows = [["drafter", "temperature", "requests", "served tau", "walked tau", "tau, served / walked", "same steps"]]
+    rows = [["drafter", "temperature", "requests", "served tau", "walked tau", "served / walked", "same steps"]]
     for (arm, seed, temperature), asked in results.served.items():
         records = [record for record in asked if record.task not in results.study.sets]
         served = macro(summarize_tasks(records).values()).tau
