@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_auf import __version__
 from sglang_auf.errors import AufError, ConfigError
-from sglang_auf.process import end_at_once, end_on_sigterm, is_one_of_several_ranks
+from sglang_auf.process import end_at_once, end_on_sigterm, is_begun_again, is_one_of_several_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     end_on_sigterm(trains=arguments[:1] == ["train"])
     options = _parser(*arguments[:1]).parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     for library in ("httpx", "openai"):  # they log a line for every request, or for every repeated one
         logging.getLogger(library).setLevel(logging.WARNING)
     ends = options.command == "train" and is_one_of_several_ranks()
@@ -215,7 +215,8 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.set)
     if options.data:
         recipe = recipe.with_sources(options.data)
-    outcome = train(recipe, options.out, fresh=options.fresh)
+    # What torchrun begins again goes on with the run that it began.
+    outcome = train(recipe, options.out, fresh=options.fresh and not is_begun_again())
     print(outcome)
     return outcome.exit_code
 

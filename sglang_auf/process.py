@@ -53,6 +53,11 @@ def is_one_of_several_ranks() -> bool:
     return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
+def is_begun_again() -> bool:
+    """Whether torchrun says that it began this rank before, and that one of the ranks failed (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def end_at_once(code: int) -> NoReturn:
     """End this process without what Python does at an end, which may wait for ever: for threads, for other ranks."""
     sys.stdout.flush()

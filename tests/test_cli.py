@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,14 @@ def test_prepare_prints_the_directory(
     monkeypatch.setattr("sglang_auf.checkpoints.prepare.prepare", lambda name, out: out / name)
     assert cli.main(["prepare", "smollm2-135m", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/smollm2-135m\n"
+
+
+def test_what_is_logged_has_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sglang_auf.checkpoints.prepare.prepare", lambda *_: logging.getLogger("sglang_auf").info("hm"))
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    cli.main(["prepare", "smollm2-135m"])
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] hm\n", capsys.readouterr().err)
 
 
 def test_user_error_is_one_message_on_stderr_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

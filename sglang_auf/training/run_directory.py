@@ -41,7 +41,8 @@ OURS = (RECIPE, RUN, METRICS, TENSORBOARD, "checkpoints", BEST, NEW_BEST, LOCK, 
 def opened(directory: Path, fresh: bool) -> Iterator[Path]:
     """Hold `directory` for one trainer. fresh: an earlier run in it is removed first.
 
-    Raises TrainingError where another process trains in it, or where it holds anything but a run.
+    Raises TrainingError where another process trains in it, where it cannot be written, or where it holds anything but
+    a run.
     """
     with ExitStack() as held:
         try:
@@ -50,6 +51,10 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
             raise TrainingError(
                 f"another process is training in {directory}", "one trainer a directory", "wait, or give another --out"
             ) from error
+        except OSError as problem:
+            raise TrainingError(
+                f"{directory} cannot be used ({problem})", "a directory that this user may write", "give another --out"
+            ) from problem
         for name in (RECIPE, RUN, METRICS):
             remove_unfinished(directory / name)
         if fresh:
@@ -145,13 +150,21 @@ def describe(directory: Path, recipe: Recipe, facts: Mapping[str, Any], start: M
     write_whole(directory / RUN, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_same_recipe(directory: Path, ours: Recipe, saved: RunState) -> None:
+    """Raises TrainingError where the run that was begun in `directory` has another recipe. No data is needed for it."""
+    _refuse(directory, differences(ours, parse_recipe(saved.recipe, f"of {directory}")))
+
+
 def require_same_run(directory: Path, ours: RunState, theirs: RunState) -> None:
-    """Raises TrainingError where the run that was begun in `directory` is not the one that goes on now."""
-    different = differences(*(parse_recipe(state.recipe, f"of {directory}") for state in (ours, theirs)))
-    for name in ("data_sha256", "target_config_hash", "target_weights"):
-        here, there = getattr(ours, name), getattr(theirs, name)
-        if there not in (here, None):
-            different.append(f"{name}: {here} here, {there} there")
+    """Raises TrainingError where the run that was begun in `directory` had other data or another target."""
+    names = ("data_sha256", "target_config_hash", "target_weights")
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
+    _refuse(
+        directory, [f"{name}: {here} here, {there} there" for name, here, there in pairs if there not in (here, None)]
+    )
+
+
+def _refuse(directory: Path, different: Sequence[str]) -> None:
     if different:
         raise TrainingError(
             f"the checkpoint in {directory} belongs to another run ({'; '.join(different)})",

@@ -50,8 +50,12 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Accelerator]:
 
 def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     """Processes, device, precision and trackers of a run in directory `out`."""
-    # Buffers are the target's frozen tables, which need not be sent to the other ranks in every step.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are the target's frozen tables, which need not be sent to the other ranks in every step. No parameter is
+    # unused: but DDP would otherwise group gradients anew after its first step, and where a gradient lies in a group
+    # decides in which order three or more ranks are added. A resumed run would be rounded otherwise in its first step.
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
     # The other ranks wait while the first one evaluates and saves.
     process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     accelerator = Accelerator(

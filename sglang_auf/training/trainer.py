@@ -110,6 +110,8 @@ class Trainer:
         self.config = shape_of(recipe.drafter, target)
         self.checkpoints = Checkpoints(out, recipe.keep_last)
         self.saved = self._saved()
+        if self.saved:  # before the data is read, which takes minutes
+            run_directory.require_same_recipe(out, recipe, self.saved)
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
         self.data = load_data(read, target, self.facts.vocab_size, apart)
@@ -258,7 +260,7 @@ class Trainer:
         """What the present weights do on held-out answers, found by the main process."""
         step = self._unsharded_step()
         with noting("the evaluation"):
-            found: list[Any] = [self.held_out.figures(step) if self.accelerator.is_main_process else None]
+            found: list[Any] = [self.held_out.figures(step) if step is not None else None]
         broadcast_object_list(found)
         figures: dict[str, float | None] = found[0]
         return figures
@@ -275,18 +277,21 @@ class Trainer:
         self.metrics.log_evaluation(self.state.step, figures, better)
         return better
 
-    def _unsharded_step(self) -> TrainingStep:
-        """A TrainingStep with all weights on this device, for use outside the wrapped forward."""
-        if self.accelerator.distributed_type != DistributedType.FSDP:
+    def _unsharded_step(self) -> TrainingStep | None:
+        """A TrainingStep with all weights on this device, for use outside the wrapped forward; None on other ranks."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        weights = gather_weights(self.model) if sharded else {}
+        if not self.accelerator.is_main_process:
+            return None
+        if not sharded:
             unwrapped: TrainingStep = self.accelerator.unwrap_model(self.model)
             return unwrapped
-        weights = gather_weights(self.model)
+        with torch.device("meta"):  # random weights would take seconds, and be replaced
+            drafter = Drafter(self.config)
+        drafter.load_state_dict(weights, assign=True)
         target = self.batches.target
-        step = TrainingStep(Drafter(self.config), target.embedding, target.head, self.recipe.objective)
-        if self.accelerator.is_main_process:
-            step.drafter.load_state_dict(weights)
-        step.to(self.accelerator.device)
-        return step
+        step = TrainingStep(drafter, target.embedding, target.head, self.recipe.objective)
+        return step.to(self.accelerator.device)  # type: ignore[no-any-return]
 
     def _agreed(self, caught: list[int]) -> tuple[int, bool]:
         """The signal that any rank has caught, or 0, and whether the last checkpoint is too old by the clock of any.

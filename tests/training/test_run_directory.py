@@ -51,6 +51,12 @@ def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_that_can_be_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(TrainingError, match=r"run cannot be used .*File exists"), opened(tmp_path / "run", fresh=False):
+        pass
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_other_files_are_never_mixed_with_a_run(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").touch()

@@ -169,9 +169,13 @@ def test_a_finished_run_is_left_as_it_is(models: tuple[str, str], tmp_path: Path
     assert metrics(tmp_path / "run") == logged
 
 
-def test_a_run_of_another_recipe_is_refused_and_kept(models: tuple[str, str], tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_is_refused_and_kept(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the data is read, which may take minutes."""
     out = tmp_path / "run"
     train(tiny_recipe(*models, schedule={"max_steps": 2}), out)
+    monkeypatch.setattr("sglang_auf.training.trainer.load_data", None)
     with pytest.raises(TrainingError) as caught:
         train(tiny_recipe(*models, schedule={"max_steps": 3}, optimiser={"lr": 0.02}), out)
     assert "optimiser.lr: 0.02 here, 0.01 there" in caught.value.found
@@ -266,24 +270,26 @@ def test_fresh_starts_over(models: tuple[str, str], tmp_path: Path) -> None:
 # --- ranks ---
 
 
-@pytest.mark.parametrize(("environment", "recompute"), [({}, False), (FSDP, True)], ids=["ddp", "fsdp"])
-def test_two_ranks_train_as_one_and_resume_exactly(
+@pytest.mark.parametrize(("ranks", "environment", "recompute"), [(4, {}, False), (2, FSDP, True)], ids=["ddp", "fsdp"])
+def test_ranks_train_as_one_and_resume_exactly(
     models: tuple[str, str],
     in_fork: Forks,
     unbroken: dict[str, Path],
     tmp_path: Path,
+    ranks: int,
     environment: dict[str, str],
     recompute: bool,
 ) -> None:
+    """Four ranks, since two have only one order in which they can be added."""
     recipe = tiny_recipe(*models, batch={"recompute": recompute})
     job = {"recipe": recipe.model_dump(mode="json"), "environment": environment}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert in_fork(TRAIN, ranks=2, out=str(whole), **job) == [0, 0]
-    # Only the second rank is asked to stop, in its third step: it makes two backward passes in each.
-    assert in_fork(TRAIN, ranks=2, out=str(broken), term_at=5, **job) == [0, 0]
+    assert in_fork(TRAIN, ranks=ranks, out=str(whole), **job) == [0] * ranks
+    # Only the last rank is asked to stop, in its third step: all together make four backward passes in each.
+    assert in_fork(TRAIN, ranks=ranks, out=str(broken), term_at=1 + 2 * 4 // ranks, **job) == [0] * ranks
     assert Path(f"{broken}.signal").read_text() == str(int(signal.SIGTERM))
     assert max(Checkpoints(broken, 1).steps()) == 3
-    assert in_fork(TRAIN, ranks=2, out=str(broken), **job) == [0, 0]
+    assert in_fork(TRAIN, ranks=ranks, out=str(broken), **job) == [0] * ranks
     for file in ("model.safetensors", "optimiser/state.safetensors"):
         place = Path("checkpoints") / f"step-{STEPS:08d}" / file
         assert (whole / place).read_bytes() == (broken / place).read_bytes()
@@ -847,6 +853,21 @@ def test_the_command(models: tuple[str, str], tmp_path: Path, capsys: pytest.Cap
     assert f"{out}: 2 steps; best held-out tau" in capsys.readouterr().out
     assert main([*command, "--set", "optimiser.lr=0.5"]) == 2
     assert "optimiser.lr: 0.5 here, 0.01 there" in capsys.readouterr().err
+
+
+def test_what_torchrun_begins_again_is_not_begun_afresh(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts repeats the whole command, --fresh included, after a rank has failed."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(json.dumps(without_sources(tiny_recipe(*models, schedule={"max_steps": 2}))))
+    command = ["train", str(recipe), "--out", str(out), "--data", models[1], "--fresh"]
+    starts = []
+    for restarts in ("0", "1", "0"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert main(command) == 0
+        starts.append([start["step"] for start in json.loads((out / "run.json").read_text())["starts"]])
+    assert starts == [[0], [0, 2], [0]]
 
 
 def test_the_command_reports_a_signal(

@@ -82,10 +82,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConversations:
-    """rejected: reason -> rows ("id (file:line)"); truncated: rows cut to the limit.
+    """rejected: reason -> rows ("id (file:line)"). truncated: rows cut to the limit.
 
     unthought: rows with an answer behind an empty think block, although thinking is on for them.
-
     sha256: of all that was read, and of the ids, tokens and labels it became: a version that names, renders or labels
     otherwise gives another one, and does not continue a run.
     """
@@ -124,7 +123,8 @@ def load_conversations(
     faults: list[tuple[str, str]] = []
     truncated: list[str] = []
     doubtful: dict[str, list[str]] = {UNTHOUGHT: [], OTHER_MODE: [], LED: []}
-    for row in tqdm(read_rows(source, digest, split=split), "reading", unit=" rows", delay=5, leave=False):
+    rows = read_rows(source, digest, split=split)
+    for row in tqdm(rows, "reading", unit=" rows", delay=5, leave=False, disable=None):
         try:
             conversation, doubts = reader.read(row)
             if len(conversation) > max_length and overlong == "truncate":

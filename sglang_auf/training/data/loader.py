@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from sglang_auf.training.data.conversations import Apart, Conversation, load_con
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -89,6 +92,10 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "pro
         "truncated": len(loaded.truncated),
         "unthought": len(loaded.unthought),
     }
+    logger.info(
+        "%d conversations to train on, %d held out; %d answer tokens in all",
+        *(len(train), len(held_out), loaded.answer_tokens),
+    )
     return TrainingData(train, held_out, loaded.sha256, facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -168,9 +169,10 @@ def test_one_item_is_made_ahead_and_no_more() -> None:
 
 @pytest.mark.parametrize(("apart", "labels"), [("prompt", 5), ("tokens", 8)])
 def test_held_out_rows_have_labels_where_serving_drafts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: Apart, labels: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, apart: Apart, labels: int
 ) -> None:
     """In the runs of earlier versions they had all."""
+    caplog.set_level(logging.INFO)
     recipe = tiny_recipe(*write_models(tmp_path))
     mask = [False, *[True] * 3, False, *[True] * 5]
     chats = [Conversation(f"row-{n}", [n, *range(10, 19)], mask, unserved=((1, 4),)) for n in range(30)]
@@ -179,3 +181,4 @@ def test_held_out_rows_have_labels_where_serving_drafts(
     data = loader.load_data(recipe, Path(recipe.target), 64, apart)
     assert {sum(chat.loss_mask) for chat in data.held_out} == {labels}
     assert {sum(chat.loss_mask) for chat in data.train} == {8}
+    assert "26 conversations to train on, 4 held out; 240 answer tokens in all" in caplog.text
