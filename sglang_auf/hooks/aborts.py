@@ -12,7 +12,6 @@ blocks of more than 8 such a step writes past its request's row of the slot tabl
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from sglang_auf.compat import Seam, check_seams
@@ -46,30 +45,31 @@ def name_by_complete_ids(_: None, updater: Any) -> None:
 
 
 def abort_one(original: Any, scheduler: Any, recv_req: Any) -> None:
-    """Around `Scheduler.abort_request`, of a scheduler: requests with other ids have none while it looks for its own.
+    """Around `Scheduler.abort_request`, of a scheduler: it finds the request with that very id alone.
 
-    Left as SGLang has them are the queues of servers that only prefill or only decode, which AUF refuses to be.
+    Of those that wait it sees no other: a client that leaves with thousands of prompts leaves an abort for each, and
+    SGLang looks longer at each id than this does. Of the others, those with longer ids have none meanwhile. Left as
+    SGLang has them are the queues of servers that only prefill or only decode, which AUF refuses to be.
     """
     if recv_req.abort_all:
         original(recv_req)
         return
-    others = {id(one): (one, one.rid) for one in _requests(scheduler) if one.rid != recv_req.rid}
+    asked, waiting = recv_req.rid, scheduler.waiting_queue
+    found = [one for one in waiting if one.rid == asked]
+    others = [scheduler.chunked_req, *scheduler.grammar_manager.grammar_queue, *scheduler.collect_inflight_reqs()]
+    longer = [(one, one.rid) for one in others if one is not None and one.rid != asked and one.rid.startswith(asked)]
+    scheduler.waiting_queue = left = list(found)
     try:
-        for other, _ in others.values():
+        for other, _ in longer:
             other.rid = ""
         original(recv_req)
     finally:
-        for other, rid in others.values():
+        for other, rid in longer:
             other.rid = rid
-
-
-def _requests(scheduler: Any) -> Iterator[Any]:
-    """Those that wait, whose grammar is not ready, and that run."""
-    if scheduler.chunked_req is not None:
-        yield scheduler.chunked_req
-    yield from scheduler.waiting_queue
-    yield from scheduler.grammar_manager.grammar_queue
-    yield from scheduler.collect_inflight_reqs()
+        scheduler.waiting_queue = waiting
+        for one in found:
+            if one not in left:
+                waiting.remove(one)
 
 
 def room_behind_a_context(columns: int) -> int:

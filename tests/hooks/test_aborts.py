@@ -83,7 +83,9 @@ def test_an_abort_ends_the_request_with_that_id_alone(
     from sglang.srt.managers.io_struct import AbortReq
 
     queues = Queues(monkeypatch)
+    waiting = queues.scheduler.waiting_queue
     queues.scheduler.abort_request(AbortReq(**asked))
+    assert queues.scheduler.waiting_queue is waiting
     assert [sorted(found) for found in queues.aborted()] == [ended, ended, ended, chunked]
     left = [one.rid for one in queues.scheduler.waiting_queue]
     assert left == [rid for rid in IDS if rid not in ended], "in the order in which they came"
@@ -94,7 +96,8 @@ def test_a_failed_abort_leaves_every_id(monkeypatch: pytest.MonkeyPatch) -> None
     queues = Queues(monkeypatch)
     with pytest.raises(ZeroDivisionError):
         abort_one(lambda _: 1 / 0, queues.scheduler, SimpleNamespace(rid="x", abort_all=False))
-    assert [one.rid for one in queues.waiting] == list(IDS)
+    assert [one.rid for one in queues.scheduler.waiting_queue] == list(IDS)
+    assert all([one.rid for one in queue] == list(IDS) for queue in (queues.waiting, queues.compiled, queues.running))
 
 
 @pytest.fixture
