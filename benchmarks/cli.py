@@ -33,20 +33,30 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "run": Command("benchmarks.serving.run:ask_server", "ask one server that is up"),
-    "compare": Command("benchmarks.serving.compare:compare_servers", "AUF against plain decoding"),
+    "run": Command("benchmarks.serving.run:ask_server", "tau, speed and latency of a server that is up"),
+    "compare": Command(
+        "benchmarks.serving.compare:compare_servers",
+        "AUF against plain decoding: tau, speed-up, same answers",
+    ),
     "lossless": Command(
         "benchmarks.stats.lossless_check:check_runs",
-        "compare two runs by token, or judge one",
+        "have two runs the same answers, or one run the target's own?",
         ("speculating", "plain"),
     ),
-    "identity": Command("benchmarks.serving.identity:measure_identity", "table of bit identity"),
-    "speed": Command("benchmarks.serving.speed:measure_speed", "table of speeds, DFLASH included"),
-    "variants": Command("benchmarks.serving.variants:measure_variants", "blocks, drafters, settings in turns"),
-    "sweep": Command("benchmarks.serving.sweep:measure_sweep", "speed and latency by concurrency"),
+    "identity": Command(
+        "benchmarks.serving.identity:measure_identity",
+        "does load, block or drafter change an answer?",
+    ),
+    "speed": Command("benchmarks.serving.speed:measure_speed", "AUF, plain decoding and DFLASH by concurrency"),
+    "variants": Command(
+        "benchmarks.serving.variants:measure_variants", "which block, drafter, setting is fastest here?"
+    ),
+    "sweep": Command("benchmarks.serving.sweep:measure_sweep", "speed-up and latency by concurrency or rate"),
     "report": Command("benchmarks.reports.report:report_runs", "one page of runs that were made", ("runs",)),
     "study": Command("benchmarks.studies.report:measure_study", "compare training arms over seeds", ("study",)),
-    "walk": Command("benchmarks.studies.served_walk:walk_run", "a served run against its drafter's walk", ("run",)),
+    "walk": Command(
+        "benchmarks.studies.served_walk:walk_run", "does serving reach the tau that training computes?", ("run",)
+    ),
     "soak": Command("benchmarks.serving.soak:measure_soak", "mixed load for minutes, nothing wrong"),
     "failover": Command(
         "benchmarks.serving.failover:measure_failover", "a server killed behind the router, nothing lost"

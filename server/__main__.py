@@ -1,6 +1,6 @@
 """python -m server --profile NAME_OR_FILE [--set key=value ...] [--host H] [--port N] [--plain] [--api-key K]
 
---check [--device-memory 24GiB]: print what the server would be and take, and start none.
+--check [--device-memory 48GiB]: print what the server would be and take, and start none.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM before the server was up."""
     end_on_sigterm()
     options = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    level = logging.WARNING if options.check else logging.INFO  # the plan is what --check has to say
+    logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every poll of the probe otherwise
     flags = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
     try:

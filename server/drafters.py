@@ -103,6 +103,7 @@ class Drafters:
         self._began = time.time()
         self._requests: deque[Finished] = deque(maxlen=LOOKS[-1])
         self._changing = False
+        self._reading: asyncio.Task[None] | None = None
         self._verdict: asyncio.Task[None] | None = None
         self._swapping: asyncio.Task[Swap] | None = None
         metrics.LISTENERS.append(self.count)
@@ -119,12 +120,30 @@ class Drafters:
         """
         running = self.running
         if running.weights is None:
-            found = await asyncio.to_thread(_unchanged_sha256, running.checked.path, self._began)
-            if self.running is not running:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.get_running_loop().create_task(self._read_weights())
+            # To its end, also when the one who asked goes away: others may wait for it.
+            await asyncio.shield(self._reading)
+            if self.running.checked is not running.checked:
                 return await self.weights()
-            if found is not None:
-                self.running = replace(running, weights=found)
         return self.running.weights
+
+    def weights_so_far(self) -> str | None:
+        """As `weights`, at once: None while they are read in the background, which this begins; empty without any."""
+        if self.running.weights is not None:
+            return self.running.weights
+        if self._reading is None:
+            self._reading = asyncio.get_running_loop().create_task(self._read_weights())
+        if not self._reading.done():
+            return None
+        self._reading.result()  # raises what it raised
+        return ""
+
+    async def _read_weights(self) -> None:
+        running = self.running
+        found = await asyncio.to_thread(_unchanged_sha256, running.checked.path, self._began)
+        if self.running is running and found is not None:
+            self.running = replace(running, weights=found)
 
     async def replace(self, path: str) -> Swap:
         """Put the drafter in a directory in the place of the running one, which no request notices.

@@ -55,6 +55,14 @@ class Checked:
 
         return resolved_view(self.server_args)
 
+    @property
+    def drafter_warnings(self) -> tuple[str, ...]:
+        """What may lower tau; empty for a plain server."""
+        if self.served.speculation is None:
+            return ()
+        notice = self.profile.drafter_notice
+        return (*([notice] if notice else []), *self.served.speculation.checked.warnings)
+
 
 def check(profile: Profile, *, plain: bool = False, api_key: str | None = None, here: bool = True) -> Checked:
     """Check all that can be checked before anything loads, in the cheapest order.
@@ -91,6 +99,8 @@ def serve(profile: Profile, *, plain: bool = False, api_key: str | None = None) 
     dies or does not speculate.
     """
     checked = check(profile, plain=plain, api_key=api_key)
+    for warning in checked.drafter_warnings:
+        logger.warning("DRAFTER: %s", warning)
     recorder = None
     if profile.record.directory is not None:
         recorder = Recorder.opened(

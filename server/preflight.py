@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.compat import Seam, check_seams, check_version
 from sglang_auf.errors import ConfigError, ServerError, TargetError
 from sglang_auf.files import CONFIG, find_model, read_json
-
-logger = logging.getLogger(__name__)
 
 _HTTP = "sglang.srt.entrypoints.http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager"
@@ -183,7 +180,7 @@ def load_sglang(device: str, needs_algorithm: bool, here: bool = True) -> None:
 
 
 def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
-    """Check both models' files without their weights, and log what may lower tau.
+    """Check both models' files without their weights.
 
     Raises CardError, TargetError or ConfigError.
     """
@@ -203,8 +200,6 @@ def check_models(profile: Profile, target: str, plain: bool) -> ServedModel:
         thinking=profile.thinking,
     )
     checked = check(profile.drafter, drafter_revision=profile.drafter_revision)
-    for warning in (*([profile.drafter_notice] if profile.drafter_notice else []), *checked.warnings):
-        logger.warning("DRAFTER: %s", warning)
     block_size = profile.block_size or checked.card.block_size
     mrope = is_mrope(read_json(directory / CONFIG, TargetError))
     speculation = Speculation(profile.drafter, checked, block_size, check, profile.device, mrope)

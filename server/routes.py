@@ -140,8 +140,10 @@ def add_readers(model: str, drafters: Drafters | None, recorder: Recorder | None
     if drafters is not None:
 
         async def drafter() -> list[Figure]:
-            weights = await drafters.weights()  # before the generation is read: a swap may come while it waits
-            told = {"generation": str(drafters.swap.generation), "weights": weights or ""}
+            weights = drafters.weights_so_far()
+            if weights is None:  # a scrape does not wait for gigabytes from a disk, nor do the other series
+                return []
+            told = {"generation": str(drafters.swap.generation), "weights": weights}
             return [Figure("auf_drafter_info", 1, named | told)]
 
         metrics.READERS.append(drafter)

@@ -53,7 +53,8 @@ STEP_LOG = "SGLANG_AUF_STEP_LOG"
 """Steps after which the scheduler logs how long their parts took (CPU). Default: 0, never."""
 
 BUNDLED = "SGLANG_AUF_BUNDLED"
-"""Set by `python -m server`: requests are checked and seeded as with AUF, with --plain too. Default: not set."""
+"""Set by `python -m server`: requests are checked and seeded as with AUF, with --plain too, and what it has said of the
+drafter is not said again. Default: not set."""
 
 PLANNED_DEVICE = "SGLANG_AUF_PLANNED_DEVICE"
 """Set by `python -m server --check`: bytes of a CUDA device that need not be here. SGLang takes its arguments for one.

@@ -54,7 +54,8 @@ def from_flags(model: type[Model], options: Mapping[str, Any]) -> Model:
     except ValidationError as error:
         problem = error.errors()[0]
         if not problem["loc"]:  # of several fields together
-            raise ConfigError(problem["msg"].removeprefix("Value error, "), "flags that fit together") from None
+            found = problem["msg"].removeprefix("Value error, ")
+            raise ConfigError(found, "flags that fit together", "add what is missing, or leave one out") from None
         name = str(problem["loc"][0])
         field = next(field for key, field in model.model_fields.items() if name in (key, field.alias))
         found = f"{_flag(name, field)} {problem['input']}"

@@ -126,7 +126,7 @@ def all_seams() -> tuple[Seam, ...]:
     from sglang_auf.cpu import seams as cpu
     from sglang_auf.speculative import seams as speculative
 
-    return (*seams(), *cpu.SEAMS, *speculative.WORKER_SEAMS, *speculative.TREE_SEAMS)
+    return (*seams(), *aborts.SCHEDULER_SEAMS, *cpu.SEAMS, *speculative.WORKER_SEAMS, *speculative.TREE_SEAMS)
 
 
 def _register() -> None:

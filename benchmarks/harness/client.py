@@ -105,6 +105,14 @@ class Reply:
         return steps if Counter(steps) == counted and (not drafts or steps[-1] >= drafts) else None
 
 
+def record_header(recorded: bool) -> dict[str, str]:
+    """Whether a server that records may keep the answer, also one with record.opt_in.
+
+    Only what a benchmark is to record: a drafter would learn from the prompts that measure it.
+    """
+    return {RECORD_HEADER: "on" if recorded else "off"}
+
+
 class ChatClient:
     """Asks one server. Nothing is retried, because a failed request is a result too."""
 
@@ -132,8 +140,8 @@ class ChatClient:
             "temperature": workload.temperature,
             "top_p": 1.0,
             "max_tokens": workload.max_tokens,
-            "extra_headers": {HEADER: "1"} if spans else {},
         }
+        self._headers = {HEADER: "1"} if spans else {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -148,19 +156,20 @@ class ChatClient:
         asked: Sequence[Message] | str | TokenIds,
         seed: int | None = None,
         request: Mapping[str, Any] | None = None,
+        *,
+        recorded: bool = False,
         **options: Any,
     ) -> Reply:
         """The answer to messages, or the continuation of a text or of token ids. Raises one of FAILURES.
 
-        request: more fields of a chat request (tools, chat_template_kwargs). options: override those of the workload.
-        Token ids are what others have asked a server, so that no server records them again.
+        request: more fields of a chat request (tools, chat_template_kwargs). recorded: a server may record the answer.
+        options: override those of the workload.
         """
         arguments: dict[str, Any] = {**self._options, **options}
+        arguments["extra_headers"] = {**self._headers, **record_header(recorded)}
         if seed is not None:
             arguments["seed"] = seed
         create: Any
-        if isinstance(asked, TokenIds):
-            arguments["extra_headers"] = {**arguments["extra_headers"], RECORD_HEADER: "off"}
         if isinstance(asked, str | TokenIds):
             create = self._openai.completions.create
             details = self._details(TEXT_DETAILS)

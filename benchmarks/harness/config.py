@@ -55,7 +55,9 @@ class PromptSources(CommandConfig):
     """Where prompts come from, and how they are rendered."""
 
     prompts: tuple[Path, ...] = Field(
-        (), description="a file of your own prompts, a task that is named after it; may be repeated"
+        (),
+        description="a file of your own prompts, or the directory of a recording: a task that is named after it; "
+        "may be repeated",
     )
     raw_prompts: bool = Field(False, description="continue the texts in --prompts as they are, without a chat template")
     thinking: Literal["off", "on", "server"] = Field("off", description="template switch enable_thinking, or as is")
@@ -96,7 +98,7 @@ class Questions(AskedTasks):
         42,
         ge=0,
         lt=2**31,
-        description="each request's sampling seed (temperature > 0) and --rate's times derive from it",
+        description="each request's sampling seed (temperature > 0) derives from it",
     )
     timeout_s: float = Field(600.0, gt=0, description="seconds one request may take")
 
@@ -110,7 +112,7 @@ class Questions(AskedTasks):
 class Workload(Questions):
     """What is asked, and how many requests are in flight."""
 
-    concurrency: int = Field(1, ge=1, description="conversations in flight; a new one starts when one ends")
+    concurrency: int = Field(1, ge=1, description="most conversations in flight; further ones wait until one ends")
     warmup: int | None = Field(None, ge=0, description="requests asked first, not recorded (default: concurrency)")
 
     @property
@@ -135,8 +137,8 @@ class RunConfig(Workload):
     )
     rate: Rate | None = Field(
         None,
-        description="requests a second, at random times, whether earlier ones are answered or not; --concurrency is "
-        "then the most in flight, and times count from when a request was due",
+        description="requests a second, at random times (from --seed), whether earlier ones are answered or not; give "
+        "--concurrency too. Times count from when a request was due",
     )
     out: Path = Field(default_factory=_dated_run, description="run directory")
 

@@ -24,7 +24,6 @@ from benchmarks.harness.sources.recordings import check_replay
 from benchmarks.harness.tasks import Selection, resolve, select
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
-from sglang_auf.recording.settings import RECORD_HEADER
 from sglang_auf.training.data.chats import Message
 
 logger = logging.getLogger(__name__)
@@ -159,10 +158,9 @@ class BenchmarkRun:
         count = self.config.warmup_requests
         tokens = min(WARMUP_TOKENS, self.config.max_tokens)
         texts = [f"Count upwards from {number}." for number in range(1, count + 1)]
-        unrecorded = {RECORD_HEADER: "off"}
         asked = [messages_of(text) if self.manifest.rendered else text for text in texts]
         async with self._connect() as client:
-            jobs = [client.ask(one, max_tokens=tokens, extra_headers=unrecorded) for one in asked]
+            jobs = [client.ask(one, max_tokens=tokens) for one in asked]
             outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         replies = [_answered(outcome) for outcome in outcomes]
         if any(reply.completion_tokens > 1 for reply in replies):

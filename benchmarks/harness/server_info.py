@@ -5,15 +5,18 @@ Of SGLang's servers, and of vLLM's as its documentation (0.32) has them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
+from huggingface_hub import snapshot_download
 from pydantic import ConfigDict
 
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import StrictModel
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ServerError
+from sglang_auf.files import CONFIG, HUB_ID
 from sglang_auf.training.generation.client import is_local, tls
 
 FLUSH_S = 10.0
@@ -57,6 +60,19 @@ class ServerFacts(StrictModel):
     draft_vocabulary: int | None = None
     weights: str | None = None
     swaps: int | None = None
+
+
+def target_files(server: ServerFacts) -> Path | None:
+    """The directory of the server's target, where this machine has one. Nothing is downloaded."""
+    if server.target is None:
+        return None
+    directory = Path(server.target)
+    if HUB_ID.fullmatch(server.target) and not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(server.target, revision=server.revision, local_files_only=True))
+        except (OSError, ValueError):  # what the hub's client raises where its cache has no such model
+            return None
+    return directory if (directory / CONFIG).is_file() else None
 
 
 class NoRoute(ServerError):

@@ -17,7 +17,7 @@ import httpx
 import openai
 from pydantic import Field
 
-from benchmarks.harness.client import ReplyError, histogram_of
+from benchmarks.harness.client import ReplyError, histogram_of, record_header
 from benchmarks.harness.config import ServedProfile
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.server_info import call, server_facts
@@ -219,6 +219,7 @@ class _Clients:
                     messages=[{"role": "user", "content": prompt}],
                     max_tokens=self.config.max_tokens,
                     temperature=0,
+                    extra_headers=record_header(False),
                     extra_body={"ignore_eos": True},
                 )
             except openai.APIError as error:

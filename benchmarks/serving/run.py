@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.results import Report
@@ -28,6 +28,12 @@ class AskConfig(RunConfig):
     """Ask one server that is already up."""
 
     resume: bool = Field(False, description="continue the run in --out: what is answered is not asked")
+
+    @model_validator(mode="after")
+    def _groups_have_tau(self) -> Self:
+        if self.plain and self.group_by is not None:
+            raise ValueError("--group-by with --plain, which has no tau to show by group")
+        return self
 
 
 class RunReport(RunSummary, Report):

@@ -216,7 +216,7 @@ async def _references(base_url: str, config: SoakConfig) -> list[Question]:
 
 
 async def _soak(server: Server, known: list[Question], config: SoakConfig) -> SoakReport:
-    sender = Sender(server.base_url, server_facts(server.base_url).model, config.timeout_s)
+    sender = Sender(server.base_url, server_facts(server.base_url).model, config.timeout_s, recorded=config.record)
     tally, samples = Tally(), []
     draws = random.Random(config.seed)
     for kind in KINDS:  # warm up, so that what is loaded or opened on first use does not count as a leak

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 
+from benchmarks.harness.client import record_header
 from benchmarks.harness.template_prompts import demo_prompts
 from sglang_auf.training.generation.client import openai_client
 
@@ -68,13 +69,16 @@ def questions(count: int) -> list[Question]:
 class Sender:
     """Asks one server under the name `model`. Nothing is retried."""
 
-    def __init__(self, base_url: str, model: str, timeout_s: float) -> None:
+    def __init__(self, base_url: str, model: str, timeout_s: float, recorded: bool = False) -> None:
+        """recorded: a server that records may keep the answers."""
         # One client for all requests, as programs have it: a client for each would also open a connection for each.
         self.client = openai_client(f"{base_url}/v1", connections=CONNECTIONS, timeout_s=timeout_s, retries=0)
         self.model = model
+        self.headers = record_header(recorded)
 
     async def chat(self, question: Question, **changes: Any) -> Any:
-        return await self.client.chat.completions.create(**({"model": self.model} | question.asked | changes))
+        asked = {"model": self.model, "extra_headers": self.headers} | question.asked | changes
+        return await self.client.chat.completions.create(**asked)
 
     async def reference(self, question: Question) -> Question:
         """The question with the texts of this server, which must decode plainly."""

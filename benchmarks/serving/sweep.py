@@ -113,11 +113,12 @@ class Sweep(Measured, Report):
             f"{config.max_tokens} new tokens, {', '.join(first.tasks)}, streamed"
         )
         asked += f"; at most {config.concurrency[0]} in flight. {OPEN_LOOP}" if opened else ""
-        note = (
-            "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together. "
-            "Answers are streamed: where the client shares the server's machine, its work for each chunk (a token of "
-            "plain decoding, a verify step) raises the speed-up. `compare` and `speed` do not."
-        )
+        note = "ITL: time between the tokens of one answer after its first, its mean; a block's tokens arrive together."
+        if compared:
+            note += (
+                " Answers are streamed: where the client shares the server's machine, its work for each chunk (a token "
+                "of plain decoding, a verify step) raises the speed-up. `compare` and `speed` do not."
+            )
         sessions = {
             f"{name} at {level.name}": run.sessions
             for level in self.levels

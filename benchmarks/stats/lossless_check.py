@@ -1,6 +1,7 @@
 """The losslessness check on recorded runs: two are compared, and plain decoding is asked about each fork.
 
-One run alone is judged token by token (teacher_forced.py).
+One run alone is judged by a server's prefill: a greedy one token by token (teacher_forced.py), one at temperature 1
+by statistics of all its tokens (sampled.py).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.results import Report
 from benchmarks.harness.run import MANIFEST, RECORDS
 from benchmarks.harness.server_info import ServerFacts, next_token_logprobs, server_facts
+from benchmarks.stats.judged import GREEDY, JudgedRun
 from benchmarks.stats.lossless import Candidates, Fork, Losslessness, compare, near_tie_bar
-from benchmarks.stats.teacher_forced import TeacherForced, check_run
+from benchmarks.stats.sampled import Sampled, check_sampled
+from benchmarks.stats.teacher_forced import TeacherForced, check_greedy
 from sglang_auf.errors import ConfigError, DataError, ServerError
 
 MAY_DIFFER = {
@@ -43,16 +46,18 @@ LogitScale = Annotated[float, Field(gt=0, description="size of the target's top 
 
 
 class LosslessConfig(CommandConfig):
-    """Compare a speculating run with a plain one, answer by answer; or judge one run by a prefill, token by token."""
+    """Compare a speculating run with a plain one, answer by answer; or judge one run by prefills of its answers."""
 
-    speculating: Path = Field(description="run directory of the speculating server; alone: of any greedy run")
+    speculating: Path = Field(
+        description="run directory of the speculating server; alone: of any run at temperature 0 or 1"
+    )
     plain: Path | None = Field(None, description="run directory of the plain server of the same target")
     base_url: ServerUrl | None = Field(
         None, description="the plain server, asked only where two answers differ; of one run, the server that judges it"
     )
     logit_scale: LogitScale = LOGIT_SCALE
     concurrency: int = Field(1, ge=1, description="of one run: answers that are judged at a time")
-    worst: int = Field(20, ge=0, description="of one run: how many of its worst tokens are listed")
+    worst: int = Field(20, ge=0, description="of one greedy run: how many of its worst tokens are listed")
 
     @model_validator(mode="after")
     def _one_run_or_two(self) -> Self:
@@ -72,18 +77,10 @@ class LosslessReport(Losslessness, Report):
     STEM: ClassVar[str] = "lossless"
 
 
-def check_runs(config: LosslessConfig) -> LosslessReport | TeacherForced:
+def check_runs(config: LosslessConfig) -> LosslessReport | TeacherForced | Sampled:
     """Compare two run directories of finished runs, or judge one. Tasks that only one of two has count as missing."""
     if config.plain is None:
-        if config.base_url is None:
-            raise ConfigError(
-                f"{config.speculating} alone, and no --base-url",
-                "a server of the run's target that judges each token, or a plain run to compare with",
-                "python -m benchmarks lossless RUN --base-url URL, or lossless SPECULATING PLAIN",
-            )
-        return check_run(
-            config.speculating, config.base_url, config.logit_scale, concurrency=config.concurrency, worst=config.worst
-        )
+        return _judge(config)
     ours, theirs = RunManifest.read(config.speculating / MANIFEST), RunManifest.read(config.plain / MANIFEST)
     _require_comparable(ours, theirs)
     if config.base_url is not None:
@@ -100,6 +97,25 @@ def check_runs(config: LosslessConfig) -> LosslessReport | TeacherForced:
         config.logit_scale,
     )
     return LosslessReport(**dict(found))
+
+
+def _judge(config: LosslessConfig) -> TeacherForced | Sampled:
+    if config.base_url is None:
+        raise ConfigError(
+            f"{config.speculating} alone, and no --base-url",
+            "a server of the run's target that judges each token, or a plain run to compare with",
+            "python -m benchmarks lossless RUN --base-url URL, or lossless SPECULATING PLAIN",
+        )
+    run = JudgedRun.of(config.speculating, config.base_url)
+    if run.manifest.config.temperature == GREEDY:
+        return check_greedy(run, config.logit_scale, concurrency=config.concurrency, worst=config.worst)
+    if of_greedy := sorted({"logit_scale", "worst"} & config.model_fields_set):
+        raise ConfigError(
+            f"--{of_greedy[0].replace('_', '-')} with a sampled run",
+            "a greedy run: of a drawn token no gap is judged",
+            "leave it out",
+        )
+    return check_sampled(run, concurrency=config.concurrency)
 
 
 def check_records(

@@ -12,14 +12,15 @@ PREFILL_S = 600.0
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probabilities at one place of an answer: of its token, and of the best token, whose id is `best`.
+    """Log-probabilities at one place of an answer.
 
-    Their difference is the difference of the two logits.
+    token: of the answer, and `value` is its own. top: (value, token) of the likeliest tokens, the likeliest first. The
+    difference of two values is the difference of the two logits.
     """
 
+    token: int
     value: float
-    best_value: float
-    best: int
+    top: tuple[tuple[float, int], ...]
 
 
 def longest_prefill(base_url: str) -> int:
@@ -30,11 +31,15 @@ def longest_prefill(base_url: str) -> int:
         raise ServerError(f"{base_url}/server_info without {error}", "SGLang 0.5.23") from None
 
 
-def answer_logprobs(base_url: str, prompt_ids: list[int], answer_ids: list[int], cache: str) -> list[TokenLogprob]:
+def answer_logprobs(
+    base_url: str, prompt_ids: list[int], answer_ids: list[int], cache: str, top: int = 1
+) -> list[TokenLogprob]:
     """What the server says of each token of an answer, after all that is before it.
 
     cache: a name for cached prefixes. Those that requests with another name left on the server are not used: they may
-    be of decoding, which is what is judged. Raises ServerError.
+    be of decoding, which is what is judged. top: how many of the likeliest tokens are told at each place.
+
+    Raises ServerError.
     """
     ids = [*prompt_ids, *answer_ids]
     request = {
@@ -43,7 +48,7 @@ def answer_logprobs(base_url: str, prompt_ids: list[int], answer_ids: list[int],
         "return_logprob": True,
         # SGLang takes no prefix beyond this place from its cache, and returns a value for each token behind it.
         "logprob_start_len": len(prompt_ids) - 1,
-        "top_logprobs_num": 1,
+        "top_logprobs_num": top,
         "extra_key": cache,
     }
     try:
@@ -53,18 +58,21 @@ def answer_logprobs(base_url: str, prompt_ids: list[int], answer_ids: list[int],
         )
         # The first place is the prompt's last token, which has no value there.
         told = [(int(token), float(value)) for value, token, _ in values[1:]]
-        largest = [(float(value), int(token)) for ((value, token, _),) in best[1:]]
+        likeliest = [tuple((float(value), int(token)) for value, token, _ in of_place) for of_place in best[1:]]
     except (KeyError, TypeError, ValueError) as error:
         found = f"a reply of {base_url}/generate that cannot be read ({type(error).__name__}: {error})"
         raise ServerError(found, "a log-probability of each token", "use SGLang 0.5.23") from None
     # SGLang writes 0 for the last token of the vocabulary.
-    same = len(told) == len(largest) == len(answer_ids) and all(
+    same = len(told) == len(likeliest) == len(answer_ids) and all(
         token in (sent, 0) for (token, _), sent in zip(told, answer_ids, strict=True)
     )
-    if prefilled != len(ids) or not same:
+    if prefilled != len(ids) or not same or any(len(of_place) != top for of_place in likeliest):
         raise ServerError(
             f"log-probabilities of {len(told)} tokens, after a prefill of {prefilled}, from {base_url}",
-            f"those of the {len(answer_ids)} tokens that end a text of {len(ids)}",
+            f"those of the {len(answer_ids)} tokens that end a text of {len(ids)}, and of {top} likeliest beside each",
             "use SGLang 0.5.23, without --allow-auto-truncate",
         )
-    return [TokenLogprob(value, *at_best) for (_, value), at_best in zip(told, largest, strict=True)]
+    return [
+        TokenLogprob(token, value, of_place)
+        for token, (_, value), of_place in zip(answer_ids, told, likeliest, strict=True)
+    ]

@@ -6,20 +6,23 @@ never averaged in.
 
 tokens_per_s: completion tokens of the answered requests / seconds during which at least one recorded request was in
 flight, at the run's concurrency. In one uninterrupted closed loop these seconds are the wall time of the recorded
-phase. They leave out warm-up, server start and the pause between two sessions of a resumed run. In an open loop a
-request counts as in flight from when it is due, and so do its times.
+phase. They leave out warm-up, server start and the pause between two sessions of a resumed run. An open loop has times
+without a request too, which a faster server has more of: its seconds are those from when the first request was due to
+the end of the last one, in each session.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from statistics import fmean
 
 import numpy as np
 from pydantic import Field
 
-from benchmarks.harness.manifest import RunManifest
+from benchmarks.harness.manifest import RunManifest, Session
 from benchmarks.harness.records import Record
 from benchmarks.harness.results import StrictModel
 from benchmarks.harness.sources.prompt import NO_GROUP
@@ -165,7 +168,11 @@ def summarize_run(manifest: RunManifest, records: Sequence[Record]) -> RunSummar
         without_group=manifest.without_group,
         macro=macro(tasks.values(), records),
         micro=micro(records),
-        throughput=throughput(records, manifest.config.concurrency),
+        throughput=throughput(
+            records,
+            manifest.config.concurrency,
+            None if manifest.config.rate is None else open_loop_seconds(records, manifest.sessions),
+        ),
         latency=latency(records),
     )
 
@@ -254,9 +261,10 @@ def micro(records: Iterable[Record]) -> MicroSummary:
     )
 
 
-def throughput(records: Sequence[Record], concurrency: int) -> Throughput:
+def throughput(records: Sequence[Record], concurrency: int, seconds: float | None = None) -> Throughput:
+    """seconds: that these tokens took; None: those of a closed loop."""
     tokens = sum(record.completion_tokens for record in records if not record.failed)
-    seconds = busy_seconds(records)
+    seconds = busy_seconds(records) if seconds is None else seconds
     return Throughput(
         tokens_per_s=tokens / seconds if seconds else None,
         completion_tokens=tokens,
@@ -310,6 +318,15 @@ def busy_seconds(records: Iterable[Record]) -> float:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return busy
+
+
+def open_loop_seconds(records: Iterable[Record], sessions: Iterable[Session]) -> float:
+    """From when the first request was due to the end of the last one, added up over sessions."""
+    begun = sorted(datetime.fromisoformat(session.started_at).timestamp() for session in sessions)
+    spans: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        spans[bisect_right(begun, record.started_at)] += record.started_at, record.started_at + record.latency_s
+    return sum(max(times) - min(times) for times in spans.values())
 
 
 def _counted(records: Iterable[Record]) -> list[Acceptance]:

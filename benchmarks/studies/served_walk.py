@@ -21,7 +21,7 @@ from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Record, latest, read_records
 from benchmarks.harness.results import Measured, Report, StrictModel
 from benchmarks.harness.run import MANIFEST, RECORDS
-from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.server_info import ServerFacts, target_files
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import drafting_text, vllm_text
@@ -127,7 +127,9 @@ class WalkReport(Measured, Report):
 
     def _rows(self) -> list[list[str]]:
         slots = max(len(figures.micro.alpha) for figures in self.figures.values())
-        rows = [["task", "", "tau", "verify steps", "served/walked", *(f"alpha_{k}" for k in range(1, slots + 1))]]
+        rows = [
+            ["task", "", "tau", "verify steps", "steps, served/walked", *(f"alpha_{k}" for k in range(1, slots + 1))]
+        ]
         for task in self.figures[SERVED].tasks:
             rows += _rows_of(task, {way: figures.tasks[task] for way, figures in self.figures.items()})
         for way, figures in self.figures.items():
@@ -254,12 +256,12 @@ def _require_known_tokens(served: Sequence[Record], target: TargetFacts) -> None
 
 def _target_warnings(server: ServerFacts, target: Path) -> list[str]:
     """[] where the run's target is this one. Raises ConfigError where it is another, if it can be read here."""
-    asked = Path(server.target or "")
-    if server.target is not None and asked.is_dir():
-        if TargetFacts.of(asked).config_hash != TargetFacts.of(target).config_hash:
-            raise ConfigError(f"--target {target}", f"the target of the run, {asked}")
-        return []
-    return [f"the run's target, {server.target}, is not on this machine: whether {target} is the same is not known"]
+    asked = target_files(server)
+    if asked is None:
+        return [f"the run's target, {server.target}, is not on this machine: whether {target} is the same is not known"]
+    if TargetFacts.of(asked).config_hash != TargetFacts.of(target).config_hash:
+        raise ConfigError(f"--target {target}", f"the target of the run, {server.target}")
+    return []
 
 
 def _drafter_warnings(server: ServerFacts, checked: CheckedDrafter, block: int) -> list[str]:

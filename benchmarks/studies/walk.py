@@ -19,14 +19,11 @@ from sglang_auf.acceptance import Acceptance
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
-from sglang_auf.models.products import bf16_products
-from sglang_auf.training.data.batching import Batch, plan_batches, with_features
+from sglang_auf.training.data.batching import Batch, with_features
 from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
-from sglang_auf.training.evaluation.comparison import BATCH_TOKENS
-from sglang_auf.training.evaluation.walk import walks
-from sglang_auf.training.losses.objectives import ObjectiveSettings
-from sglang_auf.training.losses.step import TrainingStep
+from sglang_auf.training.evaluation.comparison import batches, step_of
+from sglang_auf.training.evaluation.walk import walking, walks
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +69,9 @@ class Walker:
         vocabulary = draft_vocabulary.in_use(drafter) if listed else None
         drafted = None if vocabulary is None else torch.tensor(vocabulary.tokens, device=self._device)
         known = self._features(model.config.target_layer_ids)
-        settings = ObjectiveSettings(name="decay" if model.config.head == "domino" else "full")
-        step = TrainingStep(model, known.source.embedding, known.source.head, settings).to(self._device)
+        step = step_of(model, known.source)
         walked: list[list[Record]] = [[] for _ in (None, *self._trees)]
-        with torch.no_grad(), bf16_products(self._device), torch.autocast(step.head.device.type, torch.bfloat16):
+        with walking(self._device):
             for records, batch in known.batches:
                 for found, counts in zip(walked, walks(step, batch, drafted, self._trees), strict=True):
                     found += [_record(*pair) for pair in zip(records, counts, strict=True)]
@@ -90,7 +86,7 @@ class Walker:
 
     def _batches(self, source: OnlineFeatures) -> Iterator[tuple[list[Record], Batch]]:
         sizes = [len(_conversation(record)) for record in self._answers]
-        for rows in plan_batches(sizes, batch_tokens=max(BATCH_TOKENS, *sizes), seed=0, epoch=0):
+        for rows in batches(sizes):
             records = [self._answers[row] for row in rows]
             yield records, with_features([_conversation(record) for record in records], source)
 

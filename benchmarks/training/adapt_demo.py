@@ -36,9 +36,7 @@ from benchmarks.stats.lossless import same_answer
 from benchmarks.training.before_after import HEADING, BeforeAfter
 from benchmarks.training.given_texts import HELD_OUT, given_text_prompts, openings, whole_sentences
 from sglang_auf.errors import ServerError
-from sglang_auf.recording.settings import RECORD_HEADER
 
-RECORDED = {RECORD_HEADER: "on"}
 NOT_BETTER = 3
 """Exit code of `sglang-auf adapt` where it exports nothing."""
 SPARE = 1.4
@@ -157,7 +155,7 @@ class _Demo:
         with self._timed("answers of old kinds"):
             self._answer_old_kinds()
         with self._timed("traffic"):
-            replies = self._send([{"asked": messages_of(prompt), "extra_headers": RECORDED} for prompt in prompts])
+            replies = self._send([{"asked": messages_of(prompt), "recorded": True} for prompt in prompts])
         recorded = self._recorded()
         with self._timed("adapt"):
             better = self._adapt()

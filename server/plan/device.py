@@ -49,7 +49,7 @@ def choose(profile: Profile, memory: int | None) -> bool:
             raise ConfigError(
                 "--check of a CUDA profile, and PyTorch sees no CUDA device",
                 "the memory of the device to plan for",
-                "--device-memory 24GiB",
+                "--device-memory 48GiB",
             )
         return True
     os.environ[PLANNED_DEVICE] = str(memory)

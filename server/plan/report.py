@@ -13,8 +13,8 @@ from sglang_auf.cpu.memory import GIB, WEIGHT_COPIES
 from sglang_auf.env import DRAFT_VOCABULARY, tree_nodes
 from sglang_auf.errors import TargetError
 from sglang_auf.files import find_model
-from sglang_auf.recording.manifest import is_recording
-from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.manifest import Manifest
+from sglang_auf.recording.ring import State, look_at
 
 Line = tuple[str, str, str]
 
@@ -22,11 +22,21 @@ DECIDED = (
     *("attention_backend", "speculative_draft_attention_backend", "sampling_backend", "kv_cache_dtype", "page_size"),
     *("chunked_prefill_size", "max_running_requests", "max_total_tokens", "mem_fraction_static"),
     *("disable_cuda_graph", "disable_overlap_schedule", "speculative_num_draft_tokens"),
+    *("min_free_slots_delay", "sleep_on_idle"),
 )
-"""Arguments of SGLang that are shown though the profile does not give them."""
+"""Arguments of SGLang that are shown though the profile does not give them: what decides kernels, memory, admission and
+waiting."""
 
 OF_THE_DEVICE = ("attention_backend", "speculative_draft_attention_backend")
 """Of these, what SGLang chooses by the device's kind, which is not known where only its memory is given."""
+
+NOT_HERE = "planned for a device of that size: this machine's device, the port and the libraries were not checked"
+
+RECORDING: dict[State, str] = {
+    "new": "made at the start",
+    "at rest": "goes on",
+    "held": "held by a running server, which has to end before this one starts",
+}
 
 
 def report(profile: Profile, here: bool, *, plain: bool = False, api_key: str | None = None) -> list[Line]:
@@ -43,6 +53,7 @@ def report(profile: Profile, here: bool, *, plain: bool = False, api_key: str | 
         *_memory(checked, target),
         *recording,
         *_notes(profile, here),
+        ("result", "server", "would start" if here else "would start on such a device, as far as it was checked"),
     ]
 
 
@@ -59,8 +70,7 @@ def _models(checked: Checked) -> Iterator[Line]:
     listed = _listed(served.speculation)
     whole = served.target.vocab_size
     yield "drafts", "draft vocabulary", f"all {whole} tokens" if listed is None else f"{listed} of {whole} tokens"
-    notice = checked.profile.drafter_notice
-    for warning in (*([notice] if notice else []), *served.speculation.checked.warnings):
+    for warning in checked.drafter_warnings:
         yield "warning", "drafter", warning
 
 
@@ -114,10 +124,14 @@ def _memory(checked: Checked, target: Path) -> Iterator[Line]:
     longest = view.context_length or checked.served.target.max_position_embeddings
     if plan.tokens is None:
         return
+    bound = "" if most is None else f" (at most {most} run at once)"
     for length in LENGTHS:
-        fit = f"{plan.requests(length, most)} (at most {most} run at once)"
+        fit = f"{plan.requests(length, most)}{bound}"
         too_long = longest is not None and length > longest
         yield "requests", f"of {length} tokens", f"none: a context has {longest}" if too_long else fit
+    shortest = min(LENGTHS[0], longest or LENGTHS[0])
+    if not plan.requests(shortest, most):
+        yield "warning", "memory", f"no request of {shortest} tokens fits: take more memory or a smaller target"
 
 
 def _parts(plan: Plan) -> Iterator[Line]:
@@ -141,16 +155,11 @@ def _parts(plan: Plan) -> Iterator[Line]:
 
 
 def _recording(checked: Checked, target: Path) -> Iterator[Line]:
-    """Raises ConfigError for a directory that exists and cannot be used. None is made."""
-    settings = checked.profile.record
-    if settings.directory is None:
+    """Raises ConfigError for a directory that cannot be used. None is made."""
+    directory = checked.profile.record.path
+    if directory is None:
         return
-    directory = Path(settings.directory).expanduser()
-    if is_recording(directory) or (directory.is_dir() and any(directory.iterdir())):
-        Recorder.opened(settings, target).stop()
-        yield "records", "directory", f"{directory} (goes on)"
-    else:
-        yield "records", "directory", f"{directory} (made at the start)"
+    yield "records", "directory", f"{directory} ({RECORDING[look_at(directory, Manifest.of(target))]})"
 
 
 def _notes(profile: Profile, here: bool) -> Iterator[Line]:
@@ -159,7 +168,7 @@ def _notes(profile: Profile, here: bool) -> Iterator[Line]:
         return
     yield "note", "memory", f"an estimate for a device on which nothing else runs; left out: {LEFT_OUT}"
     if not here:
-        yield "note", "device", "there is no CUDA device here: its kind, the port and the libraries were not checked"
+        yield "note", "device", NOT_HERE
 
 
 def _gib(size: int) -> str:

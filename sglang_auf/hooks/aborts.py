@@ -1,7 +1,8 @@
 """The end of one request ends no other one, and no engine.
 
-Ids: a client may choose the id of its request (`rid`), and when it leaves, SGLang's scheduler aborts every request
-whose id begins with that id (managers/scheduler.py, `abort_request`): with the id "a", a sixteenth of all others.
+Ids: a client may choose the id of its request (`rid`), and when it leaves or has had its time, SGLang's scheduler
+aborts every request whose id begins with that id (managers/scheduler.py, `abort_request`): with the id "a", a sixteenth
+of all others. No part of SGLang needs that: it aborts by complete ids, those of choices and of batches too.
 
 Room: every verify step takes slots for two blocks ahead (speculative/dflash_info_v2.py), also the last one of an answer
 that reaches the end of the context or of the KV pool. SGLang counts on less (mem_cache/allocation_sizing.py). With
@@ -10,33 +11,65 @@ blocks of more than 8 such a step writes past its request's row of the slot tabl
 
 from __future__ import annotations
 
-import logging
+import functools
 from typing import Any
 
-from sglang_auf.compat import Seam
+from sglang_auf.compat import Seam, check_seams
 from sglang_auf.hooks.registry import Hook, serves_auf
 
-logger = logging.getLogger(__name__)
-
-_MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
-
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _SIZING = "sglang.srt.mem_cache.allocation_sizing"
 
-SEAMS = (
-    Seam(f"{_MANAGER}.init_running_status", "hooks.aborts", ("self",)),  # where rid_to_state is made
-    *(
-        Seam(f"{_SIZING}:{name}", "hooks.aborts", ())
-        for name in ("get_alloc_page_size", "get_alloc_reserve_per_decode")
-    ),
+SEAMS = tuple(
+    Seam(f"{_SIZING}:{name}", "hooks.aborts", ()) for name in ("get_alloc_page_size", "get_alloc_reserve_per_decode")
 )
+SCHEDULER_SEAMS = (
+    Seam(f"{_SCHEDULER}.abort_request", "hooks.aborts", ("self", "recv_req")),
+    Seam(f"{_SCHEDULER}.collect_inflight_reqs", "hooks.aborts", ("self",)),
+    Seam(f"{_SCHEDULER}.init_grammar_manager", "hooks.aborts", ("self",)),  # where grammar_manager is made
+    Seam(f"{_SCHEDULER}.init_running_status", "hooks.aborts", ("self",)),  # where waiting_queue is made
+    Seam(f"{_SCHEDULER}.init_chunked_prefill", "hooks.aborts", ("self",)),  # where chunked_req is made
+)
+"""Checked when a scheduler begins: nobody else imports its module."""
 
 
-def abort_one(original: Any, manager: Any, rid: str = "", abort_all: bool = False) -> None:
-    """Around `TokenizerManager.abort_request`. A request that cannot be aborted alone runs to its end."""
-    if not abort_all and any(other != rid and other.startswith(rid) for other in manager.rid_to_state):
-        logger.warning("request %r is not aborted: ids of other requests begin with its id", rid)
+def name_by_complete_ids(_: None, updater: Any) -> None:
+    """After `SchedulerWeightUpdaterManager.__post_init__`, which a scheduler makes before it hands out `abort_request`.
+
+    Raises CompatError. The method of this one scheduler is replaced, because a hook on it would import its module
+    in every process.
+    """
+    check_seams(SCHEDULER_SEAMS)
+    scheduler = updater.scheduler
+    scheduler.abort_request = functools.partial(abort_one, scheduler.abort_request, scheduler)
+
+
+def abort_one(original: Any, scheduler: Any, recv_req: Any) -> None:
+    """Around `Scheduler.abort_request`, of a scheduler: it finds the request with that very id alone.
+
+    Of those that wait it sees no other: a client that leaves with thousands of prompts leaves an abort for each, and
+    SGLang looks longer at each id than this does. Of the others, those with longer ids have none meanwhile. Left as
+    SGLang has them are the queues of servers that only prefill or only decode, which AUF refuses to be.
+    """
+    if recv_req.abort_all:
+        original(recv_req)
         return
-    original(manager, rid, abort_all)
+    asked, waiting = recv_req.rid, scheduler.waiting_queue
+    found = [one for one in waiting if one.rid == asked]
+    others = [scheduler.chunked_req, *scheduler.grammar_manager.grammar_queue, *scheduler.collect_inflight_reqs()]
+    longer = [(one, one.rid) for one in others if one is not None and one.rid != asked and one.rid.startswith(asked)]
+    scheduler.waiting_queue = left = list(found)
+    try:
+        for other, _ in longer:
+            other.rid = ""
+        original(recv_req)
+    finally:
+        for other, rid in longer:
+            other.rid = rid
+        scheduler.waiting_queue = waiting
+        for one in found:
+            if one not in left:
+                waiting.remove(one)
 
 
 def room_behind_a_context(columns: int) -> int:
@@ -66,7 +99,12 @@ def _room_of_a_step() -> int:
 
 
 HOOKS = (
-    Hook(f"{_MANAGER}.abort_request", "AROUND", abort_one, ("self", "rid", "abort_all")).on_ours(),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.__post_init__",
+        "AFTER",
+        name_by_complete_ids,
+        ("self",),
+    ).on_ours(),
     Hook(f"{_SIZING}:get_req_to_token_extra_context_len", "AFTER", room_behind_a_context, ()),
     Hook(
         "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.max_new_tokens_for_memory",

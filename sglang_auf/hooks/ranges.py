@@ -20,6 +20,10 @@ from sglang_auf.hooks.registry import Hook
 MOST_CHOICES = 128
 """Of n: SGLang makes that many copies of a request before it looks at any of them."""
 
+MOST_ANSWERS = 4096
+"""Of an HTTP request: its prompts times n. Each is a request of its own, and takes a place in the queue of all clients.
+When the client leaves, each is looked for in that queue."""
+
 MOST_LOGPROBS = 1000
 """Of top_logprobs_num and the list token_ids_logprob: each makes a row of that width for every token."""
 
@@ -41,7 +45,7 @@ _REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
 
 _FIELDS = (
     *("sampling_params", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
-    *("input_embeds", "custom_labels"),
+    *("input_embeds", "custom_labels", "text", "input_ids"),
 )
 SEAMS = (
     *(Seam(f"{_REQUEST}.{name}", "hooks.ranges") for name in _FIELDS),
@@ -58,6 +62,25 @@ def check_copies(request: Any) -> None:
             _integer("n", settings.get("n"))
 
 
+def check_answers(manager: Any, request: Any, http: Any = None) -> None:
+    """Before `TokenizerManager.generate_request`. Raises ValueError.
+
+    http: the HTTP request. None is a caller within a server or of SGLang's Engine, who disturbs nobody else.
+    """
+    if http is None:
+        return
+    given = request.input_ids if request.text is None else request.text
+    prompts = len(given) if isinstance(given, list) and given and not isinstance(given[0], Integral) else 1
+    settings = request.sampling_params
+    first = settings[0] if isinstance(settings, list) and settings else settings  # SGLang wants the same n of all
+    n = first.get("n") if isinstance(first, dict) else None
+    answers = prompts * (n if isinstance(n, int) else 1)
+    if answers > MOST_ANSWERS:
+        raise ValueError(
+            f"A request may have {MOST_ANSWERS} answers (prompts times n), got {answers}; send several requests."
+        )
+
+
 def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
     """Before `TokenizerManager._validate_one_request`, of one request of a batch. Raises ValueError.
 
@@ -68,7 +91,8 @@ def check_numbers(manager: Any, request: Any, input_ids: Any) -> None:
         # SGLang refuses one empty text, not one of a list. Its row does not exist: alone it ends the scheduler, beside
         # others it is answered from another request's row (layers/logits_processor.py, _get_pruned_states).
         raise ValueError("The prompt is empty: at least one token is needed.")
-    _ids("input_ids", input_ids or (), vocabulary)
+    # What is behind the context is refused or cut off, and a body of 16 MiB has millions of ids.
+    _ids("input_ids", (input_ids or ())[: manager.model_config.context_len], vocabulary)
     settings = request.sampling_params
     if not isinstance(settings, dict):
         return
@@ -175,6 +199,7 @@ def _is_finite(value: Any) -> bool:
 
 
 HOOKS = (
+    Hook(f"{_MANAGER}.generate_request", "BEFORE", check_answers, ("self", "obj", "request")).on_ours(),
     Hook(f"{_REQUEST}.normalize_batch_and_arguments", "BEFORE", check_copies, ("self",)).on_ours(),
     Hook(
         "sglang.srt.entrypoints.openai.serving_tokenize:OpenAIServingDetokenize._handle_non_streaming_request",

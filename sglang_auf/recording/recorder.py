@@ -63,8 +63,8 @@ class Recorder:
     @classmethod
     def opened(cls, settings: RecordSettings, target: Path) -> Self:
         """For answers of the target in this directory. Raises ConfigError where settings.directory cannot be used."""
-        assert settings.directory is not None
-        recorder = cls(settings, Path(settings.directory).expanduser().absolute())
+        assert settings.path is not None
+        recorder = cls(settings, settings.path)
         recorder._ring.open(Manifest.of(target))
         return recorder
 

@@ -13,13 +13,15 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import UNFINISHED, is_held, listing, locked, remove_unfinished, write_whole
@@ -35,6 +37,9 @@ WRITTEN = datetime(2026, 11, 30, tzinfo=UTC)
 """When this was written. A clock that shows less is wrong."""
 PARTS = 8
 """A file is at most this part of the bytes and of the days that are allowed."""
+
+State = Literal["new", "at rest", "held"]
+"""Of a recording: still to be made, free to go on in, or held by a server that records into it."""
 
 
 def row_files(directory: Path) -> list[Path]:
@@ -57,6 +62,51 @@ def require_at_rest(sources: Iterable[str | Path]) -> None:
                 "rows that stay the same, as the training that uses them has to read them again",
                 f"give a copy: cp -r {directory} COPY",
             )
+
+
+def look_at(directory: Path, manifest: Manifest) -> State:
+    """What `Ring.open` would find in a directory, given by an absolute path. Nothing is made, changed or kept locked.
+
+    Raises ConfigError where `open` would, but not for a recording of this target that another server holds.
+    """
+    with _refusals(directory):
+        there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        # Only a try tells: root may write everywhere, but not on a disk that is read-only or in /proc. It has no name.
+        tempfile.TemporaryFile(dir=there).close()
+        if there != directory:
+            return "new"
+        _require_ours(directory)
+        if not is_recording(directory):
+            return "new"
+        manifest.require(directory, ConfigError)
+        return "held" if is_held(directory / LOCK) else "at rest"
+
+
+def _require_ours(directory: Path) -> None:
+    """Raise ConfigError for a directory that is no recording and holds something."""
+    ours = (LOCK, MANIFEST, f".{MANIFEST}{UNFINISHED}")
+    if not is_recording(directory) and not all(entry.name.startswith(ours) for entry in directory.iterdir()):
+        raise ConfigError(
+            f"record.directory {directory} is no recording; it holds {listing(directory)}",
+            "a new directory, or that of an earlier recording",
+            "name another directory",
+        )
+
+
+@contextmanager
+def _refusals(directory: Path) -> Iterator[None]:
+    """Say what the disk refuses as a ConfigError."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another server records into {directory}", "one server a directory", "name another directory"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"record.directory {directory} cannot be written ({error.strerror or error})",
+            "a directory with room, which this user may write",
+        ) from error
 
 
 @dataclass(slots=True, eq=False)
@@ -105,17 +155,8 @@ class Ring:
     def open(self, manifest: Manifest) -> None:
         """Make the directory, or go on in it. Raises ConfigError where that is not possible."""
         try:
-            self._open(manifest)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another server records into {self.directory}", "one server a directory", "name another directory"
-            ) from error
-        except OSError as error:
-            self.close()
-            raise ConfigError(
-                f"record.directory {self.directory} cannot be written ({error.strerror or error})",
-                "a directory with room, which this user may write",
-            ) from error
+            with _refusals(self.directory):
+                self._open(manifest)
         except ConfigError:
             self.close()
             raise
@@ -123,13 +164,7 @@ class Ring:
     def _open(self, manifest: Manifest) -> None:
         directory = self.directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ours = (LOCK, MANIFEST, f".{MANIFEST}{UNFINISHED}")
-        if not is_recording(directory) and not all(entry.name.startswith(ours) for entry in directory.iterdir()):
-            raise ConfigError(
-                f"record.directory {directory} is no recording; it holds {listing(directory)}",
-                "a new directory, or that of an earlier recording",
-                "name another directory",
-            )
+        _require_ours(directory)
         directory.chmod(0o700)
         self._held.enter_context(locked(directory / LOCK))
         remove_unfinished(directory / MANIFEST)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from sglang_auf.settings import Settings
@@ -23,3 +25,8 @@ class RecordSettings(Settings):
     opt_in: bool = False
     max_bytes: int = Field(default=2**28, ge=2**12)
     max_age: float = Field(default=30.0, gt=0, lt=36500)
+
+    @property
+    def path(self) -> Path | None:
+        """The directory, absolute."""
+        return None if self.directory is None else Path(self.directory).expanduser().absolute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from sglang_auf import PLATFORM, SAMPLER_NAME
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.compat import check_seams
-from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, TREE, step_log, tree_nodes
+from sglang_auf.env import BUNDLED, CPU_OVERLAP, DRAFT_VOCABULARY, TREE, step_log, tree_nodes
 from sglang_auf.errors import ConfigError
 from sglang_auf.files import find_model, read_json
 from sglang_auf.hooks.registry import Hook
@@ -89,8 +90,9 @@ class AufSpecAlgo(CustomSpecAlgo):  # type: ignore[misc]
             )
         if server_args.trust_remote_code:
             refuse_code_of_drafter(checked.path)
-        for warning in checked.warnings:
-            logger.warning("drafter: %s", warning)
+        if BUNDLED not in os.environ:  # `python -m server` says them itself
+            for warning in checked.warnings:
+                logger.warning("drafter: %s", warning)
         report_vocabulary(checked.path, server_args.tp_size)
         server_args.speculative_draft_model_path = str(checked.path)
         server_args.speculative_num_draft_tokens = _requested_block(server_args) or checked.card.block_size

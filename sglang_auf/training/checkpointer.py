@@ -150,9 +150,10 @@ class Checkpoints:
         if coming * size > free:
             raise TrainingError(
                 f"{shown_size(free)} free at {self.run}",
-                f"{shown_size(coming * size)} for {coming} more checkpoints of {shown_size(size)} each: a run keeps "
-                f"the last {self.keep_last} (keep_last) and the best one, and has all of these while it writes another",
-                "free space, give an --out on a larger disk, or keep fewer with --set keep_last=1",
+                f"{shown_size(coming * size)} for {coming} checkpoints of {shown_size(size)}, still to come: a run "
+                f"keeps the last {self.keep_last} (keep_last) and the best one, all of them while it writes another",
+                "free space, or give an --out on a larger disk"
+                + ("; --set keep_last=1 keeps fewer" if self.keep_last > 1 else ""),
             )
 
     def latest(self) -> Path | None:

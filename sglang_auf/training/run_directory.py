@@ -187,7 +187,7 @@ def forget_after(directory: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # cut short when the process was killed
             continue
-        if 0 < step >= row["step"]:
+        if step > 0 and row["step"] <= step:
             kept.append(line + "\n")
     write_whole(file, "".join(kept))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,20 @@ def test_help_of_every_command_needs_neither_torch_nor_sglang() -> None:
     assert all(f"usage: python -m benchmarks {name} [-h]" in shown for name in COMMANDS)
     assert "--base-url" in shown
     assert "(default: 512)" in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_no_flag_that_the_command_lacks(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands share fields, and so their descriptions."""
+    monkeypatch.setenv("COLUMNS", "2000")  # each flag on a line
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    flags = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
+    known = {flag for line in flags for flag in re.findall(r"(?<!\S)--[\w-]+", line.split("   ")[0])}
+    assert known > {"--help"}
+    assert set(re.findall(r"(?<!\S)--[a-z][\w-]*", "\n".join(flags))) <= known
 
 
 def test_every_command_returns_a_report() -> None:

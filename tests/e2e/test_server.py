@@ -170,10 +170,31 @@ def test_a_client_that_leaves_frees_its_memory_and_others_go_on(server: Server) 
     next(iter(stream))
     stream.close()
     assert server.chat().usage.completion_tokens > 1
+    wait_until_running(server, 0)
+
+
+def test_a_client_that_leaves_ends_no_request_whose_id_begins_with_its_own(server: Server) -> None:
+    def begin(rid: str) -> Any:
+        stream = server.chat(stream=True, max_tokens=1500, extra_body={"ignore_eos": True, "rid": rid})
+        next(iter(stream))
+        return stream
+
+    stays, leaves = begin("x1"), begin("x")
+    wait_until_running(server, 2)
+    leaves.close()
+    wait_until_running(server, 1)
+    assert [choice.finish_reason for chunk in stays for choice in chunk.choices][-1] == "length"
+
+
+def wait_until_running(server: Server, requests: int) -> None:
     deadline = time.monotonic() + 60
-    while server.get("/v1/loads")["loads"][0]["num_running_reqs"]:
-        assert time.monotonic() < deadline, "the abandoned request still runs"
-        time.sleep(0.5)
+    while running(server) != requests:
+        assert time.monotonic() < deadline, f"{running(server)} requests run, not {requests}"
+        time.sleep(0.1)
+
+
+def running(server: Server) -> int:
+    return int(server.get("/v1/loads")["loads"][0]["num_running_reqs"])
 
 
 def test_added_routes_and_metrics(server: Server) -> None:

@@ -1,8 +1,9 @@
-"""One greedy run of a real server, judged token by token by that server's own prefill."""
+"""Runs of a real server, judged by that server's own prefill: a greedy one, and one at temperature 1."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.stats.sampled import LEVEL
+from sglang_auf.env import TREE_NODES
 from tests.support.tiny_models import VOCABULARY, write_target
 
 pytestmark = pytest.mark.e2e
@@ -18,6 +21,17 @@ pytestmark = pytest.mark.e2e
 CONTEXT = 128
 TEMPLATE = "w5 {% for message in messages %}{{ message.content }} w6 {% endfor %}"
 DICE = random.Random(4)
+
+
+BROKEN = """
+import torch
+import sglang_auf.speculative.sampling as sampling
+draw = sampling.sample
+def sometimes_greedy(probabilities, *more):
+    greedy = torch.rand(len(probabilities)) < 0.2
+    return torch.where(greedy, probabilities.argmax(dim=-1), draw(probabilities, *more))
+sampling.sample = sometimes_greedy
+"""
 
 
 def words(count: int) -> str:
@@ -38,6 +52,19 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def served(target: Path, drafter: Path) -> list[str]:
+    arguments = ["server", "--profile", "smollm2-135m"]
+    for setting in (
+        f"target={target}",
+        f"drafter={drafter}",
+        f"server_args.context_length={CONTEXT}",
+        "server_args.max_total_tokens=4096",
+        "server_args.chunked_prefill_size=32",
+    ):
+        arguments += ["--set", setting]
+    return arguments
+
+
 def test_a_run_is_exact_and_a_changed_id_is_a_fault_at_its_place(
     target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path, start_server: Any
 ) -> None:
@@ -46,17 +73,8 @@ def test_a_run_is_exact_and_a_changed_id_is_a_fault_at_its_place(
     rows = [{"id": f"p{number}", "turns": [words(5), words(4)]} for number in range(3)]
     rows.append({"id": "long", "turns": [words(76)]})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["server", "--profile", "smollm2-135m"]
-    for setting in (
-        f"target={target}",
-        f"drafter={tiny_drafter(4)}",
-        f"server_args.context_length={CONTEXT}",
-        "server_args.max_total_tokens=4096",
-        "server_args.chunked_prefill_size=32",
-    ):
-        arguments += ["--set", setting]
     out = tmp_path / "run"
-    with start_server(arguments, tmp_path / "log") as (url, _):
+    with start_server(served(target, tiny_drafter(4)), tmp_path / "log") as (url, _):
         asked = ["--prompts", str(prompts), "--max-tokens", "48", "--concurrency", "2", "--out", str(out)]
         assert main(["run", "--base-url", url, *asked]) == 0
         judged = ["lossless", str(out), "--base-url", url, "--concurrency", "3"]
@@ -81,3 +99,26 @@ def test_a_run_is_exact_and_a_changed_id_is_a_fault_at_its_place(
     assert len(found) == len(report["worst"]), "the other answers are as exact as before"
     first = min(found, key=lambda token: token["position"])
     assert (first["position"], first["emitted"], first["verdict"]) == (place, changed["output_ids"][place], "fault")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_draws_of_a_speculating_server_are_judged(
+    broken: bool, target: Path, tiny_drafter: Callable[..., Path], tmp_path: Path, start_server: Any
+) -> None:
+    """A sitecustomize module has the broken server take the best token for a fifth of its draws."""
+    if broken:
+        (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    prompts, out = tmp_path / "mine.jsonl", tmp_path / "run"
+    prompts.write_text("".join(json.dumps({"id": f"p{n}", "turns": [words(5)]}) + "\n" for n in range(60)))
+    # At this load a drafter of random weights would not be asked for drafts.
+    environment = {"PYTHONPATH": path, TREE_NODES: "6"}
+    with start_server(served(target, tiny_drafter(4)), tmp_path / "log", **environment) as (url, _):
+        asked = ["--prompts", str(prompts), "--max-tokens", "80", "--concurrency", "8", "--out", str(out)]
+        assert main(["run", "--base-url", url, *asked, "--temperature", "1", "--record-steps"]) == 0
+        assert main(["lossless", str(out), "--base-url", url, "--concurrency", "3"]) == broken
+    report = json.loads((out / "sampled.json").read_text())
+    first, later = report["statistics"][-2:]
+    assert later["tokens"] > 50, "few drafts were accepted"
+    assert first["tokens"] + later["tokens"] + report["answers"] == report["tokens"]
+    assert any(one["p"] is not None and one["p"] < LEVEL for one in report["statistics"]) == broken

@@ -3,21 +3,101 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sglang_auf.hooks import aborts
-from sglang_auf.hooks.aborts import abort_one, end_with_the_pool, room_behind_a_context
+from sglang_auf.hooks.aborts import abort_one, end_with_the_pool, name_by_complete_ids, room_behind_a_context
+
+IDS = ("x_1", "x_10", "x_11", "x", "0", "00")
+
+
+class Request:
+    """What `Scheduler.abort_request` looks at, in any of its queues."""
+
+    def __init__(self, rid: str) -> None:
+        self.rid, self.to_finish, self.finished_reason = rid, None, None
+        self.grammar, self.kv = None, SimpleNamespace(holds_mamba=False)
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def set_finish_with_abort(self, message: str) -> None:
+        self.to_finish = message
+
+
+class Queues:
+    """A real scheduler's abort, over one request of each id that waits, has no grammar yet, runs and is prefilled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sglang.srt.constrained.grammar_manager import GrammarManager
+        from sglang.srt.disaggregation.utils import DisaggregationMode
+        from sglang.srt.managers import scheduler
+
+        monkeypatch.setattr(scheduler, "get_parallel", lambda: SimpleNamespace(pp_size=1))
+        monkeypatch.setattr(scheduler, "_make_abort_req", lambda request, **_: request)
+        self.waiting, self.compiled, self.running = ([Request(rid) for rid in IDS] for _ in range(3))
+        self.ended: list[str] = []
+        grammars = object.__new__(GrammarManager)
+        grammars.grammar_queue = self.compiled
+        self.scheduler = object.__new__(scheduler.Scheduler)
+        nothing = SimpleNamespace(retire_group=lambda _: None)
+        vars(self.scheduler).update(
+            chunked_req=self.running[0],
+            _pending_chunked_abort_req=None,
+            waiting_queue=list(self.waiting),
+            grammar_manager=grammars,
+            running_batch=SimpleNamespace(reqs=self.running[:3]),
+            last_batch=SimpleNamespace(reqs=self.running[3:]),
+            enable_continuous_input_polling=False,
+            disaggregation_mode=DisaggregationMode.NULL,
+            mm_receiver=None,
+            dllm_config=None,
+            beam_coordinator=nothing,
+            _release_aborted_request=lambda _: None,
+            send_abort_output=lambda request, _: self.ended.append(request.rid),
+        )
+        name_by_complete_ids(None, SimpleNamespace(scheduler=self.scheduler))
+
+    def aborted(self) -> tuple[list[str], ...]:
+        """Ids of the waiting ones, of those without a grammar, of those that run; and of the one in chunks."""
+        marked = [[one.rid for one in queue if one.to_finish] for queue in (self.compiled, self.running)]
+        chunked = self.scheduler._pending_chunked_abort_req
+        return (self.ended, *marked, [chunked.rid] if chunked else [])
 
 
 @pytest.mark.parametrize(
-    ("rid", "abort_all", "reaches"),
-    [("a", False, False), ("a1", False, True), ("b", False, True), ("", False, False), ("", True, True)],
+    ("asked", "ended", "chunked"),
+    [
+        ({"rid": "x_1"}, ["x_1"], ["x_1"]),
+        ({"rid": "x"}, ["x"], []),
+        ({"rid": "0", "abort_message": "Request running timeout reached."}, ["0"], []),
+        ({"rid": "y"}, [], []),
+        ({"abort_all": True}, sorted(IDS), ["x_1"]),
+    ],
 )
-def test_an_id_that_begins_others_is_not_sent(rid: str, abort_all: bool, reaches: bool) -> None:
-    manager, sent = SimpleNamespace(rid_to_state={"a": 1, "a1": 2, "b": 3}), []
-    abort_one(lambda *arguments: sent.append(arguments), manager, rid, abort_all)
-    assert sent == ([(manager, rid, abort_all)] if reaches else [])
+def test_an_abort_ends_the_request_with_that_id_alone(
+    asked: dict[str, Any], ended: list[str], chunked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    queues = Queues(monkeypatch)
+    waiting = queues.scheduler.waiting_queue
+    queues.scheduler.abort_request(AbortReq(**asked))
+    assert queues.scheduler.waiting_queue is waiting
+    assert [sorted(found) for found in queues.aborted()] == [ended, ended, ended, chunked]
+    left = [one.rid for one in queues.scheduler.waiting_queue]
+    assert left == [rid for rid in IDS if rid not in ended], "in the order in which they came"
+    assert all([one.rid for one in queue] == list(IDS) for queue in (queues.compiled, queues.running))
+
+
+def test_a_failed_abort_leaves_every_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    queues = Queues(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        abort_one(lambda _: 1 / 0, queues.scheduler, SimpleNamespace(rid="x", abort_all=False))
+    assert [one.rid for one in queues.scheduler.waiting_queue] == list(IDS)
+    assert all([one.rid for one in queue] == list(IDS) for queue in (queues.waiting, queues.compiled, queues.running))
 
 
 @pytest.fixture

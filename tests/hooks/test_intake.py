@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReq
 from sglang.srt.observability.req_time_stats import monotonic_time
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_auf.hooks.intake import admit, check_origin, check_types, refuse_faults
+from sglang_auf.hooks.intake import LONG, admit, beside, check_origin, check_types, refuse_faults, tokenize
 
 
 def tokenized(**changes: Any) -> TokenizedGenerateReqInput:
@@ -92,6 +93,12 @@ def test_other_ids_are_the_clients(rid: Any) -> None:
     check_origin(GenerateReqInput(rid=rid))
 
 
+@pytest.mark.parametrize("rid", ["", ["a", ""]])
+def test_an_id_with_which_every_other_begins_is_refused(rid: Any) -> None:
+    with pytest.raises(ValueError, match="rid must not be empty"):
+        check_origin(GenerateReqInput(rid=rid))
+
+
 def test_a_request_comes_now() -> None:
     check_origin(GenerateReqInput(received_time=monotonic_time() - 60))
     with pytest.raises(ValueError, match="wrong form"):
@@ -136,3 +143,34 @@ def test_a_list_that_is_too_short_breaks_a_batch() -> None:
     request = GenerateReqInput(text=["Hi", "you"], audio_data=[])
     with pytest.raises(ValueError, match="cannot be prepared"):
         refuse_faults(GenerateReqInput.__getitem__, request, 1)
+
+
+async def thread_of(_: Any, texts: Any, is_cross_encoder: bool = False) -> int:
+    assert is_cross_encoder
+    return threading.get_ident()
+
+
+@pytest.mark.parametrize(
+    ("texts", "threads", "waits"),
+    [
+        ("a" * LONG, False, True),
+        (["a" * (LONG - 1), "a"], False, True),
+        ("a" * (LONG + 1), False, False),
+        (["a" * LONG, "a"], False, False),
+        ([None], False, True),
+        ("a" * (LONG + 1), True, True),
+    ],
+)
+def test_a_long_text_is_not_tokenised_in_the_event_loop(texts: Any, threads: bool, waits: bool) -> None:
+    """threads: the manager has a tokenizer with a thread of its own, which belongs to the event loop."""
+    manager = SimpleNamespace(async_dynamic_batch_tokenizer=object() if threads else None)
+    found = asyncio.run(tokenize(thread_of, manager, texts, is_cross_encoder=True))
+    assert (found == threading.get_ident()) is waits
+
+
+def test_what_fails_beside_the_event_loop_fails_as_in_it() -> None:
+    async def fails() -> None:
+        raise ValueError("too long")
+
+    with pytest.raises(ValueError, match="too long"):
+        asyncio.run(beside(fails))

@@ -14,15 +14,18 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_auf.hooks.ranges import (
     FLOATS,
     INTEGERS,
+    MOST_ANSWERS,
     MOST_CHOICES,
     MOST_LOGPROBS,
+    check_answers,
     check_copies,
     check_detokenized,
     check_numbers,
 )
 
 VOCABULARY = 64
-MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY))
+CONTEXT = 8
+MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY, context_len=CONTEXT))
 ALLOWED: list[dict[str, Any]] = [
     {},
     {"stop_token_ids": [0, VOCABULARY - 1, None], "n": MOST_CHOICES, "top_k": -1, "sampling_seed": -(2**63)},
@@ -111,6 +114,43 @@ def test_other_requests_are_copied(settings: Any) -> None:
     check_copies(SimpleNamespace(sampling_params=settings))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"text": ["Hi"] * MOST_ANSWERS},
+        {"text": ["Hi"] * (MOST_ANSWERS // 4), "sampling_params": {"n": 4}},
+        {"input_ids": [[5]] * (MOST_ANSWERS // 4), "sampling_params": [{"n": 4}] * (MOST_ANSWERS // 4)},
+        {"text": "Hi" * MOST_ANSWERS, "sampling_params": {"n": 128}},
+        {"input_ids": [5] * (MOST_ANSWERS + 1)},
+        {"text": [], "sampling_params": []},
+        {"text": "Hi", "sampling_params": {"n": "many"}},
+    ],
+)
+def test_an_http_request_has_so_many_answers(asked: dict[str, Any]) -> None:
+    check_answers(None, GenerateReqInput(**asked), http="a request")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"text": ["Hi"] * (MOST_ANSWERS + 1)},
+        {"input_ids": [[5]] * (MOST_ANSWERS // 4 + 1), "sampling_params": {"n": 4}},
+        {"text": ["Hi"] * (MOST_ANSWERS // 4 + 1), "sampling_params": [{"n": 4}] * (MOST_ANSWERS // 4 + 1)},
+    ],
+)
+def test_one_with_more_is_refused_and_sglangs_engine_takes_it(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{MOST_ANSWERS} answers \(prompts times n\), got"):
+        check_answers(None, GenerateReqInput(**asked), http="a request")
+    check_answers(None, GenerateReqInput(**asked))
+
+
+def test_ids_behind_the_context_are_not_looked_at() -> None:
+    """SGLang refuses such a prompt, or cuts it there."""
+    check([1] * CONTEXT + [VOCABULARY])
+    with pytest.raises(ValueError, match="input_ids"):
+        check([1] * (CONTEXT - 1) + [VOCABULARY])
+
+
 def test_an_embedding_request_has_ids_alone() -> None:
     check_numbers(MANAGER, SimpleNamespace(sampling_params=None), [1])
     with pytest.raises(ValueError, match="input_ids"):
@@ -118,7 +158,7 @@ def test_an_embedding_request_has_ids_alone() -> None:
 
 
 def test_the_cap_of_top_logprobs_is_below_a_large_vocabulary() -> None:
-    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=10**6))
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=10**6, context_len=CONTEXT))
     check_numbers(manager, GenerateReqInput(sampling_params={}, top_logprobs_num=MOST_LOGPROBS), [1])
     with pytest.raises(ValueError, match="top_logprobs_num"):
         check_numbers(manager, GenerateReqInput(sampling_params={}, top_logprobs_num=MOST_LOGPROBS + 1), [1])

@@ -14,7 +14,7 @@ import pytest
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.recording.manifest import MANIFEST, Manifest
-from sglang_auf.recording.ring import PARTS, Ring, encoded, require_at_rest, row_files
+from sglang_auf.recording.ring import PARTS, Ring, encoded, look_at, require_at_rest, row_files
 from tests.support.training_runs import limit_file_size
 
 MANIFEST_OF_A_TARGET = Manifest(target_name="t", target_hub_id=None, target_config_hash="c0", tokenizer_hash="t0")
@@ -66,6 +66,54 @@ def test_a_recording_is_at_rest_when_no_server_has_it(tmp_path: Path, clock: Clo
     require_at_rest([copy])
     ring.close()
     require_at_rest([tmp_path / "rows"])
+
+
+def test_a_look_changes_nothing_and_tells_who_has_the_directory(tmp_path: Path, clock: Clock) -> None:
+    directory = tmp_path / "new" / "rows"
+    assert look_at(directory, MANIFEST_OF_A_TARGET) == "new"
+    assert not directory.parent.exists()
+    directory.mkdir(parents=True, mode=0o755)
+    assert look_at(directory, MANIFEST_OF_A_TARGET) == "new"
+    assert (list(directory.iterdir()), stat.S_IMODE(directory.stat().st_mode)) == ([], 0o755)
+    ring = opened(directory, clock)
+    assert look_at(directory, MANIFEST_OF_A_TARGET) == "held"
+    add(ring, 1)
+    ring.close()
+    held = sorted(directory.iterdir())
+    assert look_at(directory, MANIFEST_OF_A_TARGET) == "at rest"
+    assert sorted(directory.iterdir()) == held
+    opened(directory, clock).close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_look_refuses_another_targets_recording_also_while_a_server_holds_it(
+    begun: bool, tmp_path: Path, clock: Clock
+) -> None:
+    ring = opened(tmp_path / "rows", clock)
+    if not begun:
+        ring.close()
+    with pytest.raises(ConfigError, match="is a recording of t "):
+        look_at(tmp_path / "rows", MANIFEST_OF_A_TARGET.model_copy(update={"target_config_hash": "c1"}))
+
+
+def unusable(scratch: Path) -> list[Path]:
+    """What no server could record into, root's neither."""
+    (scratch / "file").touch()
+    (scratch / "link").symlink_to("nowhere")
+    (scratch / "full").mkdir()
+    (scratch / "full" / "something").touch()
+    return [*(scratch / name for name in ("file", "file/below", "link", "full")), Path("/proc/nothing/here")]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_look_refuses_what_a_server_could_not_open_with_the_same_words(which: int, tmp_path: Path) -> None:
+    directory = unusable(tmp_path)[which]
+    with pytest.raises(ConfigError) as looked:
+        look_at(directory, MANIFEST_OF_A_TARGET)
+    with pytest.raises(ConfigError) as opening:
+        Ring(directory, BYTES, 8.0).open(MANIFEST_OF_A_TARGET)
+    assert str(directory) in looked.value.found
+    assert looked.value.expected == opening.value.expected
 
 
 def test_a_row_holds_token_ids_and_nothing_else(tmp_path: Path, clock: Clock) -> None:

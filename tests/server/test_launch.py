@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -22,9 +23,10 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from server import launch
 from server.launch import Start, closed_because, run
 from server.middleware import MAX_BODY
-from server.preflight import ServedModel
+from server.preflight import ServedModel, Speculation
 from server.probe import Probe
 from server.profile import Profile
+from sglang_auf.checkpoints.card import CheckedDrafter
 from sglang_auf.checkpoints.target_facts import TargetFacts
 from sglang_auf.env import BUNDLED, CPU_OVERLAP, TREE, TREE_NODES, tree_nodes
 from sglang_auf.errors import ServerError
@@ -33,6 +35,7 @@ from sglang_auf.recording.recorder import THREAD as RECORDER
 from sglang_auf.recording.recorder import Recorder
 from sglang_auf.recording.ring import row_files
 from sglang_auf.recording.settings import RecordSettings
+from tests.server.test_routes import CARD
 from tests.support.tiny_models import write_target
 
 TARGET = TargetFacts("tiny", None, None, "llama", 64, 4, 100, "c0", None, 512, "bfloat16")
@@ -375,3 +378,32 @@ def test_serve_refuses_in_the_cheapest_order(monkeypatch: pytest.MonkeyPatch) ->
     assert done == steps
     [(arguments, served, api_key)] = launched
     assert (arguments["api_key"], served, api_key) == ("secret", SERVED, "secret")
+
+
+@pytest.mark.parametrize(
+    ("changes", "plain", "said"),
+    [
+        ({}, False, ["trained with thinking on"]),
+        ({"drafter_notice": "not trained with AUF"}, False, ["not trained with AUF", "trained with thinking on"]),
+        ({"drafter_notice": "not trained with AUF"}, True, []),
+    ],
+)
+def test_what_may_lower_tau_is_said_before_anything_loads(
+    changes: dict[str, str],
+    plain: bool,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = CheckedDrafter(CARD, ("trained with thinking on",), Path("/models/drafter"))
+    speculation = Speculation("owner/drafter", found, 4, lambda _: found, "cpu")
+    served = replace(SERVED, speculation=None if plain else speculation)
+    fields = {"target": "owner/target", "drafter": "owner/drafter", "device": "cpu", "served_model_name": "small"}
+    profile = Profile.model_validate(fields | changes)
+    checked = launch.Checked(profile, "owner/target", served, {}, SERVER_ARGS)
+    monkeypatch.setattr(launch, "check", lambda *_, **__: checked)
+    monkeypatch.setattr(launch, "run", lambda *_, **__: None)
+    launch.serve(profile, plain=plain)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"DRAFTER: {text}" for text in said
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,17 +202,6 @@ def test_block_size_comes_from_the_card(target: Path, monkeypatch: pytest.Monkey
     served = preflight.check_models(profile(), str(target), plain=False)
     assert served.speculation is not None
     assert served.speculation.block_size == 16
-
-
-def test_warnings_and_notice_are_logged(
-    target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    Checked(monkeypatch)
-    preflight.check_models(profile(drafter_notice="not trained with AUF"), str(target), plain=False)
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "DRAFTER: not trained with AUF",
-        "DRAFTER: trained with thinking on",
-    ]
 
 
 def test_plain_needs_no_drafter(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,10 +341,42 @@ async def test_metrics_say_which_drafter_runs(tmp_path: Path, readers: list[Any]
     _, drafter = readers
     drafters._began += 60  # the files are older than the server
     labels = {"model_name": "small", "generation": "0", "weights": weights_sha256(checked.path)}
+    assert await drafters.weights() == labels["weights"]
     assert await drafter() == [Figure("auf_drafter_info", 1, labels)]
     drafters.swap = replace(drafters.swap, generation=3)
     drafters.running = replace(drafters.running, weights="abc")
     assert await drafter() == [Figure("auf_drafter_info", 1, labels | {"generation": "3", "weights": "abc"})]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("digest", ["abc", None])
+async def test_a_scrape_does_not_wait_for_the_digest(
+    digest: str | None, readers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are read once for all who ask, and a scrape leaves them out meanwhile."""
+    read: list[Path] = []
+    on_the_disk = threading.Event()
+
+    def slow(path: Path, _: float) -> str | None:
+        read.append(path)
+        assert on_the_disk.wait(60)
+        return digest
+
+    monkeypatch.setattr("server.drafters._unchanged_sha256", slow)
+    assert SPECULATING.speculation is not None
+    drafters = Drafters(SPECULATING.speculation)
+    routes.add_readers("small", drafters, None)
+    _, drafter = readers
+    try:
+        assert [await drafter(), await drafter()] == [[], []]
+        asked = asyncio.create_task(drafters.weights())
+        await asyncio.sleep(0)
+    finally:
+        on_the_disk.set()
+    assert await asked == digest
+    labels = {"model_name": "small", "generation": "0", "weights": digest or ""}
+    assert await drafter() == [Figure("auf_drafter_info", 1, labels)]
+    assert read == [CHECKED.path]
 
 
 @pytest.mark.anyio

@@ -17,7 +17,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, _assert_custom_
 
 from sglang_auf import SAMPLER_NAME, compat
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary, write
-from sglang_auf.env import CPU_OVERLAP, DRAFT_VOCABULARY, STEP_LOG, TREE, TREE_NODES
+from sglang_auf.env import BUNDLED, CPU_OVERLAP, DRAFT_VOCABULARY, STEP_LOG, TREE, TREE_NODES
 from sglang_auf.errors import CardError, CompatError, ConfigError
 from sglang_auf.speculative import algorithm, seams
 from sglang_auf.speculative.algorithm import AufSpecAlgo, create_worker, make_tappable
@@ -334,10 +334,16 @@ def test_a_penalty_that_every_chat_would_get_stops_a_server_that_mixes_batches(
     AUF.handle_server_args(arguments(target))
 
 
-def test_what_may_lower_tau_is_logged(target: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("bundled", [False, True])
+def test_what_may_lower_tau_is_logged_unless_the_bundled_server_has_done_so(
+    bundled: bool, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(BUNDLED, raising=False)
+    if bundled:
+        monkeypatch.setenv(BUNDLED, "1")
     with caplog.at_level(logging.WARNING, logger=algorithm.__name__):
         AUF.handle_server_args(arguments(target, speculative_num_draft_tokens=4))
-    assert any("trained with blocks of 8" in message for message in caplog.messages)
+    assert any("trained with blocks of 8" in message for message in caplog.messages) is not bundled
 
 
 def test_the_revisions_of_both_models_are_those_asked_for(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

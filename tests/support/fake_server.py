@@ -41,6 +41,7 @@ class FakeEngine:
     own_info: what /server_info answers in place of SGLang's facts. counts: replies have a usage. target: the path of
     the model that it says it serves. cached: of the tokens of each prompt, those that it says its prefix cache
     had. unrecorded: for each request for a completion, what it said of being recorded.
+    law: draws the answers of chats and tells their log-probabilities (known_law.py); None: one fixed answer a prompt.
     """
 
     speculative: bool = True
@@ -68,6 +69,8 @@ class FakeEngine:
     counts: bool = True
     target: str = "/models/toy"
     cached: int | None = None
+    law: Any = None
+    drawn_steps: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     unrecorded: list[str | None] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     continued: list[dict[str, Any]] = field(default_factory=list)
@@ -86,11 +89,28 @@ class FakeEngine:
             tokens[3] += 1000
         return tokens
 
-    def teacher_forced(self, ids: list[int], start: int) -> dict[str, Any]:
-        """meta_info of a prefill of prompt and answer, whose prompt ends at place `start`."""
+    def answer(self, body: dict[str, Any]) -> list[int]:
+        """The tokens of a chat's answer."""
+        if self.law is None:
+            return self.tokens(body["messages"], body["max_tokens"])
+        tokens, steps = self.law.answer(ids_of(body["messages"]), body.get("seed", 0), body["max_tokens"])
+        self.drawn_steps[tuple(tokens)] = steps
+        return tokens
+
+    def teacher_forced(self, ids: list[int], start: int, top: int) -> dict[str, Any]:
+        """meta_info of a prefill of prompt and answer, whose prompt ends at place `start`. top: only with a law."""
         prompt, emitted = ids[: start + 1], ids[start + 1 :]
+        if self.law is not None:
+            told = self.law.told(prompt, emitted, top)
+            likeliest = [[[value, token, None] for value, token in of_place[1:]] for of_place in told]
+            values = [[None, prompt[-1], None], *([*of_place[0], None] for of_place in told)]
+            return {
+                "prompt_tokens": len(ids),
+                "input_token_logprobs": values,
+                "input_top_logprobs": [None, *likeliest],
+            }
         own = self.tokens(json.loads(bytes(prompt)), len(emitted))
-        values: list[Any] = [[None, prompt[-1], None]]
+        values = [[None, prompt[-1], None]]
         best: list[Any] = [None]
         for token, right in zip(emitted[self.unsaid :], own[self.unsaid :], strict=True):
             values.append([-0.5 - self.gap * (token != right), token, None])
@@ -111,6 +131,8 @@ class FakeEngine:
 
     def steps(self, tokens: list[int]) -> list[int]:
         """Accepted drafts of each verify step; of the last one, the end may be cut off."""
+        if self.law is not None:
+            return self.drawn_steps[tuple(tokens)]
         accepted: list[int] = []
         while 1 + sum(accepted) + len(accepted) < len(tokens):
             accepted.append((tokens[0] + len(accepted)) % self.block)
@@ -234,7 +256,8 @@ def make_app(engine: FakeEngine) -> FastAPI:
     def generate(body: dict[str, Any]) -> dict[str, Any]:
         engine.generated.append(body)
         if "logprob_start_len" in body:
-            return {"meta_info": engine.teacher_forced(body["input_ids"], body["logprob_start_len"])}
+            asked = (body[name] for name in ("input_ids", "logprob_start_len", "top_logprobs_num"))
+            return {"meta_info": engine.teacher_forced(*asked)}
         first, second = body["token_ids_logprob"]
         chosen = [[-0.5 - engine.gap, first, None], [-0.5, second, None]]
         return {"meta_info": {"output_token_ids_logprobs": [chosen], "output_top_logprobs": [[[-0.5, second, None]]]}}
@@ -242,6 +265,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: dict[str, Any], request: Request) -> Response:
         engine.requests.append(body)
+        engine.unrecorded.append(request.headers.get("x-sglang-auf-record"))
         if refused := engine.refused(body):
             return JSONResponse({"message": f"extra fields not permitted: {refused}"}, status_code=400)
         engine.in_flight += 1
@@ -256,7 +280,7 @@ def make_app(engine: FakeEngine) -> FastAPI:
             return Response("<html>", media_type="text/html")
         if "BROKEN" in body["messages"][-1]["content"]:
             return Response("data: {\n\n" if body.get("stream") else "{", media_type="application/json")
-        tokens = engine.tokens(body["messages"], body["max_tokens"])
+        tokens = engine.answer(body)
         if body.get("stream"):
             spans = request.headers.get("x-auf-spans") == "1" and engine.speculative and engine.algorithm == "AUF"
             return StreamingResponse(_stream(engine, body, tokens, spans), media_type="text/event-stream")

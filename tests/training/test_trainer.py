@@ -670,7 +670,7 @@ def test_a_disk_that_the_checkpoints_do_not_fit_is_refused_before_the_first_step
         free = fits * size - size // 10
         with pytest.raises(TrainingError) as caught:
             train(recipe, tmp_path / str(steps))
-        assert f"{fits} more checkpoints of {size / 1e6:.1f}" in caught.value.expected
+        assert f"{fits} checkpoints of {size / 1e6:.1f}" in caught.value.expected
         assert "keep_last=1" in caught.value.remedy
         assert not Checkpoints(tmp_path / str(steps), 2).steps()
         free = fits * size

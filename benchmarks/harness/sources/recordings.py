@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.config import RunConfig
-from benchmarks.harness.server_info import ServerFacts
+from benchmarks.harness.server_info import ServerFacts, target_files
 from benchmarks.harness.sources.prompt import TokenIds
 from benchmarks.harness.tasks import Selection
 from sglang_auf.checkpoints.target_facts import TargetFacts
@@ -71,7 +71,7 @@ def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Se
             "chats, whose streams say which tokens were drafted",
             "leave --record-steps out",
         )
-    target = _target_files(server)
+    target = target_files(server)
     if target is not None:
         require_target((chosen.recording for chosen in replayed if chosen.recording), target)
         _require_known(replayed, TargetFacts.of(target))
@@ -83,21 +83,6 @@ def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Se
         f"the files of {server.target or server.model} are not on this machine: whether the token ids of "
         f"{', '.join(chosen.task.name for chosen in replayed)} are its own was not checked"
     ]
-
-
-def _target_files(server: ServerFacts) -> Path | None:
-    """The directory of the server's target, where this machine has one. Nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-
-    if server.target is None:
-        return None
-    directory = Path(server.target)
-    if HUB_ID.fullmatch(server.target) and not directory.is_dir():
-        try:
-            directory = Path(snapshot_download(server.target, revision=server.revision, local_files_only=True))
-        except (OSError, ValueError):  # what the hub's client raises where its cache has no such model
-            return None
-    return directory if (directory / "config.json").is_file() else None
 
 
 def _require_name(recording: Path, server: ServerFacts) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
+from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.stats.bootstrap import Difference, paired_difference
 from sglang_auf.training.data.batching import plan_batches, with_features
 from sglang_auf.training.data.conversations import Conversation
-from sglang_auf.training.data.features import OnlineFeatures
+from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures
 from sglang_auf.training.evaluation.walk import HeldOut, HeldOutWalk
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
@@ -60,12 +61,7 @@ class Walkers:
         self._vocabularies = [
             None if listed is None else torch.tensor(listed.tokens, device=device) for _, listed in drafters
         ]
-        # The loss has the same credit for all slots; Domino has no such objective.
-        objectives = [ObjectiveSettings(name="decay" if model.config.head == "domino" else "full") for model in models]
-        self._steps = [
-            TrainingStep(model, self._features.embedding, self._features.head, objective).to(device)
-            for model, objective in zip(models, objectives, strict=True)
-        ]
+        self._steps = [step_of(model, self._features) for model in models]
 
     def _of(self, layers: Sequence[int]) -> Tensor | None:
         """The columns of the features that are those of `layers`; None for all."""
@@ -84,13 +80,23 @@ class Walkers:
             HeldOutWalk(step, vocabulary=vocabulary, trees=trees)
             for step, vocabulary in zip(self._steps, self._vocabularies, strict=True)
         ]
-        for rows in self._batches(name, [len(conversation) for conversation in conversations]):
+        plan = batches([len(conversation) for conversation in conversations])
+        for rows in tqdm(plan, f"walking {name}", unit="batch", disable=None):
             batch = with_features([conversations[row].as_served() for row in rows], self._features)
             for walk, columns in zip(walks, self._columns, strict=True):
                 walk.add(batch if columns is None else replace(batch, features=batch.features[..., columns]))
         return [walk.result() for walk in walks]
 
-    @staticmethod
-    def _batches(name: str, lengths: Sequence[int]) -> Iterator[list[int]]:
-        plan = plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0)
-        yield from tqdm(plan, f"walking {name}", unit="batch", disable=None)
+
+def step_of(drafter: Drafter, target: FrozenTarget) -> TrainingStep:
+    """What walks a drafter, on the target's device. Its loss has the same credit for all slots where that is possible:
+    Domino has no such objective.
+    """
+    objective = ObjectiveSettings(name="decay" if drafter.config.head == "domino" else "full")
+    step: TrainingStep = TrainingStep(drafter, target.embedding, target.head, objective).to(target.device)
+    return step
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of each batch where there is no recipe, which would say how large they are. lengths: in tokens."""
+    return plan_batches(lengths, batch_tokens=max(BATCH_TOKENS, *lengths), seed=0, epoch=0)

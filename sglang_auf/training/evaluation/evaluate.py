@@ -109,7 +109,7 @@ class Evaluation:
             for name in ("tau_micro", "accuracy")
         ]
         headers = ("", *self.drafters, "difference, the second to the first")
-        note = "Intervals: 95 %. Of the difference answer by answer: it is shown where 0 lies outside."
+        note = "Intervals: 95 %; of differences answer by answer. Where one holds 0, no difference is shown."
         return f"{tabulate(rows, headers, tablefmt='plain', disable_numparse=True)}\n{note}"
 
 

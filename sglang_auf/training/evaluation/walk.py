@@ -13,6 +13,7 @@ was accepted lately.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from sglang_auf.speculative.tree import RANKS, accepted_along
 from sglang_auf.training.data.batching import Batch, anchor_positions, draw_anchors
 from sglang_auf.training.losses.cross_entropy import corrected_leading_matches, leading_matches, likeliest
 from sglang_auf.training.losses.step import Terms, TrainingStep
+
+Precision = Literal["bf16", "fp32"]
 
 # Blocks in one call of the drafter, by device.
 BLOCKS = {"cpu": 512}
@@ -73,6 +76,13 @@ class HeldOut:
         return {"tau": self.taus} | {f"tau_tree_{nodes}": taus for nodes, taus in self.taus_of_trees.items()}
 
 
+@contextmanager
+def walking(device: str, precision: Precision = "bf16") -> Iterator[None]:
+    """How a walk computes on this type of device. precision: the recipe's."""
+    with torch.no_grad(), bf16_products(device), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
 class HeldOutWalk:
     """Walks batch after batch, and then says what the drafter did on all of them.
 
@@ -84,7 +94,7 @@ class HeldOutWalk:
         self,
         step: TrainingStep,
         *,
-        precision: Literal["bf16", "fp32"] = "bf16",
+        precision: Precision = "bf16",
         vocabulary: Tensor | None = None,
         trees: Sequence[int] = (),
     ) -> None:
@@ -96,12 +106,7 @@ class HeldOutWalk:
 
     def add(self, batch: Batch) -> None:
         """Walk all answers of a batch, which is on the step's device."""
-        device = self._step.head.device.type
-        with (
-            torch.no_grad(),
-            bf16_products(device),
-            torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16"),
-        ):
+        with walking(self._step.head.device.type, self._precision):
             of_batch = walks(self._step, batch, self._vocabulary, self._trees)
             for walked, more in zip(self._answers, of_batch, strict=True):
                 walked += more

@@ -9,6 +9,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from benchmarks.harness.client import ChatClient, Reply, ReplyError, _extend, histogram_of
 from benchmarks.harness.config import Workload
+from benchmarks.harness.sources.prompt import TokenIds
 
 MESSAGES = [{"role": "user", "content": "sum 1"}]
 
@@ -108,6 +109,20 @@ def test_what_a_row_gives_the_template_goes_with_the_workloads_thinking(fake: Ca
     assert first["chat_template_kwargs"] == {"style": "short", "enable_thinking": True}
     assert first["tools"] == []
     assert second["chat_template_kwargs"] == {"enable_thinking": True}, "the row's own are not kept"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("asked", [MESSAGES, "def f(", TokenIds((1, 2))])
+def test_an_answer_is_recorded_only_where_that_is_asked_for(fake: Callable[..., Any], asked: Any, stream: bool) -> None:
+    server = fake()
+
+    async def ask_twice() -> None:
+        async with ChatClient(server.url, "toy", Workload(), stream, spans=True) as client:
+            await client.ask(asked)
+            await client.ask(asked, recorded=True)
+
+    asyncio.run(ask_twice())
+    assert server.engine.unrecorded == ["off", "on"]
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -134,3 +134,12 @@ def test_groups_need_rows_of_ones_own(fake: Start, tmp_path: Path, capsys: pytes
     flags = ["--tasks", "sample", "--group-by", "language", "--out", str(tmp_path / "run")]
     assert main(["run", "--base-url", fake().url, *flags]) == 2
     assert "--group-by without --prompts" in capsys.readouterr().err
+
+
+def test_plain_decoding_has_no_groups(
+    fake: Start, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, server = tmp_path / "run", fake(speculative=False)
+    assert run(server.url, mine, out, "--group-by", "language", "--plain") == 2
+    assert "--group-by with --plain, which has no tau" in capsys.readouterr().err
+    assert not out.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.serving.soak_requests import (
     BAD,
     KINDS,
     Question,
+    Sender,
     Wrong,
     bad,
     choices,
@@ -57,6 +59,19 @@ def report(memory: list[float], before: Sample, after: Sample, faults: dict[str,
         machine={"cpu": "a", "cores": 2, "memory_gib": 1, "gpus": []},
         command=["soak"],
     )
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_soak_is_recorded_only_where_that_is_its_subject(fake: Callable[..., Any], recorded: bool) -> None:
+    server = fake()
+
+    async def ask() -> None:
+        sender = Sender(server.url, "toy", 60.0, recorded=recorded)
+        await sender.chat(QUESTION)
+        await sender.client.close()
+
+    asyncio.run(ask())
+    assert server.engine.unrecorded == ["on" if recorded else "off"]
 
 
 def test_growth_leaves_out_the_time_in_which_pools_fill() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness.manifest import Session
 from benchmarks.harness.records import Record
 from benchmarks.stats.summary import (
     SHOWN_GROUPS,
@@ -14,11 +16,14 @@ from benchmarks.stats.summary import (
     latency,
     macro,
     micro,
+    open_loop_seconds,
     summarize_groups,
     summarize_task,
     summarize_tasks,
     throughput,
 )
+
+NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 
 
 def record(prompt_id: str = "a", histogram: tuple[int, ...] = (), tokens: int = 0, **fields: Any) -> Record:
@@ -123,6 +128,20 @@ def test_throughput_counts_overlapping_time_once() -> None:
     speed = throughput(records, concurrency=2)
     assert (speed.seconds, speed.completion_tokens, speed.failed) == (pytest.approx(5.0), 100, 1)
     assert speed.tokens_per_s == pytest.approx(20.0)
+
+
+def test_open_loops_leave_out_the_pauses_between_sessions_alone() -> None:
+    def session(minute: int) -> Session:
+        return Session(started_at=f"2026-01-01T00:{minute:02d}:00+00:00")
+
+    def due(seconds: float, latency_s: float) -> Record:
+        return record(started_at=NEW_YEAR + seconds, latency_s=latency_s)
+
+    first, second = [due(1, 2), due(11, 4), due(13, 1)], [due(3602, 3), due(3600, 1)]
+    assert open_loop_seconds(first, [session(0)]) == pytest.approx(15 - 1)
+    assert open_loop_seconds([*second, *first], [session(0), session(59)]) == pytest.approx((15 - 1) + 5)
+    assert busy_seconds(first) == pytest.approx(2 + 4)
+    assert open_loop_seconds([], [session(0)]) == 0
 
 
 def test_time_between_tokens_starts_at_the_first_one() -> None:

@@ -257,10 +257,12 @@ def test_runs_of_vllm_are_judged_by_an_sglang_server(
     assert "an SGLang server" in capsys.readouterr().err
 
 
-def test_a_sampled_run_is_refused(fake: Start, record_run: Record, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_at_another_temperature_is_refused(
+    fake: Start, record_run: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
     server = fake()
-    assert judge(record_run(server, "--temperature", "1"), server.url) == (2, {})
-    assert "a drawn token need not be the best one" in capsys.readouterr().err
+    assert judge(record_run(server, "--temperature", "0.7"), server.url) == (2, {})
+    assert "a run at temperature 0.7" in capsys.readouterr().err
 
 
 def test_one_run_needs_a_server(fake: Start, record_run: Record, capsys: pytest.CaptureFixture[str]) -> None:

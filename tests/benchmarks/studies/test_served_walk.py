@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from benchmarks.cli import main
 from benchmarks.harness.config import RunConfig
@@ -124,6 +125,7 @@ def test_a_run_that_drafted_as_the_walk_passes(
     assert set(report["figures"]["walked"]["tasks"]) == {"gsm8k", "mbpp"}
     printed = capsys.readouterr().out
     assert "Walk passed. The server took 1.0000 of the verify steps" in printed
+    assert "| verify steps | steps, served/walked |" in printed, "more steps are a lower tau"
     assert "Every answer took as many verify steps as its walk." in printed
     assert "warning: the server warns: it rains" in printed
     manifest = RunManifest.read(Path(run) / "run.json")
@@ -241,6 +243,27 @@ def test_a_target_that_is_not_here_is_said(served: Served, drafter: Path, target
     code, report = walk(served(target="/elsewhere/toy"), drafter, target)
     assert code == 0
     assert any("/elsewhere/toy, is not on this machine" in warning for warning in report["warnings"])
+
+
+def test_a_target_of_the_hub_is_found_in_its_cache(
+    served: Served,
+    drafter: Path,
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cached = tmp_path / "cache" / "models--owner--toy"
+    shutil.copytree(target, cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, report = walk(served(target="owner/toy"), drafter, target)
+    assert code == 0
+    assert not any("not on this machine" in warning for warning in report["warnings"])
+    other = write_target(tmp_path / "other", rope_theta=5000.0)
+    assert walk(str(tmp_path / "run"), drafter, str(other))[0] == 2
+    assert "the target of the run, owner/toy" in capsys.readouterr().err
 
 
 def test_failed_and_short_answers_are_counted(

@@ -49,7 +49,7 @@ def test_without_a_cuda_device_its_memory_must_be_given(here: bool, monkeypatch:
     if here:
         assert device.choose(profile("cuda"), None)
         return
-    with pytest.raises(ConfigError, match="--device-memory 24GiB"):
+    with pytest.raises(ConfigError, match="--device-memory 48GiB"):
         device.choose(profile("cuda"), None)
 
 

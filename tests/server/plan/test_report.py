@@ -16,6 +16,8 @@ from benchmarks.harness.servers import free_port
 from sglang_auf.cpu import memory
 from sglang_auf.cpu.memory import GIB, RESERVED, ModelSize, plan_pool
 from sglang_auf.files import INDEX
+from sglang_auf.recording.recorder import Recorder
+from sglang_auf.recording.settings import RecordSettings
 from tests.server.plan.test_memory import TARGET_WEIGHTS
 from tests.server.test_cuda_arguments import write
 from tests.support.qwen3_8b import DRAFTER, TARGET
@@ -23,6 +25,7 @@ from tests.support.tiny_models import write_drafter, write_target
 
 pytestmark = pytest.mark.e2e
 KEY = "a-key-of-no-server"
+NOTICE = "a-notice-of-no-other-profile"
 FREE = RESERVED + 2**25
 
 SCRIPT = """
@@ -47,6 +50,7 @@ class Answer:
 
     def __init__(self, code: int, said: str) -> None:
         self.code = code
+        self.said = said
         self.lines: dict[tuple[str, str], str] = {}
         for line in said.splitlines():
             about, rest = line.split(maxsplit=1)
@@ -104,13 +108,19 @@ def on_a_cpu(scratch: Path) -> Checks:
         str(free_port()),
         *settings(target=target, drafter=drafter),
     ]
-    recording = scratch / "recording"
-    return Checks(
+    recording, at_rest, held = (scratch / name for name in ("recording", "at-rest", "held"))
+    Recorder.opened(RecordSettings(directory=str(at_rest)), target).stop()
+    server = Recorder.opened(RecordSettings(directory=str(held)), target)
+    checks = Checks(
         {
             "as it is": [*tiny, "--api-key", KEY],
             "fixed tree": [*tiny, *settings(tree_nodes=3)],
             "plain": [*tiny, "--plain"],
+            "warned": [*tiny, *settings(drafter_notice=NOTICE, block_size=2)],
             "records": [*tiny, *settings(record__directory=recording)],
+            "goes on": [*tiny, *settings(record__directory=at_rest)],
+            "beside a server": [*tiny, *settings(record__directory=held)],
+            "records nowhere": [*tiny, *settings(record__directory="/proc/nothing/here")],
             "records elsewhere": [*tiny, *settings(record__directory=scratch / "full")],
             "long": [*tiny, *settings(target=write_target(scratch / "long", max_position_embeddings=10**6))],
             "refused": [*tiny, *settings(server_args__enable_lora="true")],
@@ -119,6 +129,8 @@ def on_a_cpu(scratch: Path) -> Checks:
             "no drafter": [*tiny, *settings(drafter=scratch / "nothing")],
         }
     )
+    server.stop()
+    return checks
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +142,9 @@ def without_a_device(scratch: Path) -> Checks:
     return Checks(
         {
             "80": [*large, "--device-memory", "80GiB"],
+            "plain": [*large, "--device-memory", "80GiB", "--plain"],
+            "48, as in the documentation": [*large, "--device-memory", "48GiB"],
+            "24": [*large, "--device-memory", "24GiB"],
             "too small": [*large, "--device-memory", "16GiB"],
             "refused": [*large, "--device-memory", "80GiB", *settings(server_args__speculative_adaptive="true")],
             "no size": [*large, "--device-memory", "large"],
@@ -164,6 +179,20 @@ def test_what_is_drafted_is_said(on_a_cpu: Checks) -> None:
     assert ("memory", "KV of a token, drafter") not in on_a_cpu["plain"].lines
 
 
+def test_what_auf_and_the_platform_decide_is_shown(on_a_cpu: Checks) -> None:
+    found = on_a_cpu["as it is"]
+    assert found["argument", "min_free_slots_delay"] == "1", "AUF: a request may take the only free place"
+    assert found["argument", "sleep_on_idle"] == "True", "the platform"
+
+
+def test_a_warning_is_said_once_and_the_plan_ends_with_the_result(on_a_cpu: Checks) -> None:
+    warned = on_a_cpu["warned"]
+    assert (warned.said.count(NOTICE), warned.said.count("trained with blocks of 4")) == (1, 1)
+    assert (on_a_cpu.log.count(NOTICE), on_a_cpu.log.count("trained with blocks of 4")) == (0, 0)
+    assert "Applied" not in on_a_cpu.log, "SGLang's line for each hook"
+    assert warned.said.splitlines()[-1].split() == ["result", "server", "would", "start"]
+
+
 def test_a_key_is_not_shown(on_a_cpu: Checks) -> None:
     assert on_a_cpu["as it is"]["argument", "api_key"] == "(given)"
     assert KEY not in on_a_cpu.log
@@ -173,8 +202,12 @@ def test_a_key_is_not_shown(on_a_cpu: Checks) -> None:
 def test_a_recording_is_looked_at_and_not_begun(on_a_cpu: Checks, scratch: Path) -> None:
     assert on_a_cpu["records"]["records", "directory"] == f"{scratch / 'recording'} (made at the start)"
     assert not (scratch / "recording").exists()
-    assert on_a_cpu["records elsewhere"].code == 2
-    assert "is no recording" in on_a_cpu.log
+    assert on_a_cpu["goes on"]["records", "directory"] == f"{scratch / 'at-rest'} (goes on)"
+
+
+def test_a_recording_of_a_running_server_is_no_error(on_a_cpu: Checks, scratch: Path) -> None:
+    assert on_a_cpu["beside a server"].code == 0
+    assert "held by a running server" in on_a_cpu["beside a server"]["records", "directory"]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +218,8 @@ def test_a_recording_is_looked_at_and_not_begun(on_a_cpu: Checks, scratch: Path)
         ("another device", "leave out --device-memory"),
         ("no check", "--device-memory without --check"),
         ("no drafter", "no directory"),
+        ("records elsewhere", "is no recording"),
+        ("records nowhere", "/proc/nothing/here cannot be written"),
     ],
 )
 def test_what_would_not_start_is_said_as_the_start_says_it(on_a_cpu: Checks, name: str, said: str) -> None:
@@ -206,8 +241,27 @@ def test_a_cuda_profile_is_planned_without_a_device(without_a_device: Checks, sc
     assert found["requests", "of 8192 tokens"] == f"{tokens // 8192} (at most 48 run at once)"
     assert found["drafts", "verifies"] == "a chain of 16 tokens, 15 of them drafted"
     assert "estimate" in found["note", "memory"]
-    assert "no CUDA device" in found["note", "device"]
+    assert "planned for a device of that size" in found["note", "device"]
+    assert "no CUDA device" not in found["note", "device"], "there may be one, of another size"
+    assert found["result", "server"].startswith("would start on such a device")
     assert ("argument", "attention_backend") not in found.lines, "the kind of the device decides"
+
+
+def test_without_a_bound_of_requests_none_is_said(without_a_device: Checks) -> None:
+    """SGLang sets one for servers that speculate, and for others where it has seen the device."""
+    found = without_a_device["plain"]
+    assert ("argument", "max_running_requests") not in found.lines
+    assert found["requests", "of 8192 tokens"] == str(int(found["memory", "KV pool, tokens"]) // 8192)
+
+
+def test_a_pool_without_room_for_a_request_is_warned_of(without_a_device: Checks) -> None:
+    small = without_a_device["24"]
+    assert small.code == 0, "SGLang would start"
+    assert 0 < int(small["memory", "KV pool, tokens"]) < 2048
+    assert small["warning", "memory"].startswith("no request of 2048 tokens fits")
+    for name in ("80", "48, as in the documentation"):
+        assert int(without_a_device[name]["memory", "KV pool, tokens"]) > 32768
+        assert ("warning", "memory") not in without_a_device[name].lines
 
 
 @pytest.mark.parametrize(

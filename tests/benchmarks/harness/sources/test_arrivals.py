@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,18 @@ def test_without_a_rate_nothing_is_due() -> None:
     assert list(itertools.islice(due_times(None, 1), 3)) == [None] * 3
 
 
+class Arrivals(list[Any]):
+    """The requests that a fake server got. times: when, in Unix time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def append(self, request: Any) -> None:
+        self.times.append(time.time())
+        super().append(request)
+
+
 def flags(url: str, out: Path, data_dir: Path, *more: str, task: str = "gsm8k") -> list[str]:
     asked = ["--tasks", task, "--limit", "6", "--data-dir", str(data_dir), "--max-tokens", "32"]
     return ["--base-url", url, "--out", str(out), *asked, *more]
@@ -56,14 +70,17 @@ def test_times_count_from_when_a_request_was_due(
     fake: Start, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All are due at once, and go one by one: the last one's times hold the answers of the others."""
-    out = tmp_path / "run"
-    records = run(fake(delay_s=DELAY).url, out, data_dir, "--rate", "1e6", "--concurrency", "1")
+    server, out = fake(delay_s=DELAY), tmp_path / "run"
+    server.engine.requests = arrived = Arrivals()
+    records = run(server.url, out, data_dir, "--rate", "1e6", "--concurrency", "1")
     for before, record in enumerate(records):
         assert record.waited_s is not None and record.ttft_s is not None
         assert record.latency_s >= record.ttft_s >= record.waited_s + DELAY
         assert record.waited_s >= before * DELAY
-    begun = [record.started_at for record in records]
-    assert max(begun) - min(begun) < DELAY, "when they were due, not when they were sent"
+    sent = [record.started_at + (record.waited_s or 0) for record in records]
+    _warm_up, *received = arrived.times
+    assert all(map(operator.lt, sent, received)), "it started when it was due, not when it was sent"
+    assert all(map(operator.gt, sent[1:], received)), "one at a time"
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["rate"], summary["throughput"]["concurrency"]) == (1e6, 1)
     assert summary["latency"]["waited"]["p99"] >= 4 * DELAY
@@ -71,6 +88,15 @@ def test_times_count_from_when_a_request_was_due(
     assert "tokens/s at 1e+06 requests/s, at most 1 in flight" in printed
     assert "Times count from when a request was due" in printed
     assert "waited      p50" in printed
+
+
+def test_tokens_per_second_count_the_time_without_a_request(fake: Start, data_dir: Path, tmp_path: Path) -> None:
+    """Requests that come seldom: most of the time nothing is asked, and a quick server gives no more tokens."""
+    records = run(fake().url, tmp_path / "run", data_dir, "--rate", "2", "--concurrency", "6")
+    begun, ended = zip(*((record.started_at, record.started_at + record.latency_s) for record in records), strict=True)
+    speed = json.loads((tmp_path / "run" / "summary.json").read_text())["throughput"]
+    assert speed["seconds"] == pytest.approx(max(ended) - min(begun))
+    assert speed["tokens_per_s"] == pytest.approx(speed["completion_tokens"] / speed["seconds"])
 
 
 def test_requests_do_not_wait_for_each_other_and_keep_to_the_cap(fake: Start, data_dir: Path, tmp_path: Path) -> None:
@@ -128,6 +154,7 @@ def test_a_sweep_over_rates_has_one_cap(
     assert "| requests/s | requests | tau | AUF tokens/s | plain tokens/s | AUF TTFT p50" in table
     assert "| 50/s | 6 |" in table and "plain waited p50 / p90 / p99 ms" in table and "speed-up |" not in table
     assert "at most 8 in flight. Requests come at random times" in table
+    assert "ITL: time between" in table and "raises the speed-up" not in table
     assert main(["report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.md").read_text()
     assert "| run | concurrency | requests | failed | tokens/s | TTFT | ITL | requests/s | latency | waited |" in page
