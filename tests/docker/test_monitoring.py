@@ -50,6 +50,7 @@ def test_every_alert_is_tested() -> None:
     ("expression", "names"),
     [
         ('sum(rate(a_total{b=~"c|d"}[5m])) / e:f', {"a_total", "e:f"}),
+        ('a{b=""} > sum by (c) (d{e="f"} offset 15m) and g offset -1h', {"a", "d", "g"}),
         ("sum by (instance) (x) unless sum without (y) (z) > 0", {"x", "z"}),
         (
             'histogram_quantile(0.5, sum by (le) (rate(h_bucket[1d]))) < 0.8 * absent(up{job="a"} == 1)',
