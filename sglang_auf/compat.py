@@ -110,7 +110,7 @@ def check_seams(seams: Iterable[Seam]) -> None:
 def main() -> int:
     """Print every row and whether it holds in the installed SGLang. Returns 1 if one does not."""
     from sglang_auf import plugin
-    from sglang_auf.training.data import tools
+    from sglang_auf.training.text import tools
 
     print(f"SGLang {installed_version()}, relied on: {SGLANG_VERSION}")
     complaints = {seam: moved(seam) for seam in (*plugin.all_seams(), *tools.SEAMS)}

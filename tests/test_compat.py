@@ -20,7 +20,7 @@ from sglang_auf.cpu import seams as cpu
 from sglang_auf.errors import CompatError
 from sglang_auf.speculative import algorithm, swap
 from sglang_auf.speculative.seams import TREE_SEAMS, WORKER_SEAMS
-from sglang_auf.training.data import tools
+from sglang_auf.training.text import tools
 
 SEAMS = (*plugin.all_seams(), *tools.SEAMS)
 HOOKS = (*plugin.HOOKS, *algorithm.HOOKS, *swap.HOOKS, *platform.HOOKS)

@@ -28,7 +28,6 @@ from benchmarks.harness.sources.prompt import TokenIds
 from sglang_auf.acceptance import Acceptance
 from sglang_auf.hooks.spans import HEADER
 from sglang_auf.recording.settings import RECORD_HEADER
-from sglang_auf.training.data.chats import Message
 from sglang_auf.training.generation.client import (
     EXACT_IDS,
     THOUGHTS,
@@ -39,6 +38,7 @@ from sglang_auf.training.generation.client import (
     template_fields,
     token_ids,
 )
+from sglang_auf.training.text.chats import Message
 
 
 class ReplyError(Exception):

@@ -20,10 +20,10 @@ from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.errors import DataError
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.training.data.batching import Batch, with_features
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import OnlineFeatures, find_target
 from sglang_auf.training.evaluation.comparison import batches, step_of
 from sglang_auf.training.evaluation.walk import walking, walks
+from sglang_auf.training.text.reader import Conversation
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from sglang_auf.files import (
     whole_directory,
 )
 from sglang_auf.settings import checked
-from sglang_auf.training.data.conversations import Apart
+from sglang_auf.training.text.split import Apart
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
 from sglang_auf import provenance
@@ -43,7 +43,6 @@ from sglang_auf.training.checkpointer import (
     read_tensors,
     restore,
 )
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.feature_cache import fingerprint
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.data.loader import BatchMaker, Plan, load_data
@@ -63,6 +62,8 @@ from sglang_auf.training.runtime import (
     require_same_inputs,
     stop_signals,
 )
+from sglang_auf.training.text.conversations import Ranks
+from sglang_auf.training.text.reader import Conversation
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ class Trainer:
             run_directory.require_same_recipe(out, recipe, self.saved)
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
-        self.data = load_data(read, target, self.facts.vocab_size, apart)
+        ranks = Ranks(self.rank, self.ranks, gather_object) if self.ranks > 1 else None
+        self.data = load_data(read, target, self.facts.vocab_size, apart, ranks)
         weights = fingerprint(weight_files(target, TargetError))
         require_same_inputs(self.data.sha256, weights)
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):

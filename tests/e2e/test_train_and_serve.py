@@ -80,7 +80,8 @@ def rows(target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 @pytest.fixture(scope="module")
 def answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The ten rows that a training learns. The other two it holds out, and they say nothing here."""
-    from sglang_auf.training.data.conversations import Conversation, split_held_out
+    from sglang_auf.training.text.reader import Conversation
+    from sglang_auf.training.text.split import split_held_out
 
     conversations = [
         Conversation(

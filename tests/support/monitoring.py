@@ -38,7 +38,7 @@ def alert_queries() -> list[tuple[str, str]]:
 
 
 def metric_names(expression: str) -> set[str]:
-    """The names that select series: what remains without selectors, ranges, offsets, groupings, functions, operators."""
+    """The names that select series: what remains without selectors, ranges, offsets, groupings, functions and so on."""
     dropped = r"\{[^}]*\}|\[[^]]*\]|\boffset\s+-?\w+|\b(?:by|without|on|ignoring)\s*\([^)]*\)"
     bare = re.sub(dropped, " ", expression)
     return {name for name in re.findall(r"(?<![\w:.])[a-zA-Z_][\w:]*(?!\s*\(|[\w:])", bare) if name not in OPERATORS}

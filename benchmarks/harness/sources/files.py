@@ -1,6 +1,6 @@
 """A user's own file of prompts, as a task that is named after it.
 
-A row is read as the trainer reads it (sglang_auf/training/data/chats.py), and its conversation is asked as it stands.
+A row is read as the trainer reads it (sglang_auf/training/text/chats.py), and its conversation is asked as it stands.
 The model answers every user and every tool result that the row leaves unanswered. Answers in the row are context, but
 for those at its end, which are what the model is asked for. A system text goes with the turn that follows it.
 
@@ -26,8 +26,8 @@ from benchmarks.harness.sources.recordings import ids_of, recording_of
 from benchmarks.harness.tasks import TASKS, PromptFile, Selection, Task, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.data.chats import Chat, Message, question_of, text_of
-from sglang_auf.training.data.rows import BadRow, ChatRow, grouped, named, read_rows
+from sglang_auf.training.text.chats import Chat, Message, question_of, text_of
+from sglang_auf.training.text.rows import BadRow, ChatRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sglang_auf.training.data.chats import Message, texts
-from sglang_auf.training.data.rows import is_unicode
+from sglang_auf.training.text.chats import Message, texts
+from sglang_auf.training.text.rows import is_unicode
 
 NO_GROUP = ""
 """The group of a row that has none, where others have one."""

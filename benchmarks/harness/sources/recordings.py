@@ -20,8 +20,8 @@ from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import HUB_ID, is_held
 from sglang_auf.recording.manifest import is_readable_recording, read_manifest, require_target
 from sglang_auf.recording.ring import LOCK
-from sglang_auf.training.data.chats import FORMS, SYSTEM
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.chats import FORMS, SYSTEM
+from sglang_auf.training.text.rows import BadRow
 
 logger = logging.getLogger(__name__)
 

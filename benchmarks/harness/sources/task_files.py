@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.harness.sources.hub import Row
 from sglang_auf.errors import DataError
-from sglang_auf.training.data.rows import is_unicode
+from sglang_auf.training.text.rows import is_unicode
 
 
 def read_task_rows(path: Path, task: str, sample: bool = False) -> list[Row]:

@@ -21,9 +21,10 @@ from sglang_auf.errors import DataError
 from sglang_auf.files import write_whole
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.adapt.settings import AdaptSettings
-from sglang_auf.training.data.conversations import Conversation, load_conversations
-from sglang_auf.training.data.rows import read_rows
 from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.rows import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

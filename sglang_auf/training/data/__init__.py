@@ -1,1 +1,1 @@
-"""From rows of a file to batches of tensors with features. No loss, no optimiser."""
+"""From conversations to batches of tensors with features. No loss, no optimiser."""

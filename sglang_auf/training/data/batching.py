@@ -21,8 +21,8 @@ from torch import Tensor
 from sglang_auf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sglang_auf.training.data.conversations import Conversation
     from sglang_auf.training.data.features import FeatureSource, OnlineFeatures
+    from sglang_auf.training.text.reader import Conversation
 
 logger = logging.getLogger(__name__)
 

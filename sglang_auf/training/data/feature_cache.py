@@ -27,8 +27,8 @@ from sglang_auf.errors import DataError
 from sglang_auf.files import read_json, write_whole
 from sglang_auf.settings import checked
 from sglang_auf.training.data.batching import to_device
-from sglang_auf.training.data.conversations import Conversation
-from sglang_auf.training.data.rows import named
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.rows import named
 
 MANIFEST = "manifest.json"
 FEATURES = "features"

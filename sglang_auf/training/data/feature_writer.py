@@ -20,7 +20,6 @@ from sglang_auf.recording.manifest import require_target
 from sglang_auf.recording.ring import require_at_rest
 from sglang_auf.settings import enable_thinking
 from sglang_auf.training.data.batching import plan_batches, with_features
-from sglang_auf.training.data.conversations import Conversation, load_conversations
 from sglang_auf.training.data.feature_cache import (
     MANIFEST,
     CacheManifest,
@@ -34,7 +33,9 @@ from sglang_auf.training.data.feature_cache import (
     write_shard,
 )
 from sglang_auf.training.data.features import OnlineFeatures, find_target
-from sglang_auf.training.data.rows import Source, named
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.rows import Source, named
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from sglang_auf.errors import CardError, ConfigError
 from sglang_auf.files import read_json
 from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.data.conversations import load_conversations
-from sglang_auf.training.data.rows import Source
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.rows import Source
 
 
 def frequent_tokens(

@@ -26,10 +26,12 @@ from sglang_auf.training.data.batching import (
     to_device,
     with_features,
 )
-from sglang_auf.training.data.conversations import Apart, Conversation, load_conversations, split_held_out
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.text.conversations import Ranks, load_conversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.split import Apart, split_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,13 @@ class TrainingData:
         return sum(conversation.input_ids.count(token) for conversation in (*self.train, *self.held_out))
 
 
-def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt") -> TrainingData:
+def load_data(
+    recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt", ranks: Ranks | None = None
+) -> TrainingData:
     """Read, check and split the sources of a recipe; held-out rows have labels where serving drafts (as_served).
 
     apart: as for split_held_out. With "tokens" held-out rows have all labels, as in the runs of earlier versions.
-    Raises DataError, or ConfigError where it has none.
+    ranks: of a run, which read together. Raises DataError, or ConfigError where it has none.
     """
     from transformers import AutoTokenizer
 
@@ -78,6 +82,7 @@ def load_data(recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "pro
         overlong=settings.overlong,
         vocab_size=vocab_size,
         split=settings.split,
+        ranks=ranks,
     )
     train, held_out = split_held_out(loaded.conversations, count=settings.held_out, apart=apart)
     if apart == "prompt":

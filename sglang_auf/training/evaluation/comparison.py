@@ -15,11 +15,11 @@ from sglang_auf.models.dflash import Drafter
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.stats.bootstrap import Difference, paired_difference
 from sglang_auf.training.data.batching import plan_batches, with_features
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import FrozenTarget, OnlineFeatures
 from sglang_auf.training.evaluation.walk import HeldOut, HeldOutWalk
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
+from sglang_auf.training.text.reader import Conversation
 
 BATCH_TOKENS = 4096
 """Padded tokens of a batch where there is no recipe."""

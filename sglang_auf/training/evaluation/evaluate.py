@@ -21,11 +21,13 @@ from sglang_auf.files import write_whole
 from sglang_auf.recording.manifest import require_target
 from sglang_auf.settings import enable_thinking, read_yaml
 from sglang_auf.stats.bootstrap import Difference, interval_of_mean, paired_difference
-from sglang_auf.training.data.conversations import Conversation, load_conversations, split_held_out
 from sglang_auf.training.data.features import find_target
 from sglang_auf.training.evaluation.comparison import Walkers
 from sglang_auf.training.evaluation.walk import HeldOut
 from sglang_auf.training.recipe import parse_recipe
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.split import split_held_out
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sglang_auf.training.data.batching import Batch, plan_batches
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.evaluation.walk import heldout_tau
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.text.reader import Conversation
 
 if TYPE_CHECKING:
     from sglang_auf.training.data.loader import BatchMaker

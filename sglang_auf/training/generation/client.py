@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from sglang_auf.env import CLIENT_API_KEY, client_api_key
 from sglang_auf.errors import ConfigError, ServerError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.data.chats import Chat
 from sglang_auf.training.generation.settings import GenerationSettings
+from sglang_auf.training.text.chats import Chat
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sglang_auf import __version__
 from sglang_auf.errors import DataError, ServerError
-from sglang_auf.training.data.chat_template import ChatTemplate
-from sglang_auf.training.data.rows import BadRow
 from sglang_auf.training.generation.client import AnswerError, TargetClient
 from sglang_auf.training.generation.output_file import OutputFile, OutputManifest
 from sglang_auf.training.generation.settings import PromptSettings
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER, Progress, run_workers, seed_of
+from sglang_auf.training.text.chat_template import ChatTemplate
+from sglang_auf.training.text.rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,13 +22,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sglang_auf import __version__
 from sglang_auf.errors import DataError, ServerError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.data.chats import Chat, Message, chat_of
-from sglang_auf.training.data.rows import BadRow, grouped, named, read_rows
 from sglang_auf.training.generation.client import Answer, AnswerError, TargetClient
 from sglang_auf.training.generation.output_file import OutputFile, OutputManifest
 from sglang_auf.training.generation.settings import RegenerateSettings
 from sglang_auf.training.generation.thoughts import Thoughts
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER, Progress, run_workers, seed_of
+from sglang_auf.training.text.chats import Chat, Message, chat_of
+from sglang_auf.training.text.rows import BadRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.training.data.batching import anchor_generators, anchor_positions, collate, draw_anchors, plan_batches
-from sglang_auf.training.data.conversations import Conversation
+from sglang_auf.training.text.reader import Conversation
 
 GENERATOR = random.Random(0)
 LENGTHS = [GENERATOR.randint(20, 400) for _ in range(3000)]

@@ -22,10 +22,11 @@ from sglang_auf.files import locked
 from sglang_auf.recording.manifest import MANIFEST
 from sglang_auf.recording.ring import LOCK
 from sglang_auf.training.data.batching import collate
-from sglang_auf.training.data.conversations import Conversation, load_conversations
 from sglang_auf.training.data.feature_cache import CachedFeatures, check_contents
 from sglang_auf.training.data.feature_writer import cache_features, write_cache
 from sglang_auf.training.data.features import OnlineFeatures
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.reader import Conversation
 from tests.support.tiny_models import VOCABULARY, target_config, write_target
 from tests.support.toy_tokenizer import toy_tokenizer
 

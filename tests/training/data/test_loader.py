@@ -16,11 +16,13 @@ from transformers import masking_utils
 from sglang_auf.errors import DataError
 from sglang_auf.training.data import loader
 from sglang_auf.training.data.batching import anchor_positions
-from sglang_auf.training.data.conversations import Apart, Conversation, LoadedConversations
 from sglang_auf.training.data.feature_writer import write_cache
 from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.data.loader import BatchMaker, Plan, one_ahead
 from sglang_auf.training.recipe import Recipe
+from sglang_auf.training.text.conversations import LoadedConversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.split import Apart
 from tests.support.training_runs import tiny_recipe, write_models
 
 CPU = torch.device("cpu")

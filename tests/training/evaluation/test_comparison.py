@@ -12,12 +12,12 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.models.loading import load_drafter
 from sglang_auf.stats.bootstrap import Difference
 from sglang_auf.training.data.batching import with_features
-from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.data.features import OnlineFeatures
 from sglang_auf.training.evaluation.comparison import Comparison, Walkers
 from sglang_auf.training.evaluation.walk import heldout_tau
 from sglang_auf.training.losses.objectives import ObjectiveSettings
 from sglang_auf.training.losses.step import TrainingStep
+from sglang_auf.training.text.conversations import load_conversations
 from tests.support.tiny_models import VOCABULARY, write_drafter
 from tests.support.toy_tokenizer import toy_tokenizer
 from tests.support.training_runs import write_models

@@ -18,12 +18,12 @@ from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.weights import weights_sha256
 from sglang_auf.checkpoints.writing import RECIPE
 from sglang_auf.errors import ConfigError
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.loader import load_data
 from sglang_auf.training.evaluation import evaluate as command
 from sglang_auf.training.evaluation.comparison import Walkers
 from sglang_auf.training.evaluation.evaluate import evaluate
 from sglang_auf.training.evaluation.walk import HeldOut
+from sglang_auf.training.text.reader import Conversation
 from tests.support import tiny_models
 from tests.support.tiny_models import write_drafter, write_target
 from tests.support.toy_tokenizer import toy_tokenizer

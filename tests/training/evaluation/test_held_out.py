@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sglang_auf.models.dflash import Drafter
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.loader import BatchMaker
 from sglang_auf.training.evaluation import held_out
 from sglang_auf.training.evaluation.held_out import HeldOutAnswers
 from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.losses.step import TrainingStep
+from sglang_auf.training.text.reader import Conversation
 from tests.support.training_runs import tiny_recipe, write_models
 
 

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from openai.types.chat import ChatCompletion
 
-from sglang_auf.training.data.chats import Chat
 from sglang_auf.training.generation.client import (
     EXACT_IDS,
     TOKEN_IDS,
@@ -26,6 +25,7 @@ from sglang_auf.training.generation.client import (
     template_fields,
 )
 from sglang_auf.training.generation.settings import RegenerateSettings
+from sglang_auf.training.text.chats import Chat
 from tests.support.http_servers import serving
 
 

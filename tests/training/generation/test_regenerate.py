@@ -23,15 +23,15 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang_auf import cli
 from sglang_auf.errors import ConfigError, DataError, ServerError
-from sglang_auf.training.data import rows
-from sglang_auf.training.data.chats import chat_of
-from sglang_auf.training.data.conversations import load_conversations
 from sglang_auf.training.generation import output_file
 from sglang_auf.training.generation.output_file import manifest_path
 from sglang_auf.training.generation.regenerate import read_prompts, regenerate
 from sglang_auf.training.generation.settings import RegenerateSettings
 from sglang_auf.training.generation.thoughts import FIRST_ROWS
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER
+from sglang_auf.training.text import rows
+from sglang_auf.training.text.chats import chat_of
+from sglang_auf.training.text.conversations import load_conversations
 from tests.support.http_servers import serving
 from tests.support.toy_tokenizer import toy_tokenizer
 

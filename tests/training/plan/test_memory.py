@@ -15,7 +15,6 @@ from sglang_auf.errors import ConfigError
 from sglang_auf.models import dflash
 from sglang_auf.models.config import DrafterConfig
 from sglang_auf.models.dflash import Drafter
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.features import FrozenTarget
 from sglang_auf.training.data.loader import BatchMaker, Plan
 from sglang_auf.training.evaluation.held_out import HeldOutAnswers
@@ -23,6 +22,7 @@ from sglang_auf.training.initial_weights import shape_of
 from sglang_auf.training.optimiser import make_optimisers
 from sglang_auf.training.plan.memory import Sizes, _activations, plan, target_numbers
 from sglang_auf.training.recipe import load_recipe
+from sglang_auf.training.text.reader import Conversation
 from tests.support import qwen3_8b
 from tests.support.tiny_models import write_gemma4
 from tests.support.training_runs import tiny_recipe, write_models

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_auf.training.data.conversations import Conversation
 from sglang_auf.training.data.loader import BatchMaker
 from sglang_auf.training.initial_weights import initial_drafter, shape_of
 from sglang_auf.training.losses.step import TrainingStep
 from sglang_auf.training.plan.work import work
 from sglang_auf.training.recipe import load_recipe
+from sglang_auf.training.text.reader import Conversation
 from tests.support import qwen3_8b
 from tests.support.training_runs import tiny_recipe, write_models
 

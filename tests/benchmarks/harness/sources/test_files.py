@@ -17,7 +17,7 @@ from benchmarks.harness.sources.files import select_from_files, turns_of
 from benchmarks.harness.sources.prompt import Prompt
 from benchmarks.harness.tasks import TASKS
 from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.rows import BadRow
 
 Start = Callable[..., Any]
 

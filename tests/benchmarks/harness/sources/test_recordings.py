@@ -19,7 +19,7 @@ from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import locked
 from sglang_auf.recording.manifest import MANIFEST, Manifest
 from sglang_auf.recording.ring import LOCK, Ring, encoded
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.rows import BadRow
 from tests.benchmarks.conftest import write_rows
 from tests.support.tiny_models import write_target
 from tests.support.toy_tokenizer import toy_tokenizer

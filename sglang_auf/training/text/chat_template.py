@@ -23,8 +23,8 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from sglang_auf.training.data.chats import Chat, Message, texts
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.chats import Chat, Message, texts
+from sglang_auf.training.text.rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

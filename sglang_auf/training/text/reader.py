@@ -1,35 +1,26 @@
-"""Training text: chat rows as token ids, with a mask on the tokens that the target generated.
+"""One row as a conversation: token ids, and which of them the target generated.
 
 The loss is on the answers of all turns, each with its end-of-turn token, and on nothing else: not on prompts, role
 headers, an empty think block, or what the template writes after the end of a turn. An answer that was cut at a token
 limit (finish_reason "length") did not end its turn, so the template's end-of-turn token is not part of it.
 
 A row is rendered token for token as a server renders the same conversation, or it is refused. Rows with `prompt_ids`
-and `response_ids` are used as these tokens and are not rendered again. Every row that cannot be used is counted and
-named with the reason.
+and `response_ids` are used as these tokens and are not rendered again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from tqdm import tqdm
-
-from sglang_auf.errors import ConfigError, DataError
-from sglang_auf.training.data.chat_template import ChatTemplate, Span, end_of_text
-from sglang_auf.training.data.chats import Chat, chat_of, has_messages, texts
-from sglang_auf.training.data.rows import BadRow, ChatRow, Source, grouped, named, read_rows
+from sglang_auf.training.text.chat_template import ChatTemplate, Span, end_of_text
+from sglang_auf.training.text.chats import Chat, chat_of, has_messages, texts
+from sglang_auf.training.text.rows import BadRow, ChatRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 UNTHOUGHT = (
     "thinking is on, and %d of %d rows have an answer without a thought, which is trained on behind an empty think "
@@ -38,9 +29,8 @@ UNTHOUGHT = (
 LED = "%d of %d rows begin with an answer that nothing asked for, which is left out, as SpecForge and FastChat do: %s"
 OTHER_MODE = "%d of %d rows are of the other mode of thinking than is trained for, and are trained on all the same: %s"
 
-Apart: TypeAlias = Literal["prompt", "tokens"]
-"""What no row that is trained on shares with a held-out one: the prompt of an answer, or all of its tokens. The latter
-is for runs that an earlier version began, whose rows must stay the same."""
+Packed: TypeAlias = "tuple[str, array[int], bytes, tuple[tuple[int, int], ...], list[str]]"
+"""A conversation and its warnings, in a tenth of the bytes: for another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,112 +70,7 @@ class Conversation:
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedConversations:
-    """rejected: reason -> rows ("id (file:line)"). truncated: rows cut to the limit.
-
-    unthought: rows with an answer behind an empty think block, although thinking is on for them.
-    sha256: of all that was read, and of the ids, tokens and labels it became: a version that names, renders or labels
-    otherwise gives another one, and does not continue a run.
-    """
-
-    conversations: list[Conversation]
-    rejected: dict[str, list[str]]
-    truncated: list[str]
-    unthought: list[str]
-    sha256: str
-
-    @property
-    def answer_tokens(self) -> int:
-        return sum(sum(conversation.loss_mask) for conversation in self.conversations)
-
-
-def load_conversations(
-    source: Source | Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    min_answer_tokens: int,
-    thinking: bool | None = None,
-    overlong: Literal["reject", "truncate"] = "reject",
-    vocab_size: int | None = None,
-    split: str = "train",
-) -> LoadedConversations:
-    """Read chat rows (rows.py has the sources, chats.py the forms) into conversations, in the order of the source.
-
-    max_length: tokens of a row; longer ones are rejected, or cut to it. min_answer_tokens: a block's size, since fewer
-    fill no block. thinking: enable_thinking for templates that know it, None for the template's default.
-    vocab_size: the target's, which bounds all ids (default: the tokenizer's). Raises DataError if no row remains.
-    """
-    digest = hashlib.sha256()
-    reader = _Reader(tokenizer, thinking, vocab_size or len(tokenizer))
-    kept: list[Conversation] = []
-    faults: list[tuple[str, str]] = []
-    truncated: list[str] = []
-    doubtful: dict[str, list[str]] = {UNTHOUGHT: [], OTHER_MODE: [], LED: []}
-    rows = read_rows(source, digest, split=split)
-    for row in tqdm(rows, "reading", unit=" rows", delay=5, leave=False, disable=None):
-        try:
-            conversation, doubts = reader.read(row)
-            if len(conversation) > max_length and overlong == "truncate":
-                truncated.append(row.name)
-                conversation = conversation.first(max_length)
-            _require_size(conversation, max_length, min_answer_tokens)
-        except BadRow as fault:
-            faults.append((str(fault), row.name))
-        else:
-            kept.append(conversation)
-            for doubt in doubts:
-                doubtful[doubt].append(row.name)
-            # The id decides whether a row is held out, and where its anchors are.
-            digest.update(json.dumps(conversation.id).encode() + array("q", conversation.input_ids).tobytes())
-            digest.update(bytes(conversation.loss_mask))
-    rejected = grouped(faults)
-    _report(source, len(kept), rejected, truncated, max_length, doubtful)
-    return LoadedConversations(kept, rejected, truncated, doubtful[UNTHOUGHT], digest.hexdigest())
-
-
-def split_held_out(
-    conversations: Sequence[Conversation], *, count: int, seed: int = 0, apart: Apart = "prompt"
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, held out). The `count` rows whose ids have the smallest hashes are held out, in any order of rows.
-
-    A row that asks what a held-out row asks is neither, whatever the answers. A prompt with which every row begins asks
-    nothing: then a row is left out only for the same tokens. Raises ConfigError for a count below 1, DataError where no
-    row is left on one side.
-    """
-    if count < 1:
-        raise ConfigError(f"{count} conversations held out", "1 or more")
-
-    def place(conversation: Conversation) -> int:
-        return int.from_bytes(hashlib.sha256(f"{seed}/{conversation.id}".encode()).digest())
-
-    border = sorted(map(place, conversations))[count] if count < len(conversations) else 2**256
-    held_out = [conversation for conversation in conversations if place(conversation) < border]
-    first, last = (end((row.input_ids for row in conversations), default=[]) for end in (min, max))
-    both = enumerate(zip(first, last, strict=False))
-    common = next((place for place, (one, other) in both if one != other), len(first))
-
-    def told(conversation: Conversation) -> set[tuple[int, ...]]:
-        ids, mask = conversation.input_ids, conversation.loss_mask
-        starts = [start for start in range(common + 1, len(ids)) if mask[start] and not mask[start - 1]]
-        return {tuple(ids), *(tuple(ids[:start]) for start in starts if apart == "prompt")}
-
-    known = set().union(*map(told, held_out))
-    others = [conversation for conversation in conversations if place(conversation) >= border]
-    train = [conversation for conversation in others if known.isdisjoint(told(conversation))]
-    if repeated := len(others) - len(train):
-        logger.warning("%d rows ask the same as one that is held out, and are not trained on", repeated)
-    if not train or not held_out:
-        raise DataError(
-            f"{len(train)} rows to train on and {len(held_out)} held out",
-            "some of each",
-            "give rows with other prompts, or hold out fewer" if repeated else "give more rows, or hold out fewer",
-        )
-    return train, held_out
-
-
-class _Reader:
+class Reader:
     """Turns rows into conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool | None, vocab_size: int) -> None:
@@ -207,6 +92,14 @@ class _Reader:
         unserved = tuple((span.start, span.end) for span in spans if not span.served)
         unthought = [UNTHOUGHT] * any(span.unthought for span in spans)
         return Conversation(row.id, [self._ids[token] for token in ids], mask, unserved), [*unthought, *doubts]
+
+    def packed(self, conversation: Conversation, doubts: list[str]) -> Packed:
+        ids, mask = array("i", conversation.input_ids), bytes(conversation.loss_mask)
+        return conversation.id, ids, mask, conversation.unserved, doubts
+
+    def unpacked(self, packed: Packed) -> tuple[Conversation, list[str]]:
+        id, ids, mask, unserved, doubts = packed
+        return Conversation(id, [self._ids[token] for token in ids], [*map(bool, mask)], unserved), doubts
 
     def _rendered(self, fields: Mapping[str, Any]) -> tuple[list[int], list[Span], list[str]]:
         whole = chat_of(fields)
@@ -311,40 +204,3 @@ def _own_ends(spans: Sequence[Span], cuts: Sequence[bool]) -> list[Span]:
     return [
         replace(span, end=span.end - 1) if cut and span.closed else span for span, cut in zip(spans, cuts, strict=True)
     ]
-
-
-def _require_size(conversation: Conversation, max_length: int, min_answer_tokens: int) -> None:
-    labels = sum(conversation.loss_mask)
-    if len(conversation) > max_length:
-        raise BadRow(f"longer than {max_length} tokens")
-    if labels == 0:
-        raise BadRow("no answer tokens")
-    if labels < min_answer_tokens:
-        raise BadRow(f"fewer than {min_answer_tokens} answer tokens")
-
-
-def _report(
-    source: object,
-    kept: int,
-    rejected: Mapping[str, Sequence[str]],
-    truncated: Sequence[str],
-    max_length: int,
-    doubtful: Mapping[str, Sequence[str]],
-) -> None:
-    """Log what was left out, what was cut, and for each warning its rows. Raises DataError if nothing is left."""
-    if not kept:
-        reasons = "; ".join(f"{reason}: {named(rows)}" for reason, rows in rejected.items())
-        raise DataError(
-            f"no row of {source} can be trained on ({reasons or 'it has no rows'})",
-            "rows with answers of the target",
-            "make some with `sglang-auf regenerate`, or raise the length limit",
-        )
-    for reason, rows in rejected.items():
-        logger.warning(
-            "%d of %d rows rejected, %s: %s", len(rows), kept + sum(map(len, rejected.values())), reason, named(rows)
-        )
-    if truncated:
-        logger.warning("%d rows cut to %d tokens: %s", len(truncated), max_length, named(truncated))
-    for warning, rows in doubtful.items():
-        if rows:
-            logger.warning(warning, len(rows), kept, named(rows))

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeAlias
 
-from sglang_auf.training.data.rows import BadRow
-from sglang_auf.training.data.tools import calls_of, tools_of
+from sglang_auf.training.text.rows import BadRow
+from sglang_auf.training.text.tools import calls_of, tools_of
 
 Message: TypeAlias = dict[str, Any]
 """role and content (text, or a list of {"type": "text", "text": ...}), and where they are given name, tool_call_id,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.training.data.chats import REFUSED, ROLES, Chat, chat_of, question_of, text_of
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.chats import REFUSED, ROLES, Chat, chat_of, question_of, text_of
+from sglang_auf.training.text.rows import BadRow
 
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from sglang_auf.errors import DataError
-from sglang_auf.training.data import rows as reader
-from sglang_auf.training.data.chats import chat_of
+from sglang_auf.training.text import rows as reader
+from sglang_auf.training.text.chats import chat_of
 
 ANSWER = {"role": "assistant", "content": "Hi."}
 

@@ -11,16 +11,16 @@ import json
 from typing import Any
 
 from sglang_auf.compat import Seam
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.rows import BadRow
 
 _SRT = "sglang.srt"
 SEAMS = (
-    Seam(f"{_SRT}.entrypoints.openai.protocol:Tool", "training.data.tools"),
-    Seam(f"{_SRT}.entrypoints.openai.protocol:ToolCall", "training.data.tools"),
-    Seam(f"{_SRT}.function_call.utils:normalize_json_schema_types", "training.data.tools", ("schema",)),
+    Seam(f"{_SRT}.entrypoints.openai.protocol:Tool", "training.text.tools"),
+    Seam(f"{_SRT}.entrypoints.openai.protocol:ToolCall", "training.text.tools"),
+    Seam(f"{_SRT}.function_call.utils:normalize_json_schema_types", "training.text.tools", ("schema",)),
     Seam(
         f"{_SRT}.parser.jinja_template_utils:detect_jinja_template_content_format",
-        "training.data.chat_template",
+        "training.text.chat_template",
         ("chat_template",),
     ),
 )

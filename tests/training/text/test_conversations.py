@@ -6,8 +6,8 @@ import functools
 import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +16,11 @@ from typing import Any, Self
 import pytest
 
 from sglang_auf.checkpoints.prepare import default_directory
-from sglang_auf.errors import ConfigError, DataError
+from sglang_auf.errors import DataError
 from sglang_auf.recording.manifest import MANIFEST
-from sglang_auf.training.data import rows as reader
-from sglang_auf.training.data.conversations import (
-    Conversation,
-    LoadedConversations,
-    load_conversations,
-    split_held_out,
-)
+from sglang_auf.training.text import rows as reader
+from sglang_auf.training.text.conversations import LoadedConversations, Ranks, load_conversations
+from sglang_auf.training.text.reader import Conversation
 from tests.support import toy_tokenizer as toy
 
 QUESTION = {"role": "user", "content": "Say hi."}
@@ -440,6 +436,49 @@ def test_several_files_lists_and_the_digest_of_what_was_read(tmp_path: Path) -> 
     assert loaded.answer_tokens == sum(map(sum, (c.loss_mask for c in loaded.conversations)))
 
 
+class Given(Exception):
+    """Carries what a rank gives to the others."""
+
+
+def shares_of(load: Load, rows: list[Any], count: int) -> list[Any]:
+    def give(own: list[Any]) -> list[Any]:
+        raise Given(*own)
+
+    shares = []
+    for rank in range(count):
+        with pytest.raises(Given) as given:
+            load(rows, ranks=Ranks(rank, count, give))
+        shares.append(pickle.loads(pickle.dumps(given.value.args[0])))
+    return shares
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_ranks_that_read_together_get_what_one_process_reads(load: Load, count: int) -> None:
+    rows = [
+        {"messages": TWO_TURNS},
+        "broken",
+        {"prompt_ids": [1, 2], "response_ids": [3, 4]},
+        {"messages": [ANSWER, *TWO_TURNS]},
+        {"messages": [QUESTION]},
+        {"messages": [SYSTEM, *TWO_TURNS, *TWO_TURNS]},
+        chat(*TWO_TURNS),
+    ]
+    alone = load(rows, max_length=60, overlong="truncate")
+    assert (len(alone.conversations), len(alone.rejected), len(alone.truncated)) == (5, 2, 4)
+    shares = shares_of(load, rows, count)
+    assert sum(map(len, shares)) == len(rows)
+    for rank in range(count):
+        ranks = Ranks(rank, count, lambda own: shares)
+        assert load(rows, max_length=60, overlong="truncate", ranks=ranks) == alone
+
+
+@pytest.mark.parametrize("changed", [[GOOD], [GOOD, chat(*TWO_TURNS), chat(*TWO_TURNS, id="more")]])
+def test_rows_that_differ_between_the_ranks(load: Load, changed: list[Any]) -> None:
+    shares = shares_of(load, changed, 2)
+    with pytest.raises(DataError, match="is another one where another rank reads it"):
+        load([GOOD, chat(*TWO_TURNS, id="b"), chat(*TWO_TURNS, id="c")], ranks=Ranks(0, 2, lambda own: shares))
+
+
 def test_digest_changes_with_the_file_and_with_the_tokens(load: Load) -> None:
     """So a version that renders otherwise does not go on with a run."""
     row = chat(*TWO_TURNS)
@@ -543,58 +582,6 @@ def test_a_file_that_the_server_removes_meanwhile_is_no_error(tmp_path: Path, mo
     assert [conversation.id for conversation in loaded.conversations] == ["a"]
 
 
-def conversations(count: int) -> list[Conversation]:
-    return [Conversation(f"row/{i}", [i, 2], [False, True]) for i in range(count)]
-
-
-def test_held_out_count() -> None:
-    rows = conversations(50)
-    train, held_out = split_held_out(rows, count=8)
-    assert (len(train), len(held_out)) == (42, 8)
-    reversed_train, reversed_held_out = split_held_out(rows[::-1], count=8)
-    assert (reversed_train[::-1], reversed_held_out[::-1]) == (train, held_out)
-    assert sorted(c.id for c in train + held_out) == sorted(c.id for c in rows)
-    assert split_held_out(rows, count=8, seed=1)[1] != held_out
-
-
-def test_what_a_held_out_row_asks_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
-    rows = conversations(50)
-    train, held_out = split_held_out(rows, count=8)
-    asked = held_out[0].prompt
-    again = [
-        replace(held_out[0], id="again"),
-        Conversation("another answer", [*asked, 3], [False] * len(asked) + [True]),
-        Conversation("goes on", [*asked, 3, 4, 5], [False] * len(asked) + [True, False, True]),
-    ]
-    assert split_held_out([*rows, *again], count=8) == (train, held_out)
-    assert "3 rows ask the same as one that is held out" in caplog.text
-    # As it was split by the version that began a run.
-    assert split_held_out([*rows, *again], count=8, apart="tokens") == ([*train, *again[1:]], held_out)
-
-
-def test_a_later_answer_of_a_held_out_row_is_asked_for_too() -> None:
-    """Rows of exact tokens hold one answer each, and other rows all answers of a conversation."""
-    rows = conversations(50)
-    train, held_out = split_held_out(rows, count=8)
-    first = held_out[0]
-    turns = replace(first, input_ids=[*first.input_ids, 7, 8], loss_mask=[*first.loss_mask, False, True])
-    longer = [turns if row is first else row for row in rows]
-    later = Conversation("later", [*first.input_ids, 7, 9], [False, False, False, True])
-    assert split_held_out([*longer, later], count=8)[0] == train
-
-
-def test_a_prompt_that_all_rows_share_asks_nothing() -> None:
-    rows = [Conversation(f"row/{i}", [1, 1, i + 5], [False, False, True]) for i in range(50)]
-    train, held_out = split_held_out([*rows, replace(rows[9], id="again")], count=3)
-    assert [row.id for row in held_out] == ["row/9", "row/18", "row/19"]
-    assert len(train) == 47
-
-
-def test_held_out_rows_do_not_change_between_versions() -> None:
-    """A run that is resumed by a later version must not train on what it held out."""
-    assert [c.id for c in split_held_out(conversations(50), count=3)[1]] == ["row/9", "row/18", "row/19"]
-
-
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_row_of_the_other_mode_of_thinking_is_refused(exact: bool, load: Load) -> None:
     ids = {"prompt_ids": [1, 2], "response_ids": [3, 4]} if exact else {}
@@ -637,17 +624,6 @@ def test_exact_ids_of_the_other_mode_of_thinking(
     for template, thinking in ((toy.THINKING, None), (toy.CHATML, False), (None, False)):
         assert len(load([*rows[True], *rows[False]], template, thinking=thinking).conversations) == 4
     assert not caplog.records
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_held_out_count_below_one(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"{count} conversations"):
-        split_held_out(conversations(10), count=count)
-
-
-def test_held_out_needs_rows_on_both_sides() -> None:
-    with pytest.raises(DataError, match="0 rows to train on and 4 held out"):
-        split_held_out(conversations(4), count=4)
 
 
 @pytest.mark.skipif(not default_directory("smollm2-135m").is_dir(), reason="smollm2-135m is not prepared")

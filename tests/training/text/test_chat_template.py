@@ -14,10 +14,11 @@ import pytest
 from tokenizers.normalizers import Prepend
 
 from sglang_auf.checkpoints.prepare import default_directory
-from sglang_auf.training.data.chat_template import ChatTemplate
-from sglang_auf.training.data.chats import Chat
-from sglang_auf.training.data.conversations import Conversation, load_conversations
-from sglang_auf.training.data.rows import BadRow
+from sglang_auf.training.text.chat_template import ChatTemplate
+from sglang_auf.training.text.chats import Chat
+from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.reader import Conversation
+from sglang_auf.training.text.rows import BadRow
 from tests.support import toy_tokenizer as toy
 
 QUESTION = {"role": "user", "content": "Say hi."}
