@@ -5,6 +5,7 @@ A choice is counted once, when it finishes, where SGLang's tokenizer manager tur
 
 - health checks (SGLang marks them `log_metrics=False`);
 - the prefill that SGLang sends ahead of n > 1 to fill the prefix cache (`max_new_tokens=0`, no answer);
+- the verify steps of a request that asked for none of the drafts (`custom_params.speculative` false);
 - requests aborted while they wait for the scheduler, which SGLang finishes on another path without counts.
 
 With `--enable-metrics` the same counts are Prometheus counters on SGLang's own /metrics, and what `python -m server`
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_auf.acceptance import Acceptance, macro_tau, total_acceptance
 from sglang_auf.compat import Seam
 from sglang_auf.hooks.registry import RECEIVE_BATCH, Hook, serves_auf
+from sglang_auf.hooks.validation import speculates
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -46,7 +48,8 @@ REPORTED = "auf_reported"
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
 COUNTERS = {
     "auf_requests_total": "Finished requests with at least one verify step.",
-    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one).",
+    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one), or that "
+    "asked for no drafts.",
     "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
     "auf_emitted_tokens_total": "Tokens of answers that came from verify steps, not from a prefill.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
@@ -251,7 +254,9 @@ def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: A
         return
     if meta_info["finish_reason"] == PREFIX_PREFILL:
         return
-    acceptance = Acceptance.from_meta_info(meta_info)
+    # A request that asks for no drafts says nothing of the drafter.
+    drafted = speculates(state.obj.sampling_params.get("custom_params"))
+    acceptance = Acceptance.from_meta_info(meta_info) if drafted else Acceptance()
     TOTALS.add(acceptance)
     for counters in _metrics:
         counters.add(acceptance)

@@ -10,7 +10,14 @@ from sglang_auf.hooks.registry import HANDLE_REQUEST, Hook, serves_auf
 SEAMS = (
     *(
         Seam(f"sglang.srt.sampling.sampling_params:SamplingParams.{name}", "hooks.validation")
-        for name in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "min_p")
+        for name in (
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "min_new_tokens",
+            "min_p",
+            "custom_params",
+        )
     ),
     Seam("sglang.srt.runtime_context:get_exec", "hooks.validation", ()),
     Seam("sglang.srt.runtime_context:get_schedule", "hooks.validation", ()),
@@ -28,7 +35,15 @@ NEUTRAL_PENALTIES = {
 }
 """The sampling parameters that depend on the answer so far, and what they are where none is asked for."""
 
+SPECULATIVE = "speculative"
+"""In a request's `custom_params`, where SGLang has its `thinking_budget` too: false keeps the drafter out of it."""
+
 _REMEDY = "leave it out, or ask a server without speculation"
+
+
+def speculates(custom_params: Any) -> bool:
+    """Whether drafts may be made for a request with these `custom_params`: always, unless it says otherwise."""
+    return not isinstance(custom_params, dict) or custom_params.get(SPECULATIVE) is not False
 
 
 def refusal(
@@ -45,6 +60,9 @@ def refusal(
     Penalties are applied along the drafts (speculative/penalties.py). A mixed batch draws the next token of requests
     that decode with SGLang's own state of their penalties, which has seen no token of the answer.
     """
+    custom = sampling_params.custom_params
+    if isinstance(custom, dict) and not isinstance(asked := custom.get(SPECULATIVE, True), bool):
+        return f"custom_params.{SPECULATIVE}={asked!r}: give true (the default), or false for an answer without drafts"
     if mixed_chunk:
         for name, value in NEUTRAL_PENALTIES.items():
             given = getattr(sampling_params, name)

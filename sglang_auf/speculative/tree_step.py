@@ -33,6 +33,7 @@ from sglang_auf.cpu import kernels, replay
 from sglang_auf.cpu.commit import Context
 from sglang_auf.cpu.linear import product_seconds
 from sglang_auf.env import step_log, tree_nodes
+from sglang_auf.hooks.validation import speculates
 from sglang_auf.speculative.budget import FLOOR, Budget, Calibration, Costs, Stopwatch
 from sglang_auf.speculative.penalties import PenalisedStep
 from sglang_auf.speculative.tree import RANKS, Forest, Node, grow
@@ -97,7 +98,7 @@ class TreeStep:
         self._watch.lap("between steps" if continues else None)
         anchors = batch.spec_info.bonus_tokens
         requests = len(anchors)
-        slots = self.budget.to_draft(requests)
+        slots = self.budget.to_draft(requests) if any(_drafted(batch)) else 0
         left_over = self.context.write_if_due(batch.req_pool_indices, drafts=slots > 0)
         self._watch.lap("commit")
         chances, tokens = self._draft(batch, anchors, slots) if slots else NO_DRAFTS
@@ -186,8 +187,8 @@ class TreeStep:
         requests = len(chances)
         # So many slots are allotted behind each request's committed tokens (DFlashDraftInputV2.prepare_for_decode).
         room = [
-            max(request.kv.kv_allocated_len - committed - 1, 0)
-            for request, committed in zip(batch.reqs, batch.seq_lens.tolist(), strict=True)
+            max(request.kv.kv_allocated_len - committed - 1, 0) if drafted else 0
+            for request, committed, drafted in zip(batch.reqs, batch.seq_lens.tolist(), _drafted(batch), strict=True)
         ]
         of_requests = self.calibration.chances(chances, _samples(batch))
         floor = FLOOR
@@ -333,6 +334,11 @@ def _plan(worker: Any, batch: Any, slots: torch.Tensor, extent: int) -> Any:
         write_virtual=slots,
         read_extent=extent,
     )
+
+
+def _drafted(batch: Any) -> list[bool]:
+    """Of each request, whether drafts may be verified for it."""
+    return [speculates(request.sampling_params.custom_params) for request in batch.reqs]
 
 
 def _samples(batch: Any) -> list[bool]:

@@ -16,6 +16,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from sglang_auf.checkpoints import draft_vocabulary
 from sglang_auf.cpu.linear import RowInvariantLinear
+from sglang_auf.hooks.validation import speculates
 from sglang_auf.speculative import penalties, sampler_backend, sampling
 from sglang_auf.speculative.algorithm import verifies_trees
 from sglang_auf.speculative.draft_head import DraftHead, ListedDraftSampler
@@ -49,6 +50,9 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
     _penalised: penalties.PenalisedStep | None = None
     """Of the step that is computed: set where a request of its batch asks for penalties."""
 
+    _undrafted: torch.Tensor | None = None
+    """Of the step that is computed: which requests take no drafts, bool [bs]; None where all do."""
+
     former: Drafter | None = None
     """The drafter before the last swap, until it is known which of the two stays (swap.py)."""
 
@@ -71,6 +75,7 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             return self._trees(batch, on_publish, grammar_barrier, self._penalised)
         if self._trees is not None:
             self._trees.make_way()
+        self._undrafted = undrafted(batch) if decodes else None
         if batch.forward_mode.is_extend():
             penalties.prefill(batch)
         if grammar_barrier is not None and batch.has_grammar and batch.forward_mode.is_mixed():
@@ -122,6 +127,8 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
             bs=bs,
             target_predict=target_predict,
         )
+        if self._undrafted is not None:
+            accepted = first_only(accepted, self._undrafted)
         if self._penalised is not None:
             _, lengths, _, emitted, _ = accepted
             self._penalised.keep(emitted.view(bs, -1), lengths)
@@ -239,3 +246,29 @@ class AufWorker(DFlashWorkerV2):  # type: ignore[misc]
                 for some in hidden_states.split(chunk_size)
             ]
         )
+
+
+def undrafted(batch: Any) -> torch.Tensor | None:
+    """Which requests of a batch take no drafts, bool [bs] on the device; None where all do."""
+    given = [not speculates(request.sampling_params.custom_params) for request in batch.reqs]
+    if not any(given):
+        return None
+    device = batch.seq_lens.device
+    return torch.tensor(given, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def first_only(accepted: Any, undrafted: torch.Tensor) -> Any:
+    """What upstream's `_accept_block` returns, with one token in these rows: the first, which is the target's own.
+
+    accepted: (accepted drafts [bs], lengths [bs], bonus tokens [bs], emitted tokens [bs, B], new lengths of the texts
+    or None, for which upstream adds the lengths itself, as after its simulated acceptance).
+    """
+    drafts, lengths, bonus, emitted, _ = accepted
+    first = emitted.view(len(lengths), -1)[:, 0].to(bonus.dtype)
+    return (
+        drafts.masked_fill(undrafted, 0),
+        lengths.masked_fill(undrafted, 1),
+        torch.where(undrafted, first, bonus),
+        emitted,
+        None,
+    )

@@ -115,8 +115,7 @@ class Trainer:
             run_directory.require_same_recipe(out, recipe, self.saved)
         apart = self.saved.apart if self.saved else "prompt"
         read = recipe.with_sources(run_directory.sources_of(out, recipe.data.sources))
-        ranks = Ranks(self.rank, self.ranks, gather_object) if self.ranks > 1 else None
-        self.data = load_data(read, target, self.facts.vocab_size, apart, ranks)
+        self.data = load_data(read, target, self.facts.vocab_size, apart, Ranks(self.rank, self.ranks, gather_object))
         weights = fingerprint(weight_files(target, TargetError))
         require_same_inputs(self.data.sha256, weights)
         if accelerator.is_main_process and (count := self.data.count(self.config.mask_token_id)):

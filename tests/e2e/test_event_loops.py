@@ -204,6 +204,54 @@ def test_generated_stops_end_answers_as_plain_decoding_does(url: str, loop: str,
     assert ends["stop"] > len(bodies) / 2 and ends["length"], f"the stops that were drawn are of use: {ends}"
 
 
+def test_requests_that_ask_for_no_drafts_get_none_and_count_for_nothing(url: str, plain: Plain) -> None:
+    """Each beside others that draft; every third one of them is asked without, and every ninth with the drafts of
+    nobody else in its steps."""
+    bodies = [body for body in plain.bodies if "n" not in body["sampling_params"] and not body["stream"]][:27]
+    expected = [plain.generated[plain.bodies.index(body)] for body in bodies]
+    without = {"custom_params": {"speculative": False}}
+    asked = [
+        body | {"sampling_params": body["sampling_params"] | (without if number % 3 == 0 else {})}
+        for number, body in enumerate(bodies)
+    ]
+    before = totals(url)
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        replies = list(pool.map(lambda body: post(url, body), asked))
+    replies += [post(url, body) for body in asked[::9]]
+    meta = [reply["meta_info"] for reply in replies]
+    assert all(agree([kept(ours)], theirs) for ours, theirs in zip(replies, [*expected, *expected[::9]], strict=True))
+    for number, told in enumerate(meta):
+        if number % 3 == 0 or number >= len(bodies):
+            assert sum(told["spec_correct_drafts_histogram"][1:]) == 0
+            assert told["spec_verify_ct"] >= told["completion_tokens"] - 1
+    drafted = [told for number, told in enumerate(meta[: len(bodies)]) if number % 3]
+    assert sum(sum(told["spec_correct_drafts_histogram"][1:]) for told in drafted) > 0
+    counted = totals(url) - before
+    assert counted["requests"] == sum(told["spec_verify_ct"] > 0 for told in drafted)
+    assert counted["verify_steps"] == sum(told["spec_verify_ct"] for told in drafted)
+
+
+def test_a_chat_without_drafts(url: str, plain: Plain) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+    settings = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 40}
+    said = [
+        client.chat.completions.create(**settings, temperature=0, extra_body={"custom_params": custom})
+        for custom in ({"speculative": False}, {"speculative": True})
+    ]
+    taus = [reply.model_extra["sglext"]["spec_tokens_details"]["tau"] for reply in said]
+    assert said[0].choices == said[1].choices
+    assert taus[0] == 1 < taus[1]
+    with pytest.raises(openai.BadRequestError, match="give true"):
+        client.chat.completions.create(**settings, extra_body={"custom_params": {"speculative": "no"}})
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    reply = httpx.post(f"{url}/generate", json=body, timeout=PATIENCE_S)
+    assert reply.status_code == 200, reply.text
+    found: dict[str, Any] = reply.json()
+    return found
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_chats_with_stops_are_the_same_for_the_openai_client(url: str, stream: bool, plain: Plain) -> None:
     """The end token comes before the newline that the drafter likes to draft behind it."""

@@ -164,6 +164,7 @@ def seeded(first: int) -> list[dict[str, Any]]:
 
 
 MIXED = [GREEDY if number % 2 else one for number, one in enumerate(seeded(100))]
+UNDRAFTED = [GREEDY | {"custom_params": {"speculative": number % 2 == 0}} for number in range(len(INPUTS))]
 PENALISED = GREEDY | {"frequency_penalty": 0.3, "presence_penalty": 0.5}
 JOBS = {
     "alone": job(GREEDY),
@@ -173,6 +174,7 @@ JOBS = {
     "seeds again": job(seeded(100)),
     "other seeds": job(seeded(200)),
     "mixed": job(MIXED, 16),
+    "undrafted": job(UNDRAFTED, 16),
 }
 Answers = dict[str, list[dict[str, Any]]]
 
@@ -269,6 +271,13 @@ def test_greedy_requests_stay_greedy_among_sampled_ones(engines: Engines) -> Non
     mixed, plain = engines.answers("AUF")["mixed"], engines.answers("plain")["alone"]
     assert all(gap <= (BAR if DEVICE == "cuda" else -1) for gap in gaps(mixed[greedy], plain[greedy]))
     assert all(0 <= token < VOCABULARY for reply in mixed for token in reply["ids"])
+
+
+def test_requests_without_drafts_beside_others(engines: Engines) -> None:
+    found = engines.answers("AUF")["undrafted"]
+    assert all(gap <= (BAR if DEVICE == "cuda" else -1) for gap in gaps(found, engines.answers("plain")["alone"]))
+    accepted = [sum(reply["meta"]["spec_correct_drafts_histogram"][1:]) for reply in found]
+    assert sum(accepted[1::2]) == 0 < sum(accepted[::2])
 
 
 def test_a_seed_repeats_and_another_differs(engines: Engines) -> None:

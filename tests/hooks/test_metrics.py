@@ -297,11 +297,20 @@ def test_listeners_are_told_of_counted_requests_and_when_they_came(monkeypatch: 
     monkeypatch.setattr(metrics, "TOTALS", AcceptanceTotals())
     monkeypatch.setattr(metrics, "serves_auf", lambda: True)
     states = {
-        rid: SimpleNamespace(obj=SimpleNamespace(log_metrics=counts), time_stats=SimpleNamespace(created_time=came))
-        for rid, counts, came in (("client's", True, 2.5), ("health check", False, 3.5))
+        rid: SimpleNamespace(
+            obj=SimpleNamespace(log_metrics=counts, sampling_params={"custom_params": custom}),
+            time_stats=SimpleNamespace(created_time=came),
+        )
+        for rid, counts, came, custom in (
+            ("client's", True, 2.5, None),
+            ("health check", False, 3.5, None),
+            ("without drafts", True, 4.5, {"speculative": False}),
+        )
     }
     meta_info = {"finish_reason": {"type": "stop"}, "completion_tokens": 5, "spec_verify_ct": 2}
     meta_info |= {"spec_correct_drafts_histogram": [1, 0, 1], "spec_num_proposed_drafts": 6}
     for rid in states:
         metrics._count_request(None, SimpleNamespace(rid_to_state=states), meta_info, SimpleNamespace(rids=[rid]), 0)
-    assert told == [(4, 2.5)]
+    assert told == [(4, 2.5), (0, 4.5)]
+    total = metrics.TOTALS.snapshot()["total"]
+    assert (total["requests"], total["requests_without_verify"], total["verify_steps"]) == (1, 1, 2)

@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_auf.hooks import validation
-from sglang_auf.hooks.validation import openai_complaint, refusal, validate_dflash_request
+from sglang_auf.hooks.validation import openai_complaint, refusal, speculates, validate_dflash_request
 
 PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": -0.5, "repetition_penalty": 1.1, "min_new_tokens": 4}
 NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
@@ -31,7 +31,7 @@ def test_a_penalty_is_refused_by_name_and_value_where_batches_are_mixed(name: st
 def test_a_neutral_penalty_is_accepted(name: str, value: float, none: bool) -> None:
     given = {name: None if none else value}
     assert refusal(SamplingParams(**given), mixed_chunk=True) is None
-    assert refusal(SimpleNamespace(**{**NEUTRAL, **given}), mixed_chunk=True) is None
+    assert refusal(SimpleNamespace(custom_params=None, **{**NEUTRAL, **given}), mixed_chunk=True) is None
 
 
 def test_ordinary_sampling_is_accepted() -> None:
@@ -61,6 +61,29 @@ def test_min_p_is_refused_where_sglangs_seeded_sampler_draws() -> None:
     assert "min_p=0.1" in reason
     assert refusal(SamplingParams(temperature=0.7, top_p=0.9, sampling_seed=3), deterministic=True) is None
     assert refusal(SamplingParams(min_p=0.1)) is None
+
+
+@pytest.mark.parametrize(
+    ("custom", "speculating"),
+    [
+        (None, True),
+        ({}, True),
+        ({"thinking_budget": 5}, True),
+        ({"speculative": True}, True),
+        ({"speculative": False, "thinking_budget": 5}, False),
+    ],
+)
+def test_a_request_may_ask_for_no_drafts(custom: Any, speculating: bool) -> None:
+    assert speculates(custom) is speculating
+    assert refusal(SamplingParams(custom_params=custom)) is None
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "false", [False]])
+def test_what_is_neither_true_nor_false_is_refused(value: Any) -> None:
+    """A client that writes "false" or 0 wants something, and would get the opposite."""
+    reason = refusal(SamplingParams(custom_params={"speculative": value}))
+    assert reason is not None
+    assert f"custom_params.speculative={value!r}" in reason
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from sglang_auf.cpu import linear
 from sglang_auf.env import DRAFT_VOCABULARY, TREE
 from sglang_auf.speculative import sampler_backend, sampling
 from sglang_auf.speculative.draft_head import ListedDraftSampler
-from sglang_auf.speculative.worker import AufWorker
+from sglang_auf.speculative.worker import AufWorker, undrafted
 from tests.support.syncs import no_syncs
 
 VOCABULARY, BLOCK, SEEDS = 5, 4, 20_000
@@ -301,6 +301,24 @@ def test_greedy_batches_are_sglangs_own(worker: AufWorker, sampling_info: Any) -
     drafted = LOGITS.argmax(dim=-1)[:-1].tolist()
     agree = [guess == token for guess, token in zip(DRAFTS, drafted, strict=True)]
     assert ours[0].tolist() == [agree.index(False)] * 3
+
+
+@pytest.mark.parametrize("sampling_info", [None, info(4)], ids=["greedy", "sampled"])
+def test_requests_without_drafts_take_the_targets_first_token_and_change_nothing_for_others(
+    worker: AufWorker, sampling_info: Any
+) -> None:
+    full = accept(worker, sampling_info, 4)
+    asked = [None, {"speculative": False}, {"speculative": True}, {"speculative": False}]
+    reqs = [SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom)) for custom in asked]
+    worker._undrafted = undrafted(SimpleNamespace(reqs=reqs, seq_lens=torch.full((4,), 30)))
+    drafts, lengths, bonus, emitted = accept(worker, sampling_info, 4)
+    assert full[0][1] > 0, "there is something to leave out"
+    for row, plain in enumerate([False, True, False, True]):
+        assert int(drafts[row]) == (0 if plain else int(full[0][row]))
+        assert int(lengths[row]) == int(drafts[row]) + 1
+        assert int(bonus[row]) == int(emitted[row, lengths[row] - 1])
+        assert emitted[row, : lengths[row]].tolist() == full[3][row, : lengths[row]].tolist()
+    assert undrafted(SimpleNamespace(reqs=reqs[::2])) is None
 
 
 def test_what_sglang_predicted_already_is_not_drawn_again(worker: AufWorker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from sglang_auf.training.data.batching import (
 from sglang_auf.training.data.feature_cache import CachedFeatures
 from sglang_auf.training.data.features import FeatureSource, FrozenTarget, OnlineFeatures
 from sglang_auf.training.recipe import Recipe
-from sglang_auf.training.text.conversations import Ranks, load_conversations
+from sglang_auf.training.text.conversations import ALONE, Ranks, load_conversations
 from sglang_auf.training.text.reader import Conversation
 from sglang_auf.training.text.split import Apart, split_held_out
 
@@ -56,7 +56,7 @@ class TrainingData:
 
 
 def load_data(
-    recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt", ranks: Ranks | None = None
+    recipe: Recipe, target: Path, vocab_size: int, apart: Apart = "prompt", ranks: Ranks = ALONE
 ) -> TrainingData:
     """Read, check and split the sources of a recipe; held-out rows have labels where serving drafts (as_served).
 

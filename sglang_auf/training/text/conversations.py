@@ -55,9 +55,12 @@ class Ranks:
     gather: from the objects that each of them gives, those of all, rank by rank (accelerate's `gather_object`).
     """
 
-    rank: int = 0
-    count: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
+    rank: int
+    count: int
+    gather: Callable[[list[Any]], list[Any]]
+
+
+ALONE = Ranks(0, 1, list)
 
 
 def load_conversations(
@@ -70,7 +73,7 @@ def load_conversations(
     overlong: Literal["reject", "truncate"] = "reject",
     vocab_size: int | None = None,
     split: str = "train",
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> LoadedConversations:
     """Read chat rows (rows.py has the sources, chats.py the forms) into conversations, in the order of the source.
 
@@ -90,7 +93,7 @@ def load_conversations(
         read = read_rows(source, digest, split=split)
         return tqdm(read, "reading", unit=" rows", delay=5, leave=False, disable=None)
 
-    read: Read = reader.read if ranks is None else _read_by_all(rows(hashlib.sha256()), reader, ranks)
+    read: Read = reader.read if ranks.count == 1 else _read_by_all(rows(hashlib.sha256()), reader, ranks)
     for row in rows(digest):
         try:
             conversation, doubts = read(row)

@@ -452,7 +452,7 @@ def shares_of(load: Load, rows: list[Any], count: int) -> list[Any]:
     return shares
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("count", [2, 3, 9])
 def test_ranks_that_read_together_get_what_one_process_reads(load: Load, count: int) -> None:
     rows = [
         {"messages": TWO_TURNS},
