@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_auf import __version__
 from sglang_auf.errors import AufError, ConfigError
-from sglang_auf.process import end_at_once, end_on_sigterm, is_begun_again, is_one_of_several_ranks
+from sglang_auf.process import end_at_once, end_on_sigterm, is_begun_again, is_first_rank, is_one_of_several_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,7 +217,8 @@ def _train(options: argparse.Namespace) -> int:
         recipe = recipe.with_sources(options.data)
     # What torchrun begins again goes on with the run that it began.
     outcome = train(recipe, options.out, fresh=options.fresh and not is_begun_again())
-    print(outcome)
+    if is_first_rank():
+        print(outcome)
     return outcome.exit_code
 
 

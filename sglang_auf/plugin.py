@@ -40,7 +40,7 @@ HOOKS = (
     *validation.HOOKS,  # what speculation cannot honour is refused
     *ranges.HOOKS,  # numbers out of range end no scheduler
     *intake.HOOKS,  # fields of wrong types and shapes end no scheduler, and are the client's fault
-    *aborts.HOOKS,  # the end of a request ends no other one, and no engine
+    *aborts.HOOKS,  # the end of a request ends no other one, no later one with its grammar, and no engine
     *stops.HOOKS,  # a stop inside a verify step ends an answer where plain decoding would end it
     *seeds.HOOKS,  # the choices of a seeded request differ
     # handle_request: spans is outside validation, and a refused request has no choices whose tokens it could mark.

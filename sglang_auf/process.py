@@ -53,6 +53,11 @@ def is_one_of_several_ranks() -> bool:
     return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks: it is the first one, or there is no other."""
+    return not is_one_of_several_ranks() or os.environ.get("RANK", "0") == "0"
+
+
 def is_begun_again() -> bool:
     """Whether torchrun says that it began this rank before, and that one of the ranks failed (--max-restarts)."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

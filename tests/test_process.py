@@ -167,6 +167,21 @@ def test_ranks_of_a_training_end_at_once_and_other_programs_in_order(
     assert done.stdout.strip() == str(handled)
 
 
+@pytest.mark.parametrize(
+    ("world", "rank", "first"),
+    [(None, None, True), ("1", "3", True), ("2", "0", True), ("2", "1", False), ("2", None, True)],
+)
+def test_the_first_rank_speaks_for_all(
+    world: str | None, rank: str | None, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", world), ("RANK", rank)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert process.is_first_rank() is first
+
+
 def environment() -> dict[str, str]:
     known = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "BEGUN")}
     return known | {"PYTHONPATH": os.pathsep.join(sys.path)}

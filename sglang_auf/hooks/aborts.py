@@ -1,4 +1,4 @@
-"""The end of one request ends no other one, and no engine.
+"""The end of one request ends no other one, no later one with its grammar, and no engine.
 
 Ids: a client may choose the id of its request (`rid`), and when it leaves or has had its time, SGLang's scheduler
 aborts every request whose id begins with that id (managers/scheduler.py, `abort_request`): with the id "a", a sixteenth
@@ -7,6 +7,9 @@ of all others. No part of SGLang needs that: it aborts by complete ids, those of
 Room: every verify step takes slots for two blocks ahead (speculative/dflash_info_v2.py), also the last one of an answer
 that reaches the end of the context or of the KV pool. SGLang counts on less (mem_cache/allocation_sizing.py). With
 blocks of more than 8 such a step writes past its request's row of the slot table, into the next request's on a GPU.
+
+Grammars: a request whose grammar was not compiled in time ends. SGLang also remembers that grammar as invalid
+(constrained/grammar_manager.py), and refuses every later request with it, because the machine was busy once.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from sglang_auf.hooks.registry import Hook, serves_auf
 
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _SIZING = "sglang.srt.mem_cache.allocation_sizing"
+_GRAMMARS = "sglang.srt.constrained.base_grammar_backend"
 
-SEAMS = tuple(
-    Seam(f"{_SIZING}:{name}", "hooks.aborts", ()) for name in ("get_alloc_page_size", "get_alloc_reserve_per_decode")
+SEAMS = (
+    Seam(f"{_SIZING}:get_alloc_page_size", "hooks.aborts", ()),
+    Seam(f"{_SIZING}:get_alloc_reserve_per_decode", "hooks.aborts", ()),
+    Seam(f"{_GRAMMARS}:InvalidGrammarObject", "hooks.aborts", ("error_message",)),
 )
 SCHEDULER_SEAMS = (
     Seam(f"{_SCHEDULER}.abort_request", "hooks.aborts", ("self", "recv_req")),
@@ -31,6 +37,9 @@ SCHEDULER_SEAMS = (
     Seam(f"{_SCHEDULER}.init_chunked_prefill", "hooks.aborts", ("self",)),  # where chunked_req is made
 )
 """Checked when a scheduler begins: nobody else imports its module."""
+
+TIMED_OUT = "Grammar preprocessing timed out"
+"""All that SGLang says of a grammar that was not compiled in time. Of one that is wrong it has the compiler's words."""
 
 
 def name_by_complete_ids(_: None, updater: Any) -> None:
@@ -91,6 +100,17 @@ def end_with_the_pool(
     return min(most, max(token_capacity - input_tokens - _room_of_a_step(), 1))
 
 
+def remember_unless_late(original: Any, backend: Any, key: tuple[str, str], value: Any) -> None:
+    """Around `BaseGrammarBackend.set_cache`: a time-out is not kept, so the next request has it compiled again.
+
+    Ranks agree on time-outs before this, so all of them forget the same grammars.
+    """
+    from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
+
+    if not (isinstance(value, InvalidGrammarObject) and value.error_message == TIMED_OUT):
+        original(backend, key, value)
+
+
 def _room_of_a_step() -> int:
     """Slots that a verify step may take behind the tokens that a request has."""
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size, get_alloc_reserve_per_decode
@@ -112,4 +132,7 @@ HOOKS = (
         end_with_the_pool,
         ("self", "input_tokens", "max_new_tokens", "token_capacity", "sliding_window_size", "chunk_size"),
     ),
+    Hook(
+        f"{_GRAMMARS}:BaseGrammarBackend.set_cache", "AROUND", remember_unless_late, ("self", "key", "value")
+    ).on_ours(),
 )

@@ -2,9 +2,12 @@
 
 SGLang keeps what the tokens of an answer do to logits for each request, and adds one token in each step
 (sampling/penaltylib). When blocks are drafted it adds none (schedule_batch.py, prepare_for_decode). Here a request has
-such a state of its own. A step adds the anchor to it, copies it for every row of the request, adds to each copy the
-drafts on the way to that row, and keeps what was emitted. Values, and the order in which they are added, are SGLang's,
-so that greedy answers are those of plain decoding to the last bit.
+such a state of its own. A step adds the anchor to it, judges each row by it and by the drafts on the way to that row,
+and keeps what was emitted. Values, and the order in which they are added, are SGLang's, so that greedy answers are
+those of plain decoding to the last bit.
+
+Of a row only the logits of few tokens change: those of the answer, of the drafts, and those that end it. No others are
+read or written, which on a CPU takes far less time than a pass over the vocabulary.
 
 The host looks at no value of the device here, so it runs ahead of the device, as under the overlap schedule.
 """
@@ -12,16 +15,17 @@ The host looks at no value of the device here, so it runs ahead of the device, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sglang_auf.hooks.validation import NEUTRAL_PENALTIES
 
 ROWS_AT_ONCE = 128
-"""A row takes six vectors of the vocabulary in float32, for which no memory is set aside: 0.5 GB for 152,000 tokens."""
+"""A row takes some numbers for each token of its answer, for which no memory is set aside."""
 
 
 def asks(sampling_params: Any) -> bool:
@@ -31,71 +35,108 @@ def asks(sampling_params: Any) -> bool:
 
 @dataclass(slots=True)
 class Penalties:
-    """What tokens so far do to the logits of n rows.
+    """What tokens so far do to logits, of n rows at k columns: all the vocabulary, or some tokens of each row.
 
-    As the requests say, [n, 1]: frequency, presence, repetition; least, the fewest tokens. stops [n, vocabulary]: -inf
-    where a token ends the answer. By the tokens so far, [n, vocabulary]: by_frequency, by_presence, scaling;
-    count [n, 1], how many they are.
+    As the requests say, [n, 1]: frequency, presence, repetition; least, the fewest tokens. ends [n, k]: whether a token
+    ends the answer. By the tokens so far, [n, k]: by_frequency; seen, whether the token is one of them; count [n, 1],
+    how many they are.
     """
 
     frequency: Tensor
     presence: Tensor
     repetition: Tensor
     least: Tensor
-    stops: Tensor
+    ends: Tensor
     by_frequency: Tensor
-    by_presence: Tensor
-    scaling: Tensor
+    seen: Tensor
     count: Tensor
-
-    @classmethod
-    def of(cls, request: Any, vocab_size: int, device: torch.device) -> Penalties:
-        """Those of SGLang's Req before its first token."""
-        given = request.sampling_params
-
-        def one(value: float, kind: torch.dtype = torch.float32) -> Tensor:
-            return torch.full((1, 1), value, dtype=kind, device=device)
-
-        stops = torch.zeros(1, vocab_size)
-        stops[0, [token for token in _ending(request) if token < vocab_size]] = -torch.inf
-        blank = torch.zeros(1, vocab_size, device=device)
-        return cls(
-            frequency=one(given.frequency_penalty),
-            presence=one(given.presence_penalty),
-            repetition=one(given.repetition_penalty),
-            least=one(given.min_new_tokens, torch.int32),
-            stops=stops.to(device, non_blocking=True),
-            by_frequency=blank,
-            by_presence=blank.clone(),
-            scaling=torch.ones_like(blank),
-            count=one(0, torch.int32),
-        )
 
     @classmethod
     def joined(cls, parts: Sequence[Penalties]) -> Penalties:
         """Their rows, one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
-    def rows(self, index: Tensor | slice) -> Penalties:
-        """Some rows, each as often as it is named: a copy for an index, the rows themselves for a slice."""
+    def rows(self, index: Tensor) -> Penalties:
+        """A copy of some rows, each as often as it is named."""
         return Penalties(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def at(self, rows: Tensor, tokens: Tensor) -> Penalties:
+        """A copy of some rows of all the vocabulary, int64 [m], at some tokens of each: int64 [m, k]."""
+        columns = ("ends", "by_frequency", "seen")
+        every, some = (rows,), (rows[:, None], tokens)
+        return Penalties(*(getattr(self, f.name)[some if f.name in columns else every] for f in fields(self)))
+
     def add(self, tokens: Tensor, counts: Tensor) -> None:
-        """One more token for each row: int64 [n]. counts: bool [n], for which rows."""
+        """One more token for each row, of all the vocabulary: int64 [n]. counts: bool [n], for which rows."""
         index, counts = tokens[:, None], counts[:, None]
         self.by_frequency.scatter_add_(1, index, self.frequency * counts)
-        for so_far, value in ((self.by_presence, self.presence), (self.scaling, self.repetition)):
-            so_far.scatter_(1, index, torch.where(counts, value, so_far.gather(1, index)))
+        self.seen.scatter_(1, index, self.seen.gather(1, index) | counts)
+        self.count += counts
+
+    def add_at(self, columns: Tensor, counts: Tensor) -> None:
+        """The same where a row has some tokens. columns: bool [n, k], which of them the token is."""
+        columns, counts = columns & counts[:, None], counts[:, None]
+        self.by_frequency += self.frequency * columns
+        self.seen |= columns
         self.count += counts
 
     def additive(self) -> Tensor:
-        """What is added to logits, [n, vocabulary]."""
-        return 0 - self.by_frequency - self.by_presence + torch.where(self.count < self.least, self.stops, 0.0)
+        """What is added to logits, [n, k]."""
+        held_back = torch.where(self.ends & (self.count < self.least), -torch.inf, 0.0)
+        return 0 - self.by_frequency - torch.where(self.seen, self.presence, 0.0) + held_back
+
+    def scaling(self) -> Tensor:
+        """What logits are multiplied by below 0, and divided by above, [n, k]."""
+        return torch.where(self.seen, self.repetition, 1.0)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """To logits [n, vocabulary], which are changed."""
+        """To logits [n, k], which are changed."""
         logits += self.additive()
-        return logits.copy_(torch.where(logits < 0, logits * self.scaling, logits / self.scaling))
+        scaling = self.scaling()
+        return logits.copy_(torch.where(logits < 0, logits * scaling, logits / scaling))
+
+
+@dataclass(slots=True)
+class State:
+    """A request between two steps. penalties: one row, of all the vocabulary.
+
+    touched: int64 [tokens]: no other token has a penalty. Some are there more than once, and some have none: what of a
+    step counts is not known to the host.
+    """
+
+    penalties: Penalties
+    touched: Tensor
+
+    @classmethod
+    def of(cls, request: Any, vocab_size: int, device: torch.device) -> State:
+        """That of SGLang's Req before its first token."""
+        given = request.sampling_params
+
+        def one(value: float, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((1, 1), value, dtype=kind, device=device)
+
+        ending = torch.tensor(sorted(token for token in _ending(request) if token < vocab_size), dtype=torch.int64)
+        ends = torch.zeros(1, vocab_size, dtype=torch.bool)
+        ends[0, ending] = True
+        penalties = Penalties(
+            frequency=one(given.frequency_penalty),
+            presence=one(given.presence_penalty),
+            repetition=one(given.repetition_penalty),
+            least=one(given.min_new_tokens, torch.int32),
+            ends=ends.to(device, non_blocking=True),
+            by_frequency=torch.zeros(1, vocab_size, device=device),
+            seen=torch.zeros(1, vocab_size, dtype=torch.bool, device=device),
+            count=one(0, torch.int32),
+        )
+        return cls(penalties, ending.to(device, non_blocking=True))
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Tokens of the answer, in their order."""
+        of_device = torch.tensor(tokens, dtype=torch.int64).to(self.touched.device, non_blocking=True)
+        counts = torch.ones(1, dtype=torch.bool, device=of_device.device)
+        for place in range(len(tokens)):
+            self.penalties.add(of_device[place : place + 1], counts)
+        self.touched = torch.cat([self.touched, of_device])
 
 
 def _ending(request: Any) -> set[int]:
@@ -116,8 +157,11 @@ class PenalisedStep:
         self.asking = asking
         self._requests = [batch.reqs[index] for index in asking]
         self._of = torch.tensor(asking).to(anchors.device, non_blocking=True)
-        self._own = Penalties.joined([_state(request, info.vocab_size, anchors.device) for request in self._requests])
-        self._own.add(anchors[self._of], torch.ones_like(self._of, dtype=torch.bool))
+        self._before = [_state(request, info.vocab_size, anchors.device) for request in self._requests]
+        self._own = Penalties.joined([state.penalties for state in self._before])
+        own_anchors = anchors[self._of]
+        self._own.add(own_anchors, torch.ones_like(self._of, dtype=torch.bool))
+        self._touched = [torch.cat([state.touched, own_anchors[i : i + 1]]) for i, state in enumerate(self._before)]
         # SGLang's own, which have seen no token. What a forward has is a copy (scheduler.py, _forward_isolation).
         info.acc_additive_penalties = info.acc_scaling_penalties = None
         # It is added behind penalties, as plain decoding does.
@@ -128,12 +172,20 @@ class PenalisedStep:
 
         paths: int64 [n, slots], the drafts on the way from the anchor to each row; depths [n]: how many they are.
         """
+        longest = max(len(touched) for touched in self._touched)
+        touched = torch.stack([pad(some, (0, longest - len(some))) for some in self._touched])  # by token 0
+        at_touched = self._own.at(torch.arange(len(touched), device=touched.device), touched)
         for start in range(0, rows.shape[0], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            penalties = self._own.rows(owners[part])
-            for slot in range(paths.shape[1]):
-                penalties.add(paths[part, slot], slot < depths[part])
-            logits[rows[part]] = penalties.apply(logits[rows[part]])
+            row, owner, depth = rows[part, None], owners[part], depths[part]
+            before, path = touched[owner], paths[part]
+            of_before, of_path = at_touched.rows(owner), self._own.at(owner, path)
+            for slot in range(path.shape[1]):
+                of_path.add_at(path == path[:, slot, None], slot < depth)
+            of_before.count += depth[:, None]
+            changed = of_before.apply(logits[row, before]), of_path.apply(logits[row, path])
+            # A draft may be a token of the answer, too; its own penalties know of both.
+            logits[row, before], logits[row, path] = changed
 
     def apply_to_blocks(self, logits: Tensor, blocks: Tensor) -> None:
         """To logits [requests * B, vocabulary] of chains, with logit bias. blocks: [requests, B], the anchor first."""
@@ -149,9 +201,18 @@ class PenalisedStep:
         emitted, drafts = emitted[self._of], lengths[self._of] - 1
         for slot in range(emitted.shape[1] - 1):
             self._own.add(emitted[:, slot], slot < drafts)
-        for place, request in enumerate(self._requests):
-            # A copy: a request that waits or is remembered must not keep the whole batch's.
-            request.auf_penalties = self._own.rows(torch.tensor([place]).to(lengths.device, non_blocking=True))
+        for place, (request, before, touched) in enumerate(
+            zip(self._requests, self._before, self._touched, strict=True)
+        ):
+            # Copies: a request that waits or is remembered must not keep the whole batch's.
+            by_frequency, seen, count = (
+                of_all[place : place + 1].clone()
+                for of_all in (self._own.by_frequency, self._own.seen, self._own.count)
+            )
+            request.auf_penalties = State(
+                replace(before.penalties, by_frequency=by_frequency, seen=seen, count=count),
+                torch.cat([touched, emitted[place, :-1]]),
+            )
 
 
 def begin(batch: Any) -> PenalisedStep | None:
@@ -166,17 +227,15 @@ def prefill(batch: Any) -> None:
     for index, request in enumerate(batch.reqs):
         if not asks(request.sampling_params):
             continue
-        state = Penalties.of(request, info.vocab_size, info.temperatures.device)
-        for token in request.output_ids:
-            one = torch.tensor([token]).to(state.count.device, non_blocking=True)
-            state.add(one, torch.ones_like(one, dtype=torch.bool))
+        state = State.of(request, info.vocab_size, info.temperatures.device)
+        state.add(request.output_ids)
         # SGLang's own begin anew with every prefill.
-        info.acc_additive_penalties[index] = state.additive()[0]
+        info.acc_additive_penalties[index] = state.penalties.additive()[0]
         if info.acc_scaling_penalties is not None:
-            info.acc_scaling_penalties[index] = state.scaling[0]
+            info.acc_scaling_penalties[index] = state.penalties.scaling()[0]
         request.auf_penalties = state
 
 
-def _state(request: Any, vocab_size: int, device: torch.device) -> Penalties:
-    state: Penalties | None = getattr(request, "auf_penalties", None)
-    return Penalties.of(request, vocab_size, device) if state is None else state
+def _state(request: Any, vocab_size: int, device: torch.device) -> State:
+    state: State | None = getattr(request, "auf_penalties", None)
+    return State.of(request, vocab_size, device) if state is None else state

@@ -1,13 +1,20 @@
-"""Aborting one request reaches no request whose id merely begins alike, and answers end where their room does."""
+"""Aborting one request reaches no request whose id merely begins alike, answers end where their room does, and a
+grammar that came too late is compiled again."""
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, BaseGrammarObject, InvalidGrammarObject
+from sglang.srt.constrained.grammar_manager import GrammarManager
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
 
-from sglang_auf.hooks import aborts
+from sglang_auf.hooks import aborts, registry
 from sglang_auf.hooks.aborts import abort_one, end_with_the_pool, name_by_complete_ids, room_behind_a_context
 
 IDS = ("x_1", "x_10", "x_11", "x", "0", "00")
@@ -31,7 +38,6 @@ class Queues:
     """A real scheduler's abort, over one request of each id that waits, has no grammar yet, runs and is prefilled."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from sglang.srt.constrained.grammar_manager import GrammarManager
         from sglang.srt.disaggregation.utils import DisaggregationMode
         from sglang.srt.managers import scheduler
 
@@ -135,3 +141,131 @@ def test_an_answer_ends_where_the_pool_has_no_room_for_a_step(
     assert limit(1000, 1001, None) is None, "the prompt does not fit"
     monkeypatch.setattr(aborts, "serves_auf", lambda: False)
     assert limit(1000, 100, 898) == 898
+
+
+class Compiler(BaseGrammarBackend):
+    """SGLang's backend, whose compiler waits while the machine is busy, and knows one wrong schema."""
+
+    allocate_vocab_mask = move_vocab_mask = apply_vocab_mask = None  # which answers with thoughts look up
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.compiled = threading.Event(), list[str]()
+
+    def dispatch_json(self, key_string: str) -> BaseGrammarObject:
+        self.idle.wait(60)
+        self.compiled.append(key_string)
+        return InvalidGrammarObject("wrong type") if key_string == "wrong" else BaseGrammarObject()
+
+
+class Asking:
+    """What `GrammarManager` reads of SGLang's Req, for an answer in a schema."""
+
+    def __init__(self, schema: str) -> None:
+        self.sampling_params = SimpleNamespace(json_schema=schema, custom_params=None)
+        self.origin_input_ids, self.require_reasoning = [1], False
+        self.grammar: Any = None
+        self.grammar_key: Any = None
+        self.grammar_wait_ct, self.said = 0, ""
+
+    def finished(self) -> bool:
+        return False
+
+    def set_finish_with_abort(self, message: str) -> None:
+        self.grammar, self.said = None, message
+
+
+class Grammars:
+    """A real grammar manager of one rank, and its compiler."""
+
+    def __init__(self, compiler: Compiler, backend: BaseGrammarBackend) -> None:
+        self.compiler, self.manager = compiler, object.__new__(GrammarManager)
+        vars(self.manager).update(
+            scheduler=SimpleNamespace(model_config=None),
+            grammar_queue=[],
+            grammar_backend=backend,
+            grammar_sync_size=1,
+            pp_rank=0,
+            pp_size=1,
+            SGLANG_GRAMMAR_POLL_INTERVAL=0.001,
+        )
+
+    def ask(self, *schemas: str, in_time: bool = True) -> list[Asking]:
+        """Requests that have waited for their grammars, on an idle machine or on one that is too busy for them."""
+        if in_time:
+            self.compiler.idle.set()
+        else:
+            self.compiler.idle.clear()
+        self.manager.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS = 1_000_000 if in_time else 1
+        asked = [Asking(schema) for schema in schemas]
+        for one in asked:
+            self.manager.process_req_with_grammar(one)  # type: ignore[arg-type]
+        while self.manager.has_waiting_grammars():
+            self.manager.get_ready_grammar_requests()
+        return asked
+
+
+def plain(compiler: Compiler) -> BaseGrammarBackend:
+    return compiler
+
+
+def with_thoughts(compiler: Compiler) -> BaseGrammarBackend:
+    """As where SGLang has a parser for thoughts."""
+    detector = SimpleNamespace(
+        think_end_token="</think>",
+        think_excluded_tokens=[],
+        get_think_end_token_ids=lambda _: [7],
+        get_answer_frame=lambda: None,
+    )
+    return ReasonerGrammarBackend(compiler, SimpleNamespace(detector=detector), None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[plain, with_thoughts])
+def grammars(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grammars]:
+    """With our hook, on a server of ours."""
+    (hook,) = (one for one in aborts.HOOKS if one.target.endswith(":BaseGrammarBackend.set_cache"))
+    assert hook.kind == "AROUND"
+    hooked = functools.partialmethod(_around, hook.function, BaseGrammarBackend.set_cache)
+    monkeypatch.setattr(BaseGrammarBackend, "set_cache", hooked)
+    monkeypatch.setattr(registry, "is_ours", lambda: True)
+    compiler = Compiler()
+    yield Grammars(compiler, request.param(compiler))
+    compiler.idle.set()
+
+
+def _around(backend: Any, hook: Any, original: Any, *arguments: Any) -> None:
+    hook(original, backend, *arguments)
+
+
+def test_a_grammar_that_came_too_late_is_compiled_again(grammars: Grammars) -> None:
+    (late,) = grammars.ask("schema", in_time=False)
+    assert "timed out" in late.said
+    (again,) = grammars.ask("schema")
+    assert again.said == "" and again.grammar is not None
+    assert ("json", "schema") in grammars.manager.grammar_backend.cache
+
+
+def test_other_servers_remember_it_as_sglang_does(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this fails, SGLang has mended it, and the hook can go."""
+    monkeypatch.setattr(registry, "is_ours", lambda: False)
+    grammars.ask("schema", in_time=False)
+    (again,) = grammars.ask("schema")
+    assert again.said == f"Failed to compile json grammar: {aborts.TIMED_OUT}"
+
+
+def test_a_late_grammar_takes_the_place_of_no_compiled_one(grammars: Grammars) -> None:
+    grammars.ask("schema")
+    kept = dict(grammars.manager.grammar_backend.cache)
+    aborts.remember_unless_late(
+        BaseGrammarBackend.set_cache,
+        grammars.manager.grammar_backend,
+        ("json", "schema"),
+        InvalidGrammarObject(aborts.TIMED_OUT),
+    )
+    assert grammars.manager.grammar_backend.cache == kept
+
+
+def test_a_wrong_grammar_is_remembered_as_wrong(grammars: Grammars) -> None:
+    said = [one.said for one in (*grammars.ask("wrong"), *grammars.ask("wrong"))]
+    assert said == ["Failed to compile json grammar: wrong type"] * 2
+    assert grammars.compiler.compiled == ["wrong"]

@@ -10,9 +10,10 @@ import torch
 from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_auf.speculative import penalties
-from sglang_auf.speculative.penalties import Penalties, asks, begin, prefill
+from sglang_auf.speculative.penalties import State, asks, begin, prefill
 from sglang_auf.speculative.tree import ANCHOR, Forest, Node
 from tests.support.syncs import no_syncs
 
@@ -77,12 +78,12 @@ class _Batch:
         self.reqs, self.device = reqs, "cpu"
 
 
-def batch_of(requests: list[Request], anchors: list[int]) -> Any:
+def batch_of(requests: list[Request], anchors: list[int], vocabulary: int = VOCABULARY) -> Any:
     info = SimpleNamespace(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         temperatures=torch.ones(len(requests), 1),
-        acc_additive_penalties=torch.zeros(len(requests), VOCABULARY),
-        acc_scaling_penalties=torch.ones(len(requests), VOCABULARY),
+        acc_additive_penalties=torch.zeros(len(requests), vocabulary),
+        acc_scaling_penalties=torch.ones(len(requests), vocabulary),
         logit_bias=None,
     )
     return SimpleNamespace(
@@ -103,7 +104,7 @@ def test_who_asks() -> None:
 @pytest.mark.parametrize("params", ASKED)
 def test_tokens_one_by_one(params: dict[str, Any]) -> None:
     request = Request(**params)
-    state, tokens = Penalties.of(request, VOCABULARY, torch.device("cpu")), [7, 7, 3, 7, 11, 3]
+    state, tokens = State.of(request, VOCABULARY, torch.device("cpu")).penalties, [7, 7, 3, 7, 11, 3]
     for place in range(len(tokens) + 1):
         logits = normal(VOCABULARY, seed=place)
         expected = Reference(request).after(tokens[:place], logits)
@@ -162,6 +163,61 @@ def test_trees_over_several_steps_beside_requests_that_ask_for_nothing(
         penalised.keep(torch.tensor(emitted), torch.tensor(lengths))
         for request, tokens, length in zip(requests, emitted, lengths, strict=True):
             request.output_ids += tokens[:length]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chains_of_requests_that_come_and_go(seed: int) -> None:
+    """Answers of a batch have different lengths, and a request keeps its own tokens whatever its place."""
+    generator, block = torch.Generator().manual_seed(seed), 5
+
+    def some(*shape: int, end: int = VOCABULARY) -> Any:
+        return torch.randint(end, shape, generator=generator).tolist()
+
+    requests = [Request(**params) for params in (NONE, *ASKED, *ASKED)]
+    for request, length in zip(requests, some(len(requests), end=9), strict=True):
+        request.output_ids = some(length)
+        prefill(batch_of([request], [0]))
+        request.output_ids += some(1)  # what the prefill drew
+    for step in range(8):
+        of_step = [requests[i] for i in torch.randperm(len(requests), generator=generator)[: 3 + step]]
+        blocks = torch.tensor([[request.output_ids[-1], *some(block - 1)] for request in of_step])
+        penalised = begin(batch_of(of_step, blocks[:, 0].tolist()))
+        assert penalised is not None
+        logits = normal(len(of_step) * block, VOCABULARY, seed=10 * seed + step)
+        expected = logits.clone()
+        for row in range(len(logits)):
+            request, drafts = of_step[row // block], blocks[row // block, 1 : 1 + row % block].tolist()
+            expected[row] = Reference(request).after(request.output_ids + drafts, logits[row])
+        penalised.apply_to_blocks(logits, blocks)
+        assert torch.equal(logits, expected)
+        emitted, lengths = some(len(of_step), block), [1 + length for length in some(len(of_step), end=block)]
+        penalised.keep(torch.tensor(emitted), torch.tensor(lengths))
+        for request, tokens, length in zip(of_step, emitted, lengths, strict=True):
+            request.output_ids += tokens[:length]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and not any(result is given for given in args):
+            self.made = max(self.made, result.numel())
+        return result
+
+
+def test_rows_take_no_pass_over_the_vocabulary() -> None:
+    """Such passes took several times as long as the rest of a step."""
+    vocabulary, requests = 50_000, [Request(**ASKED[-1]) for _ in range(2)]
+    penalised = begin(batch_of(requests, [4, 5], vocabulary))
+    assert penalised is not None
+    logits, blocks = torch.ones(2 * 4, vocabulary), torch.tensor([[4, 8, 8, 1], [5, 1, 1, 1]])
+    with Largest() as largest:
+        penalised.apply_to_blocks(logits, blocks)
+    assert 0 < largest.made < 1000
+    assert (logits != 1).any(dim=1).all()
 
 
 def test_chains_have_penalties_before_their_logit_bias() -> None:

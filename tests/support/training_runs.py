@@ -145,7 +145,7 @@ def train_in_fork(
 
 
 def command_in_fork(arguments: list[str], out: str) -> None:
-    """`sglang-auf ARGUMENTS`, as one rank. stderr goes to OUT.stderr-RANK.
+    """`sglang-auf ARGUMENTS`, as one rank. stdout and stderr go to OUT.stdout-RANK and OUT.stderr-RANK.
 
     OUT.returned-RANK has the exit code where the command returns, so that Python would end the process.
     OUT.destroyed-RANK is made where the process group is destroyed.
@@ -159,7 +159,12 @@ def command_in_fork(arguments: list[str], out: str) -> None:
         destroy(*groups)
 
     torch.distributed.destroy_process_group = noted
-    with Path(f"{out}.stderr-{rank}").open("w") as stderr, contextlib.redirect_stderr(stderr):
+    with (
+        Path(f"{out}.stdout-{rank}").open("w") as stdout,
+        Path(f"{out}.stderr-{rank}").open("w") as stderr,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         code = main(arguments)
     Path(f"{out}.returned-{rank}").write_text(str(code))
 

@@ -381,6 +381,8 @@ def test_a_rank_with_an_error_ends_at_once_and_waits_for_no_other(
     assert sorted(path.name for path in tmp_path.glob("run.*ed-*")) == [
         *("run.destroyed-0", "run.destroyed-1", "run.returned-0", "run.returned-1")
     ]
+    said = [Path(f"{out}.stdout-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].startswith(f"{out}: {STEPS} steps") and said[1] == "", "the first rank alone says how the run ended"
 
 
 # --- what a run leaves ---
