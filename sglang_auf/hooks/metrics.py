@@ -48,8 +48,8 @@ REPORTED = "auf_reported"
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
 COUNTERS = {
     "auf_requests_total": "Finished requests with at least one verify step.",
-    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one), or that "
-    "asked for no drafts.",
+    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one) "
+    "or that asked for no drafts.",
     "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
     "auf_emitted_tokens_total": "Tokens of answers that came from verify steps, not from a prefill.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
