@@ -38,6 +38,14 @@ INTEGERS = {
     "stream_interval": (1, 2**31 - 1),
     "sampling_seed": (-(2**63), 2**63 - 1),
 }
+IN_OPENAI = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "top_logprobs_num": "top_logprobs",
+}
+"""What clients of OpenAI's routes know as something else."""
+
 FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
@@ -138,7 +146,7 @@ def _check_logprobs(request: Any, length: int, vocabulary: int) -> None:
     for name, lowest, highest in (("top_logprobs_num", 0, most), ("logprob_start_len", -1, length)):
         value = getattr(request, name, None)
         if value is not None and not _in_range(value, lowest, highest):
-            raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], got {value!r}.")
+            raise ValueError(_out_of_range(name, lowest, highest, value))
     ids = _listed("token_ids_logprob", getattr(request, "token_ids_logprob", None))
     if len(ids) > MOST_LOGPROBS:
         raise ValueError(f"token_ids_logprob must have at most {MOST_LOGPROBS} ids, got {len(ids)}.")
@@ -169,7 +177,12 @@ def _check_stop_regex(given: Any) -> None:
 def _integer(name: str, value: Any) -> None:
     lowest, highest = INTEGERS[name]
     if value is not None and not _in_range(value, lowest, highest):
-        raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], got {value!r}.")
+        raise ValueError(_out_of_range(name, lowest, highest, value))
+
+
+def _out_of_range(name: str, lowest: int, highest: int, value: Any) -> str:
+    known = f"{name} ({IN_OPENAI[name]} on OpenAI's routes)" if name in IN_OPENAI else name
+    return f"{known} must be an integer in [{lowest}, {highest}], got {value!r}."
 
 
 def _ids(name: str, ids: Iterable[Any], vocabulary: int) -> None:

@@ -103,6 +103,11 @@ def test_any_values_are_refused_or_fit(settings: dict[str, Any]) -> None:
         assert settings.get(name) is None or (isinstance(settings[name], int) and low <= settings[name] <= high)
 
 
+def test_a_number_is_named_as_the_client_may_know_it() -> None:
+    with pytest.raises(ValueError, match=r"max_new_tokens \(max_tokens on OpenAI's routes\) must be an integer in"):
+        check([1], {"max_new_tokens": -1})
+
+
 @pytest.mark.parametrize("settings", [{"n": 10**9}, [{"n": 1}, {"n": 0}], {"n": "2"}])
 def test_a_request_is_not_copied_too_often(settings: Any) -> None:
     with pytest.raises(ValueError, match="n must be an integer in"):
