@@ -24,7 +24,7 @@ from benchmarks.harness.sources.recordings import check_replay
 from benchmarks.harness.tasks import Selection, resolve, select
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
-from sglang_auf.training.text.chats import Message
+from sglang_auf.training.text.messages import Message
 
 logger = logging.getLogger(__name__)
 

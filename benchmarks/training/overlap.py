@@ -27,7 +27,8 @@ from benchmarks.harness.tasks import resolve, select
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from sglang_auf.errors import DataError
-from sglang_auf.training.text.chats import chat_of, texts
+from sglang_auf.training.text.chats import chat_of
+from sglang_auf.training.text.messages import texts
 from sglang_auf.training.text.rows import BadRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from benchmarks.harness.sources.recordings import ids_of, recording_of
 from benchmarks.harness.tasks import TASKS, PromptFile, Selection, Task, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.text.chats import Chat, Message, question_of, text_of
+from sglang_auf.training.text.chats import Chat, question_of, text_of
+from sglang_auf.training.text.messages import Message
 from sglang_auf.training.text.rows import BadRow, ChatRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sglang_auf.training.text.chats import Message, texts
+from sglang_auf.training.text.messages import Message, texts
 from sglang_auf.training.text.rows import is_unicode
 
 NO_GROUP = ""

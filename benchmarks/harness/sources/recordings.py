@@ -20,20 +20,18 @@ from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import HUB_ID, is_held
 from sglang_auf.recording.manifest import is_readable_recording, read_manifest, require_target
 from sglang_auf.recording.ring import LOCK
-from sglang_auf.training.text.chats import FORMS, SYSTEM
+from sglang_auf.training.text.chats import CONVERSATION, SYSTEM
 from sglang_auf.training.text.rows import BadRow
 
 logger = logging.getLogger(__name__)
 
-CONVERSATION = {"instruction", *(name for form in FORMS for name in form)}
-"""Fields whose conversation is asked, also where a row has token ids beside it."""
 TEMPLATE = ("tools", "chat_template_kwargs", *SYSTEM)
 
 
 def ids_of(fields: Mapping[str, Any]) -> TokenIds | None:
     """The `prompt_ids` of a row that has no conversation; None for any other row. Raises BadRow."""
     given = {name.lower(): value for name, value in fields.items() if value not in (None, "", [], {})}
-    if "prompt_ids" not in given or given.keys() & CONVERSATION:
+    if "prompt_ids" not in given or given.keys() & set(CONVERSATION):
         return None
     for name in TEMPLATE:
         if name in given:
