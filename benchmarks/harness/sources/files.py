@@ -93,7 +93,8 @@ def _read(path: Path, raw: bool, thinking: str, group_by: str | None) -> _Rows:
     for row in read_rows(path, digest):
         try:
             prompt = _prompt(_name(path), row, raw, thinking)
-            prompts[row.place] = replace(prompt, group=group_of(row.fields, group_by) if group_by else None)
+            group = group_of(row.fields, group_by) if group_by else None
+            prompts[row.place] = replace(prompt, group=group, place=row.place)
         except BadRow as fault:
             faults.append((str(fault), row.place))
     groups = [f"{named(places)}: {reason}" for reason, places in grouped(faults).items()]

@@ -30,6 +30,7 @@ class Prompt:
 
     request: fields of a chat request beside its messages. raw: the only turn is a text, or token ids, that the model
     continues without a chat template. group: under which tau is reported beside that of the task; None: under none.
+    place: where a row of a user's own file was read ("mine.jsonl:3").
     """
 
     task: str
@@ -38,6 +39,7 @@ class Prompt:
     request: Mapping[str, Any] = field(default_factory=dict, hash=False)
     raw: bool = False
     group: str | None = None
+    place: str = field(default="", compare=False)
 
     @property
     def continued(self) -> str | TokenIds | None:
