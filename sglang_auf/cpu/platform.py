@@ -73,6 +73,15 @@ def validate_domino_runtime(original: Callable[..., None], *, device: torch.devi
     original(device=torch.device("cuda") if device.type == "cpu" else device, **facts)
 
 
+def scale_logits(logits: torch.Tensor, scaling_penalties: torch.Tensor) -> None:
+    """Repetition penalties on logits, in place. Both [requests, vocabulary].
+
+    SGLang's is compiled when the first request asks for one (sampling/penaltylib/repetition_penalty.py). That would
+    take a minute of all clients, and end the engine on a machine without a C++ compiler.
+    """
+    logits.copy_(torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties))
+
+
 def refuse_new_weights(*_: Any, **__: Any) -> tuple[bool, str]:
     """In place of the functions of SGLang's WeightUpdater: products keep weights in an order of their own."""
     return False, "the CPU platform reorders weights when it loads them: start a server with the new ones"
@@ -237,5 +246,6 @@ HOOKS = (
     Hook.on(seams.ASSIGN_TO_POOL, "REPLACE", assign_req_to_token_pool),
     Hook.on(seams.VALIDATE_DOMINO, "AROUND", validate_domino_runtime),
     Hook.on(seams.START_METHOD, "AFTER", fork_children),
+    *(Hook.on(seam, "REPLACE", scale_logits) for seam in seams.SCALE_LOGITS),
     *(Hook.on(seam, "REPLACE", refuse_new_weights) for seam in seams.NEW_WEIGHTS),
 )

@@ -38,6 +38,12 @@ VALIDATE_DOMINO = Seam(
 )
 START_METHOD = Seam(f"{_SRT}.entrypoints.engine:_set_envs_and_config", "process", ("server_args",))
 
+# The function where it is defined, and where it is imported by name.
+SCALE_LOGITS = tuple(
+    Seam(f"{_SRT}.sampling.{module}:apply_scaling_penalties", "cpu.platform", ("logits", "scaling_penalties"))
+    for module in ("penaltylib.repetition_penalty", "sampling_batch_info")
+)
+
 NEW_WEIGHTS = tuple(
     Seam(
         f"{_SRT}.model_executor.model_runner_components.weight_updater:WeightUpdater.{name}",
@@ -56,6 +62,7 @@ SEAMS = (
     ASSIGN_TO_POOL,
     VALIDATE_DOMINO,
     START_METHOD,
+    *SCALE_LOGITS,
     *NEW_WEIGHTS,
     Seam(f"{_SRT}.platforms.cpu:CpuDeviceMixin.get_device", "cpu.platform", ("self", "device_id")),
     Seam(f"{_SRT}.platforms.device_mixin:PlatformEnum.OOT", "cpu.platform"),

@@ -112,15 +112,16 @@ def validate_dflash_request(result: str | None, req: Any, enable_overlap: bool) 
     return reason
 
 
-def openai_complaint(request: Any, served_names: set[str]) -> tuple[int, str, str] | None:
+def openai_complaint(request: Any, served_name: str, target: str) -> tuple[int, str, str] | None:
     """(status, type, message) for a request that is an error in OpenAI's API but that SGLang would answer, or None.
 
-    request: a chat or completion request model. SGLang answers under any model name, and answers a chat with a limit of
-    0 tokens with an empty message.
+    request: a chat or completion request model. target: the server's --model-path, by which the model may be called
+    too. SGLang answers under any model name, and answers a chat with a limit of 0 tokens with an empty message.
     """
     model = getattr(request, "model", None)
-    if model is not None and model not in served_names:
-        return 404, "NotFoundError", f"model {model!r} does not exist; this server has {sorted(served_names)}"
+    # "default" is what SGLang's request models hold when the client names no model.
+    if model not in (None, "default", served_name, target):
+        return 404, "NotFoundError", f"model {model!r} does not exist; this server has {served_name!r}"
     if hasattr(request, "messages"):
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(request, name, None) == 0:
@@ -133,8 +134,7 @@ def handle_openai_request(original: Any, serving: Any, request: Any, raw_request
     if not serves_auf():
         return original(serving, request, raw_request)
     manager = serving.tokenizer_manager
-    # "default" is what SGLang's request models hold when the client names no model.
-    complaint = openai_complaint(request, {manager.served_model_name, manager.model_path, "default"})
+    complaint = openai_complaint(request, manager.served_model_name, manager.model_path)
     if complaint is None:
         return original(serving, request, raw_request)
     return _answer(serving, *complaint)

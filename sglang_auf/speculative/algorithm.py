@@ -282,6 +282,7 @@ def _refusals(a: Any) -> list[tuple[bool, str]]:
             a.grammar_backend == "outlines",
             "--grammar-backend outlines: verification tries drafts in a grammar and takes them back, which it cannot",
         ),
+        (bool(a.is_embedding), "--is-embedding: an embedding has no tokens to draft; serve it without speculation"),
         (bool(a.enable_mis), "--enable-mis: SGLang scores several items at once without speculation only"),
         # SGLang has turned --enable-dp-attention into --attn-dp-size by now (arg_groups/parallel_hook.py).
         (a.attn_dp_size > 1, f"--attn-dp-size {a.attn_dp_size} (--enable-dp-attention): not tried with AUF"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
 from sglang_auf.cpu import platform
-from sglang_auf.cpu.platform import AufCpuPlatform, assign_req_to_token_pool, verify_cache_slots
+from sglang_auf.cpu.platform import AufCpuPlatform, assign_req_to_token_pool, scale_logits, verify_cache_slots
 from sglang_auf.errors import ConfigError
 
 WIDTH = 24
@@ -116,6 +117,19 @@ def test_a_domino_head_is_checked_as_on_cuda_and_only_the_device_is_let_through(
     assert asked == [{"device": torch.device("cuda"), "tp_size": 1, "hidden_size": 8}]
     with pytest.raises(ValueError, match="device"):
         platform.validate_domino_runtime(original, device=torch.device("xpu"))
+
+
+def test_repetition_penalties_are_sglangs_without_being_compiled() -> None:
+    from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator)
+    scaling = torch.where(torch.rand(3, 50, generator=generator) < 0.5, 1.3, 1.0)
+    theirs, ours = logits.clone(), logits.clone()
+    inspect.unwrap(apply_scaling_penalties)(theirs, scaling)
+    scale_logits(ours, scaling)
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, logits)
 
 
 # --- the platform ---
