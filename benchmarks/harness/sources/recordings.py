@@ -85,8 +85,8 @@ def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Se
 def without_unknown_ids(server: ServerFacts, selections: Sequence[Selection]) -> list[Selection]:
     """The selections without prompts of ids outside the vocabulary, where the target's files are on this machine.
 
-    Such rows are logged, and become broken rows of their file for all who hold it. Raises DataError where a file has no
-    other prompts.
+    Such rows are logged, and become broken rows of their file for all who hold it. Raises DataError where nothing
+    else is asked of a file.
     """
     replayed = any(chosen.token_ids for chosen in selections)
     target = target_files(server) if replayed else None
@@ -106,7 +106,7 @@ def _known(chosen: Selection, facts: TargetFacts) -> Selection:
     if not kept:
         prompt, token = next(iter(unknown.items()))
         raise DataError(
-            f"token id {token} in {prompt.place}, and ids outside the vocabulary in every row of {chosen.origin}",
+            f"token id {token} in {prompt.place}, and such ids in all that is asked of {chosen.origin}",
             expected,
             "ask a server of the target that the ids are of",
         )

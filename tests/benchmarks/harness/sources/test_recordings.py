@@ -178,7 +178,7 @@ def test_a_file_with_ids_outside_the_vocabulary_alone_is_refused(
     write_rows(tmp_path / "mine.jsonl", [{"prompt_ids": [264]}, {"prompt_ids": [1, 999]}])
     assert run(fake(target=str(target)).url, tmp_path / "mine.jsonl", tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert "in every row of mine.jsonl; expected: ids below 264" in said
+    assert "such ids in all that is asked of mine.jsonl; expected: ids below 264" in said
     assert "mine.jsonl:" in said and "ask a server of the target that the ids are of" in said
 
 
