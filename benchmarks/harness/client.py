@@ -38,7 +38,7 @@ from sglang_auf.training.generation.client import (
     template_fields,
     token_ids,
 )
-from sglang_auf.training.text.chats import Message
+from sglang_auf.training.text.messages import Message
 
 
 class ReplyError(Exception):

@@ -20,11 +20,11 @@ from benchmarks.harness.server_info import asked_facts, flush_cache, run_warning
 from benchmarks.harness.sources.arrivals import due_times, until
 from benchmarks.harness.sources.files import select_from_files
 from benchmarks.harness.sources.prompt import Prompt, TokenIds, messages_of
-from benchmarks.harness.sources.recordings import check_replay
+from benchmarks.harness.sources.recordings import check_replay, without_unknown_ids
 from benchmarks.harness.tasks import Selection, resolve, select
 from sglang_auf import ALGORITHM
 from sglang_auf.errors import ConfigError, ServerError
-from sglang_auf.training.text.chats import Message
+from sglang_auf.training.text.messages import Message
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,15 @@ def ask(
 
 @dataclass(slots=True)
 class BenchmarkRun:
-    """A run that can be asked. records: what is known so far, by key; a failure stays until it is asked again."""
+    """A run that can be asked. records: what is known so far, by key; a failure stays until it is asked again.
+
+    left_out: prompts that this server cannot be asked.
+    """
 
     config: RunConfig
     manifest: RunManifest
     records: dict[Key, Record]
+    left_out: frozenset[Prompt] = frozenset()
 
     @classmethod
     def begin(cls, config: RunConfig, selections: list[Selection], resume: bool = False) -> BenchmarkRun:
@@ -109,8 +113,10 @@ class BenchmarkRun:
                 f"{ALGORITHM}, whose streams say which tokens were drafted",
                 "leave --record-steps out",
             )
-        manifest, path = RunManifest.of(config, server, selections), config.out / MANIFEST
-        manifest.warnings = run_warnings(config, server, manifest.rendered) + check_replay(config, server, selections)
+        unchecked = check_replay(config, server, selections)
+        asked = without_unknown_ids(server, selections)
+        manifest, path = RunManifest.of(config, server, asked), config.out / MANIFEST
+        manifest.warnings = run_warnings(config, server, manifest.rendered) + unchecked
         for warning in manifest.warnings:
             logger.warning("%s", warning)
         records: dict[Key, Record] = {}
@@ -122,7 +128,8 @@ class BenchmarkRun:
             manifest.sessions = before.sessions
             if (config.out / RECORDS).exists():
                 records = {record.key: record for record in latest(read_records(config.out / RECORDS))}
-        return cls(config, manifest, records)
+        whole, rest = ({prompt for chosen in some for prompt in chosen.prompts} for some in (selections, asked))
+        return cls(config, manifest, records, frozenset(whole - rest))
 
     def prepare(self) -> None:
         """Warm up, then make the directory ready for records. A server that is refused leaves nothing behind."""
@@ -151,7 +158,7 @@ class BenchmarkRun:
 
     def _due(self, prompt: Prompt, turn: int) -> bool:
         record = self.records.get((prompt.task, prompt.id, turn))
-        return record is None or record.failed
+        return prompt not in self.left_out and (record is None or record.failed)
 
     async def _warm_up(self) -> None:
         """Send requests with other prompts, which are not recorded, and check whether the server speculates."""

@@ -42,7 +42,7 @@ class ReportConfig(CommandConfig):
     """One page of benchmark runs and training runs: tau, alpha_k, accepted lengths, speed-up, training, provenance."""
 
     runs: tuple[Path, ...] = Field(
-        min_length=1, description="directories of `run` or `sweep`, or of `sglang-auf train`"
+        min_length=1, description="directories of `run`, `sweep` or `compare`, or of `sglang-auf train`"
     )
     paper: bool = Field(False, description="set the figures of arXiv 2607.01893 beside these")
     title: str = Field("Acceptance of a block drafter", description="the page's title")
@@ -87,11 +87,15 @@ def report_runs(config: ReportConfig) -> PageReport:
 
 
 def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str, list[dict[str, Any]]]]:
-    """Benchmark runs, and the metrics of training runs by name. A directory of a sweep gives a run for each level."""
+    """Benchmark runs, and the metrics of training runs by name.
+
+    A directory of a sweep gives a run for each level, one of a comparison a run for each of its two servers.
+    """
     measured: list[MeasuredRun] = []
     trained: dict[str, list[dict[str, Any]]] = {}
     for directory, name in zip(directories, _names(directories), strict=True):
         levels = sorted(path.parent for path in directory.glob(f"*-c*/{MANIFEST}"))
+        levels += [directory / server for server in ("auf", "plain") if (directory / server / MANIFEST).is_file()]
         if (directory / METRICS).is_file():  # before run.json, which a training run has too
             lines = (directory / METRICS).read_text(encoding="utf-8").splitlines()
             trained[name] = [json.loads(line) for line in lines]
@@ -100,9 +104,10 @@ def load_runs(directories: Sequence[Path]) -> tuple[list[MeasuredRun], dict[str,
         elif levels:
             measured += [_measured(level, f"{name}/{level.name}") for level in levels]
         else:
+            found = f"{directory}, with neither {MANIFEST} nor {METRICS} nor levels of a sweep nor runs of a comparison"
             raise DataError(
-                f"{directory}, with neither {MANIFEST} nor {METRICS} nor levels of a sweep",
-                "directories of `python -m benchmarks run` or `sweep`, or of `sglang-auf train`",
+                found if directory.is_dir() else f"no directory {directory}",
+                "directories of `python -m benchmarks run`, `sweep` or `compare`, or of `sglang-auf train`",
             )
     return measured, trained
 

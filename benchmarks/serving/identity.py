@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from benchmarks.harness.config import AskedTasks, Names, RunConfig, StartedServersConfig
+from benchmarks.harness.manifest import RunManifest
 from benchmarks.harness.records import Key, Record, latest, read_records
 from benchmarks.harness.results import ROOT, Cell, Measured, Report, StrictModel
-from benchmarks.harness.run import RECORDS, ask, chosen_prompts, discard
+from benchmarks.harness.run import MANIFEST, RECORDS, ask, chosen_prompts, discard
 from benchmarks.harness.servers import serve
 from benchmarks.harness.sources.prompt import Prompt
-from benchmarks.harness.tasks import Selection, broken_rows, first_turns, in_turn, keep
+from benchmarks.harness.tasks import Selection, first_turns, in_turn, keep
 from benchmarks.reports.markdown import kept_text, markdown_document, markdown_table, prompts_cell
 from benchmarks.reports.numbers import number
 from benchmarks.reports.text import broken_rows_text
@@ -242,7 +243,9 @@ def measure_identity(config: IdentityConfig) -> IdentityReport:
         _compared(cell, result, None if cell is (against := planned[cell.variant.reference]) else against.records())
         for cell, result in zip(planned.values(), measured, strict=True)
     ]
-    return IdentityReport(config=config, rows=rows, broken_rows=broken_rows(selections))
+    # As the runs have them: some rows are known to be broken once a server is up, which finished cells need no more.
+    broken = [row for cell in planned.values() for row in RunManifest.read(cell.place / MANIFEST).broken_rows]
+    return IdentityReport(config=config, rows=rows, broken_rows=list(dict.fromkeys(broken)))
 
 
 def chosen_variants(names: Sequence[str] | None) -> list[ServerVariant]:

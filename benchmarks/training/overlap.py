@@ -4,6 +4,9 @@ A run is `words` successive words of a prompt, in lower case and without punctua
 share of its runs that one training prompt has too. Runs that more than a tenth of a task's prompts share are the task's
 wording and do not count. A prompt without other runs counts only if it is identical to a training prompt.
 
+Rows of token ids alone, as recordings have, are read with the target's tokenizer. Their words are those of the whole
+rendered prompt, so that a benchmark prompt without a run of words is not found in them.
+
 Of a prompt of several turns, each turn of `words` words or more is looked at as well as all turns together, and the
 largest overlap counts.
 """
@@ -14,7 +17,7 @@ import hashlib
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,13 +25,16 @@ from pydantic import Field
 
 from benchmarks.harness.config import CommandConfig, Names
 from benchmarks.harness.results import Measured, Report, StrictModel
-from benchmarks.harness.sources.prompt import Prompt
+from benchmarks.harness.sources.prompt import Prompt, TokenIds
+from benchmarks.harness.sources.recordings import ids_of
 from benchmarks.harness.tasks import resolve, select
 from benchmarks.reports.markdown import markdown_document, markdown_table
 from benchmarks.reports.numbers import number
 from sglang_auf.errors import DataError
-from sglang_auf.training.text.chats import chat_of, texts
-from sglang_auf.training.text.rows import BadRow, grouped, named, read_rows
+from sglang_auf.recording.manifest import require_target
+from sglang_auf.training.text.chats import chat_of
+from sglang_auf.training.text.messages import texts
+from sglang_auf.training.text.rows import BadRow, ChatRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +42,17 @@ Words = tuple[str, ...]
 
 WORD = re.compile(r"\w+")
 OF_THE_TASK = 0.1
+NO_TOKENIZER = "token ids alone, whose words the target's tokenizer says"
 
 
 class OverlapConfig(CommandConfig):
     """Benchmark prompts that the prompts of training data repeat, or nearly do."""
 
     training: tuple[str, ...] = Field(min_length=1, description="file, folder or hub data set; may be repeated")
+    target: str | None = Field(
+        None,
+        description="directory, hub id or prepared name; its tokenizer reads rows of token ids (recordings)",
+    )
     tasks: Names = Field(("paper",), description="comma-separated tasks or groups (paper, sample)")
     limit: int | None = Field(None, ge=1, description="at most this many prompts of each task")
     data_dir: Path | None = Field(None, description="read <task>.jsonl from here instead of the hub")
@@ -103,8 +114,9 @@ class OverlapReport(Measured, Report):
 
 
 def measure_overlap(config: OverlapConfig) -> OverlapReport:
-    """Raises DataError for training data without a user's words."""
-    training = training_prompts(config.training)
+    """Raises DataError for training data without a user's words, TargetError for a target that is not here."""
+    text_of = None if config.target is None else _decoder(config.target, config.training)
+    training = training_prompts(config.training, text_of)
     holders = holders_of_runs(training, config.words)
     return OverlapReport(
         config=config,
@@ -116,27 +128,58 @@ def measure_overlap(config: OverlapConfig) -> OverlapReport:
     )
 
 
-def training_prompts(sources: Sequence[str]) -> dict[Words, str]:
-    """Words of all the user's turns in a row, and of each of them -> name of the row. Faulty rows are logged."""
+def training_prompts(sources: Sequence[str], text_of: Callable[[TokenIds], str] | None = None) -> dict[Words, str]:
+    """Words of all the user's turns in a row, and of each of them -> name of the row. Faulty rows are logged.
+
+    text_of: of a prompt of token ids.
+    """
     found: dict[Words, str] = {}
     faults: list[tuple[str, str]] = []
     for row in read_rows(list(sources), hashlib.sha256()):
         try:
-            if row.fault is not None:
-                raise BadRow(row.fault)
-            users = [message for message in chat_of(row.fields).messages if message["role"] == "user"]
-            turns = [" ".join(texts(message)) for message in users]
+            turns = _turns(row, text_of)
         except BadRow as fault:
             faults.append((str(fault), row.name))
         else:
             for said in (" ".join(turns), *turns):
                 found.setdefault(_words(said), row.name)  # so that what a row says stands together
-    for reason, rows in grouped(faults).items():
+    left_out = grouped(faults)
+    for reason, rows in left_out.items():
         logger.warning("%d rows left out, %s: %s", len(rows), reason, named(rows))
     found.pop((), None)
     if not found:
-        raise DataError(f"no user's words in {', '.join(sources)}", "rows of conversations")
+        reasons = "; ".join(f"{reason}: {named(rows)}" for reason, rows in left_out.items())
+        raise DataError(
+            f"no user's words in {', '.join(sources)} ({reasons or 'no rows'})",
+            "rows of conversations, or of token ids and their target",
+            "name the target of the token ids with --target" if NO_TOKENIZER in left_out else "",
+        )
     return found
+
+
+def _turns(row: ChatRow, text_of: Callable[[TokenIds], str] | None) -> list[str]:
+    """What a user says in a row, turn by turn. Raises BadRow."""
+    if row.fault is not None:
+        raise BadRow(row.fault)
+    ids = ids_of(row.fields)
+    if ids is None:
+        users = [message for message in chat_of(row.fields).messages if message["role"] == "user"]
+        return [" ".join(texts(message)) for message in users]
+    if text_of is None:
+        raise BadRow(NO_TOKENIZER)
+    return [text_of(ids)]
+
+
+def _decoder(target: str, sources: Sequence[str]) -> Callable[[TokenIds], str]:
+    """Raises TargetError, and DataError for a recording of another target."""
+    from transformers import AutoTokenizer
+
+    from sglang_auf.training.data.features import find_target
+
+    place = find_target(target)
+    require_target(sources, place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def holders_of_runs(training: Mapping[Words, str], length: int) -> dict[Words, list[str]]:

@@ -49,6 +49,8 @@ def export_checkpoint(
     """
     checkpoint = _checkpoint_of(run)
     state = read_state(checkpoint)
+    if fault := _unfinished(run, state):
+        logger.warning("%s: %s", run, fault)
     recipe = parse_recipe(state.recipe, f"of {checkpoint}")
     revision = None if target else recipe.target_revision
     place = find_model(resolve_target(target or recipe.target), ("*.json", "*.jinja"), TargetError, revision)
@@ -146,6 +148,8 @@ def export_drafter(
 def _checkpoint_of(run: Path) -> Path:
     if (run / STATE).is_file():
         return run
+    if not run.is_dir():
+        raise CardError(f"no directory {run}", "the directory of a training run, or of one of its checkpoints")
     found = run / BEST if (run / BEST).is_dir() else Checkpoints(run, keep_last=1).latest()
     if found is None:
         raise CardError(
@@ -153,6 +157,18 @@ def _checkpoint_of(run: Path) -> Path:
             "the directory of a training run, or of one of its checkpoints",
         )
     return found.resolve()
+
+
+def _unfinished(run: Path, exported: RunState) -> str:
+    """What to warn of where a run has not done all its steps; "" for a finished one, and for a single checkpoint."""
+    steps = read_json(run / RUN, CardError).get("steps") if (run / RUN).is_file() else None
+    latest = Checkpoints(run, keep_last=1).latest()
+    done = None if latest is None else read_state(latest).step
+    if steps is None or done is None or done >= steps:
+        return ""
+    tau = (exported.evaluation or {}).get("tau")
+    which = "the latest checkpoint, which was not evaluated" if tau is None else f"the one with held-out tau {tau:.4f}"
+    return f"not finished, step {done} of {steps} is saved; exported is {which}, of step {exported.step}"
 
 
 def _tau(state: RunState, recipe: Recipe) -> MeasuredTau | None:

@@ -65,11 +65,11 @@ class MetricLogger:
         }
         self._losses, self._seconds, self._tokens, self._marked = [], [], 0, now
         self._write("train", step, row, {"objective": objective})
-        self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=_clock(left), refresh=False)
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", left=shown_duration(left), refresh=False)
         self._log(
             "step %d/%d  %s  loss %.4f  r_active %.3f  alpha_1 %.3f  lr %.2e  %d tokens/s  %.1f GiB  %s left",
             step, self._steps, objective, row["loss"], row.get("r_active") or 0, row.get("alpha_1") or 0, row["lr"],
-            row["tokens_per_second"], row["peak_memory_gib"], _clock(left),
+            row["tokens_per_second"], row["peak_memory_gib"], shown_duration(left),
         )  # fmt: skip
 
     def log_evaluation(self, step: int, values: Mapping[str, float | None], best: bool) -> None:
@@ -132,6 +132,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def _clock(seconds: float) -> str:
-    minutes, hours = round(seconds / 60) % 60, round(seconds / 60) // 60
-    return f"{hours}:{minutes:02d}"
+def shown_duration(seconds: float) -> str:
+    """As a line that is read by people has it: "40 s", "8 min", "2 h 05 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"

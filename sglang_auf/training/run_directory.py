@@ -42,8 +42,9 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
     """Hold `directory` for one trainer. fresh: an earlier run in it is removed first.
 
     Raises TrainingError where another process trains in it, where it cannot be written, or where it holds anything but
-    a run.
+    a run. A directory that this start made is removed again where it leaves nothing in it, as when its data is refused.
     """
+    made = not directory.exists()
     with ExitStack() as held:
         try:
             held.enter_context(locked(directory / LOCK))
@@ -66,7 +67,11 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
                 "a new directory, or that of the run to resume",
                 "give another --out",
             )
-        yield directory
+        try:
+            yield directory
+        finally:
+            if made and directory.is_dir() and [entry.name for entry in directory.iterdir()] == [LOCK]:
+                shutil.rmtree(directory)
 
 
 def check_sources(directory: Path, sources: Sequence[str], target: Path, fresh: bool) -> None:

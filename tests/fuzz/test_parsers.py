@@ -25,8 +25,9 @@ from server.profile import load_profile
 from sglang_auf.checkpoints.card import check_drafter, load_card
 from sglang_auf.errors import AufError
 from sglang_auf.training.recipe import RECIPES, load_recipe, parse_recipe
-from sglang_auf.training.text.chats import ROLES, chat_of, texts
+from sglang_auf.training.text.chats import chat_of
 from sglang_auf.training.text.conversations import load_conversations
+from sglang_auf.training.text.messages import ROLES, texts
 from sglang_auf.training.text.rows import BadRow, read_rows
 from tests.support import toy_tokenizer as toy
 from tests.support.tiny_models import write_drafter, write_target

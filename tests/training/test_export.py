@@ -184,6 +184,29 @@ def test_a_run_gives_its_best_checkpoint_or_its_latest(
     assert yaml.safe_load((out / RECIPE).read_text())["optimiser"] == {"lr": 0.001}
 
 
+@pytest.mark.parametrize(
+    ("best", "steps", "said"),
+    [
+        (10, 40, "not finished, step 20 of 40 is saved; exported is the one with held-out tau 1.7500, of step 10"),
+        (None, 40, "exported is the latest checkpoint, which was not evaluated, of step 20"),
+        (10, 20, ""),
+    ],
+)
+def test_of_a_run_that_is_not_finished_the_export_says_what_it_is(
+    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture, best: int | None, steps: int, said: str
+) -> None:
+    run = run_of(tmp_path / "run", target, best)
+    (run / RUN).write_text(json.dumps({"steps": steps, "starts": []}))
+    export_checkpoint(run, tmp_path / "drafter")
+    assert said in caplog.text
+    assert ("not finished" in caplog.text) == bool(said)
+
+
+def test_a_directory_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(CardError, match=r"found: no directory .*nope; expected: the directory of a training run"):
+        export_checkpoint(tmp_path / "nope", tmp_path / "drafter")
+
+
 def test_the_card_says_the_curriculum(tmp_path: Path, target: Path) -> None:
     run = run_of(tmp_path / "run", target, None)
     file = run / "checkpoints" / "step-00000020" / "state.json"

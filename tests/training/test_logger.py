@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_auf.training.logger import training_figures
+from sglang_auf.training.logger import shown_duration, training_figures
 
 
 def sums(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -39,3 +39,11 @@ def test_figures() -> None:
 def test_what_was_never_tried_has_no_figure() -> None:
     nothing = {name: torch.zeros_like(value) for name, value in sums().items()}
     assert set(training_figures(nothing, block_size=4).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (480, "8 min"), (3570, "1 h 00 min"), (7500, "2 h 05 min")],
+)
+def test_a_time_says_its_units(seconds: float, shown: str) -> None:
+    assert shown_duration(seconds) == shown

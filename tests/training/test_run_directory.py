@@ -51,6 +51,20 @@ def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_start_that_is_refused_removes_the_directory_that_it_made(tmp_path: Path, earlier: bool) -> None:
+    run = tmp_path / "run"
+    if earlier:
+        run.mkdir()
+    with pytest.raises(DataError), opened(run, fresh=False):
+        raise DataError("no row", "rows")
+    assert run.exists() == earlier
+    with pytest.raises(DataError), opened(run, fresh=False):
+        (run / "recipe.yaml").touch()
+        raise DataError("no row", "rows")
+    assert (run / "recipe.yaml").is_file()
+
+
 def test_a_place_that_can_be_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(TrainingError, match=r"run cannot be used .*File exists"), opened(tmp_path / "run", fresh=False):

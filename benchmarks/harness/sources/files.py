@@ -26,7 +26,8 @@ from benchmarks.harness.sources.recordings import ids_of, recording_of
 from benchmarks.harness.tasks import TASKS, PromptFile, Selection, Task, head
 from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.settings import enable_thinking
-from sglang_auf.training.text.chats import Chat, Message, question_of, text_of
+from sglang_auf.training.text.chats import Chat, question_of, text_of
+from sglang_auf.training.text.messages import Message
 from sglang_auf.training.text.rows import BadRow, ChatRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def _read(path: Path, raw: bool, thinking: str, group_by: str | None) -> _Rows:
     for row in read_rows(path, digest):
         try:
             prompt = _prompt(_name(path), row, raw, thinking)
-            prompts[row.place] = replace(prompt, group=group_of(row.fields, group_by) if group_by else None)
+            group = group_of(row.fields, group_by) if group_by else None
+            prompts[row.place] = replace(prompt, group=group, place=row.place)
         except BadRow as fault:
             faults.append((str(fault), row.place))
     groups = [f"{named(places)}: {reason}" for reason, places in grouped(faults).items()]

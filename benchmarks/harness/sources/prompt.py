@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sglang_auf.training.text.chats import Message, texts
+from sglang_auf.training.text.messages import Message, texts
 from sglang_auf.training.text.rows import is_unicode
 
 NO_GROUP = ""
@@ -30,6 +30,7 @@ class Prompt:
 
     request: fields of a chat request beside its messages. raw: the only turn is a text, or token ids, that the model
     continues without a chat template. group: under which tau is reported beside that of the task; None: under none.
+    place: where a row of a user's own file was read ("mine.jsonl:3").
     """
 
     task: str
@@ -38,6 +39,7 @@ class Prompt:
     request: Mapping[str, Any] = field(default_factory=dict, hash=False)
     raw: bool = False
     group: str | None = None
+    place: str = field(default="", compare=False)
 
     @property
     def continued(self) -> str | TokenIds | None:

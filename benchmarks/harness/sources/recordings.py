@@ -7,7 +7,8 @@ of the server's target can be looked at.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,18 @@ from sglang_auf.errors import ConfigError, DataError
 from sglang_auf.files import HUB_ID, is_held
 from sglang_auf.recording.manifest import is_readable_recording, read_manifest, require_target
 from sglang_auf.recording.ring import LOCK
-from sglang_auf.training.text.chats import FORMS, SYSTEM
+from sglang_auf.training.text.chats import CONVERSATION, SYSTEM
 from sglang_auf.training.text.rows import BadRow
 
 logger = logging.getLogger(__name__)
 
-CONVERSATION = {"instruction", *(name for form in FORMS for name in form)}
-"""Fields whose conversation is asked, also where a row has token ids beside it."""
 TEMPLATE = ("tools", "chat_template_kwargs", *SYSTEM)
 
 
 def ids_of(fields: Mapping[str, Any]) -> TokenIds | None:
     """The `prompt_ids` of a row that has no conversation; None for any other row. Raises BadRow."""
     given = {name.lower(): value for name, value in fields.items() if value not in (None, "", [], {})}
-    if "prompt_ids" not in given or given.keys() & CONVERSATION:
+    if "prompt_ids" not in given or given.keys() & set(CONVERSATION):
         return None
     for name in TEMPLATE:
         if name in given:
@@ -59,8 +58,7 @@ def recording_of(path: Path) -> Path | None:
 def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Selection]) -> list[str]:
     """Look at prompts of token ids before the server is asked. Returns what could not be checked.
 
-    Raises DataError for a recording of another target and for ids outside the vocabulary, ConfigError for an option
-    that needs chats.
+    Raises DataError for a recording of another target, ConfigError for an option that needs chats.
     """
     replayed = [chosen for chosen in selections if chosen.token_ids]
     if not replayed:
@@ -71,18 +69,53 @@ def check_replay(config: RunConfig, server: ServerFacts, selections: Iterable[Se
             "chats, whose streams say which tokens were drafted",
             "leave --record-steps out",
         )
+    recordings = [chosen.recording for chosen in replayed if chosen.recording is not None]
     target = target_files(server)
     if target is not None:
-        require_target((chosen.recording for chosen in replayed if chosen.recording), target)
-        _require_known(replayed, TargetFacts.of(target))
+        require_target(recordings, target)
         return []
-    for chosen in replayed:
-        if chosen.recording is not None:
-            _require_name(chosen.recording, server)
+    for recording in recordings:
+        _require_name(recording, server)
     return [
         f"the files of {server.target or server.model} are not on this machine: whether the token ids of "
         f"{', '.join(chosen.task.name for chosen in replayed)} are its own was not checked"
     ]
+
+
+def without_unknown_ids(server: ServerFacts, selections: Sequence[Selection]) -> list[Selection]:
+    """The selections without prompts of ids outside the vocabulary, where the target's files are on this machine.
+
+    Such rows are logged, and become broken rows of their file for all who hold it. Raises DataError where nothing
+    else is asked of a file.
+    """
+    replayed = any(chosen.token_ids for chosen in selections)
+    target = target_files(server) if replayed else None
+    if target is None:
+        return list(selections)
+    facts = TargetFacts.of(target)
+    return [_known(chosen, facts) for chosen in selections]
+
+
+def _known(chosen: Selection, facts: TargetFacts) -> Selection:
+    highest = {prompt: max(prompt.continued) for prompt in chosen.prompts if isinstance(prompt.continued, TokenIds)}
+    unknown = {prompt: token for prompt, token in highest.items() if token >= facts.vocab_size}
+    if chosen.file is None or not unknown:
+        return chosen
+    expected = f"ids below {facts.vocab_size}, the vocabulary of {facts.name}"
+    kept = tuple(prompt for prompt in chosen.prompts if prompt not in unknown)
+    if not kept:
+        prompt, token = next(iter(unknown.items()))
+        raise DataError(
+            f"token id {token} in {prompt.place}, and such ids in all that is asked of {chosen.origin}",
+            expected,
+            "ask a server of the target that the ids are of",
+        )
+    for prompt, token in unknown.items():
+        row = f"{prompt.place}: token id {token}, outside the vocabulary of {facts.vocab_size}"
+        if row not in chosen.file.broken:  # each server of a command looks at the same rows
+            logger.warning("%s, not asked; expected: %s", row, expected)
+            chosen.file.broken.append(row)
+    return replace(chosen, prompts=kept)
 
 
 def _require_name(recording: Path, server: ServerFacts) -> None:
@@ -94,14 +127,3 @@ def _require_name(recording: Path, server: ServerFacts) -> None:
             f"a recording of {server.target}, which the server serves",
             "give another directory, or ask a server of its target",
         )
-
-
-def _require_known(replayed: Iterable[Selection], facts: TargetFacts) -> None:
-    for chosen in replayed:
-        for prompt in chosen.prompts:
-            if isinstance(prompt.continued, TokenIds) and max(prompt.continued) >= facts.vocab_size:
-                raise DataError(
-                    f"token id {max(prompt.continued)} in row {prompt.id} of {chosen.origin}",
-                    f"ids below {facts.vocab_size}, the vocabulary of {facts.name}",
-                    "ask a server of the target that the ids are of",
-                )

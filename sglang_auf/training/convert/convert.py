@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sglang_auf.checkpoints import draft_vocabulary
-from sglang_auf.checkpoints.card import MASK_EMBEDDING, DrafterCard
+from sglang_auf.checkpoints.card import CARD_NAME, MASK_EMBEDDING, DrafterCard
 from sglang_auf.checkpoints.draft_vocabulary import DraftVocabulary
 from sglang_auf.checkpoints.drafter_settings import written_by_speculators
 from sglang_auf.checkpoints.target_facts import TargetFacts
@@ -56,6 +56,12 @@ def convert(source: str, out: Path, *, target: str | None = None, force: bool = 
     cannot be served as trained, TargetError without a target where one is needed, ConfigError as `write_drafter` does.
     """
     path = find_model(source, ("*.json", "*.safetensors", MASK_EMBEDDING, TRAIN_COMMAND), CardError)
+    if (path / CARD_NAME).is_file():
+        raise CardError(
+            f"{source} is already a drafter of this project ({CARD_NAME}); it needs no conversion",
+            "a drafter of SpecForge or speculators",
+            "serve it as it is; `sglang-auf check` checks it against a target",
+        )
     if (path / MASK_EMBEDDING).exists():
         raise refusal(MASK_EMBEDDING, "SGLang drafts with the target's own embedding of the mask token")
     files = weight_files(path, CardError)

@@ -27,7 +27,8 @@ from sglang_auf.training.generation.output_file import OutputFile, OutputManifes
 from sglang_auf.training.generation.settings import RegenerateSettings
 from sglang_auf.training.generation.thoughts import Thoughts
 from sglang_auf.training.generation.workers import GIVE_UP_AFTER, Progress, run_workers, seed_of
-from sglang_auf.training.text.chats import Chat, Message, chat_of
+from sglang_auf.training.text.chats import Chat, chat_of
+from sglang_auf.training.text.messages import Message
 from sglang_auf.training.text.rows import BadRow, grouped, named, read_rows
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from sglang_auf.training.text.chats import Chat, Message, texts
+from sglang_auf.training.text.chats import Chat
+from sglang_auf.training.text.messages import Message, texts
 from sglang_auf.training.text.rows import BadRow
 
 if TYPE_CHECKING:

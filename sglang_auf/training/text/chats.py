@@ -11,31 +11,24 @@ A row holds its conversation in one of these forms; docs/training.md says what e
 
 A chat template sees messages, tools and its own variables. So each of these is taken as the server takes it, or the row
 is refused: nothing that changes the text is left out. A message may hold only fields that are known. A row may hold
-any field beside those that are known to have a meaning, since nothing reads it.
+any field beside those that are known to have a meaning, since nothing reads it. A `prompt` beside another form may be a
+copy of what that form says, as dumps keep one, and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
+from sglang_auf.training.text.messages import Message, given, is_untrained, message_of, require_unicode, text_in, texts
 from sglang_auf.training.text.rows import BadRow
-from sglang_auf.training.text.tools import calls_of, tools_of
+from sglang_auf.training.text.tools import tools_of
 
-Message: TypeAlias = dict[str, Any]
-"""role and content (text, or a list of {"type": "text", "text": ...}), and where they are given name, tool_call_id,
-reasoning_content and tool_calls."""
-
-ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function")},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
-    "observation": "tool",
-}
-"""Roles of OpenAI, and of the dumps of ShareGPT, as a server knows them. Upper case counts as lower case."""
-
-FORMS = (("messages",), ("conversations",), ("conversation",), ("turns",), ("prompt", "completion"))
+TRL = ("prompt", "completion")
+FORMS = (("messages",), ("conversations",), ("conversation",), ("turns",), TRL)
+CONVERSATION = (*dict.fromkeys(name for form in FORMS for name in form), "instruction")
+"""Fields that hold a conversation, or a part of one."""
 SYSTEM = ("system", "system_prompt", "system_message")
 REFUSED = {
     **dict.fromkeys(("functions", "function_call"), "write tools, and tool_calls in the messages"),
@@ -56,16 +49,6 @@ REFUSED = {
 """Field of a row -> what to do instead. Each would change the text, or what is trained on."""
 NEUTRAL = {"weight": 1, "tool_choice": "auto"}
 """Values of these fields that change nothing."""
-
-READ = {"role", "from", "content", "value", "name", "tool_call_id", "reasoning_content", "tool_calls", "weight"}
-"""Fields of messages that have a meaning here."""
-CONTENT = ("content", "value")
-UNREAD = {
-    *("id", "message_id", "openai_id", "uuid", "parent_id", "idx", "turn_identifier", "model", "source", "dataset"),
-    *("timestamp", "created", "created_at", "create_time", "date", "lang", "language", "country", "state", "header"),
-    *("hashed_ip", "toxic", "redacted", "token_counter", "temperature", "top_p", "markdown", "text"),
-}
-"""Fields of messages in public dumps (ShareGPT, WildChat, LMSYS, OpenAssistant) that no server passes to a template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +92,7 @@ class Chat:
 def chat_of(fields: Mapping[str, Any]) -> Chat:
     """The conversation of a row. Raises BadRow, also for a field that would change it and cannot be honoured."""
     row = _known_fields(fields)
-    messages, untrained = _conversation(row)
+    messages, untrained = _conversation(row, fields)
     system = _system(row)
     if system is not None and (messages[0]["role"] != "system" or messages[0]["content"] != system):
         if any(message["role"] == "system" for message in messages):
@@ -120,7 +103,7 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     chat = Chat(messages, tools or None, _template_kwargs(row.get("chat_template_kwargs", {})), untrained)
     try:
         for text in chat.strings():
-            _require_unicode(text)
+            require_unicode(text)
     except RecursionError:
         raise BadRow("fields that are nested too deeply") from None
     return chat
@@ -133,7 +116,7 @@ def question_of(fields: Mapping[str, Any]) -> Chat:
     """
     row = _known_fields(fields)
     prompt = row.get("prompt")
-    if prompt is None or "instruction" in row or _forms(row) not in ([], [("prompt", "completion")]):
+    if prompt is None or "instruction" in row or _forms(row) not in ([], [TRL]):
         return chat_of(fields)
     if isinstance(prompt, list) and "completion" in row:
         return chat_of(fields)
@@ -144,11 +127,16 @@ def question_of(fields: Mapping[str, Any]) -> Chat:
 
 
 def text_of(fields: Mapping[str, Any]) -> str:
-    """The text that a row gives to be continued as it is, without a chat template: its `prompt`. Raises BadRow."""
-    row = _given(fields, "a row")
+    """The text that a row gives to be continued as it is, without a chat template: its `prompt`. Raises BadRow.
+
+    A conversation beside it must be what the prompt was rendered from.
+    """
+    row = given(fields, "a row")
     if "prompt" not in row:
         raise BadRow("no prompt: only a text can be continued without a chat template")
-    text = _text(row["prompt"], "a prompt")
+    if "instruction" in row or _forms(row) not in ([], [TRL]):
+        chat_of(fields)
+    text = text_in(row["prompt"], "a prompt")
     for name in ("tools", "chat_template_kwargs", *SYSTEM):
         if name in row:
             raise BadRow(f"a field {name!r}, which needs a chat template")
@@ -161,32 +149,12 @@ def has_messages(fields: Mapping[str, Any]) -> bool:
     return any(name in row for name in ("messages", "conversations", "conversation"))
 
 
-def texts(message: Message) -> list[str]:
-    """What the message says: its content, or the parts of it."""
-    content = message["content"]
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
-
-
 def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    row = _given(fields, "a row")
+    row = given(fields, "a row")
     for name, instead in REFUSED.items():
         if name in row and row[name] != NEUTRAL.get(name):
             raise BadRow(f"a field {name!r}: {instead}")
     return row
-
-
-def _given(fields: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Fields with something in them, under names of lower case. null, "", [] and {} are nothing, as in most dumps.
-
-    An empty content is one: a server renders it.
-    """
-    found: dict[str, Any] = {}
-    for name, value in ((name.lower(), value) for name, value in fields.items()):
-        if value is None or (value in ("", [], {}) and not (name in CONTENT and value == "")):
-            continue
-        if found.setdefault(name, value) is not value:
-            raise BadRow(f"{what} with the field {name!r} twice, in upper and lower case")
-    return found
 
 
 def _forms(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -198,37 +166,62 @@ def _forms(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], frozenset[int]]:
-    """Messages, and the indices of answers with weight 0."""
+def _conversation(row: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[list[Message], frozenset[int]]:
+    """Messages, and the indices of answers with weight 0. fields: of the row, with those that are empty."""
     forms = _forms(row)
     if len(forms) > 1:
         raise BadRow(f"{_name(forms[0])} and {_name(forms[1])}: which one is the conversation?")
+    if not forms and "instruction" not in row:
+        raise _no_conversation(row, fields)
     if not forms:
         parts = _instruction(row)
     elif forms == [("turns",)]:
-        parts = [{"role": "user", "content": _text(turn, "turns")} for turn in row["turns"]]
+        parts = [{"role": "user", "content": text_in(turn, "turns")} for turn in row["turns"]]
     else:
         parts = [part for name in forms[0] for part in _list(row[name], name)]
     if not all(isinstance(part, Mapping) for part in parts):
         raise BadRow(f"{_name(forms[0])} that are no objects")
-    given = [_given(part, "a message") for part in parts]
-    labels_from = len(row["prompt"]) if forms == [("prompt", "completion")] else 0  # TRL trains on completions alone
-    messages = [_message(part) for part in given]
+    parts = [given(part, "a message") for part in parts]
+    labels_from = len(row["prompt"]) if forms == [TRL] else 0  # TRL trains on completions alone
+    messages = [message_of(part) for part in parts]
+    if forms != [TRL] and "prompt" in row and not _is_copy(row["prompt"], messages):
+        other = _name(forms[0]) if forms else "instruction"
+        raise BadRow(f"prompt and {other}, which say different things: remove one")
     untrained = frozenset(
         index
-        for index, part in enumerate(given)
-        if messages[index]["role"] == "assistant" and (index < labels_from or _untrained(part))
+        for index, part in enumerate(parts)
+        if messages[index]["role"] == "assistant" and (index < labels_from or is_untrained(part))
     )
     return messages, untrained
 
 
+def _is_copy(prompt: Any, messages: Sequence[Message]) -> bool:
+    """Whether a `prompt` beside messages is a part of them, or their question as some template rendered it.
+
+    What is neither text nor a list, such as a number, is no prompt.
+    """
+    if isinstance(prompt, list):
+        said = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in prompt]
+        return all(any(text in (message["content"], *texts(message)) for message in messages) for text in said)
+    if not isinstance(prompt, str):
+        return True
+    asked = [text.strip() for message in messages if message["role"] != "assistant" for text in texts(message)]
+    return any(prompt.strip() in text or text.splitlines()[0] in prompt for text in asked if text)
+
+
+def _no_conversation(row: Mapping[str, Any], fields: Mapping[str, Any]) -> BadRow:
+    """Why a row has none: a field is there and holds nothing or something else, or no such field is there."""
+    instead = 'write the turns as {"messages": [{"role": ..., "content": ...}]}'
+    if "turns" in row:
+        return BadRow(f"turns that are {_kind(row['turns'])}, and not a list of texts")
+    there = {name.lower() for name in fields}
+    if empty := [name for name in (*CONVERSATION, "prompt_ids") if name in there and name not in row]:
+        return BadRow(f"nothing in {' and '.join(empty)}: {instead}")
+    return BadRow(f"none of {', '.join(map(_name, FORMS))} and instruction: {instead}")
+
+
 def _instruction(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if "instruction" not in row:
-        raise BadRow(
-            f"none of {', '.join(map(_name, FORMS))} and instruction: write the turns as "
-            '{"messages": [{"role": ..., "content": ...}]}'
-        )
-    question = [_text(row[name], name) for name in ("instruction", "input") if name in row]
+    question = [text_in(row[name], name) for name in ("instruction", "input") if name in row]
     answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
     return [{"role": "user", "content": "\n\n".join(question)}, *answer]
 
@@ -241,74 +234,17 @@ def _list(value: Any, name: str) -> list[Any]:
     if name in ("prompt", "completion") and isinstance(value, str):
         raise BadRow(f"a {name} that is text, which TRL puts into no chat template: write it as a list of messages")
     if not isinstance(value, list):
-        raise BadRow(f"{name} that are no list with entries")
+        raise BadRow(f"{name} that are {_kind(value)}, and not a list of messages")
     return value
 
 
-def _message(part: Mapping[str, Any]) -> Message:
-    """One message as the server's request models keep it (`ChatCompletionMessageParam` of SGLang)."""
-    unknown = sorted(part.keys() - READ - UNREAD)
-    if unknown:
-        raise BadRow(f"a message with the field {unknown[0]!r}, which has no known meaning: remove or rename it")
-    role = _role(part)
-    message: Message = {"role": role, "content": _content(part)}
-    if role == "user" and not any(text.strip() for text in texts(message)):
-        raise BadRow("an empty message of a user")
-    if role != "user":  # the server passes on only what a user says
-        message |= {name: _text(part[name], name) for name in ("name", "tool_call_id") if name in part}
-    if role == "assistant":
-        if "reasoning_content" in part:
-            message["reasoning_content"] = _text(part["reasoning_content"], "reasoning_content")
-        if "tool_calls" in part:
-            message["tool_calls"] = calls_of(part["tool_calls"])
-    elif "reasoning_content" in part or "tool_calls" in part:
-        raise BadRow(f"reasoning_content or tool_calls in a message of role {role!r}")
-    return message
-
-
-def _role(part: Mapping[str, Any]) -> str:
-    said = {part[name] if isinstance(part[name], str) else "" for name in ("role", "from") if name in part}
-    if not said or "" in said:
-        raise BadRow("a message without a role")
-    roles = {ROLES.get(role.strip().lower()) for role in said}
-    if None in roles:
-        raise BadRow(f"a message of role {min(said)[:40]!r}, which no server knows: write one of {', '.join(ROLES)}")
-    if len(roles) > 1:
-        raise BadRow(f"a message with two roles: {', '.join(sorted(said))}")
-    return str(roles.pop())
-
-
-def _content(part: Mapping[str, Any]) -> str | list[dict[str, str]]:
-    """A message needs none beside tool_calls."""
-    said = [part[name] for name in CONTENT if name in part]
-    if not said and "tool_calls" in part:
-        return ""
-    if not said:
-        raise BadRow("a message without content")
-    if said[0] != said[-1]:
-        raise BadRow("a message with a content and another value")
-    if not isinstance(said[0], list):
-        return _text(said[0], "content")
-    return [{"type": "text", "text": _text_part(chunk)} for chunk in said[0]]
-
-
-def _text_part(chunk: Any) -> str:
-    chunk = {name: value for name, value in chunk.items() if value is not None} if isinstance(chunk, dict) else {}
-    if chunk.get("type") != "text" or chunk.keys() != {"type", "text"}:
-        raise BadRow('content with a part that is not {"type": "text", "text": ...}')
-    return _text(chunk["text"], "content")
-
-
-def _untrained(part: Mapping[str, Any]) -> bool:
-    """Of an answer. Dumps also give a weight to questions, which are never trained on."""
-    weight = part.get("weight", 1)
-    if weight not in (0, 1):
-        raise BadRow("a weight that is neither 0 nor 1")
-    return bool(weight == 0)
+def _kind(value: Any) -> str:
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def _system(row: Mapping[str, Any]) -> str | None:
-    said = {_text(row[name], name) for name in SYSTEM if name in row}
+    said = {text_in(row[name], name) for name in SYSTEM if name in row}
     if len(said) > 1:
         raise BadRow(f"two of {', '.join(SYSTEM)}, and they differ")
     return said.pop() if said else None
@@ -320,20 +256,6 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
     if "chat_template" in value:
         raise BadRow("chat_template_kwargs with a chat_template, which servers refuse")
     return {name: setting for name, setting in value.items() if setting is not None}
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{what} that is no text")
-    _require_unicode(value)
-    return value
-
-
-def _require_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow("content with half a surrogate pair, which no tokenizer takes") from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from sglang_auf.training.text.chat_template import ChatTemplate, Span, end_of_text
-from sglang_auf.training.text.chats import Chat, chat_of, has_messages, texts
+from sglang_auf.training.text.chats import Chat, chat_of, has_messages
+from sglang_auf.training.text.messages import texts
 from sglang_auf.training.text.rows import BadRow, ChatRow
 
 if TYPE_CHECKING:

@@ -224,6 +224,21 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "report").exists()
 
 
+def test_a_directory_that_is_not_there_is_said_to_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "nope"), "--out", str(tmp_path / "report")]) == 2
+    assert f"no directory {tmp_path / 'nope'}; expected" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_comparison_are_read_from_its_directory(runs: Path, tmp_path: Path) -> None:
+    made = tmp_path / "compared"
+    for level, name in (("auf-c1", "auf"), ("plain-c1", "plain"), ("auf-c2", "other")):
+        shutil.copytree(runs / level, made / name)
+    measured, _ = load_runs([made])
+    assert [(run.name, run.plain) for run in measured] == [("compared/auf", False), ("compared/plain", True)]
+
+
 def test_a_run_that_is_named_twice_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(runs / "auf-c1"), str(runs / "auf-c1"), "--out", str(tmp_path / "report")]) == 2
     assert "twice" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from benchmarks.harness.records import read_records
 from benchmarks.serving.identity import SHIPPED_DRAFTER, IdentityConfig, IdentityReport
 from benchmarks.serving.random_drafter import write_random_drafter
 from sglang_auf.checkpoints.weights import expected_weights
+from tests.support.tiny_models import write_target
 
 pytestmark = pytest.mark.usefixtures("fake_server_program")
 
@@ -166,6 +167,20 @@ def test_the_random_drafter_has_the_shape_and_nothing_else(tmp_path: Path) -> No
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert weights["layers.0.self_attn.q_norm.weight"].eq(1).all()
     assert weights["fc.weight"].float().std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_row_that_a_server_cannot_be_asked_is_in_the_report_of_kept_cells_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write_target(tmp_path / "target", vocabulary=264)
+    monkeypatch.setattr("benchmarks.harness.sources.recordings.target_files", lambda server: target)
+    rows = [{"prompt_ids": [5]}, {"prompt_ids": [6]}, {"prompt_ids": [1, 264]}]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--profile", "toy", "--prompts", "mine.jsonl", "--alone", "3", "--variants", "plain", "--out", "out"]
+    for _ in range(2):
+        assert main(["identity", *flags]) == 1
+        report = json.loads(Path("out/identity.json").read_text())
+        assert report["broken_rows"] == ["mine.jsonl:3: token id 264, outside the vocabulary of 264"]
 
 
 def test_a_broken_row_of_a_users_file_is_in_the_report_and_fails_it() -> None:

@@ -12,6 +12,8 @@ from benchmarks.cli import main
 from benchmarks.harness.sources.prompt import Prompt
 from benchmarks.harness.tasks import SAMPLE_FILE
 from benchmarks.training.overlap import OverlapConfig, holders_of_runs, task_overlap, training_prompts
+from tests.support.tiny_models import write_target
+from tests.support.toy_tokenizer import toy_tokenizer
 
 ASKED = "How many clips did Natalia sell altogether in April and May of that year"  # 14 words, 11 runs of four
 
@@ -127,3 +129,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     training.write_text('{"id": "bad"}\n')
     assert main(command) == 2
     assert "no user's words" in capsys.readouterr().err
+
+
+def test_rows_of_token_ids_are_read_with_the_targets_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    text = json.loads(SAMPLE_FILE.read_text().splitlines()[0])["turns"][0]
+    tokenizer = toy_tokenizer()
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    training = tmp_path / "rows.jsonl"
+    training.write_text(json.dumps({"id": "leak", "prompt_ids": asked, "response_ids": [1]}) + "\n")
+    command = ["overlap", "--tasks", "sample", "--training", str(training), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "token ids alone" in (said := capsys.readouterr().err)
+    assert "name the target of the token ids with --target" in said
+    target = write_target(tmp_path / "target", vocabulary=len(tokenizer))
+    tokenizer.save_pretrained(target)
+    caplog.clear()
+    assert main([*command, "--target", str(target)]) == 1
+    assert "leak (rows.jsonl:1), 1.00" in capsys.readouterr().out
+    assert "left out" not in caplog.text

@@ -584,6 +584,13 @@ def test_a_mask_embedding_of_its_own_is_refused(tmp_path: Path, target: Path) ->
         convert(str(source), tmp_path / "out", target=str(target))
 
 
+def test_a_drafter_of_this_project_needs_no_conversion(tmp_path: Path, target: Path) -> None:
+    out = converted(tmp_path, specforge_config(), target).path
+    with pytest.raises(CardError, match=r"is already a drafter of this project .*; it needs no conversion"):
+        convert(str(out), tmp_path / "again", target=str(target))
+    assert not (tmp_path / "again").exists()
+
+
 def test_damaged_and_absent_files_are_refused(tmp_path: Path, target: Path) -> None:
     source = checkpoint(tmp_path / "source", specforge_config())
     weights = source / "model.safetensors"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sglang_auf.training.text.chats import REFUSED, ROLES, Chat, chat_of, question_of, text_of
+from sglang_auf.training.text.chats import REFUSED, Chat, chat_of, question_of, text_of
+from sglang_auf.training.text.messages import ROLES
 from sglang_auf.training.text.rows import BadRow
 
 QUESTION = {"role": "user", "content": "q"}
@@ -172,12 +173,52 @@ def test_what_is_refused(fields: dict[str, Any], reason: str) -> None:
         {"prompt": "q", "completion": "a"},
         {"prompt": [QUESTION]},
         {"turns": ["q"]},
-        {"messages": [QUESTION], "prompt": "another one"},
-        {"instruction": "q", "prompt": "a rendered copy"},
+        {"messages": [QUESTION], "prompt": " q\n", "prompt_ids": [1]},
+        {"instruction": "q", "prompt": "### Instruction:\nq\n### Response:\n"},
     ],
 )
 def test_a_row_that_is_only_asked_may_hold_a_prompt_alone(fields: dict[str, Any]) -> None:
     assert question_of(fields).messages == [QUESTION]
+
+
+ASKED = {"role": "user", "content": "What is a cat?\nBe brief."}
+
+
+@pytest.mark.parametrize("prompt", ["x", "What is a dog?", ["x"], [ASKED, {"role": "user", "content": "x"}]])
+@pytest.mark.parametrize("form", [{"turns": [ASKED["content"]]}, row(ASKED, ANSWER), {"instruction": ASKED["content"]}])
+def test_a_prompt_that_says_something_else_than_the_conversation_is_refused(form: dict[str, Any], prompt: Any) -> None:
+    for read in (chat_of, question_of):
+        with pytest.raises(BadRow, match=f"^prompt and {next(iter(form))}, which say different things"):
+            read({**form, "prompt": prompt})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What is a cat?", "<user> What is a cat?\n\n Be brief.</user>", [ASKED["content"]], [ASKED], 7]
+)
+def test_a_prompt_may_be_a_copy_of_what_the_conversation_asks(prompt: Any) -> None:
+    for read in (chat_of, question_of):
+        assert read(row(ASKED, ANSWER, prompt=prompt)).messages == [ASKED, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"turns": "one"}, "turns that are a text, and not a list of texts"),
+        ({"turns": 3}, "turns that are a number, and not a list of texts"),
+        ({"messages": "q"}, "messages that are a text, and not a list of messages"),
+        ({"conversations": {"from": "human"}}, "conversations that are an object, and not a list of messages"),
+        ({"turns": []}, "nothing in turns: write the turns as "),
+        ({"Messages": None, "turns": []}, "nothing in messages and turns: "),
+        ({"prompt": ""}, "nothing in prompt: "),
+        ({"prompt_ids": []}, "nothing in prompt_ids: "),
+        ({"text": "q"}, "none of messages, conversations, "),
+    ],
+)
+def test_a_field_without_a_conversation_in_it_is_named(fields: dict[str, Any], reason: str) -> None:
+    for read in (chat_of, question_of):
+        with pytest.raises(BadRow) as fault:
+            read(fields)
+        assert str(fault.value).startswith(reason)
 
 
 def test_beside_a_prompt_the_other_fields_count() -> None:
@@ -203,6 +244,12 @@ def test_a_text_to_continue_is_a_prompt_alone() -> None:
         ({"prompt": "q", "system_prompt": "s"}, "system_prompt"),
         ({"prompt": "q", "tools": [TOOL]}, "tools"),
         ({"prompt": "\ud800"}, "surrogate"),
+        ({"prompt": "x", "turns": ["y"]}, "prompt and turns, which say different things"),
+        ({"prompt": "<user>q", "messages": []}, None),
+        ({"prompt": "<user>q", "messages": [QUESTION]}, None),
     ):
+        if fault is None:
+            assert text_of(fields) == "<user>q"
+            continue
         with pytest.raises(BadRow, match=fault):
             text_of(fields)

@@ -348,7 +348,7 @@ GOOD = chat(QUESTION, ANSWER, id="good")
         ({"id": ["a"], "messages": TWO_TURNS}, "an id that is neither text nor a number", "rows.jsonl:2"),
         ({"id": "good", "messages": TWO_TURNS}, "an id for the second time", "good (rows.jsonl:2)"),
         ({"id": "a", "text": "?"}, "none of messages, conversations, ", None),
-        ({"id": "a", "messages": "hello"}, "messages that are no list with entries", None),
+        ({"id": "a", "messages": "hello"}, "messages that are a text, and not a list of messages", None),
         ({"id": "a", "messages": ["hello"]}, "messages that are no objects", None),
         ({"id": "a", "messages": [{"content": "?"}, ANSWER]}, "a message without a role", None),
         (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content with a part that is not", None),

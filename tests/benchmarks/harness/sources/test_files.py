@@ -61,7 +61,7 @@ ONE_QUESTION = [
     {"prompt": [user("How?")], "completion": [model("So.")]},
     {"instruction": "How?", "output": "So."},
     {"PROMPT": "How?", "messages": None, "temperature": 0.7, "model": "gpt"},
-    {"messages": [user("How?")], "prompt": "a copy that a dump keeps beside its messages"},
+    {"messages": [user("How?")], "prompt": "How? A copy, as dumps keep one."},
 ]
 
 
@@ -117,6 +117,10 @@ BROKEN = {
     '{"messages": [{"role": "robot", "content": "x"}]}': "role 'robot'",
     '{"messages": [{"role": "system", "content": "x"}]}': "no message of a user",
     '{"messages": [{"role": "user", "content": "x"}], "turns": ["x"]}': "which one is the conversation",
+    '{"prompt": "x", "turns": ["y"]}': "prompt and turns, which say different things",
+    '{"turns": "x"}': "turns that are a text, and not a list of texts",
+    '{"turns": []}': "nothing in turns",
+    '{"prompt_ids": []}': "nothing in prompt_ids",
     '{"prompt": 7}': "neither a text nor a list of messages",
     '{"turns": ["x"], "images": ["y"]}': "images",
     '{"turns": ["x"], "chat_template_kwargs": {"budget": NaN}}': "NaN or Infinity, which JSON does not have",

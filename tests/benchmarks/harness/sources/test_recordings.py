@@ -155,12 +155,44 @@ def test_of_a_target_that_is_elsewhere_names_are_compared_and_the_rest_is_said(
     assert "rows is a recording of owner/one" in capsys.readouterr().err
 
 
-def test_ids_outside_the_vocabulary_are_refused(
+def test_a_row_with_an_id_outside_the_vocabulary_is_broken_and_the_others_are_asked(
     fake: Start, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(tmp_path / "mine.jsonl", [{"id": "a", "prompt_ids": [263]}, {"id": "b", "prompt_ids": [1, 264]}])
+    server, out, path = fake(target=str(target)), tmp_path / "run", tmp_path / "mine.jsonl"
+    write_rows(path, [{"id": "a", "prompt_ids": [263]}, {"id": "b", "prompt_ids": [1, 264]}])
+    assert run(server.url, path, out) == 1
+    assert [body["prompt"] for body in server.engine.continued[1:]] == [[263]]
+    broken = "mine.jsonl:2: token id 264, outside the vocabulary of 264"
+    assert f"- {broken}" in capsys.readouterr().out
+    origin = json.loads((out / "run.json").read_text())["tasks"]["mine.jsonl"]
+    assert (origin["prompts"], origin["file"]["rows"], origin["file"]["broken"]) == (1, 2, [broken])
+    assert run(server.url, path, out, "--resume") == 1
+    flags = ["--concurrency", "1", "--max-tokens", "32", "--out", str(tmp_path / "sweep")]
+    assert main(["sweep", "--base-url", server.url, "--prompts", str(path), *flags]) == 1
+    assert broken in (tmp_path / "sweep" / "sweep.json").read_text()
+
+
+def test_a_file_with_ids_outside_the_vocabulary_alone_is_refused(
+    fake: Start, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "mine.jsonl", [{"prompt_ids": [264]}, {"prompt_ids": [1, 999]}])
     assert run(fake(target=str(target)).url, tmp_path / "mine.jsonl", tmp_path / "run") == 2
-    assert "token id 264 in row b of mine.jsonl; expected: ids below 264" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "such ids in all that is asked of mine.jsonl; expected: ids below 264" in said
+    assert "mine.jsonl:" in said and "ask a server of the target that the ids are of" in said
+
+
+@pytest.mark.usefixtures("fake_server_program")
+@pytest.mark.parametrize("command", ["compare", "speed"])
+def test_commands_that_start_servers_name_rows_with_ids_outside_the_vocabulary(
+    command: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.harness.sources.recordings.target_files", lambda server: target)
+    write_rows(tmp_path / "mine.jsonl", [{"prompt_ids": [5]}, {"prompt_ids": [1, 264]}])
+    flags = ["--prompts", str(tmp_path / "mine.jsonl"), "--max-tokens", "32", "--rounds", "1", "--concurrency", "1"]
+    assert main([command, "--profile", "toy", *flags, "--out", str(tmp_path / "out")]) == 1
+    written = "".join(file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    assert "mine.jsonl:2: token id 264, outside the vocabulary of 264" in written
 
 
 def test_an_empty_recording_is_refused(tmp_path: Path, target: Path) -> None:
