@@ -179,7 +179,14 @@ def _decoder(target: str, sources: Sequence[str]) -> Callable[[TokenIds], str]:
     place = find_target(target)
     require_target(sources, place)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    known = len(tokenizer)
+
+    def decoded(ids: TokenIds) -> str:
+        if unknown := [token for token in ids if token >= known]:
+            raise BadRow(f"token id {unknown[0]}, outside the vocabulary of {known}")
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return decoded
 
 
 def holders_of_runs(training: Mapping[Words, str], length: int) -> dict[Words, list[str]]:

@@ -15,6 +15,7 @@ Grammars: a request whose grammar was not compiled in time ends. SGLang also rem
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 from sglang_auf.compat import Seam, check_seams
@@ -40,6 +41,10 @@ SCHEDULER_SEAMS = (
 
 TIMED_OUT = "Grammar preprocessing timed out"
 """All that SGLang says of a grammar that was not compiled in time. Of one that is wrong it has the compiler's words."""
+
+
+LATE, MOST_TIMES_LATE = "auf_late", 3
+"""Attribute of SGLang's grammar backend: how often each grammar was late. A grammar that was so often is refused."""
 
 
 def name_by_complete_ids(_: None, updater: Any) -> None:
@@ -103,12 +108,17 @@ def end_with_the_pool(
 def remember_unless_late(original: Any, backend: Any, key: tuple[str, str], value: Any) -> None:
     """Around `BaseGrammarBackend.set_cache`: a time-out is not kept, so the next request has it compiled again.
 
-    Ranks agree on time-outs before this, so all of them forget the same grammars.
+    But not for ever: a compilation cannot be stopped, and takes a thread from the grammars of other clients. Ranks
+    agree on time-outs before this, so all of them forget the same grammars.
     """
     from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
 
-    if not (isinstance(value, InvalidGrammarObject) and value.error_message == TIMED_OUT):
-        original(backend, key, value)
+    if isinstance(value, InvalidGrammarObject) and value.error_message == TIMED_OUT:
+        late = vars(backend).setdefault(LATE, Counter())
+        late[key] += 1
+        if late[key] < MOST_TIMES_LATE or key in backend.cache:  # compiled for another request
+            return
+    original(backend, key, value)
 
 
 def _room_of_a_step() -> int:

@@ -48,8 +48,9 @@ REPORTED = "auf_reported"
 ACCEPTED_LENGTHS = "auf_accepted_length_total"
 COUNTERS = {
     "auf_requests_total": "Finished requests with at least one verify step.",
-    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one) "
-    "or that asked for no drafts.",
+    "auf_requests_without_verify_total": "Finished requests without a verify step (one token, or aborted before one), "
+    "and those that asked for no drafts.",
+    "auf_requests_without_drafts_total": "Finished requests that asked for no drafts.",
     "auf_verify_steps_total": "Verify steps of finished requests. tau = auf_emitted_tokens_total / this.",
     "auf_emitted_tokens_total": "Tokens of answers that came from verify steps, not from a prefill.",
     "auf_accepted_tokens_total": "Drafted tokens the target confirmed, before a stop cut any off.",
@@ -133,9 +134,10 @@ class AcceptanceMetrics:
         lengths = Counter(ACCEPTED_LENGTHS, COUNTERS[ACCEPTED_LENGTHS], ["model_name", "accepted"])
         self._lengths = [lengths.labels(model_name, str(accepted)) for accepted in range(block_size)]
 
-    def add(self, acceptance: Acceptance) -> None:
-        """Count one finished request; the empty Acceptance is a request without a verify step."""
+    def add(self, acceptance: Acceptance, drafted: bool = True) -> None:
+        """Count one finished request; the empty Acceptance is a request without a verify step, or without drafts."""
         increments = {
+            "auf_requests_without_drafts_total": int(not drafted),
             "auf_requests_total": acceptance.requests,
             "auf_requests_without_verify_total": 1 - acceptance.requests,
             "auf_verify_steps_total": acceptance.verify_steps,
@@ -259,7 +261,7 @@ def _count_request(_: None, manager: Any, meta_info: dict[str, Any], recv_obj: A
     acceptance = Acceptance.from_meta_info(meta_info) if drafted else Acceptance()
     TOTALS.add(acceptance)
     for counters in _metrics:
-        counters.add(acceptance)
+        counters.add(acceptance, drafted)
     for listener in LISTENERS:
         listener(acceptance, state.time_stats.created_time)
 

@@ -39,10 +39,10 @@ INTEGERS = {
     "sampling_seed": (-(2**63), 2**63 - 1),
 }
 IN_OPENAI = {
-    "max_new_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens or max_completion_tokens",
     "min_new_tokens": "min_tokens",
     "sampling_seed": "seed",
-    "top_logprobs_num": "top_logprobs",
+    "top_logprobs_num": "top_logprobs, for completions logprobs,",
 }
 """What clients of OpenAI's routes know as something else."""
 

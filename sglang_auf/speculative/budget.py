@@ -167,17 +167,24 @@ class Budget:
         self._alike = 0  # steps since the last one that did the other thing
         self._tries = False  # whether this step drafts although that does not seem to pay
         self._plain = 0  # steps since the last one that drafted
-        self._asked_for, self._answer = 0, (slots, 1.0)  # requests; slots to draft, and the advantage of drafting them
+        self._asked_for = 0, 0  # requests, and those of them that take drafts
+        self._answer = slots, 1.0  # slots to draft, and the advantage of drafting them
 
-    def to_draft(self, requests: int) -> int:
-        """Slots to draft for each request in the next step, 0 .. slots."""
+    def to_draft(self, requests: int, taking: int | None = None) -> int:
+        """Slots to draft for each request in the next step, 0 .. slots. taking: requests that take drafts, if not all.
+
+        The drafter computes them for all requests, so that with few of them it may not pay.
+        """
+        taking = requests if taking is None else taking
+        if not taking:
+            return 0
         if self.fixed is not None:
             return self.slots
         if not len(self._gains):
             return self._useful()
-        if requests != self._asked_for or self._alike % NOW_AND_THEN == 0:
+        if (requests, taking) != self._asked_for or self._alike % NOW_AND_THEN == 0:
             slots = self._useful()
-            self._asked_for, self._answer = requests, (slots, self._advantage(requests, slots))
+            self._asked_for, self._answer = (requests, taking), (slots, self._advantage(requests, taking, slots))
         slots, advantage = self._answer
         clear = not 1 / CLEAR < advantage < CLEAR
         self._alike += 1
@@ -193,9 +200,9 @@ class Budget:
         used = np.nonzero(self._deep > SELDOM)[0]
         return min(int(used[-1]) + 2 if len(used) else 1, self.slots)  # one more than needed, to see whether it is
 
-    def _advantage(self, requests: int, slots: int) -> float:
+    def _advantage(self, requests: int, taking: int, slots: int) -> float:
         """Expected tokens per second with drafts over those without."""
-        nodes = np.repeat(self._gains, requests)[: self.most(requests)]
+        nodes = np.repeat(self._gains, taking)[: self.most(requests)]
         best, _ = self._best(requests, nodes, requests * (slots + 1))
         return best * float(self.costs.seconds(requests, np.array([requests]), 0)[0]) / requests
 
@@ -210,16 +217,17 @@ class Budget:
         """Most nodes to consider in a step: more than a batch of that size ever verifies."""
         return self.fixed * requests if self.fixed is not None else NODES + NODES_PER_REQUEST * requests
 
-    def to_verify(self, requests: int, nodes: Sequence[Node], drafted: int) -> int:
-        """How many of `nodes`, which descend. drafted: rows drafted."""
+    def to_verify(self, requests: int, nodes: Sequence[Node], drafted: int, taking: int | None = None) -> int:
+        """How many of `nodes`, which descend. drafted: rows drafted. taking: as for to_draft."""
         if self.fixed is not None:
             return len(nodes)
         likely = np.array([node.likely for node in nodes])
         # Nodes that the floor or a request's limit left out count as never accepted, or they would keep an old gain.
-        places = self.most(requests) // requests
-        padded = np.zeros(max(places * requests, len(likely)))
+        taking = requests if taking is None else taking
+        places = self.most(requests) // taking
+        padded = np.zeros(max(places * taking, len(likely)))
         padded[: len(likely)] = likely
-        means = padded[: places * requests].reshape(places, requests).sum(axis=1) / requests
+        means = padded[: places * taking].reshape(places, taking).mean(axis=1)
         known = self._gains[:places]
         known += min(1 - FORGET ** (1 + self._plain), NEWS) * (means[: len(known)] - known)
         self._plain = 0

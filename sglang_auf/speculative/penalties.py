@@ -24,8 +24,8 @@ from torch.nn.functional import pad
 
 from sglang_auf.hooks.validation import NEUTRAL_PENALTIES
 
-ROWS_AT_ONCE = 128
-"""A row takes some numbers for each token of its answer, for which no memory is set aside."""
+CELLS_AT_ONCE = 1 << 22
+"""A row has a cell for each token with a penalty, which takes some 40 bytes, for which no memory is set aside."""
 
 
 def asks(sampling_params: Any) -> bool:
@@ -101,7 +101,7 @@ class State:
     """A request between two steps. penalties: one row, of all the vocabulary.
 
     touched: int64 [tokens]: no other token has a penalty. Some are there more than once, and some have none: what of a
-    step counts is not known to the host.
+    step counts is not known to the host. As many as the vocabulary has tokens: any token may have one.
     """
 
     penalties: Penalties
@@ -172,11 +172,16 @@ class PenalisedStep:
 
         paths: int64 [n, slots], the drafts on the way from the anchor to each row; depths [n]: how many they are.
         """
+        vocabulary = self._own.seen.shape[1]
         longest = max(len(touched) for touched in self._touched)
-        touched = torch.stack([pad(some, (0, longest - len(some))) for some in self._touched])  # by token 0
+        if longest < vocabulary:
+            touched = torch.stack([pad(some, (0, longest - len(some))) for some in self._touched])  # by token 0
+        else:
+            touched = torch.arange(vocabulary, device=logits.device).expand(len(self._touched), -1)
         at_touched = self._own.at(torch.arange(len(touched), device=touched.device), touched)
-        for start in range(0, rows.shape[0], ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        at_once = max(CELLS_AT_ONCE // touched.shape[1], 1)
+        for start in range(0, rows.shape[0], at_once):
+            part = slice(start, start + at_once)
             row, owner, depth = rows[part, None], owners[part], depths[part]
             before, path = touched[owner], paths[part]
             of_before, of_path = at_touched.rows(owner), self._own.at(owner, path)
@@ -209,10 +214,9 @@ class PenalisedStep:
                 of_all[place : place + 1].clone()
                 for of_all in (self._own.by_frequency, self._own.seen, self._own.count)
             )
-            request.auf_penalties = State(
-                replace(before.penalties, by_frequency=by_frequency, seen=seen, count=count),
-                torch.cat([touched, emitted[place, :-1]]),
-            )
+            penalties = replace(before.penalties, by_frequency=by_frequency, seen=seen, count=count)
+            # As many as the vocabulary has stand for all of it.
+            request.auf_penalties = State(penalties, torch.cat([touched, emitted[place, :-1]])[: seen.shape[1]])
 
 
 def begin(batch: Any) -> PenalisedStep | None:

@@ -98,7 +98,7 @@ class TreeStep:
         self._watch.lap("between steps" if continues else None)
         anchors = batch.spec_info.bonus_tokens
         requests = len(anchors)
-        slots = self.budget.to_draft(requests) if any(_drafted(batch)) else 0
+        slots = self.budget.to_draft(requests, sum(_drafted(batch)))
         left_over = self.context.write_if_due(batch.req_pool_indices, drafts=slots > 0)
         self._watch.lap("commit")
         chances, tokens = self._draft(batch, anchors, slots) if slots else NO_DRAFTS
@@ -195,7 +195,7 @@ class TreeStep:
         if (fixed := self.budget.fixed) is not None:
             room, floor = [min(slots, fixed) for slots in room], 0.0
         nodes = list(islice(grow(of_requests, room, floor), self.budget.most(requests)))
-        return nodes[: self.budget.to_verify(requests, nodes, drafted)]
+        return nodes[: self.budget.to_verify(requests, nodes, drafted, sum(_drafted(batch)))]
 
     # --- verification ---
 

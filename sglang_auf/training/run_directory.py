@@ -71,7 +71,7 @@ def opened(directory: Path, fresh: bool) -> Iterator[Path]:
             yield directory
         finally:
             if made and directory.is_dir() and [entry.name for entry in directory.iterdir()] == [LOCK]:
-                shutil.rmtree(directory)
+                shutil.rmtree(directory, ignore_errors=True)  # some file systems still hold the lock's name
 
 
 def check_sources(directory: Path, sources: Sequence[str], target: Path, fresh: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +132,11 @@ def test_repetition_penalties_are_sglangs_without_being_compiled() -> None:
     scale_logits(ours, scaling)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, logits)
+    hooked = {hook.target for hook in platform.HOOKS if hook.function is scale_logits}
+    sources = Path(importlib.util.find_spec("sglang.srt").submodule_search_locations[0]).rglob("*.py")  # type: ignore[union-attr, index]
+    by_name = re.compile(r"^from .* import .*\bapply_scaling_penalties\b", re.MULTILINE)
+    importing = [path.stem for path in sources if by_name.search(path.read_text(encoding="utf-8"))]
+    assert {target.partition(":")[0].rpartition(".")[2] for target in hooked} == {"repetition_penalty", *importing}
 
 
 # --- the platform ---

@@ -245,6 +245,15 @@ def test_a_grammar_that_came_too_late_is_compiled_again(grammars: Grammars) -> N
     assert ("json", "schema") in grammars.manager.grammar_backend.cache
 
 
+def test_a_grammar_that_always_comes_too_late_is_refused_at_last(grammars: Grammars) -> None:
+    """A compilation goes on behind its time-out, on a thread that other clients' grammars need."""
+    said = [one.said for _ in range(aborts.MOST_TIMES_LATE + 2) for one in grammars.ask("schema", in_time=False)]
+    refused = f"Failed to compile json grammar: {aborts.TIMED_OUT}"
+    assert [one == refused for one in said] == [False] * aborts.MOST_TIMES_LATE + [True] * 2
+    (another,) = grammars.ask("another")
+    assert another.said == ""
+
+
 def test_other_servers_remember_it_as_sglang_does(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where this fails, SGLang has mended it, and the hook can go."""
     monkeypatch.setattr(registry, "is_ours", lambda: False)

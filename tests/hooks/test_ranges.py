@@ -104,7 +104,10 @@ def test_any_values_are_refused_or_fit(settings: dict[str, Any]) -> None:
 
 
 def test_a_number_is_named_as_the_client_may_know_it() -> None:
-    with pytest.raises(ValueError, match=r"max_new_tokens \(max_tokens on OpenAI's routes\) must be an integer in"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_new_tokens \(max_tokens or max_completion_tokens on OpenAI's routes\) must be an integer in",
+    ):
         check([1], {"max_new_tokens": -1})
 
 

@@ -406,6 +406,21 @@ class World:
         return sum(self.emitted[since:]) / float(np.dot(self.seconds[since:], self.best[since:]))
 
 
+def test_requests_that_take_no_drafts_say_nothing_of_what_drafts_bring() -> None:
+    """One of eight takes drafts. When it is alone again it is drafted for as before."""
+    world = World(MACHINES["32 rows as dear as one"], said=0.8)
+    world.run(lambda _: 1, 100)
+    before, budget = world.budget._gains.copy(), world.budget
+    for _ in range(100):
+        if slots := budget.to_draft(8, taking=1):
+            nodes = [Node(3, ANCHOR, slot, 0, False, float(gain)) for slot, gain in enumerate(before[:SLOTS])]
+            assert 0 < budget.to_verify(8, nodes, 8 * (slots + 1), taking=1) <= len(nodes)
+            budget.used(nodes, slots)
+    assert budget._gains[:SLOTS] == pytest.approx(before[:SLOTS], abs=1e-6)
+    assert budget.to_draft(1) > 0
+    assert budget.to_draft(8, taking=0) == Budget(SLOTS, world.costs, fixed=3).to_draft(2, taking=0) == 0
+
+
 @pytest.mark.parametrize("name", MACHINES)
 @pytest.mark.parametrize("requests", [1, 4, 16])
 @pytest.mark.parametrize(("said", "true"), [(0.8, 1.0), (0.5, 1.0), (0.8, 0.5)])

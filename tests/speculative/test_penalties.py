@@ -119,7 +119,7 @@ def test_trees_over_several_steps_beside_requests_that_ask_for_nothing(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row of a tree has its ancestors counted, and a step keeps the tokens that it emitted, its bonus excepted."""
-    monkeypatch.setattr(penalties, "ROWS_AT_ONCE", (128, 128, 7, 1)[seed])
+    monkeypatch.setattr(penalties, "CELLS_AT_ONCE", (1 << 22, 1 << 22, 40, 1)[seed])
     generator = torch.Generator().manual_seed(seed)
 
     def token() -> int:
@@ -218,6 +218,30 @@ def test_rows_take_no_pass_over_the_vocabulary() -> None:
         penalised.apply_to_blocks(logits, blocks)
     assert 0 < largest.made < 1000
     assert (logits != 1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("copies", [1, 2 * VOCABULARY])
+def test_a_long_answer_takes_no_more_than_the_vocabulary(copies: int) -> None:
+    """On a device the tokens of a step are noted whether they count or not, again and again."""
+    request, block = Request(**ASKED[-1]), 3
+    request.output_ids = [4, 7, 4, 9]
+    prefill(batch_of([request], [0]))
+    request.auf_penalties.touched = request.auf_penalties.touched.repeat(copies)
+    request.output_ids.append(2)
+    blocks = torch.tensor([[2, 7, 11]])
+    for emitted, length in (([7, 11, 5], 3), ([1, 1, 1], 1)):
+        penalised = begin(batch_of([request], [request.output_ids[-1]]))
+        assert penalised is not None
+        logits = normal(block, VOCABULARY, seed=copies)
+        expected = [
+            Reference(request).after([*request.output_ids, *blocks[0, 1 : 1 + row].tolist()], logits[row])
+            for row in range(block)
+        ]
+        penalised.apply_to_blocks(logits, torch.tensor([[request.output_ids[-1], *blocks[0, 1:].tolist()]]))
+        assert torch.equal(logits, torch.stack(expected))
+        penalised.keep(torch.tensor([emitted]), torch.tensor([length]))
+        request.output_ids += emitted[:length]
+        assert len(request.auf_penalties.touched) <= VOCABULARY
 
 
 def test_chains_have_penalties_before_their_logit_bias() -> None:

@@ -196,17 +196,22 @@ def _conversation(row: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[li
 
 
 def _is_copy(prompt: Any, messages: Sequence[Message]) -> bool:
-    """Whether a `prompt` beside messages is a part of them, or their question as some template rendered it.
+    """Whether a `prompt` beside messages is some of them, or what a user says in them, as some template rendered it.
 
     What is neither text nor a list, such as a number, is no prompt.
     """
     if isinstance(prompt, list):
         said = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in prompt]
-        return all(any(text in (message["content"], *texts(message)) for message in messages) for text in said)
+        known = [said for message in messages for said in (message["content"], *texts(message))]
+        return all(text in known for text in said if text)
     if not isinstance(prompt, str):
         return True
-    asked = [text.strip() for message in messages if message["role"] != "assistant" for text in texts(message)]
-    return any(prompt.strip() in text or text.splitlines()[0] in prompt for text in asked if text)
+    asked = [_lines(text) for message in messages if message["role"] == "user" for text in texts(message)]
+    return any(all(line in prompt for line in text) or set(_lines(prompt)) <= set(text) for text in asked if text)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _no_conversation(row: Mapping[str, Any], fields: Mapping[str, Any]) -> BadRow:
