@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -33,7 +34,9 @@ QUESTION = [{"role": "user", "content": "List three primary colours."}]
 class Server:
     def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.url, self.process, self.log = url, process, log
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=300)
+        # SGLang closes a connection that was idle for 5 s, which is also when httpx's would stop to use it.
+        http = openai.DefaultHttpxClient(limits=httpx.Limits(keepalive_expiry=2))
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=300, http_client=http)
 
     def get(self, path: str, key: str | None = KEY) -> Any:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})

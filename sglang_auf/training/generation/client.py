@@ -54,6 +54,11 @@ def is_local(url: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
+IDLE_S = 2.0
+"""An idle connection is used again for so long. SGLang and vLLM close it after 5 s, which is httpx's default too: a
+request that is sent just then fails."""
+
+
 def openai_client(
     base_url: str,
     *,
@@ -67,7 +72,7 @@ def openai_client(
     retries: how often a failed request is sent again if the failure may pass; the pauses grow. on_request: called for
     each HTTP request, also for retries.
     """
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_S)
     hooks = {"request": [on_request]} if on_request else {}
     return openai.AsyncOpenAI(
         base_url=base_url,

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from openai.types.chat import ChatCompletion
 
+from sglang_auf.training.generation import client
 from sglang_auf.training.generation.client import (
     EXACT_IDS,
     TOKEN_IDS,
@@ -69,6 +70,31 @@ def test_no_more_connections_are_open_than_asked_for() -> None:
     with serving(app) as url:
         asyncio.run(ask(f"{url}/v1"))
     assert most == 2
+
+
+@pytest.mark.parametrize(("idle_s", "connections"), [(60.0, 1), (0.2, 2)])
+def test_a_connection_that_was_idle_for_long_is_not_used_again(
+    idle_s: float, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may be about to close it: SGLang does after 5 s."""
+    assert client.IDLE_S < 5
+    monkeypatch.setattr(client, "IDLE_S", idle_s)
+    app, seen = FastAPI(), set()
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        seen.add(request.client)
+        return {"object": "list", "data": []}
+
+    async def ask(url: str) -> None:
+        async with openai_client(url, connections=1, timeout_s=9, retries=0) as asking:
+            await asking.models.list()
+            await asyncio.sleep(0.4)
+            await asking.models.list()
+
+    with serving(app) as url:
+        asyncio.run(ask(f"{url}/v1"))
+    assert len(seen) == connections
 
 
 @pytest.mark.parametrize(
