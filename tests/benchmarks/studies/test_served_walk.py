@@ -172,7 +172,8 @@ def test_the_ratio_is_of_all_answers(share: float, code: int, served: Served, dr
         first = max(records, key=lambda record: record.verify_steps)
         more = round(share * steps)
         histogram = list(first.accepted_histogram)
-        histogram[0] += more
+        for _ in range(abs(more)):  # what the tiny models accept depends on the machine's instructions
+            histogram[0 if more > 0 else histogram.index(max(histogram))] += 1 if more > 0 else -1
         changed = first.model_copy(
             update={
                 "accepted_histogram": histogram,
@@ -180,7 +181,7 @@ def test_the_ratio_is_of_all_answers(share: float, code: int, served: Served, dr
                 "proposed": sum(histogram) * (BLOCK - 1),
             }
         )
-        assert more and min(histogram) >= 0
+        assert more and sum(histogram)
         return [changed if record is first else record for record in records]
 
     found, report = walk(served(change), drafter, target)
