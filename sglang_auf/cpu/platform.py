@@ -76,8 +76,8 @@ def validate_domino_runtime(original: Callable[..., None], *, device: torch.devi
 def scale_logits(logits: torch.Tensor, scaling_penalties: torch.Tensor) -> None:
     """Repetition penalties on logits, in place. Both [requests, vocabulary].
 
-    SGLang's is compiled when the first request asks for one (sampling/penaltylib/repetition_penalty.py). That would
-    take a minute of all clients, and end the engine on a machine without a C++ compiler.
+    SGLang's is compiled when the first request asks for one (sampling/penaltylib/repetition_penalty.py). All
+    clients would wait for that, and the engine would end on a machine without a C++ compiler.
     """
     logits.copy_(torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties))
 
